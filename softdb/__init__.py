@@ -1,0 +1,49 @@
+"""softdb: a differentiable soft key-value store.
+
+Attention is a soft database lookup: a query says what is looked for, a key what a row advertises, a value what it
+delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
+"""
+
+from softdb import errors, functional
+from softdb.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    DuplicateIdError,
+    FieldError,
+    GrowthError,
+    NonFiniteError,
+    SecondDerivativeError,
+    ShapeError,
+    SoftDBError,
+    StaleReadError,
+    UnknownIdError,
+)
+from softdb.functional import Read
+from softdb.index import IndexConfig, IndexStats
+from softdb.store import Rows, SoftKVStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "DuplicateIdError",
+    "FieldError",
+    "GrowthError",
+    "IndexConfig",
+    "IndexStats",
+    "NonFiniteError",
+    "Read",
+    "Rows",
+    "SecondDerivativeError",
+    "ShapeError",
+    "SoftDBError",
+    "SoftKVStore",
+    "StaleReadError",
+    "UnknownIdError",
+    "__version__",
+    "errors",
+    "functional",
+]

@@ -1,0 +1,237 @@
+"""What softdb raises, and the checks that raise it.
+
+::
+
+    SoftDBError
+    ├── ArgumentError          (ValueError)    an argument is out of range or does not fit the others
+    │   ├── ShapeError                         a tensor has the wrong shape
+    │   ├── DeviceError                        a tensor lies on the wrong device
+    │   ├── NonFiniteError                     NaN or infinity where a finite number is needed
+    │   └── DuplicateIdError                   an id is given twice, or exists already
+    ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
+    ├── UnknownIdError         (KeyError)      no row has this id
+    ├── FieldError             (KeyError)      a field is unknown, missing or reserved
+    ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first
+    ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
+    └── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+
+Whenever one of these is raised by a method that writes, nothing has been written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "DuplicateIdError",
+    "FieldError",
+    "GrowthError",
+    "NonFiniteError",
+    "SecondDerivativeError",
+    "ShapeError",
+    "SoftDBError",
+    "StaleReadError",
+    "UnknownIdError",
+]
+
+
+class SoftDBError(Exception):
+    """The root of everything softdb raises on purpose."""
+
+
+class ArgumentError(SoftDBError, ValueError):
+    """An argument is out of range or does not fit the others."""
+
+
+class ShapeError(ArgumentError):
+    """A tensor has the wrong shape."""
+
+
+class DeviceError(ArgumentError):
+    """A tensor lies on the wrong device."""
+
+
+class NonFiniteError(ArgumentError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class DuplicateIdError(ArgumentError):
+    """An id is given twice, or exists already."""
+
+
+class DtypeError(SoftDBError, TypeError):
+    """A tensor or an argument has the wrong type."""
+
+
+class _LookupFailure(SoftDBError, KeyError):
+    __str__ = Exception.__str__  # KeyError would print the message as a quoted repr
+
+
+class UnknownIdError(_LookupFailure):
+    """No row has this id."""
+
+
+class FieldError(_LookupFailure):
+    """A field is unknown, missing or reserved."""
+
+
+class GrowthError(SoftDBError, RuntimeError):
+    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP."""
+
+
+class StaleReadError(SoftDBError, RuntimeError):
+    """A row that a read used was changed before the read's backward."""
+
+
+class SecondDerivativeError(SoftDBError, RuntimeError):
+    """An exact read was differentiated twice."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> int:
+    """``value`` as an int that is at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
+    number = int(value.__index__())
+    if number < 1:
+        raise ArgumentError(f"{name}: expected an integer of at least 1, got {number}")
+    return number
+
+
+def check_float_tensor(
+    name: str, value: object, shape: Sequence[int | None], device: torch.device | None = None
+) -> Tensor:
+    """``value`` if it is a floating tensor whose last dimensions are ``shape`` (``None``: any size)."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(
+            f"{name}: expected a floating-point torch.Tensor, got {describe(value)}; convert it with torch.as_tensor"
+        )
+    if not value.is_floating_point():
+        raise DtypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+    check_shape(name, value, shape)
+    if device is not None and value.device != device:
+        raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
+    return value
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
+    """Raise unless the last dimensions of ``value`` are ``shape`` (``None``: any size; a leading ``-1``: any number)."""
+    leading = bool(shape) and shape[0] == -1
+    wanted = shape[1:] if leading else shape
+    found = tuple(value.shape)
+    fits = len(found) >= len(wanted) if leading else len(found) == len(wanted)
+    if fits:
+        tail = found[len(found) - len(wanted) :]
+        fits = all(want is None or want == have for want, have in zip(wanted, tail, strict=True))
+    if not fits:
+        sizes = ["..."] * leading + ["any" if want is None else str(want) for want in wanted]
+        raise ShapeError(f"{name}: expected shape ({', '.join(sizes)}{',' * (len(sizes) == 1)}), got {found}")
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no entry of ``value`` is NaN or infinite, in one pass that allocates nothing."""
+    # A sum is finite when every term is; when it is not, the terms may merely have overflowed together.
+    return math.isfinite(value.detach().sum().item()) or bool(torch.isfinite(value).all())
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise if an entry of ``value`` is NaN or infinite."""
+    if not is_finite(value):
+        bad = int((~torch.isfinite(value)).sum())
+        raise NonFiniteError(
+            f"{name}: expected finite numbers in {value.dtype}, got {bad} that are NaN or infinite; "
+            "remove or rescale these rows"
+        )
+
+
+def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool = False) -> Tensor:
+    """``value`` as int64 ids on the CPU, in its own shape.
+
+    ``repeats`` allows an id twice; ``padding`` allows -1.
+    """
+    if isinstance(value, Tensor):
+        ids = value.detach()
+    else:
+        try:
+            ids = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
+        if ids.numel() == 0:
+            ids = ids.to(torch.int64)
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are whole numbers")
+    ids = ids.to(device="cpu", dtype=torch.int64)
+    if ids.numel():
+        lowest = int(ids.min())
+        if lowest < (-1 if padding else 0):
+            wanted = "of at least 0, or -1 for padding" if padding else "of at least 0"
+            raise ArgumentError(f"{name}: expected ids {wanted}, got {lowest}")
+    if not repeats:
+        check_vector(name, ids)
+        check_unique(name, ids)
+    return ids
+
+
+def check_vector(name: str, ids: Tensor) -> None:
+    """Raise unless ``ids`` has one dimension."""
+    if ids.dim() != 1:
+        raise ShapeError(f"{name}: expected a 1-dimensional list of ids, got shape {tuple(ids.shape)}")
+
+
+def check_unique(name: str, ids: Tensor) -> None:
+    """Raise if an id occurs twice."""
+    ordered = ids.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise DuplicateIdError(f"{name}: expected each id once, got {list_ids(twice.unique())} more than once")
+
+
+def check_temperature(value: float | Tensor, shape: Sequence[int]) -> float | Tensor:
+    """``value`` if it is a positive finite number, or a tensor of them that broadcasts to ``shape``."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise DtypeError(f"temperature: expected a float or a floating-point tensor, got {value.dtype}")
+        try:
+            fits = torch.broadcast_shapes(value.shape, tuple(shape)) == torch.Size(shape)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ShapeError(
+                f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
+                f"{tuple(shape)}, got shape {tuple(value.shape)}"
+            )
+        if not bool(((value > 0) & (value < math.inf)).all()):
+            raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with others")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DtypeError(f"temperature: expected a float or a tensor, got {describe(value)}")
+    if not 0 < value < math.inf:
+        raise ArgumentError(f"temperature: expected a finite number above 0, got {value}")
+    return float(value)
+
+
+def list_ids(ids: Tensor) -> str:
+    """A few of ``ids``, for a message."""
+    shown = ", ".join(str(number) for number in ids[:5].tolist())
+    return shown if len(ids) <= 5 else f"{shown} and {len(ids) - 5} more"
+
+
+def describe(value: Any) -> str:
+    """What ``value`` is, for a message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 40 else f"a {type(value).__name__}"

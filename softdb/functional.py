@@ -1,0 +1,530 @@
+"""Reads as pure functions of tensors: `soft_read`, `topk_read`, and `merge` of what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from softdb.blockwise import Scan, check_scores, exact_read, full_precision, gather_rows, gathered_scores
+from softdb.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_float_tensor,
+    check_ids,
+    check_positive,
+    check_temperature,
+    describe,
+)
+from softdb.filters import Selection
+from softdb.normalizers import check_normalizer, softmax, straight_through
+from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+
+__all__ = ["Read", "merge", "soft_read", "topk_read"]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One answered batch of queries; the leading shape is the query's.
+
+    ``values``, ``weights``, ``scores``, ``lse`` and ``mass`` are differentiable.
+
+    Attributes:
+        values: The answer, (..., value_dim), in the query's dtype (under autocast: its dtype).
+        ids: The rows behind it, (..., k) int64, best first; -1 where fewer than k rows could be seen. None for an
+            exact read without ``k``.
+        weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
+        scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
+        lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
+        mass: The fraction of the softmax over all allowed rows that the rows in ``ids`` hold, (...,); 1 for an exact
+            read without ``k``, 0 where there was nothing to read, NaN when unknown.
+        error: The estimated relative error of ``values``, (...,), where a tail or a tolerance was asked for.
+        normalizer: How scores became weights; "hard" for a hard read.
+    """
+
+    values: Tensor
+    ids: Tensor | None
+    weights: Tensor | None
+    scores: Tensor | None
+    lse: Tensor
+    mass: Tensor
+    error: Tensor | None = None
+    normalizer: str = "softmax"
+
+
+def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
+    """The same read with ``function`` applied to every tensor."""
+    tensors = {field.name: getattr(read, field.name) for field in fields(read)}
+    return replace(read, **{name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)})
+
+
+# -- the two kinds of read, over G groups of B queries --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Keys and values to read from, as blocks and row by row.
+
+    Attributes:
+        keys, values: (G, N, width).
+        key_rows, value_rows: (M, width) tables in which row n of group g is ``g * N + n``.
+        sparse: Whether gathered rows get row-sparse gradients.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_rows: Tensor
+    value_rows: Tensor
+    sparse: bool
+
+    @classmethod
+    def of_groups(cls, keys: Tensor, values: Tensor) -> Tables:  # (G, N, d), (G, N, dv)
+        return cls(keys, values, keys.flatten(0, 1), values.flatten(0, 1), sparse=False)
+
+    def place(self, rows: Tensor) -> Tensor:  # (G, B, k) row numbers -> (G B, k) places in the flat tables
+        groups, count = self.keys.shape[:2]
+        if groups == 1:
+            return rows[0]
+        first = torch.arange(groups, device=rows.device).view(-1, 1, 1) * count
+        return torch.where(rows < 0, rows, rows + first).flatten(0, 1)
+
+    def gather_keys(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        return gather_rows(self.key_rows, places, dtype, sparse=self.sparse)
+
+    def gather_values(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        return gather_rows(self.value_rows, places, dtype, sparse=self.sparse)
+
+
+def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
+    """An exact read of prepared queries (G, B, w); everything in ``scan.dtype``."""
+    hard = normalizer == "straight_through"
+    values, lse, best, rows = exact_read(query, tables.keys, tables.values, scan, k or int(hard))
+    mass = (lse > -torch.inf).to(lse.dtype)
+    if best is None or rows is None:
+        return Read(values, None, None, None, lse, mass)
+    places = tables.place(rows)
+    if hard:
+        found = _choose(tables, places, scan.dtype).view_as(values)
+        values = straight_through(found, values)
+    if k is None:
+        return Read(values, None, None, None, lse, mass, normalizer=normalizer)
+    scores = best
+    if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and tables.keys.shape[1]:
+        again = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
+        again = again.masked_fill(places < 0, -torch.inf)
+        # The kernel's own scores, so that weights and log-sum-exp agree to the last bit.
+        scores = straight_through(best, again.view_as(best))
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    total = weights.sum(-1)
+    mass = straight_through(total.clamp(max=1.0), total)
+    if hard:
+        weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
+    return Read(values, rows, weights, scores, lse, mass, normalizer=normalizer)
+
+
+def read_candidates(
+    query: Tensor, tables: Tables, scan: Scan, rows: Tensor, normalizer: str, *, complete: Tensor
+) -> Read:
+    """A read of prepared queries (G, B, w) over candidates (G, B, k), -1 at padding; everything in ``scan.dtype``.
+
+    ``complete`` (G, B) says for which queries the candidates are known to be all rows that may be seen.
+    """
+    # By ascending row and then, stably, by score: ties go to the lowest row.
+    rows = torch.where(rows < 0, torch.iinfo(rows.dtype).max, rows).sort(-1).values
+    rows = rows.masked_fill(rows == torch.iinfo(rows.dtype).max, -1)
+    places = tables.place(rows)
+    width = tables.values.shape[-1]
+    if tables.keys.shape[1] == 0:
+        scores = query.new_full(places.shape, -torch.inf, dtype=scan.dtype)
+        values = query.new_zeros(*places.shape, width, dtype=scan.dtype)
+    else:
+        scores = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
+        scores = scores.masked_fill(places < 0, -torch.inf)
+        values = tables.gather_values(places, scan.dtype)
+    weights, lse = softmax(scores)
+    check_scores(lse)
+    blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+    order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+    rows = rows.flatten(0, 1).gather(-1, order)
+    weights, scores = weights.gather(-1, order), scores.gather(-1, order)
+    if normalizer == "straight_through":
+        first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)
+        first = first.masked_fill(rows[:, :1] < 0, 0.0)
+        blend = straight_through(first, blend)
+        weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
+    mass = torch.where(complete.flatten(), 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
+    flat = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
+    return transform(flat, lambda tensor: tensor.unflatten(0, query.shape[:2]))
+
+
+def _choose(tables: Tables, places: Tensor, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+    """The value of each query's best row, 0 where there is none."""
+    first = places[:, 0]
+    if tables.values.shape[1] == 0:
+        return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
+    values = gather_rows(tables.value_rows.detach(), first, dtype, sparse=False)
+    return values.masked_fill((first < 0).unsqueeze(-1), 0.0)
+
+
+def _one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    weights = torch.zeros_like(rows, dtype=dtype)
+    weights[..., 0] = (rows[..., 0] >= 0).to(dtype)
+    return weights
+
+
+def answer_dtype(query: Tensor) -> torch.dtype:
+    """The dtype that ``read.values`` comes in: the query's, or autocast's where it is on."""
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        return torch.get_autocast_dtype(query.device.type)
+    return query.dtype
+
+
+# -- public -----------------------------------------------------------------------------------------------------------------
+
+
+def soft_read(
+    query: Tensor,  # (*batch, B, d)
+    keys: Tensor,  # (*batch, N, d)
+    values: Tensor,  # (*batch, N, dv)
+    *,
+    metric: Metric = "scaled_dot",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,  # (*batch, B, N)
+    k: int | None = None,
+    normalizer: str = "softmax",
+) -> Read:
+    """Read in-graph keys and values exactly.
+
+    Equal to::
+
+        scores = query @ keys.mT / sqrt(d) / temperature          # for the metric "scaled_dot"
+        values = softmax(scores.masked_fill(~mask, -inf)) @ values
+
+    but the (B, N) scores and weights are never held, forward or backward, a query that may see no row gets zeros
+    instead of NaN, and the log-sum-exp comes with it. Gradients reach every floating-point input. There are no second
+    derivatives: asking for one is a `SecondDerivativeError`.
+
+    Batch dimensions broadcast: tensors of a multi-head layer, (batch, heads, n, d), are read as they are, and so are
+    keys that several heads share, (batch, 1, n, d).
+
+    Args:
+        query: What is looked for, (*batch, B, d), floating point.
+        keys: What the rows advertise, (*batch, N, d).
+        values: What the rows deliver, (*batch, N, dv).
+        metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scores`.
+        temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
+        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen.
+        k: How many of the best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
+        normalizer: "softmax", or "straight_through": the best row's value forward, the blend's gradient backward.
+
+    Returns:
+        A `Read` whose ids are row numbers.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is not as above.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; computed as FlashAttention (arXiv 2205.14135).
+
+    Example:
+        >>> import torch
+        >>> from softdb.functional import soft_read
+        >>> heads = torch.randn(2, 4, 10, 8)                          # (batch, heads, n, d)
+        >>> causal = torch.ones(10, 10, dtype=torch.bool).tril()
+        >>> soft_read(heads, heads, heads, mask=causal).values.shape
+        torch.Size([2, 4, 10, 8])
+    """
+    _check_operands(query, keys, values, metric, temperature, normalizer)
+    if k is not None:
+        k = check_positive("k", k)
+    batch = _batch_shape(query, keys, values)
+    if mask is not None:
+        _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
+    with full_precision(query.device):
+        dtype = compute_dtype(query, keys, values)
+        centre = centre_of(query, metric)
+        operand = prepare_query(query, metric, temperature, centre, dtype)
+        fold = _Fold(batch, keys, values)
+        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
+        scan = Scan(metric, centre, selection, dtype)
+        tables = Tables.of_groups(fold.table(keys), fold.table(values))
+        read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
+    return finish(read, query, fold.unfold)
+
+
+def topk_read(
+    query: Tensor,  # (*batch, B, d)
+    keys: Tensor,  # (*batch, N, d)
+    values: Tensor,  # (*batch, N, dv)
+    candidates: Tensor,  # (*batch, B, k)
+    *,
+    metric: Metric = "scaled_dot",
+    temperature: float | Tensor = 1.0,
+    normalizer: str = "softmax",
+) -> Read:
+    """Read, for each query, only its own candidate rows.
+
+    Equal to::
+
+        scores = (query[..., None, :] * keys[candidates]).sum(-1) / sqrt(d) / temperature
+        values = softmax(scores) @ values[candidates]
+
+    whatever found the candidates; scores come from the keys given here. Gradients reach every floating-point input,
+    twice differentiable. Holds the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
+
+    Args:
+        query: What is looked for, (*batch, B, d), floating point.
+        keys: What the rows advertise, (*batch, N, d).
+        values: What the rows deliver, (*batch, N, dv).
+        candidates: Row numbers, (*batch, B, k) int64, each at most once per query; -1 is padding.
+        metric: "dot", "scaled_dot", "cosine" or "l2".
+        temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
+        normalizer: "softmax" or "straight_through".
+
+    Returns:
+        A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate, else NaN: what the
+        other rows hold is unknown.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError, ArgumentError: An argument is not as
+            above.
+
+    Example:
+        >>> import torch
+        >>> from softdb.functional import topk_read
+        >>> keys = torch.eye(4)
+        >>> read = topk_read(keys[:1], keys, torch.arange(4.)[:, None], torch.tensor([[2, 0, -1]]))
+        >>> read.ids
+        tensor([[ 0,  2, -1]])
+    """
+    _check_operands(query, keys, values, metric, temperature, normalizer)
+    batch = _batch_shape(query, keys, values)
+    candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
+    with full_precision(query.device):
+        dtype = compute_dtype(query, keys, values)
+        centre = centre_of(query, metric)
+        operand = prepare_query(query, metric, temperature, centre, dtype)
+        fold = _Fold(batch, keys, values)
+        scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype)
+        tables = Tables.of_groups(fold.table(keys), fold.table(values))
+        rows = fold.queries(candidates)
+        complete = (rows >= 0).sum(-1) == keys.shape[-2]
+        read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
+    return finish(read, query, fold.unfold)
+
+
+def merge(reads: Sequence[Read]) -> Read:
+    """Join reads of disjoint sets of rows, for the same queries, into the read of all of them.
+
+    Equal to the softmax over the union of the rows: with shares s_i = softmax over i of lse_i::
+
+        values = sum_i s_i values_i,   lse = logsumexp_i lse_i
+
+    so a read over a local, in-graph context and a read of a store make one read, and so do the reads of shards.
+    Differentiable: gradients reach whatever each read's gradients reach.
+
+    Args:
+        reads: At least one `Read`, all with softmax weights and of one leading shape and value width. That their rows
+            are disjoint is the caller's word.
+
+    Returns:
+        A `Read`. Where all reads carry ids, the merged one carries them all, best first; ids of different sources
+        stand side by side, and telling them apart is the caller's part. Its ``mass`` counts what each read considered:
+        NaN if one of them does not know its own.
+
+    Raises:
+        ArgumentError: No reads, or one whose weights are not a softmax's.
+        ShapeError: Shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from softdb.functional import merge, soft_read
+        >>> q, keys, values = torch.randn(3, 8), torch.randn(20, 8), torch.randn(20, 2)
+        >>> halves = [soft_read(q, keys[:9], values[:9]), soft_read(q, keys[9:], values[9:])]
+        >>> torch.allclose(merge(halves).values, soft_read(q, keys, values).values, atol=1e-6)
+        True
+    """
+    reads = list(reads)
+    _check_mergeable(reads)
+    dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
+    with full_precision(reads[0].lse.device):
+        shares, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
+        parts = torch.stack([read.values.to(dtype) for read in reads], dim=-1)  # (..., dv, reads)
+        values = (parts * shares.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)
+        masses = torch.stack([read.mass.to(dtype) for read in reads], dim=-1)
+        scored = [read for read in reads if read.ids is not None]
+        if len(scored) < len(reads):
+            held = torch.where(masses > 0, masses.detach().ceil(), masses)
+            mass = (shares.detach() * held).sum(-1).clamp(max=1.0)
+            return Read(values, None, None, None, lse, mass)
+        ids = torch.cat([read.ids for read in reads if read.ids is not None], dim=-1)
+        scores = torch.cat([read.scores.to(dtype) for read in reads if read.scores is not None], dim=-1)
+        weights = torch.cat(
+            [read.weights.to(dtype) * shares[..., i : i + 1] for i, read in enumerate(reads) if read.weights is not None],
+            dim=-1,
+        )
+        order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+        total = (shares * masses).sum(-1)
+        mass = straight_through(total.clamp(max=1.0), total)
+        return Read(values, ids.gather(-1, order), weights.gather(-1, order), scores.gather(-1, order), lse, mass)
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------------
+
+
+class _Fold:
+    """Batch dimensions brought to G groups of queries, each group with its own rows, and back.
+
+    Batch dimensions along which all keys and values are shared become more queries of one group, so that shared rows
+    are never copied.
+    """
+
+    def __init__(self, batch: tuple[int, ...], keys: Tensor, values: Tensor) -> None:
+        self.batch = batch
+
+        def size(table: Tensor, dimension: int) -> int:
+            missing = len(batch) - (table.dim() - 2)
+            return 1 if dimension < missing else table.shape[dimension - missing]
+
+        dimensions = range(len(batch))
+        self.own = [i for i in dimensions if size(keys, i) != 1 or size(values, i) != 1]
+        self.shared = [i for i in dimensions if i not in self.own]
+        self.groups = 1
+        for i in self.own:
+            self.groups *= batch[i]
+
+    def queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G, S B, x)
+        count = len(self.batch)
+        full = tensor.expand(*self.batch, *tensor.shape[-2:])
+        full = full.permute(*self.own, *self.shared, count, count + 1)
+        return full.reshape(self.groups, self._shared_size() * tensor.shape[-2], tensor.shape[-1])
+
+    def table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G, N, x)
+        sizes = [self.batch[i] if i in self.own else 1 for i in range(len(self.batch))]
+        return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups, *tensor.shape[-2:])
+
+    def mask(self, mask: Tensor) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
+        count = len(self.batch)
+        mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
+        sizes = list(mask.shape)
+        groups, queries = 1, 1
+        if any(sizes[i] != 1 for i in self.own):
+            groups = self.groups
+            for i in self.own:
+                sizes[i] = self.batch[i]
+        if any(sizes[i] != 1 for i in self.shared) or (sizes[count] != 1 and self._shared_size() != 1):
+            for i in self.shared:
+                sizes[i] = self.batch[i]
+        for i in (*self.shared, count):
+            queries *= sizes[i]
+        mask = mask.expand(sizes).permute(*self.own, *self.shared, count, count + 1)
+        return mask.reshape(groups, queries, sizes[-1])
+
+    def unfold(self, tensor: Tensor) -> Tensor:  # (G, S B, *x) -> (*batch, B, *x)
+        rest = tensor.shape[2:]
+        order = [*self.own, *self.shared]
+        height = tensor.shape[1] // max(1, self._shared_size())
+        tensor = tensor.reshape(*[self.batch[i] for i in order], height, *rest)
+        back = [order.index(i) for i in range(len(order))]
+        return tensor.permute(*back, *range(len(order), tensor.dim()))
+
+    def _shared_size(self) -> int:
+        size = 1
+        for i in self.shared:
+            size *= self.batch[i]
+        return size
+
+
+def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Read:
+    """``read`` in the query's leading shape, its values in the dtype they are answered in."""
+    read = transform(read, unfold)
+    return replace(read, values=read.values.to(answer_dtype(query)))
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def _check_operands(
+    query: Tensor, keys: Tensor, values: Tensor, metric: str, temperature: float | Tensor, normalizer: str
+) -> None:
+    check_choice("metric", metric, METRICS)
+    check_normalizer(normalizer)
+    check_float_tensor("query", query, (-1, None, None))
+    check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
+    check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
+    if query.shape[-1] == 0:
+        raise ShapeError("query: expected at least one number per query, got width 0")
+    check_temperature(temperature, query.shape[:-1])
+    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
+        check_finite(name, tensor)
+
+
+def _batch_shape(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    shapes = [tensor.shape[:-2] for tensor in (query, keys, values)]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise ShapeError(
+            "query, keys, values: expected leading dimensions that broadcast, got "
+            + ", ".join(str(tuple(shape)) for shape in shapes)
+        ) from None
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
+    if mask.device != device:
+        raise DeviceError(f"mask: expected a tensor on {device}, got one on {mask.device}; move it with .to()")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(f"mask: expected a shape broadcastable to {shape}, got {tuple(mask.shape)}")
+
+
+def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    if not isinstance(candidates, Tensor):
+        raise DtypeError(f"candidates: expected an int64 tensor, got {describe(candidates)}")
+    if candidates.device != device:
+        raise DeviceError(f"candidates: expected a tensor on {device}, got one on {candidates.device}")
+    ids = check_ids("candidates", candidates, repeats=True, padding=True)
+    try:
+        fits = ids.dim() > 0 and torch.broadcast_shapes(ids.shape[:-1], shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(
+            f"candidates: expected shape ({', '.join([*map(str, shape), 'k'])}), row numbers for each query, "
+            f"got {tuple(candidates.shape)}"
+        )
+    if ids.shape[-1] == 0:
+        raise ArgumentError("candidates: expected at least one column, got 0; use -1 for padding")
+    if ids.numel() and int(ids.max()) >= count:
+        raise ArgumentError(f"candidates: expected row numbers below {count}, got {int(ids.max())}")
+    ordered = ids.sort(-1).values
+    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+        raise ArgumentError("candidates: expected each row at most once per query, got one twice")
+    return ids.expand(*shape, -1).to(device)
+
+
+def _check_mergeable(reads: list[Read]) -> None:
+    if not reads:
+        raise ArgumentError("reads: expected at least one Read, got none")
+    for read in reads:
+        if not isinstance(read, Read):
+            raise DtypeError(f"reads: expected Read objects, got {describe(read)}")
+        if read.normalizer != "softmax":
+            raise ArgumentError(
+                f"reads: expected reads with softmax weights, got one with {read.normalizer!r}; "
+                "only a softmax can be put together from its parts"
+            )
+        if read.values.shape != reads[0].values.shape:
+            raise ShapeError(
+                f"reads: expected one shape of values, got {tuple(reads[0].values.shape)} and {tuple(read.values.shape)}"
+            )

@@ -1,0 +1,407 @@
+"""Which row lies where: ids, slots, fields, and what changed when.
+
+A *slot* is a row's place in the tensors. Slots never move, since optimiser state and gradients are laid out by slot;
+a deleted row leaves a hole that a later row fills, lowest slot first. Ids are the user's names for rows: an int64
+each, assigned in order and never twice.
+
+`RowTable` keeps the books and calls nobody. Whoever depends on rows (an index, a read that waits for its backward)
+remembers the ``version`` it saw and asks what changed since.
+"""
+
+from __future__ import annotations
+
+import heapq
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from softdb.errors import (
+    ArgumentError,
+    DtypeError,
+    DuplicateIdError,
+    FieldError,
+    ShapeError,
+    StaleReadError,
+    UnknownIdError,
+    describe,
+    list_ids,
+)
+
+__all__ = ["RowTable", "Snapshot"]
+
+MAX_ID = 2**63 - 2
+
+
+class RowTable(nn.Module):
+    """Ids, fields, live slots and change versions of a table of rows.
+
+    Args:
+        fields: Names of the integer fields that every row carries.
+        device: Where the buffers lie: beside the keys and values that they describe.
+    """
+
+    ids: Tensor  # (capacity,) int64, -1 at a free slot
+    field_values: Tensor  # (capacity, number of fields) int64
+    next_id: Tensor  # () int64
+    changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed
+
+    def __init__(self, fields: Sequence[str], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.fields = check_field_names(fields)
+        self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
+        self.register_buffer("field_values", torch.empty(0, len(self.fields), dtype=torch.int64, device=device))
+        self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("changed_at", torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        self.version = 0
+        self.used = 0  # slots [used, capacity) have never held a row
+        self.moved_at = 0  # the version at which every row last changed at once
+        self._next_id = 0
+        self._free: list[int] = []  # a heap: the holes below `used`
+        self._slots = SlotTable()
+        self._live: tuple[int, Tensor | None] = (0, None)
+        self._live_slots: tuple[int, Tensor] | None = None
+
+    # -- reading the books ------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return self.used - len(self._free)
+
+    def find(self, ids: Tensor) -> Tensor:  # (m,) int64 on the CPU -> (m,)
+        """The slots of ``ids``, -1 where there is no such row."""
+        return self._slots.find(ids)
+
+    def slots_of(self, name: str, ids: Tensor) -> Tensor:
+        """The slots of ``ids``; an id without a row is an error that names the argument ``name``."""
+        slots = self.find(ids)
+        missing = ids[slots < 0]
+        if len(missing):
+            raise UnknownIdError(f"{name}: expected ids of rows in the store, got unknown {list_ids(missing)}")
+        return slots
+
+    def ids_at(self, slots: Tensor) -> Tensor:
+        """The ids at ``slots``, -1 where the slot is -1."""
+        if self.capacity == 0:
+            return torch.full_like(slots, -1)
+        return self.ids[slots.clamp(min=0)].masked_fill_(slots < 0, -1)
+
+    def live(self) -> Tensor | None:
+        """Which slots below ``used`` hold a row: (used,) bool, or None where all do. Do not write to it."""
+        version, mask = self._live
+        if version != self.version:
+            mask = self.ids[: self.used] >= 0 if self._free else None
+            self._live = (self.version, mask)
+        return mask
+
+    def live_slots(self) -> Tensor:
+        """The slots that hold a row, ascending. Do not write to it."""
+        if self._live_slots is None or self._live_slots[0] != self.version:
+            mask = self.live()
+            slots = torch.arange(self.used, device=self.ids.device) if mask is None else mask.nonzero().squeeze(-1)
+            self._live_slots = (self.version, slots)
+        return self._live_slots[1]
+
+    def view(self, slots: slice | Tensor) -> Mapping[str, Tensor]:
+        """The rows at ``slots`` as a filter sees them: their id and fields by name, id -1 at slot -1."""
+        if isinstance(slots, slice):
+            ids, fields = self.ids[slots], self.field_values[slots]
+        else:
+            ids, fields = self.ids_at(slots), self.field_values[slots.clamp(min=0)]
+        return {"id": ids} | {name: fields[..., column] for column, name in enumerate(self.fields)}
+
+    # -- what changed -----------------------------------------------------------------------------------------------
+
+    def changed_since(self, version: int) -> Tensor:
+        """The slots that changed after ``version``, ascending."""
+        if self.moved_at > version:
+            return torch.arange(self.used, device=self.ids.device)
+        return (self.changed_at[: self.used] > version).nonzero().squeeze(-1)
+
+    def mark_changed(self, slots: Tensor) -> None:
+        """Note that the rows at ``slots`` are not what they were."""
+        if len(slots):
+            self.version += 1
+            self.changed_at[slots.to(self.ids.device)] = self.version
+
+    def mark_moved(self) -> None:
+        """Note that every row may have changed."""
+        self.version += 1
+        self.moved_at = self.version
+
+    # -- writing: callers have checked their arguments ----------------------------------------------------------------
+
+    def new_ids(self, count: int) -> Tensor:
+        """The next ``count`` ids; they are taken only once they are placed."""
+        if self._next_id + count - 1 > MAX_ID:
+            raise ArgumentError(f"ids: the ids up to {MAX_ID} are used up; give ids of deleted rows explicitly")
+        return torch.arange(self._next_id, self._next_id + count)
+
+    def check_new(self, ids: Tensor) -> None:
+        """Raise if one of ``ids`` names a row already, or is too large to be one."""
+        taken = ids[self.find(ids) >= 0]
+        if len(taken):
+            raise DuplicateIdError(f"ids: expected ids that are not in the store, got existing {list_ids(taken)}")
+        check_largest(ids)
+
+    def slots_needed(self, count: int) -> int:
+        """The capacity that ``count`` more rows need."""
+        return self.used + max(0, count - len(self._free))
+
+    def place(self, ids: Tensor) -> Tensor:  # (m,) new ids, on the CPU
+        """Give each of ``ids`` a slot, the lowest first, within the capacity; the slots, on the CPU."""
+        count = len(ids)
+        holes = min(count, len(self._free))
+        if holes and holes == len(self._free):
+            slots = sorted(self._free)
+            self._free = []
+        else:
+            slots = [heapq.heappop(self._free) for _ in range(holes)]
+        fresh = count - holes
+        placed = torch.cat([torch.tensor(slots, dtype=torch.int64), torch.arange(self.used, self.used + fresh)])
+        self.used += fresh
+        self._slots.put(ids, placed)
+        self.ids[placed.to(self.ids.device)] = ids.to(self.ids.device)
+        if count:
+            self._set_next_id(max(self._next_id, int(ids.max()) + 1))
+        self.mark_changed(placed)
+        return placed
+
+    def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
+        for name, column in fields.items():
+            self.field_values[slots.to(self.ids.device), self.fields.index(name)] = column.to(self.ids.device)
+
+    def remove(self, ids: Tensor, slots: Tensor) -> None:
+        """Forget the rows ``ids`` at ``slots``."""
+        self._slots.remove(ids)
+        self.ids[slots.to(self.ids.device)] = -1
+        self.mark_changed(slots)
+        holes = slots.tolist()
+        if len(holes) * 8 > len(self._free):
+            self._free.extend(holes)
+            heapq.heapify(self._free)
+        else:
+            for slot in holes:
+                heapq.heappush(self._free, slot)
+
+    def resize(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows, at least those in use."""
+        # All are made before any is set: memory may run out in between.
+        buffers = {"ids": resized(self.ids, capacity, fill=-1)}
+        buffers["field_values"] = resized(self.field_values, capacity)
+        buffers["changed_at"] = resized(self.changed_at, capacity)
+        for name, buffer in buffers.items():
+            setattr(self, name, buffer)
+
+    def rebuild(self) -> None:
+        """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
+        ids = self.ids.cpu()
+        live = (ids >= 0).nonzero().squeeze(-1)
+        self.used = int(live[-1]) + 1 if len(live) else 0
+        self._free = (ids[: self.used] < 0).nonzero().squeeze(-1).tolist()  # ascending, so a heap
+        self._slots = SlotTable()
+        self._slots.put(ids[live], live)
+        self._set_next_id(max(int(self.next_id), int(ids[live].max()) + 1 if len(live) else 0))
+        self.mark_moved()
+
+    def _set_next_id(self, value: int) -> None:
+        if value != self._next_id or value != int(self.next_id):
+            self._next_id = value
+            self.next_id.fill_(value)
+
+    # -- fields -----------------------------------------------------------------------------------------------------
+
+    def check_fields(self, given: object, count: int, *, complete: bool) -> dict[str, Tensor]:
+        """``given`` as int64 columns of ``count`` entries; with ``complete`` every field must be there."""
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise DtypeError(f"fields: expected a mapping from field name to int64 tensor, got {describe(given)}")
+        known = ", ".join(map(repr, self.fields)) or "none"
+        unknown = [name for name in given if name not in self.fields]
+        if unknown:
+            raise FieldError(f"fields: expected names among this store's fields ({known}), got {unknown[0]!r}")
+        missing = [name for name in self.fields if name not in given]
+        if complete and missing:
+            raise FieldError(f"fields: expected a column for every field ({known}), {missing[0]!r} is missing")
+        return {name: check_column(name, column, count) for name, column in given.items()}
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
+        super()._apply(fn, recurse)
+        self.mark_moved()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.rebuild()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for derived in ("_slots", "_live", "_live_slots", "_free"):
+            del state[derived]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._live, self._live_slots = (-1, None), None
+        self.rebuild()
+
+
+def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(fields, str) or not all(isinstance(name, str) for name in fields):
+        raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
+    names = tuple(fields)
+    if "id" in names:
+        raise FieldError("fields: 'id' is reserved for the row's id; choose another name")
+    if len(set(names)) != len(names):
+        raise FieldError(f"fields: expected each name once, got {names}")
+    return names
+
+
+def check_column(name: str, column: object, count: int) -> Tensor:
+    values = column if isinstance(column, Tensor) else torch.as_tensor(column)
+    if values.numel() == 0:
+        values = values.to(torch.int64)
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {values.dtype}")
+    if values.shape not in ((), (count,)):
+        raise ShapeError(
+            f"fields[{name!r}]: expected one number or shape ({count},), one per row, got {tuple(values.shape)}"
+        )
+    return values.detach().to(torch.int64)
+
+
+def check_largest(ids: Tensor) -> None:
+    if len(ids) and int(ids.max()) > MAX_ID:
+        raise ArgumentError(f"ids: expected ids of at most {MAX_ID}, got {int(ids.max())}")
+
+
+def resized(tensor: Tensor, capacity: int, fill: int = 0) -> Tensor:
+    """A copy of ``tensor`` with ``capacity`` rows: cut, or filled up with ``fill``."""
+    kept = min(len(tensor), capacity)
+    larger = tensor.new_empty(capacity, *tensor.shape[1:])
+    larger[:kept] = tensor[:kept]
+    larger[kept:] = fill
+    return larger
+
+
+class SlotTable:
+    """The map from id to slot.
+
+    Ids that are small beside the number of rows, as assigned ones are, index an array: eight bytes each, and a
+    million are found in a millisecond. The others live in a dict.
+    """
+
+    def __init__(self) -> None:
+        self._array = torch.empty(0, dtype=torch.int64)
+        self._dict: dict[int, int] = {}
+        self._count = 0
+
+    def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
+        small = ids < len(self._array)
+        if small.all():
+            return self._array[ids]
+        slots = torch.empty_like(ids)
+        slots[small] = self._array[ids[small]]
+        slots[~small] = torch.tensor([self._dict.get(number, -1) for number in ids[~small].tolist()], dtype=torch.int64)
+        return slots
+
+    def put(self, ids: Tensor, slots: Tensor) -> None:
+        """Enter new ids."""
+        self._count += len(ids)
+        self._widen(ids)
+        small = ids < len(self._array)
+        self._array[ids[small]] = slots[small]
+        if not small.all():
+            self._dict.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
+
+    def remove(self, ids: Tensor) -> None:
+        self._count -= len(ids)
+        small = ids < len(self._array)
+        self._array[ids[small]] = -1
+        for number in ids[~small].tolist():
+            del self._dict[number]
+
+    def _widen(self, ids: Tensor) -> None:
+        """Let the array reach the largest of ``ids`` that keeps it within a few entries per row."""
+        limit = 4 * self._count + 1024
+        within = ids[ids < limit]
+        if len(within) == 0 or int(within.max()) < len(self._array):
+            return
+        size = min(limit, max(int(within.max()) + 1, 2 * len(self._array)))
+        self._array = resized(self._array, size, fill=-1)
+        moving = [number for number in self._dict if number < size] if self._dict else []
+        for number in moving:
+            self._array[number] = self._dict.pop(number)
+
+
+class Snapshot:
+    """What a read saw, to be checked again before its backward.
+
+    Args:
+        table: The rows that were read.
+        used: Which slots the read may have used: a bool mask over the first slots, a tensor of slots (-1 is
+            padding), or None for every slot that held a row.
+    """
+
+    def __init__(self, table: RowTable, used: Tensor | None) -> None:
+        self._table = table
+        self._version = table.version
+        self._first = table.used
+        self._used = table.live() if used is None else used
+
+    def check(self) -> None:
+        """Raise `StaleReadError` if a row that the read used has changed since."""
+        if self._table.version == self._version:
+            return
+        changed = self._table.changed_since(self._version)
+        changed = changed[changed < self._first]
+        if self._used is not None:
+            if self._used.dtype == torch.bool:
+                changed = changed[self._used[changed]]
+            else:
+                changed = changed[torch.isin(changed, self._used)]
+        if len(changed):
+            raise StaleReadError(
+                f"{len(changed)} of the rows that this read used (slots {list_ids(changed)}) were changed, deleted or "
+                "moved by an optimiser before its backward, so their gradients would be wrong; call backward() "
+                "before writing to the store, or read again"
+            )
+
+
+# -- optimisers ---------------------------------------------------------------------------------------------------------
+
+# Which table's rows a Parameter holds. Written tensors' version counters do not betray fused optimisers, whose step
+# hook does fire; the hook is registered with the first trainable table.
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_hooked = False
+
+
+def watch(parameter: nn.Parameter, table: RowTable) -> None:
+    """Have ``table`` note every optimiser step that moves ``parameter``."""
+    global _hooked
+    _tables[parameter] = weakref.ref(table)
+    if not _hooked:
+        register_optimizer_step_post_hook(_after_step)
+        _hooked = True
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    moved: list[RowTable] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reference = _tables.get(parameter)
+            table = reference() if reference is not None and parameter.grad is not None else None
+            if table is not None and all(table is not other for other in moved):
+                moved.append(table)
+    for table in moved:
+        table.mark_moved()

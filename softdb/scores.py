@@ -1,0 +1,97 @@
+"""Metrics: how well a query matches a key.
+
+Every metric is brought to one form, a dot product of *prepared* operands::
+
+    scores = prepare_query(query) @ prepare_keys(keys).T          # (B, N), already divided by the temperature
+
+so that the kernels know one product and no metric:
+
+===========  ==========================  =====================================  ======================
+metric       score, before temperature   prepared query                         prepared key
+===========  ==========================  =====================================  ======================
+dot          q·k                         q / T                                  k
+scaled_dot   q·k / √key_dim              q / (√key_dim T)                       k
+cosine       q·k / (‖q‖ ‖k‖)             q / (‖q‖ T)                            k / ‖k‖
+l2           −‖q − k‖²                   [2(q−c), −1, −‖q−c‖²] / T              [k−c, ‖k−c‖², 1]
+===========  ==========================  =====================================  ======================
+
+The l2 expansion subtracts numbers of the size of ‖k−c‖² to find distances that may be far smaller. Two things keep
+it accurate: the centre c (the mean query; any c gives the same score), and float64 operands where float32 was given.
+Preparation is made of differentiable torch operations, so gradients to the query and the temperature need no formula
+of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["METRICS", "Metric", "centre_of", "compute_dtype", "operand_dtype", "prepare_keys", "prepare_query"]
+
+Metric = Literal["dot", "scaled_dot", "cosine", "l2"]
+METRICS: tuple[str, ...] = get_args(Metric)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which a read over ``tensors`` is computed: at least float32, float64 if any of them is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def operand_dtype(metric: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the prepared operands of a read that is computed in ``dtype``."""
+    return torch.float64 if metric == "l2" else dtype
+
+
+def centre_of(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
+    """The point that l2 is expanded around; None for the other metrics."""
+    if metric != "l2" or query.numel() == 0:
+        return None
+    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=torch.float64)
+
+
+def prepare_query(
+    query: Tensor,  # (..., d)
+    metric: str,
+    temperature: float | Tensor,  # a number, or broadcastable to (...,)
+    centre: Tensor | None,  # (d,)
+    dtype: torch.dtype,
+) -> Tensor:  # (..., operand width)
+    """The left operand of the product that gives the scores."""
+    operand = query.to(operand_dtype(metric, dtype))
+    if metric == "l2":
+        if centre is not None:
+            operand = operand - centre
+        squared = operand.square().sum(-1, keepdim=True)
+        operand = torch.cat([2 * operand, -torch.ones_like(squared), -squared], dim=-1)
+    elif metric == "cosine":
+        operand = F.normalize(operand, dim=-1)
+    divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
+    if isinstance(temperature, Tensor):
+        return operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)
+    divisor *= temperature
+    return operand if divisor == 1.0 else operand / divisor
+
+
+def prepare_keys(
+    keys: Tensor,  # (..., d)
+    metric: str,
+    centre: Tensor | None,  # (d,)
+    dtype: torch.dtype,
+) -> Tensor:  # (..., operand width)
+    """The right operand of the product that gives the scores; ``keys`` itself where nothing is to be done."""
+    operand = keys.to(operand_dtype(metric, dtype))
+    if metric == "cosine":
+        return F.normalize(operand, dim=-1)
+    if metric == "l2":
+        if centre is not None:
+            operand = operand - centre
+        squared = operand.square().sum(-1, keepdim=True)
+        return torch.cat([operand, squared, torch.ones_like(squared)], dim=-1)
+    return operand

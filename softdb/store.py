@@ -1,0 +1,625 @@
+"""`SoftKVStore`: a table of keys and values that is read softly, hard, or by its k best rows."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softdb.blockwise import Scan, exact_top_k, full_precision
+from softdb.errors import (
+    ArgumentError,
+    DtypeError,
+    GrowthError,
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_float_tensor,
+    check_ids,
+    check_positive,
+    check_temperature,
+    check_vector,
+    describe,
+)
+from softdb.filters import Selection, Where, select
+from softdb.functional import Read, Tables, finish, read_candidates, read_exactly
+from softdb.index import Index, IndexConfig, IndexStats
+from softdb.normalizers import check_normalizer
+from softdb.rows import RowTable, Snapshot, resized, watch
+from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+
+__all__ = ["Mode", "Rows", "SoftKVStore"]
+
+Mode = Literal["exact", "topk", "hard"]
+MODES = ("exact", "topk", "hard")
+Ids = Tensor | Sequence[int]
+Fields = Mapping[str, Tensor | Sequence[int] | int]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows as `SoftKVStore.get` returns them: copies, in the order asked for.
+
+    Attributes:
+        keys: (m, key_dim).
+        values: (m, value_dim).
+        fields: Field name to int64 (m,).
+    """
+
+    keys: Tensor
+    values: Tensor
+    fields: dict[str, Tensor]
+
+
+class SoftKVStore(nn.Module):
+    """A soft database: rows of keys and values, answered by a blend of the values.
+
+    Equal, for the default metric, to::
+
+        scores = query @ keys.T / sqrt(key_dim) / temperature     # match
+        weights = softmax(scores)                                 # normalise
+        output = weights @ values                                 # retrieve
+
+    over the rows it holds, without holding the (B, N) scores or weights.
+
+    Args:
+        key_dim: Width of queries and keys.
+        value_dim: Width of values; their own space.
+        metric: "dot", "scaled_dot" (q·k / √key_dim), "cosine" or "l2" (−‖q − k‖²).
+        temperature: Divides the scores of every read that names no other. For a learnable one pass a tensor to
+            `read`.
+        trainable: Whether ``keys`` and ``values`` are Parameters; else they are buffers. Gradients reach the query
+            and a tensor temperature either way.
+        fields: Names of int64 fields that every row carries, for ``where``.
+        index: How top-k reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
+        device, dtype: Of the stored tensors, as for any module.
+
+    Attributes:
+        keys: (capacity, key_dim), in slot order. Slots without a row hold zeros.
+        values: (capacity, value_dim).
+
+    Raises:
+        ArgumentError, DtypeError, FieldError: An argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from softdb import SoftKVStore
+        >>> store = SoftKVStore(key_dim=2, value_dim=1)
+        >>> store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]))
+        tensor([0, 1])
+        >>> store(torch.tensor([9.0, 0.0]))
+        tensor([10.0172])
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        key_dim: int,
+        value_dim: int,
+        *,
+        metric: Metric = "scaled_dot",
+        temperature: float = 1.0,
+        trainable: bool = False,
+        fields: Sequence[str] = (),
+        index: str | IndexConfig = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.key_dim = check_positive("key_dim", key_dim)
+        self.value_dim = check_positive("value_dim", value_dim)
+        check_choice("metric", metric, METRICS)
+        self.metric = metric
+        if isinstance(temperature, Tensor):
+            raise DtypeError("temperature: expected a float; pass a tensor to read(temperature=...) instead")
+        self.temperature = check_temperature(temperature, ())
+        if dtype is not None and not dtype.is_floating_point:
+            raise DtypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        if not isinstance(index, (str, IndexConfig)):
+            raise DtypeError(f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}")
+        self.trainable = bool(trainable)
+        for name, width in (("keys", self.key_dim), ("values", self.value_dim)):
+            table = torch.zeros(0, width, device=device, dtype=dtype)
+            if self.trainable:
+                self.register_parameter(name, nn.Parameter(table))
+            else:
+                self.register_buffer(name, table)
+        self.rows = RowTable(fields, device=device)
+        self._index = Index(IndexConfig(index) if isinstance(index, str) else index, metric, self.key_dim)
+        self._open_reads: list[weakref.ref[Tensor]] = []
+        self._watch()
+
+    # -- the table ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return True  # an empty store is still a store
+
+    def __contains__(self, id: object) -> bool:
+        if isinstance(id, Tensor) and id.numel() == 1:
+            id = id.item()
+        if isinstance(id, bool) or not hasattr(id, "__index__"):
+            return False
+        number = id.__index__()
+        return 0 <= number < 2**63 and int(self.rows.find(torch.tensor([number]))) >= 0
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
+        return self.rows.ids[self.rows.live_slots()]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that every row carries."""
+        return self.rows.fields
+
+    def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:
+        """Append rows, copying them: what is stored is cut from the graph that made it.
+
+        For gradients into the encoder that made keys and values, read the in-graph tensors with
+        `softdb.functional.soft_read` and `softdb.functional.merge` that with the store's read.
+
+        Args:
+            keys: (m, key_dim), floating point.
+            values: (m, value_dim), floating point.
+            ids: Ids for the rows, (m,), none of them in the store; else the next m, which rise from 0 and are never
+                handed out twice.
+            fields: A column of m whole numbers, or one number for all, for every field of the store.
+
+        Returns:
+            The ids, (m,) int64.
+
+        Raises:
+            DuplicateIdError: An id is in the store, or is given twice.
+            GrowthError: The storage would have to grow while it cannot; call `reserve` beforehand.
+            ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError: An argument is not as above.
+        """
+        stored_keys, stored_values = self._check_rows(keys, values)
+        columns = self.rows.check_fields(fields, len(keys), complete=True)
+        if ids is None:
+            new = self.rows.new_ids(len(keys))
+        else:
+            new = check_ids("ids", ids)
+            self._check_count(new, len(keys))
+            self.rows.check_new(new)
+        self._make_room(self.rows.slots_needed(len(new)))
+        self._write(self.rows.place(new), stored_keys, stored_values, columns)
+        return new.to(self.keys.device)
+
+    def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None = None) -> None:
+        """Insert rows, or replace those whose id is in the store; copies, as `add` does.
+
+        Args:
+            ids: (m,), each once.
+            keys: (m, key_dim).
+            values: (m, value_dim).
+            fields: A column for every field of the store.
+
+        Raises:
+            As `add`, but an id may exist.
+        """
+        given = check_ids("ids", ids)
+        stored_keys, stored_values = self._check_rows(keys, values)
+        self._check_count(given, len(keys))
+        columns = self.rows.check_fields(fields, len(given), complete=True)
+        slots = self.rows.find(given)
+        new = slots < 0
+        self.rows.check_new(given[new])
+        self._make_room(self.rows.slots_needed(int(new.sum())))
+        self.rows.mark_changed(slots[~new])
+        slots[new] = self.rows.place(given[new])
+        self._write(slots, stored_keys, stored_values, columns)
+
+    def update(
+        self, ids: Ids, keys: Tensor | None = None, values: Tensor | None = None, fields: Fields | None = None
+    ) -> None:
+        """Change parts of rows that exist; copies, as `add` does.
+
+        Args:
+            ids: (m,), each once and in the store.
+            keys: (m, key_dim), or None to leave them.
+            values: (m, value_dim), or None to leave them.
+            fields: Columns for some of the fields.
+
+        Raises:
+            UnknownIdError: An id is not in the store.
+            ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError, DuplicateIdError: An argument is not as
+                above.
+        """
+        given = check_ids("ids", ids)
+        stored_keys = None if keys is None else self._check_table("keys", keys, self.keys)
+        stored_values = None if values is None else self._check_table("values", values, self.values)
+        for table in (stored_keys, stored_values):
+            if table is not None:
+                self._check_count(given, len(table))
+        columns = self.rows.check_fields(fields, len(given), complete=False)
+        slots = self.rows.slots_of("ids", given)
+        if keys is None and values is None and not columns:
+            return
+        self.rows.mark_changed(slots)
+        self._write(slots, stored_keys, stored_values, columns)
+
+    def delete(self, ids: Ids) -> None:
+        """Remove rows. Their ids are never handed out again, though they may be added explicitly.
+
+        Args:
+            ids: (m,), each once and in the store.
+
+        Raises:
+            UnknownIdError: An id is not in the store.
+        """
+        given = check_ids("ids", ids)
+        slots = self.rows.slots_of("ids", given)
+        self.rows.remove(given, slots)
+        # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
+        zeros = torch.zeros((), dtype=self.keys.dtype, device=self.keys.device)
+        self._write(slots, zeros, zeros.to(self.values.dtype), {})
+
+    def get(self, ids: Ids) -> Rows:
+        """The rows ``ids``, in that order, as copies cut from the graph.
+
+        Args:
+            ids: (m,), each in the store; an id may be asked for twice.
+
+        Raises:
+            UnknownIdError: An id is not in the store.
+        """
+        given = check_ids("ids", ids, repeats=True)
+        check_vector("ids", given)
+        slots = self.rows.slots_of("ids", given).to(self.keys.device)
+        row = self.rows.view(slots)
+        fields = {name: row[name] for name in self.rows.fields}
+        return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` rows in all, so that the storage does not grow before.
+
+        Call it before wrapping a trainable store in DistributedDataParallel, and before building one of torch's own
+        optimisers: they lay out their state by the size of ``keys`` and ``values``.
+
+        Raises:
+            GrowthError: A graph over the present storage is alive, or the process group is up.
+        """
+        self._make_room(check_positive("n", n), exactly=True)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def forward(self, query: Tensor, **options: Any) -> Tensor:
+        """``read(query, **options).values``."""
+        return self.read(query, **options).values
+
+    def read(
+        self,
+        query: Tensor,  # (..., key_dim)
+        mode: Mode = "exact",
+        k: int | None = None,
+        where: Where | None = None,
+        exclude: Tensor | None = None,  # (..., m)
+        temperature: float | Tensor | None = None,
+        normalizer: str = "softmax",
+        tail_samples: int = 0,
+        tolerance: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Read:
+        """Answer a batch of queries.
+
+        ========  ================================================================================================
+        exact     ``softmax(scores) @ values`` over every live row that the filters allow; ``lse`` over them all
+        topk      the same over the k best rows, found by the index and scored anew from the live keys
+        hard      ``values[argmax(scores)]``, by an exact search: weight 1, gradient to that row's value only, lse
+                  the top score
+        ========  ================================================================================================
+
+        Ties go to the row in the lowest slot. Where there is nothing to read (an empty store, every row filtered)
+        values are 0, ids -1, lse -inf and mass 0, and gradients are 0.
+
+        Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query.
+
+        Args:
+            query: What is looked for, (..., key_dim), floating point.
+            mode: "exact", "topk" or "hard".
+            k: In topk mode the number of candidates. In exact mode how many of the best rows to report besides.
+            where: Which rows may be seen: a bool tensor in the order of ``store.ids``; an int64 tensor of ids; or a
+                callable ``where(row) -> bool tensor``, where ``row["id"]`` and ``row["field"]`` are int64, (C,) for a
+                block of rows or (B, C) for candidates of the B flattened queries, and the result broadcasts to
+                (B, C).
+            exclude: Ids that each query may not see, (..., m) int64; -1 is padding. An id that is not in the store
+                hides nothing.
+            temperature: Divides the scores instead of the store's: a number above 0, or a tensor, with gradient,
+                broadcastable to the query's leading shape.
+            normalizer: "softmax", or "straight_through": hard forward, soft backward over the rows considered.
+            tail_samples, tolerance, generator: For sampling the rows outside the candidates; not there yet.
+
+        Returns:
+            A `Read`.
+
+        Raises:
+            ArgumentError: A mode does not use an argument that was given, or it is out of range.
+            ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
+            NotImplementedError: A normalizer, ``tail_samples`` or ``tolerance`` that is planned.
+            StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine.
+
+        Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
+        """
+        k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+        check_finite("query", query)
+        leading = query.shape[:-1]
+        chosen = self.temperature if temperature is None else check_temperature(temperature, leading)
+        selection = select(self.rows, tuple(leading), where, exclude)
+        with full_precision(query.device):
+            dtype = compute_dtype(query, self.keys, self.values)
+            centre = centre_of(query, self.metric)
+            operand = prepare_query(query, self.metric, chosen, centre, dtype)
+            operand = operand.reshape(1, -1, operand.shape[-1])
+            scan = Scan(self.metric, centre, selection, dtype)
+            tables = Tables(self.keys[None], self.values[None], self.keys, self.values, sparse=self.trainable)
+            if mode == "exact":
+                read = read_exactly(operand, tables, scan, k, normalizer)
+                used = selection.shared
+            else:
+                slots = self._candidates(query, operand, scan, k)
+                complete = self._complete(slots, selection)
+                read = read_candidates(operand, tables, scan, slots[None], normalizer, complete=complete[None])
+                used = slots.unique()
+        if mode == "hard":
+            read = replace(read, normalizer="hard")
+        read = finish(read, query, lambda tensor: tensor[0].unflatten(0, leading) if leading else tensor[0, 0])
+        read = self._guard(read, used)
+        return read if read.ids is None else replace(read, ids=self.rows.ids_at(read.ids))
+
+    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> Tensor:  # (B, k) slots
+        keys = self.keys.detach()
+        if k is None:
+            return exact_top_k(operand[0], keys, scan, 1)[1]
+        wanted = max(1, min(k, len(self.rows)))
+        slots = self._index.search(query.reshape(-1, self.key_dim), operand[0], keys, self.rows, scan, wanted)
+        return nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1)
+
+    def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)
+        """For which queries the candidates are all the rows that may be seen, as far as is known."""
+        complete = (slots < 0).any(-1)
+        if selection.is_shared and selection.shared_count == slots.shape[-1]:
+            complete = torch.ones_like(complete)
+        return complete
+
+    # -- the index ----------------------------------------------------------------------------------------------------
+
+    def build_index(self) -> None:
+        """Build the index of top-k reads from the rows as they are, whatever it was before.
+
+        Reads do so by themselves when it is due; call it to choose the moment. Where the configuration says that
+        searches are exact ("Flat", or "auto" with few rows) there is nothing to build.
+        """
+        self._index.build(self.rows, self.keys.detach())
+
+    def refresh(self) -> None:
+        """Take the pending rows into the index, so that no search has to go through them."""
+        self._index.refresh(self.rows, self.keys.detach())
+
+    def touch(self, ids: Ids) -> None:
+        """Say that you wrote the rows' tensors yourself, as in ``store.keys.data[...] = ...``.
+
+        Writes through the store and optimiser steps need no such word.
+
+        Args:
+            ids: (m,), each in the store.
+
+        Raises:
+            UnknownIdError: An id is not in the store.
+        """
+        given = check_ids("ids", ids, repeats=True)
+        check_vector("ids", given)
+        self.rows.mark_changed(self.rows.slots_of("ids", given).unique())
+
+    def index_stats(self) -> IndexStats:
+        """What the index is and what it has cost so far."""
+        return self._index.stats(self.rows)
+
+    # -- storage ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        stored_keys = self._check_table("keys", keys, self.keys)
+        stored_values = self._check_table("values", values, self.values)
+        if len(keys) != len(values):
+            raise ShapeError(f"values: expected {len(keys)} rows, one for each key, got {len(values)}")
+        return stored_keys, stored_values
+
+    @staticmethod
+    def _check_table(name: str, rows: Tensor, table: Tensor) -> Tensor:
+        """``rows`` in the dtype they are stored in, if they are finite in it."""
+        check_float_tensor(name, rows, (None, table.shape[-1]), table.device)
+        stored = rows.detach().to(table.dtype)
+        check_finite(name, stored)
+        return stored
+
+    @staticmethod
+    def _check_count(ids: Tensor, count: int) -> None:
+        if len(ids) != count:
+            raise ShapeError(f"ids: expected {count} ids, one for each row, got {len(ids)}")
+
+    def _write(self, slots: Tensor, keys: Tensor | None, values: Tensor | None, fields: dict[str, Tensor]) -> None:
+        slots = slots.to(self.keys.device)
+        first, count = (int(slots[0]), len(slots)) if len(slots) else (0, 0)
+        in_order = count > 0 and int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all())
+        place: slice | Tensor = slice(first, first + count) if in_order else slots
+        # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
+        # these rows know by `Snapshot`.
+        for table, rows in ((self.keys, keys), (self.values, values)):
+            if rows is not None:
+                table.data[place] = rows
+        self.rows.set_fields(slots, fields)
+
+    def _make_room(self, needed: int, *, exactly: bool = False) -> None:
+        """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
+        capacity = self.rows.capacity
+        if needed > capacity:
+            self._check_growth(needed)
+            self._resize(needed if exactly else max(needed, 2 * capacity))
+
+    def _resize(self, capacity: int) -> None:
+        # All are made before any is set: memory may run out in between.
+        tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
+        gradients = {
+            name: resized(gradient, capacity)
+            for name in tables
+            if (gradient := getattr(self, name).grad) is not None and gradient.layout == torch.strided
+        }
+        self.rows.resize(capacity)
+        for name, table in tables.items():
+            if self.trainable:
+                parameter = getattr(self, name)
+                parameter.grad = None
+                parameter.data = table  # the same Parameter object: optimisers keep it
+                parameter.grad = gradients.get(name)
+            else:
+                setattr(self, name, table)
+
+    def _check_growth(self, needed: int) -> None:
+        if not self.trainable:
+            return
+        remedy = f"call store.reserve({needed}) or more beforehand"
+        if any(reference() is not None for reference in self._open_reads):
+            raise GrowthError(
+                f"the storage must grow from {self.rows.capacity} to {needed} rows, but a read of it has not gone "
+                f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
+                "first"
+            )
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise GrowthError(
+                f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
+                f"cannot follow: {remedy}, before wrapping"
+            )
+
+    # -- reads that wait for their backward -----------------------------------------------------------------------------
+
+    def _guard(self, read: Read, used: Tensor | None) -> Read:
+        """``read``, such that its backward first checks the rows it used."""
+        names = [name for name in ("values", "weights", "scores", "lse", "mass") if getattr(read, name) is not None]
+        tensors = [getattr(read, name) for name in names]
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+            return read
+        token = torch.empty(0)
+        self._open_reads = [reference for reference in self._open_reads if reference() is not None]
+        self._open_reads.append(weakref.ref(token))
+        guarded = _Guard.apply(Snapshot(self.rows, used), token, *tensors)  # type: ignore[no-untyped-call]
+        return replace(read, **dict(zip(names, guarded, strict=True)))
+
+    def _watch(self) -> None:
+        if self.trainable:
+            for table in self._tables:
+                if isinstance(table, nn.Parameter):
+                    watch(table, self.rows)
+
+    # -- module conventions ---------------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        parts = [f"rows={len(self)}", f"key_dim={self.key_dim}", f"value_dim={self.value_dim}", f"metric={self.metric!r}"]
+        if self.temperature != 1.0:
+            parts.append(f"temperature={self.temperature:g}")
+        if self.fields:
+            parts.append(f"fields={self.fields}")
+        parts += [f"trainable={self.trainable}", f"index={self._index.config.factory!r}"]
+        return ", ".join(parts)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
+        super()._apply(fn, recurse)
+        self._index.reset()
+        self._watch()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._fit_to(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._index.reset()
+
+    def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Check what is to be loaded and take its size."""
+        names = ("keys", "values", "rows.ids", "rows.field_values", "rows.next_id")
+        found = {name: state_dict.get(prefix + name) for name in names}
+        if any(not isinstance(tensor, Tensor) for tensor in found.values()):
+            return  # torch reports what is missing
+        keys, values, ids, fields = found["keys"], found["values"], found["rows.ids"], found["rows.field_values"]
+        capacity = len(ids)
+        for name, tensor, width in (
+            ("keys", keys, self.key_dim),
+            ("values", values, self.value_dim),
+            ("rows.field_values", fields, len(self.fields)),
+        ):
+            if tensor.shape != (capacity, width):
+                raise ShapeError(
+                    f"state_dict[{prefix + name!r}]: expected shape ({capacity}, {width}), got {tuple(tensor.shape)}"
+                )
+        check_ids("state_dict ids", ids[ids >= 0])
+        check_finite("state_dict keys", keys)
+        check_finite("state_dict values", values)
+        if capacity != self.rows.capacity:
+            self._check_growth(capacity)
+            self._resize(capacity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open_reads": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+
+
+class _Guard(torch.autograd.Function):
+    """The identity on a read's tensors; before gradients pass back, it checks that the rows are still those read."""
+
+    @staticmethod
+    def forward(ctx: Any, snapshot: Snapshot, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.snapshot = snapshot
+        ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.snapshot.check()
+        return None, None, *grads
+
+
+def _check_options(
+    mode: object,
+    k: int | None,
+    normalizer: str,
+    tail_samples: int,
+    tolerance: float | None,
+    generator: torch.Generator | None,
+) -> int | None:
+    """The arguments of a read that depend on its mode; the checked k."""
+    check_choice("mode", mode, MODES)
+    if mode == "hard":
+        _refuse(k is not None, "k", "hard mode reads one row")
+        _refuse(normalizer != "softmax", "normalizer", "hard mode gives its one row weight 1")
+    if mode != "topk":
+        _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail")
+        _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing")
+    check_normalizer(normalizer)
+    if tail_samples != 0 or tolerance is not None:
+        name = "tail_samples" if tail_samples != 0 else "tolerance"
+        raise NotImplementedError(f"{name}: planned and not there yet; use a larger k, or mode='exact'")
+    _refuse(generator is not None, "generator", f"nothing is random in {mode} mode with {normalizer!r}")
+    if mode == "topk" and k is None:
+        raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it")
+    return None if k is None else check_positive("k", k)
+
+
+def _refuse(given: bool, name: str, why: str) -> None:
+    if given:
+        raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out")

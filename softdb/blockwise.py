@@ -4,7 +4,7 @@ Both make the scores of one block of rows at a time, (b, C) for a few queries, u
 to three running numbers per query, the largest score m, the sum l of exp(score − m) and the blend o of the values;
 when a block brings a larger score, l and o are scaled down by exp(m_old − m_new). This is the online softmax of
 Milakov & Gimelshein 2018 (arXiv 1805.02867) and the tiling of FlashAttention (Dao et al. 2022, arXiv 2205.14135);
-backward makes the scores again from the saved log-sum-exp.
+backward makes the scores again, and from them and the saved m and l the weights.
 
 Shapes: G groups of B queries, each group over its own N rows. A store is one group.
 """
@@ -285,11 +285,13 @@ class _ExactRead(torch.autograd.Function):
                 part = blend[groups, queries]
                 part.mul_(scale.unsqueeze(-1))
                 part += torch.bmm(weights, block_values)
-        empty = total == 0
-        blend /= total.masked_fill(empty, 1.0).unsqueeze(-1)
-        lse = (_finite_or_zero(largest) + total.log()).to(scan.dtype)
+        largest = _finite_or_zero(largest)
+        lse = (largest + total.log()).to(scan.dtype)
+        total.masked_fill_(total == 0, 1.0)
+        blend /= total.unsqueeze(-1)
         ctx.scan = scan
-        ctx.save_for_backward(query, keys, values, blend, lse)
+        # Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1.
+        ctx.save_for_backward(query, keys, values, blend, largest, total)
         ctx.set_materialize_grads(False)
         if best is None:
             return blend, lse, None, None
@@ -313,7 +315,8 @@ def _exact_read_backward(
     keys: Tensor,
     values: Tensor,
     blend: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    total: Tensor,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     scan: Scan,
@@ -325,14 +328,15 @@ def _exact_read_backward(
     grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = torch.zeros_like(keys) if needs_keys else None
     grad_values = torch.zeros_like(values) if needs_values and grad_blend is not None else None
-    # d score = weight * (grad_blend · value − delta)
-    delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+    # d score = exp(score − largest) / total * (grad_blend · value − delta); the division is done to the small factors.
+    delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
-        grad_blend = grad_blend.contiguous()
-        delta = delta + (grad_blend * blend).sum(-1)
-    shift = _finite_or_zero(lse).to(query.dtype)
+        delta = (delta + (grad_blend * blend).sum(-1)) / total
+        grad_blend = grad_blend / total.unsqueeze(-1)
+    else:
+        delta = delta / total
     buffer, value_buffer = _Buffer(), _Buffer()
-    mass = torch.zeros_like(lse)
+    again = torch.zeros_like(total)
     for groups, block, slices in scan.tiles(*query.shape[:2]):
         operand, keys_vjp = scan.keys_vjp(keys, groups, block)  # (g, C, d)
         block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
@@ -342,9 +346,9 @@ def _exact_read_backward(
             part = query[groups, queries]
             scores = buffer.product(part, operand.mT)  # (g, b, C)
             block.hide(scores, groups, queries)
-            weights = scores.sub_(shift[groups, queries].unsqueeze(-1)).to(scan.dtype).exp_()
+            weights = scores.sub_(largest[groups, queries].unsqueeze(-1)).to(scan.dtype).exp_()
             if scan.selection.rule is not None:
-                mass[groups, queries] += weights.sum(-1)
+                again[groups, queries] += weights.sum(-1)
             if grad_block_values is not None and grad_blend is not None:
                 grad_block_values.baddbmm_(weights.mT, grad_blend[groups, queries])
             if not (needs_query or needs_keys):
@@ -364,7 +368,9 @@ def _exact_read_backward(
             _write(grad_keys, groups, block, keys_vjp(grad_operand))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values)
-    if scan.selection.rule is not None and not bool(((mass - 1).abs() < 1e-2)[lse > -torch.inf].all()):
+    # Where nothing was seen the total was set to 1, and 0 comes out again.
+    same = (again - total).abs() < 1e-2 * total
+    if scan.selection.rule is not None and not bool((same | (again == 0)).all()):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
             "wrong; do not change the tensors it uses between a read and its backward"

@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in demo.tour(demo.choose(options.words), blocks=_draws_blocks(sys.stdout)):
                 print(line, flush=True)
         else:
-            parser.print_help()
-            sys.stdout.flush()
+            print(parser.format_help(), end="", flush=True)
     except ArgumentError as error:
         print(f"softdb: {error}", file=sys.stderr)
         return 2
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
-        print(f"softdb: cannot write the output: {error.strerror}", file=sys.stderr)
+        print(f"softdb: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -60,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="softdb", description="softdb: a differentiable soft key-value store.", epilog="Start with: softdb demo"
     )
     parser.add_argument("--version", action="version", version=f"softdb {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="command")
     tour = commands.add_parser(
         "demo",
         help="see hard and soft answers from a table of 4,096 word senses",
@@ -82,7 +81,8 @@ def _draws_blocks(stream: TextIO) -> bool:
 
 def _discard_output() -> None:
     """Send what is left to nowhere, so that Python's own flush at exit does not fail once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.__stdout__ is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ FEATURED = (
 )
 CORRECTED = FEATURED[1]  # the table answers with a verb, and the row that one would rather have comes second
 TEMPERATURE = 0.05
-TEMPERATURES = (1.0, 0.3, 0.1, 0.05, 0.03, 0.02, 0.01)
-LEARNING_RATE = 0.005
+TEMPERATURES = (1.0, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02)
+LEARNING_RATE = 0.01
 TOP = 5
 WIDTH = 79  # some terminals wrap when the last of 80 columns is written
 BAR_WIDTH = 20
@@ -194,8 +194,8 @@ def _answers(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) ->
     yield "  soft answer  a blend of all rows; these five weigh most:"
     yield from _bars(soft, senses, blocks)
     yield from _paragraph(
-        f"the five hold {_percent(float(soft.mass))} of the weight, which is as spread out as over "
-        f"{_effective_rows(store, query, TEMPERATURE):,.1f} equal rows",
+        f"the five hold {_percent(float(soft.mass))} of the weight; in effect "
+        f"{_effective_rows(store, query, TEMPERATURE):,.1f} rows answer",
         first=f"  of all {len(store):,} ",
     )
     yield f"  the blend    {_blend(soft)}"
@@ -215,7 +215,7 @@ def _cooling(store: SoftKVStore, senses: Senses, sentence: str) -> Iterator[str]
         hard = store.read(query, mode="hard")
         for temperature in TEMPERATURES:
             soft = store.read(query, k=TOP, temperature=temperature)
-            best, five = _percent(float(_top(soft)[1][0])), _percent(float(soft.mass))
+            best, five = _percent(_top(soft)[1].tolist()[0]), _percent(float(soft.mass))
             rows = _effective_rows(store, query, temperature)
             distance = float((soft.values - hard.values).norm())
             yield f"  {temperature:11g}   {best:>8}   {five:>8}   {rows:14,.1f}   {distance:11.3f}"
@@ -235,8 +235,9 @@ def _step(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> It
     before = store.read(query, k=TOP)
     ids, weights = _top(before)
     loss = -weights[1].log()
-    loss.backward()
-    torch.optim.SGD([store.keys], lr=LEARNING_RATE).step()
+    (gradient,) = torch.autograd.grad(loss, [store.keys])
+    # A step of torch.optim.SGD, by hand: importing what that needs takes longer than the whole tour.
+    store.update(store.ids, keys=store.keys - LEARNING_RATE * gradient)
 
     with torch.no_grad():
         after = store.read(query, k=TOP)
@@ -248,7 +249,8 @@ def _step(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> It
     yield ""
     yield from _paragraph(
         f'Say that for "{sentence}" we want the second row, {senses.rows[wanted]}. Loss: -log of its weight. The '
-        "gradient goes back through the lookup into the keys, and one step of gradient descent moves them."
+        "gradient goes back through the lookup into the keys, and one step of gradient descent moves them. (> marks "
+        "the row.)"
     )
     yield ""
     yield "  before"
@@ -281,9 +283,10 @@ def _effective_rows(store: SoftKVStore, query: Tensor, temperature: float) -> fl
 
 
 def _bars(read: Read, senses: Senses, blocks: bool, marked: int | None = None) -> Iterator[str]:
-    for row, weight in zip(*_top(read), strict=True):
+    ids, weights = _top(read)
+    for row, weight in zip(ids, weights.tolist(), strict=True):
         mark = ">" if row == marked else " "
-        start = f"  {mark} {_percent(float(weight)):>5}  {_bar(float(weight), blocks)}  "
+        start = f"  {mark} {_percent(weight):>5}  {_bar(weight, blocks)}  "
         yield start + textwrap.shorten(str(senses.rows[row]), WIDTH - len(start), placeholder="...")
 
 
@@ -296,7 +299,8 @@ def _bar(share: float, blocks: bool) -> str:
 
 
 def _blend(read: Read) -> str:
-    return ", ".join(f"{name} {_percent(share)}" for name, share in zip(PARTS_OF_SPEECH.values(), read.values.tolist()))
+    named = zip(PARTS_OF_SPEECH.values(), read.values.tolist(), strict=True)
+    return ", ".join(f"{name} {_percent(share)}" for name, share in named)
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,7 @@ Shapes: G groups of B queries, each group over its own N rows. A store is one gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,18 @@ from torch import Tensor
 
 from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError
 from softdb.filters import Block, Selection
-from softdb.scores import prepare_keys
+from softdb.scores import prepare_keys, prepare_keys_backward
 
-__all__ = ["Scan", "check_scores", "exact_read", "exact_top_k", "full_precision", "gather_rows", "gathered_scores", "top_k"]
+__all__ = [
+    "Scan",
+    "check_scores",
+    "exact_read",
+    "exact_top_k",
+    "full_precision",
+    "gather_rows",
+    "gathered_scores",
+    "top_k",
+]
 
 # A tile of scores stays in the second-level cache beside the operands that made it.
 TILE_ELEMENTS = 2**19
@@ -71,15 +80,9 @@ class Scan:
         """The prepared keys of a block."""
         return prepare_keys(rows_of(keys, groups, block), self.metric, self.centre, self.dtype)
 
-    def keys_vjp(self, keys: Tensor, groups: slice, block: Block) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The prepared keys of a block, and the map from their gradient to the gradient of the keys."""
-        plain = rows_of(keys, groups, block).detach()
-        if self.metric in ("dot", "scaled_dot"):
-            return plain.to(self.dtype), lambda grad: grad
-        with torch.enable_grad():
-            leaf = plain.requires_grad_()
-            operand = prepare_keys(leaf, self.metric, self.centre, self.dtype)
-        return operand.detach(), lambda grad: torch.autograd.grad(operand, leaf, grad)[0]
+    def keys_backward(self, grad: Tensor, keys: Tensor, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
+        """The gradient of a block's keys, from that of its prepared keys."""
+        return prepare_keys_backward(grad, rows_of(keys, groups, block), self.metric, self.centre)
 
 
 def rows_of(table: Tensor, groups: slice, block: Block) -> Tensor:  # (G, N, d) -> (g, C, d)
@@ -95,7 +98,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-# -- exact top-k --------------------------------------------------------------------------------------------------------
+# -- exact top-k -----------------------------------------------------------------------------------------
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
@@ -210,7 +213,7 @@ def _columns_of_best_groups(
     part: slice,
     k: int,
 ) -> Tensor:  # (b, 32 k), ascending
-    """For some of the queries, the places in the pass of the rows of the k groups with the best maxima; -1 past the end."""
+    """For some queries, the places in the pass of the rows of the k groups with the best maxima; -1 past the end."""
     count = scan.selection.count
     groups = -(-count // GROUP)
     maxima = torch.full((part.stop - part.start, groups), -torch.inf, dtype=scan.dtype, device=query.device)
@@ -232,7 +235,7 @@ def _columns_of_best_groups(
     return columns.masked_fill_(columns >= count, -1)
 
 
-# -- exact read ---------------------------------------------------------------------------------------------------------
+# -- exact read ------------------------------------------------------------------------------------------
 
 
 class _Buffer:
@@ -301,12 +304,14 @@ class _ExactRead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[:3]
-        saved = ctx.saved_tensors
-        with torch.no_grad(), full_precision(saved[0].device):
-            results = _exact_read_backward(*saved, grads[0], grads[1], ctx.scan, needs)
+        query, keys, values, blend, largest, total = ctx.saved_tensors
+        with torch.no_grad(), full_precision(query.device):
+            results = list(
+                _exact_read_backward(query, keys, values, blend, largest, total, grads[0], grads[1], ctx.scan, needs)
+            )
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (*saved[:3], *grads) if tensor is not None]
-            results = tuple(None if result is None else _OnceOnly.apply(result, *inputs) for result in results)
+            inputs = [tensor for tensor in (query, keys, values, *grads) if tensor is not None]
+            results = [result if result is None else _once_only(result, inputs) for result in results]
         return *results, None, None
 
 
@@ -338,7 +343,7 @@ def _exact_read_backward(
     buffer, value_buffer = _Buffer(), _Buffer()
     again = torch.zeros_like(total)
     for groups, block, slices in scan.tiles(*query.shape[:2]):
-        operand, keys_vjp = scan.keys_vjp(keys, groups, block)  # (g, C, d)
+        operand = scan.keys(keys, groups, block)  # (g, C, w)
         block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
         grad_operand = torch.zeros_like(operand) if needs_keys else None
         grad_block_values = torch.zeros_like(block_values) if grad_values is not None else None
@@ -365,7 +370,7 @@ def _exact_read_backward(
             if grad_operand is not None:
                 grad_operand.baddbmm_(grad_scores.mT, part)
         if grad_keys is not None and grad_operand is not None:
-            _write(grad_keys, groups, block, keys_vjp(grad_operand))
+            _write(grad_keys, groups, block, scan.keys_backward(grad_operand, keys, groups, block))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values)
     # Where nothing was seen the total was set to 1, and 0 comes out again.
@@ -398,6 +403,11 @@ class _OnceOnly(torch.autograd.Function):
             "an exact read has no second derivative, since it keeps no weights to differentiate again; for a few rows "
             "use softdb.functional.topk_read with all of them as candidates, which has"
         )
+
+
+def _once_only(result: Tensor, inputs: list[Tensor]) -> Tensor:
+    refusing: Tensor = _OnceOnly.apply(result, *inputs)  # type: ignore[no-untyped-call]
+    return refusing
 
 
 def exact_read(
@@ -437,7 +447,7 @@ def check_scores(lse: Tensor) -> None:
         )
 
 
-# -- reads of a few rows ------------------------------------------------------------------------------------------------
+# -- reads of a few rows ---------------------------------------------------------------------------------
 
 
 class _GatherRows(torch.autograd.Function):

@@ -114,7 +114,7 @@ def check_positive(name: str, value: object) -> int:
 def check_float_tensor(
     name: str, value: object, shape: Sequence[int | None], device: torch.device | None = None
 ) -> Tensor:
-    """``value`` if it is a floating tensor whose last dimensions are ``shape`` (``None``: any size)."""
+    """``value`` if it is a floating tensor of ``shape``, as in `check_shape`."""
     if not isinstance(value, Tensor):
         raise DtypeError(
             f"{name}: expected a floating-point torch.Tensor, got {describe(value)}; convert it with torch.as_tensor"
@@ -128,7 +128,7 @@ def check_float_tensor(
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
-    """Raise unless the last dimensions of ``value`` are ``shape`` (``None``: any size; a leading ``-1``: any number)."""
+    """Raise unless ``value`` has ``shape``, in which None is any size and a leading -1 any number of dimensions."""
     leading = bool(shape) and shape[0] == -1
     wanted = shape[1:] if leading else shape
     found = tuple(value.shape)

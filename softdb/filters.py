@@ -228,7 +228,7 @@ class _RuleOnSlots:
 class _RuleForSome:
     """A rule for some of the queries: it is written for all of them, so it is asked for all and cut."""
 
-    rule: _RuleOnSlots
+    rule: _RuleOnSlots | _RuleForSome
     queries: Tensor
 
     @property

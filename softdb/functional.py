@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +61,12 @@ class Read:
 
 def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
     """The same read with ``function`` applied to every tensor."""
-    tensors = {field.name: getattr(read, field.name) for field in fields(read)}
-    return replace(read, **{name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)})
+    members = {field.name: getattr(read, field.name) for field in fields(read)}
+    changed: dict[str, Any] = {name: function(x) for name, x in members.items() if isinstance(x, Tensor)}
+    return replace(read, **changed)
 
 
-# -- the two kinds of read, over G groups of B queries --------------------------------------------------------------------
+# -- the two kinds of read, over G groups of B queries ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def answer_dtype(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
-# -- public -----------------------------------------------------------------------------------------------------------------
+# -- public ----------------------------------------------------------------------------------------------
 
 
 def soft_read(
@@ -365,7 +367,11 @@ def merge(reads: Sequence[Read]) -> Read:
         ids = torch.cat([read.ids for read in reads if read.ids is not None], dim=-1)
         scores = torch.cat([read.scores.to(dtype) for read in reads if read.scores is not None], dim=-1)
         weights = torch.cat(
-            [read.weights.to(dtype) * shares[..., i : i + 1] for i, read in enumerate(reads) if read.weights is not None],
+            [
+                read.weights.to(dtype) * shares[..., i : i + 1]
+                for i, read in enumerate(reads)
+                if read.weights is not None
+            ],
             dim=-1,
         )
         order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
@@ -374,7 +380,7 @@ def merge(reads: Sequence[Read]) -> Read:
         return Read(values, ids.gather(-1, order), weights.gather(-1, order), scores.gather(-1, order), lse, mass)
 
 
-# -- shapes -----------------------------------------------------------------------------------------------------------------
+# -- shapes ----------------------------------------------------------------------------------------------
 
 
 class _Fold:
@@ -446,7 +452,7 @@ def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Rea
     return replace(read, values=read.values.to(answer_dtype(query)))
 
 
-# -- checks -----------------------------------------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------------
 
 
 def _check_operands(
@@ -526,5 +532,6 @@ def _check_mergeable(reads: list[Read]) -> None:
             )
         if read.values.shape != reads[0].values.shape:
             raise ShapeError(
-                f"reads: expected one shape of values, got {tuple(reads[0].values.shape)} and {tuple(read.values.shape)}"
+                "reads: expected values of one shape, "
+                f"got {tuple(reads[0].values.shape)} and {tuple(read.values.shape)}"
             )

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import faiss  # after torch: so that both share one OpenMP runtime
+
 from softdb.blockwise import Scan, exact_top_k, gather_rows, gathered_scores, top_k
 from softdb.errors import ArgumentError, DtypeError, describe
 from softdb.filters import select
@@ -73,7 +74,9 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.factory, str):
-            raise DtypeError(f"factory: expected 'auto', 'Flat' or a FAISS factory string, got {describe(self.factory)}")
+            raise DtypeError(
+                f"factory: expected 'auto', 'Flat' or a FAISS factory string, got {describe(self.factory)}"
+            )
         if isinstance(self.recall, bool) or not isinstance(self.recall, (int, float)):
             raise DtypeError(f"recall: expected a number, got {describe(self.recall)}")
         if not 0 < self.recall <= 1:
@@ -182,7 +185,7 @@ class Index:
         self._lock = threading.Lock()
         self.reset()
 
-    # -- searching --------------------------------------------------------------------------------------------------
+    # -- searching -------------------------------------------------------------------------------------------
 
     def search(
         self,
@@ -226,18 +229,19 @@ class Index:
         if selection.rule is not None:
             wanted *= 4
         selectable = isinstance(base.index, faiss.IndexIVF)
-        filtered = selection.shared is not None and selection.shared is not rows.live()
         selector = None
-        if selectable and filtered:
-            allowed = selection.shared.cpu()[base.slots] & self._current(base)
-            selector = _selector(allowed)
+        filtered = None if selection.shared is rows.live() else selection.shared
+        if selectable and filtered is not None:
+            selector = _selector(filtered.cpu()[base.slots] & self._current(base))
         elif selectable and base.stale:
             if base.bitmap is None:
                 base.bitmap = _selector(self._current(base))
             selector = base.bitmap
-        elif not selectable and (base.stale or filtered):
+        elif not selectable and (base.stale or filtered is not None):
             wanted *= 2
-        entries = torch.from_numpy(_search(base.index, _vectors(query, self._metric), min(wanted, base.entries), selector))
+        entries = torch.from_numpy(
+            _search(base.index, _vectors(query, self._metric), min(wanted, base.entries), selector)
+        )
         slots = base.slots[entries.clamp(min=0)]
         slots[(entries < 0) | (base.entry_of[slots] != entries)] = -1
         slots = slots.to(query.device)
@@ -248,7 +252,7 @@ class Index:
         """Which entries are not stale."""
         return base.entry_of[base.slots] == torch.arange(base.entries)
 
-    # -- following the rows -----------------------------------------------------------------------------------------
+    # -- following the rows ----------------------------------------------------------------------------------
 
     def _follow(self, rows: RowTable, keys: Tensor, query: Tensor | None = None) -> None:
         """Take note of every change since the last call."""
@@ -286,11 +290,11 @@ class Index:
     def _wants_base(self, rows: RowTable) -> bool:
         if self.config.factory == "Flat" or not self._settled:
             return False
-        if self.config.factory == "auto" and len(rows) < EXACT_ROWS:
+        if len(rows) < max(2 * self._failed_at, _rows_to_train(self.config.factory)):
             self._base = None
             return False
         if self._base is None:
-            return len(rows) >= max(2 * self._failed_at, _rows_to_train(self.config.factory))
+            return True
         ivf = _ivf(self._base.index) is not None
         return 2 * self._base.stale > self._base.entries or (ivf and len(rows) > OUTGROWN * self._base.trained_rows)
 
@@ -314,7 +318,7 @@ class Index:
             if self._wants_base(rows):
                 self._build(rows, keys)
 
-    # -- building ---------------------------------------------------------------------------------------------------
+    # -- building --------------------------------------------------------------------------------------------
 
     def _build(self, rows: RowTable, keys: Tensor, query: Tensor | None = None) -> None:
         started = time.perf_counter()
@@ -354,12 +358,14 @@ class Index:
 
     def _tune(self, base: _Base, rows: RowTable, keys: Tensor, query: Tensor | None) -> float:
         """Raise the probes until a sample of queries finds the wanted recall; the recall reached."""
-        if query is None or len(query) == 0:
-            query = _queries_near(keys[base.slots.to(keys.device)])
-        elif len(query) > TUNING_QUERIES:
-            query = query[:: len(query) // TUNING_QUERIES][:TUNING_QUERIES]
+        query = _tuning_queries(keys, base.slots, query)
         k = min(TUNING_NEIGHBOURS, base.entries)
-        scan = Scan(self._metric, centre_of(query, self._metric), select(rows, (len(query),), None, None), compute_dtype(query, keys))
+        scan = Scan(
+            self._metric,
+            centre_of(query, self._metric),
+            select(rows, (len(query),), None, None),
+            compute_dtype(query, keys),
+        )
         operand = prepare_query(query, self._metric, 1.0, scan.centre, scan.dtype)
         worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
         vectors = _vectors(query, self._metric)
@@ -406,7 +412,7 @@ def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -
     return slots.gather(-1, order)
 
 
-# -- FAISS ------------------------------------------------------------------------------------------------------------------
+# -- FAISS -----------------------------------------------------------------------------------------------
 
 
 def _vectors(keys: Tensor, metric: str) -> Any:  # (N, d) -> float32 array
@@ -447,7 +453,11 @@ def _rows_to_train(factory: str) -> int:
     """How many rows an index of this kind needs at the least."""
     if factory == "auto":
         return EXACT_ROWS
-    lists = [int(part[3:].split("(")[0].split("_")[0]) for part in factory.split(",") if part[:3] == "IVF" and part[3:4].isdigit()]
+    lists = [
+        int(part[3:].split("(")[0].split("_")[0])
+        for part in factory.split(",")
+        if part[:3] == "IVF" and part[3:4].isdigit()
+    ]
     return max([1, *lists])
 
 
@@ -459,7 +469,7 @@ def _quieten(index: Any) -> None:
         ivf.cp.max_points_per_centroid = 64
         ivf.cp.niter = 10
     for part in (index, ivf):
-        quantiser = getattr(part, "pq", None)
+        quantiser = None if part is None else getattr(faiss.downcast_index(part), "pq", None)
         if quantiser is not None:
             quantiser.cp.min_points_per_centroid = 1
 
@@ -470,10 +480,13 @@ def _reason(error: RuntimeError) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _queries_near(keys: Tensor) -> Tensor:
-    """Queries to tune on when there are none yet: some rows' keys, moved a little."""
+def _tuning_queries(keys: Tensor, slots: Tensor, query: Tensor | None) -> Tensor:  # -> (TUNING_QUERIES, d)
+    """Queries to tune on: those of the read that wants the index, filled up with some rows' keys moved a little."""
+    given = keys[:0].float() if query is None else query.to(compute_dtype(query))
+    given = given[:: max(1, len(given) // TUNING_QUERIES)][:TUNING_QUERIES]
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(keys), generator=generator)[:TUNING_QUERIES].to(keys.device)
-    sample = keys[chosen].float()
-    noise = torch.randn(sample.shape, generator=generator).to(sample.device)
-    return sample + 0.5 * sample.std(dim=0, correction=0) * noise
+    chosen = torch.randint(len(slots), (TUNING_QUERIES - len(given),), generator=generator)
+    sample = keys[slots[chosen].to(keys.device)].to(given.dtype)
+    noise = torch.randn(sample.shape, generator=generator).to(sample)
+    spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
+    return torch.cat([given, sample + 0.5 * spread * noise])

@@ -66,10 +66,11 @@ class RowTable(nn.Module):
         self._live: tuple[int, Tensor | None] = (0, None)
         self._live_slots: tuple[int, Tensor] | None = None
 
-    # -- reading the books ------------------------------------------------------------------------------------------
+    # -- reading the books -----------------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
+        """How many slots there are."""
         return len(self.ids)
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class RowTable(nn.Module):
             ids, fields = self.ids_at(slots), self.field_values[slots.clamp(min=0)]
         return {"id": ids} | {name: fields[..., column] for column, name in enumerate(self.fields)}
 
-    # -- what changed -----------------------------------------------------------------------------------------------
+    # -- what changed ----------------------------------------------------------------------------------------
 
     def changed_since(self, version: int) -> Tensor:
         """The slots that changed after ``version``, ascending."""
@@ -136,7 +137,7 @@ class RowTable(nn.Module):
         self.version += 1
         self.moved_at = self.version
 
-    # -- writing: callers have checked their arguments ----------------------------------------------------------------
+    # -- writing: callers have checked their arguments -------------------------------------------------------
 
     def new_ids(self, count: int) -> Tensor:
         """The next ``count`` ids; they are taken only once they are placed."""
@@ -175,6 +176,7 @@ class RowTable(nn.Module):
         return placed
 
     def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
+        """Write columns of fields at ``slots``."""
         for name, column in fields.items():
             self.field_values[slots.to(self.ids.device), self.fields.index(name)] = column.to(self.ids.device)
 
@@ -216,7 +218,7 @@ class RowTable(nn.Module):
             self._next_id = value
             self.next_id.fill_(value)
 
-    # -- fields -----------------------------------------------------------------------------------------------------
+    # -- fields ----------------------------------------------------------------------------------------------
 
     def check_fields(self, given: object, count: int, *, complete: bool) -> dict[str, Tensor]:
         """``given`` as int64 columns of ``count`` entries; with ``complete`` every field must be there."""
@@ -233,10 +235,10 @@ class RowTable(nn.Module):
             raise FieldError(f"fields: expected a column for every field ({known}), {missing[0]!r} is missing")
         return {name: check_column(name, column, count) for name, column in given.items()}
 
-    # -- copies -----------------------------------------------------------------------------------------------------
+    # -- copies ----------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.mark_moved()
         return self
 
@@ -251,7 +253,7 @@ class RowTable(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._live, self._live_slots = (-1, None), None
         self.rebuild()
 
@@ -378,7 +380,7 @@ class Snapshot:
             )
 
 
-# -- optimisers ---------------------------------------------------------------------------------------------------------
+# -- optimisers ------------------------------------------------------------------------------------------
 
 # Which table's rows a Parameter holds. Written tensors' version counters do not betray fused optimisers, whose step
 # hook does fire; the hook is registered with the first trainable table.

@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["METRICS", "Metric", "centre_of", "compute_dtype", "operand_dtype", "prepare_keys", "prepare_query"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "centre_of",
+    "compute_dtype",
+    "operand_dtype",
+    "prepare_keys",
+    "prepare_keys_backward",
+    "prepare_query",
+]
 
 Metric = Literal["dot", "scaled_dot", "cosine", "l2"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -95,3 +104,23 @@ def prepare_keys(
         squared = operand.square().sum(-1, keepdim=True)
         return torch.cat([operand, squared, torch.ones_like(squared)], dim=-1)
     return operand
+
+
+def prepare_keys_backward(
+    grad: Tensor,  # (..., operand width)
+    keys: Tensor,  # (..., d)
+    metric: str,
+    centre: Tensor | None,  # (d,)
+) -> Tensor:  # (..., d)
+    """The gradient of the keys, from that of what `prepare_keys` made of them."""
+    if metric == "cosine":
+        keys = keys.to(grad.dtype)
+        norm: Tensor = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+        unit = keys / norm.clamp(min=1e-12)  # as F.normalize does it
+        along = (grad * unit).sum(-1, keepdim=True) * unit
+        return (grad - along.masked_fill(norm < 1e-12, 0.0)) / norm.clamp(min=1e-12)
+    if metric == "l2":
+        keys = keys.to(grad.dtype)
+        shifted = keys if centre is None else keys - centre
+        return grad[..., :-2] + 2 * shifted * grad[..., -2:-1]
+    return grad

@@ -122,7 +122,9 @@ class SoftKVStore(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise DtypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         if not isinstance(index, (str, IndexConfig)):
-            raise DtypeError(f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}")
+            raise DtypeError(
+                f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
+            )
         self.trainable = bool(trainable)
         for name, width in (("keys", self.key_dim), ("values", self.value_dim)):
             table = torch.zeros(0, width, device=device, dtype=dtype)
@@ -135,7 +137,7 @@ class SoftKVStore(nn.Module):
         self._open_reads: list[weakref.ref[Tensor]] = []
         self._watch()
 
-    # -- the table ----------------------------------------------------------------------------------------------------
+    # -- the table -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -183,13 +185,13 @@ class SoftKVStore(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError: An argument is not as above.
         """
         stored_keys, stored_values = self._check_rows(keys, values)
-        columns = self.rows.check_fields(fields, len(keys), complete=True)
         if ids is None:
             new = self.rows.new_ids(len(keys))
         else:
             new = check_ids("ids", ids)
             self._check_count(new, len(keys))
             self.rows.check_new(new)
+        columns = self.rows.check_fields(fields, len(keys), complete=True)
         self._make_room(self.rows.slots_needed(len(new)))
         self._write(self.rows.place(new), stored_keys, stored_values, columns)
         return new.to(self.keys.device)
@@ -290,7 +292,7 @@ class SoftKVStore(nn.Module):
         """
         self._make_room(check_positive("n", n), exactly=True)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     def forward(self, query: Tensor, **options: Any) -> Tensor:
         """``read(query, **options).values``."""
@@ -336,7 +338,9 @@ class SoftKVStore(nn.Module):
             temperature: Divides the scores instead of the store's: a number above 0, or a tensor, with gradient,
                 broadcastable to the query's leading shape.
             normalizer: "softmax", or "straight_through": hard forward, soft backward over the rows considered.
-            tail_samples, tolerance, generator: For sampling the rows outside the candidates; not there yet.
+            tail_samples: How many rows outside the candidates to sample; not there yet.
+            tolerance: The relative error that ``values`` may have; not there yet.
+            generator: The source of what is random; nothing is yet.
 
         Returns:
             A `Read`.
@@ -391,7 +395,7 @@ class SoftKVStore(nn.Module):
             complete = torch.ones_like(complete)
         return complete
 
-    # -- the index ----------------------------------------------------------------------------------------------------
+    # -- the index -------------------------------------------------------------------------------------------
 
     def build_index(self) -> None:
         """Build the index of top-k reads from the rows as they are, whatever it was before.
@@ -424,7 +428,7 @@ class SoftKVStore(nn.Module):
         """What the index is and what it has cost so far."""
         return self._index.stats(self.rows)
 
-    # -- storage ------------------------------------------------------------------------------------------------------
+    # -- storage ---------------------------------------------------------------------------------------------
 
     @property
     def _tables(self) -> tuple[Tensor, Tensor]:
@@ -504,7 +508,7 @@ class SoftKVStore(nn.Module):
                 f"cannot follow: {remedy}, before wrapping"
             )
 
-    # -- reads that wait for their backward -----------------------------------------------------------------------------
+    # -- reads that wait for their backward ------------------------------------------------------------------
 
     def _guard(self, read: Read, used: Tensor | None) -> Read:
         """``read``, such that its backward first checks the rows it used."""
@@ -524,10 +528,16 @@ class SoftKVStore(nn.Module):
                 if isinstance(table, nn.Parameter):
                     watch(table, self.rows)
 
-    # -- module conventions ---------------------------------------------------------------------------------------------
+    # -- module conventions ----------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        parts = [f"rows={len(self)}", f"key_dim={self.key_dim}", f"value_dim={self.value_dim}", f"metric={self.metric!r}"]
+        """What ``repr`` shows between the brackets."""
+        parts = [
+            f"rows={len(self)}",
+            f"key_dim={self.key_dim}",
+            f"value_dim={self.value_dim}",
+            f"metric={self.metric!r}",
+        ]
         if self.temperature != 1.0:
             parts.append(f"temperature={self.temperature:g}")
         if self.fields:
@@ -536,7 +546,7 @@ class SoftKVStore(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._index.reset()
         self._watch()
         return self
@@ -548,11 +558,11 @@ class SoftKVStore(nn.Module):
 
     def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check what is to be loaded and take its size."""
-        names = ("keys", "values", "rows.ids", "rows.field_values", "rows.next_id")
-        found = {name: state_dict.get(prefix + name) for name in names}
-        if any(not isinstance(tensor, Tensor) for tensor in found.values()):
+        names = ("keys", "values", "rows.ids", "rows.field_values")
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if len(found) < len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             return  # torch reports what is missing
-        keys, values, ids, fields = found["keys"], found["values"], found["rows.ids"], found["rows.field_values"]
+        keys, values, ids, fields = found.values()
         capacity = len(ids)
         for name, tensor, width in (
             ("keys", keys, self.key_dim),
@@ -574,7 +584,7 @@ class SoftKVStore(nn.Module):
         return self.__dict__ | {"_open_reads": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._watch()
 
 

@@ -1,0 +1,58 @@
+"""What a read is, in float64 and plain enough to be believed by reading."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def scores(query: Tensor, keys: Tensor, metric: str, temperature: float | Tensor = 1.0) -> Tensor:
+    """(..., B, d), (..., N, d) -> (..., B, N)"""
+    if metric == "l2":
+        raw = -(query.unsqueeze(-2) - keys.unsqueeze(-3)).square().sum(-1)
+    elif metric == "cosine":
+        raw = F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).mT
+    elif metric == "scaled_dot":
+        raw = query @ keys.mT / math.sqrt(query.shape[-1])
+    else:
+        raw = query @ keys.mT
+    return raw / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+
+
+@dataclass
+class Answer:
+    values: Tensor
+    lse: Tensor
+    weights: Tensor  # (..., B, N): all rows, in their order
+    scores: Tensor  # (..., B, N)
+
+
+def read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    metric: str = "scaled_dot",
+    temperature: float | Tensor = 1.0,
+    visible: Tensor | None = None,
+) -> Answer:
+    """The exact read; (B, N) bool `visible` says which query may see which row, and where it may see none gives 0."""
+    found = scores(query, keys, metric, temperature)
+    if visible is not None:
+        found = found.masked_fill(~visible, -math.inf)
+    some = (found > -math.inf).any(-1, keepdim=True)
+    safe = torch.where(some, found, torch.zeros_like(found))
+    weights = torch.where(some, torch.softmax(safe, -1), torch.zeros_like(found))
+    lse = torch.where(some.squeeze(-1), torch.logsumexp(safe, -1), -math.inf)
+    return Answer(weights @ values, lse, weights, found)
+
+
+def best(found: Tensor, k: int) -> Tensor:
+    """The k best columns of each row, best first, ties to the lowest; -1 where the score is -inf."""
+    order = found.sort(dim=-1, descending=True, stable=True)
+    columns = order.indices.masked_fill(order.values == -math.inf, -1)[..., :k]
+    return F.pad(columns, (0, k - columns.shape[-1]), value=-1)

@@ -1,0 +1,58 @@
+"""The examples run, say what they should, and stay short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(name: str, *arguments: str) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / name), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_example_is_run_here() -> None:
+    assert [path.name for path in EXAMPLES] == ["quickstart.py", "retrieval_in_training.py"]
+
+
+def test_quickstart() -> None:
+    said = {line[:44].strip(): line[44:].split() for line in run("quickstart.py").splitlines()}
+    assert said["hard: the best row alone"][0] == "5.0"
+    assert said["trained: at the query"] == ["10.0", "degrees,", "60%", "rain"]
+    assert said["gradient: warmer lies to the"] == ["south-east"]
+    assert "4 rows, ids [0, 1, 2, 3]; is 7 there? False" in said
+
+
+def test_retrieval_in_training_beats_the_linear_classifier() -> None:
+    pytest.importorskip("sklearn")
+    out = run("retrieval_in_training.py", "--small")
+    assert "\r" not in out  # nobody watches a pipe
+    accuracy = {line[:30].strip(): float(line[30:37]) for line in out.splitlines()[2:]}
+    linear = accuracy["linear classifier on pixels"]
+    assert linear > 85
+    for read in ("exact read", "top-k read (k=10)", "hard read"):
+        assert accuracy[f"softdb, {read}"] > 90
+    assert accuracy["softdb, exact read"] > linear

@@ -1,0 +1,447 @@
+"""soft_read, topk_read and merge."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+from contract import METRICS, Problem, ReadContract, largest_error
+from torch import Tensor
+
+import softdb
+from softdb import blockwise
+from softdb.functional import merge, soft_read, topk_read
+
+
+class TestSoftRead(ReadContract):
+    def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
+        read = soft_read(
+            problem.query,
+            problem.keys,
+            problem.values,
+            metric=problem.metric,
+            temperature=problem.temperature,
+            mask=problem.visible,
+        )
+        return read, problem.leaves
+
+
+class TestSoftReadInSmallTiles(TestSoftRead):
+    @pytest.fixture(autouse=True, params=[(64, 2), (512, 3), (4096, 256)], ids=str)
+    def _tiles(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        elements, queries = request.param
+        monkeypatch.setattr(blockwise, "TILE_ELEMENTS", elements)
+        monkeypatch.setattr(blockwise, "TILE_QUERIES", queries)
+
+
+class TestSoftReadWithBestRows(ReadContract):
+    """Asking for the best rows as well changes nothing, and the weights of all rows make the answer."""
+
+    def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
+        count = max(1, len(problem.keys))
+        read = soft_read(
+            problem.query,
+            problem.keys,
+            problem.values,
+            metric=problem.metric,
+            temperature=problem.temperature,
+            mask=problem.visible,
+            k=count,
+        )
+        assert read.ids is not None
+        assert read.weights is not None
+        if len(problem.keys):
+            rows = problem.values[read.ids.clamp(min=0)].to(read.weights.dtype)
+            again = (read.weights.unsqueeze(-1) * rows).sum(-2)
+            assert torch.allclose(
+                again, read.values.to(again.dtype), atol=2e-2 if rows.dtype != read.values.dtype else 1e-2
+            )
+        return read, problem.leaves
+
+
+class TestTopkReadOfAllRows(ReadContract):
+    def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
+        count = len(problem.keys)
+        candidates = torch.arange(count).expand(len(problem.query), count)
+        if problem.visible is not None:
+            candidates = candidates.masked_fill(~problem.visible, -1)
+        if count == 0:
+            candidates = torch.full((len(problem.query), 1), -1)
+        read = topk_read(
+            problem.query,
+            problem.keys,
+            problem.values,
+            candidates,
+            metric=problem.metric,
+            temperature=problem.temperature,
+        )
+        return read, problem.leaves
+
+    # A query that sees fewer rows than there are cannot know that the others are hidden.
+    def test_a_query_that_sees_nothing_gets_zeros(self) -> None:
+        read = topk_read(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 1), torch.tensor([[-1, -1], [2, -1]]))
+        assert read.values.tolist() == [[0.0], [1.0]]
+        assert read.mass[0] == 0
+        assert read.mass[1].isnan()
+
+
+class TestMergeOfThreeParts(ReadContract):
+    def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
+        count = len(problem.keys)
+        cuts = [0, count // 3, count // 2, count]
+        reads = []
+        for start, stop in itertools.pairwise(cuts):
+            part = slice(start, stop)
+            mask = None if problem.visible is None else problem.visible[:, part]
+            reads.append(
+                soft_read(
+                    problem.query,
+                    problem.keys[part],
+                    problem.values[part],
+                    metric=problem.metric,
+                    temperature=problem.temperature,
+                    mask=mask,
+                )
+            )
+        return merge(reads), problem.leaves
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_narrow_dtypes_are_read_in_float32(self, dtype: torch.dtype) -> None:
+        problem = Problem.random(rows=300, key_dim=32).to(dtype)
+        read, _ = self.read(problem)
+        assert read.values.dtype == dtype
+        answer = problem.to(torch.float64).answer()
+        # Each part is rounded to the query's dtype once before they are joined.
+        assert largest_error(read.values, answer.values) < 3 * torch.finfo(dtype).eps
+
+    def test_scores_that_overflow_float16(self) -> None:
+        problem = Problem.random(rows=20, key_dim=64)
+        big = replace(problem, query=torch.full((5, 64), 300.0), keys=torch.full((20, 64), 300.0)).to(torch.float16)
+        read, _ = self.read(big)
+        # Parts meet by their log-sum-exp, and beside 720,000 float32 counts in steps of 1/16.
+        assert torch.allclose(read.values.float(), problem.values.mean(0).expand(5, 3), atol=0.05)
+
+
+# -- soft_read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [None, 3])
+def test_gradcheck(metric: str, k: int | None) -> None:
+    problem = Problem.random(4, 11, 3, 2, metric=metric, dtype=torch.float64)
+    mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[1] = False
+
+    def read(*leaves: Tensor) -> tuple[Tensor, ...]:
+        query, keys, values, temperature = leaves
+        found = soft_read(query, keys, values, metric=metric, temperature=temperature, mask=mask, k=k)
+        tensors = [found.values, found.lse[[0, 2, 3]]]
+        if found.weights is not None and found.scores is not None:
+            tensors += [found.weights, found.mass, found.scores[[0, 2, 3]]]
+        return tuple(tensors)
+
+    assert torch.autograd.gradcheck(read, tuple(problem.leaves.values()))
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("keys",), ("values",), ("query", "values"), ("keys", "values")])
+def test_only_what_needs_a_gradient_gets_one(wanted: tuple[str, ...]) -> None:
+    problem = Problem.random()
+    expected = torch.autograd.grad(problem.answer().values.sum(), [problem.leaves[name] for name in wanted])
+    for name, leaf in problem.leaves.items():
+        leaf.requires_grad_(name in wanted)
+    soft_read(problem.query, problem.keys, problem.values).values.sum().backward()
+    for name, grad in zip(wanted, expected, strict=True):
+        assert torch.allclose(problem.leaves[name].grad, grad, atol=1e-6)
+    for name, leaf in problem.leaves.items():
+        assert (leaf.grad is None) == (name not in wanted)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    problem = Problem.random()
+    read = soft_read(problem.query, problem.keys, problem.values)
+    (grad,) = torch.autograd.grad(read.values.sum(), problem.query, create_graph=True)
+    with pytest.raises(softdb.SecondDerivativeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_topk_read_has_second_derivatives() -> None:
+    problem = Problem.random(3, 6, 4, 2, dtype=torch.float64)
+    candidates = torch.tensor([[0, 1, 2], [5, -1, 3], [4, 2, 0]])
+
+    def read(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return topk_read(query, keys, values, candidates).values
+
+    assert torch.autograd.gradgradcheck(read, (problem.query, problem.keys, problem.values))
+
+
+BATCHES = [
+    ((2, 3), (2, 3), (2, 3)),
+    ((2, 3), (), ()),
+    ((2, 3), (2, 1), (2, 1)),
+    ((2, 3), (1, 3), (2, 3)),
+    ((), (4,), (4,)),
+    ((3,), (2, 1), (2, 3)),
+    ((2, 1, 3), (1, 4, 1), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("shapes", BATCHES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_broadcast(shapes: tuple[tuple[int, ...], ...], masked: bool) -> None:
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(*shape, *size, dtype=torch.float64, requires_grad=True)
+        for shape, size in zip(shapes, [(5, 4), (7, 4), (7, 2)], strict=True)
+    ]
+    query, keys, values = leaves
+    batch = torch.broadcast_shapes(*shapes)
+    for mask_batch in [(), batch, (1,) * len(batch)] if masked else [None]:
+        mask = None if mask_batch is None else torch.rand(*mask_batch, 5, 7) < 0.7
+        read = soft_read(query, keys, values, mask=mask, k=2)
+        answer = reference.read(query, keys, values, visible=mask)
+        assert read.values.shape == (*batch, 5, 2)
+        assert torch.allclose(read.values, answer.values)
+        assert torch.allclose(read.lse, answer.lse.expand(read.lse.shape))
+        assert (read.ids == reference.best(answer.scores, 2)).all()
+        ours = torch.autograd.grad(read.values.sum(), leaves)
+        theirs = torch.autograd.grad(answer.values.sum(), leaves)
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert torch.allclose(mine, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (5, 7)], ids=str)
+def test_a_mask_broadcasts_over_queries_and_rows(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(3, 5, 4), torch.randn(3, 7, 4), torch.randn(3, 7, 2)
+    mask = torch.rand(3, *shape) < 0.6
+    wanted = reference.read(query.double(), keys.double(), values.double(), visible=mask.expand(3, 5, 7))
+    assert largest_error(soft_read(query, keys, values, mask=mask).values, wanted.values) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_torch_multihead_attention(causal: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True, bias=False)
+    x = torch.randn(2, 10, 32, requires_grad=True)
+    mask = torch.ones(10, 10, dtype=torch.bool).tril() if causal else None
+    wanted, _ = layer(x, x, x, attn_mask=None if mask is None else ~mask, need_weights=False)
+    weights = list(layer.parameters())
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), [x, *weights])
+
+    projections = layer.in_proj_weight.detach().clone().requires_grad_()
+    output = layer.out_proj.weight.detach().clone().requires_grad_()
+
+    def heads(projected: Tensor) -> Tensor:  # (batch, n, dim) -> (batch, heads, n, dim / heads)
+        return projected.unflatten(-1, (4, 8)).transpose(1, 2)
+
+    query, key, value = (heads(x @ part.T) for part in projections.chunk(3))
+    found = soft_read(query, key, value, mask=mask).values.transpose(1, 2).flatten(-2) @ output.T
+    assert torch.allclose(found, wanted, atol=1e-5)
+    grads = torch.autograd.grad(found.square().sum(), [x, projections, output])
+    for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+        assert torch.allclose(grad, wanted_grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_best_rows_are_reported_with_their_mass(k: int) -> None:
+    problem = Problem.random(rows=20)
+    read = soft_read(problem.query, problem.keys, problem.values, k=k)
+    answer = problem.to(torch.float64).answer()
+    ids = reference.best(answer.scores, k)
+    assert (read.ids == ids).all()
+    held = answer.weights.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
+    assert largest_error(read.weights, held) < 1e-6
+    assert largest_error(read.mass, held.sum(-1)) < 1e-6
+    assert (read.mass <= 1).all()
+    assert (read.scores[ids < 0] == -math.inf).all()
+
+
+def test_weights_sum_to_the_mass_beside_huge_scores() -> None:
+    problem = Problem.random(rows=50, scale=1e4)
+    read = soft_read(problem.query, problem.keys, problem.values, k=50)
+    assert torch.allclose(read.weights.sum(-1), torch.ones(5), atol=1e-6)
+
+
+def test_ties_go_to_the_lowest_row() -> None:
+    query = torch.zeros(3, 4)
+    read = soft_read(query, torch.randn(3000, 4), torch.randn(3000, 2), k=40)
+    assert (read.ids == torch.arange(40)).all()
+
+
+def test_straight_through_is_hard_forward_and_soft_backward() -> None:
+    problem = Problem.random(dtype=torch.float64)
+    read = soft_read(problem.query, problem.keys, problem.values, k=3, normalizer="straight_through")
+    answer = problem.answer()
+    best = reference.best(answer.scores, 3)
+    assert (read.values == problem.values[best[:, 0]]).all()
+    assert (read.weights == torch.tensor([1.0, 0.0, 0.0])).all()
+    leaves = [problem.query, problem.keys, problem.values]
+    ours = torch.autograd.grad(read.values.sum() + read.weights[:, 1].sum(), leaves)
+    wanted = torch.autograd.grad(answer.values.sum() + answer.weights.gather(1, best)[:, 1].sum(), leaves)
+    for mine, other in zip(ours, wanted, strict=True):
+        assert torch.allclose(mine, other)
+
+
+def test_no_score_matrix_is_held() -> None:
+    peak = 0
+    query, keys, values = (torch.randn(n, 8, requires_grad=True) for n in (300, 20_000, 20_000))
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal peak
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                peak = max(peak, result.numel())
+            return result
+
+    with Watch():
+        soft_read(query, keys, values).values.sum().backward()
+    assert 0 < peak <= blockwise.TILE_ELEMENTS < 300 * 20_000
+
+
+# -- topk_read -------------------------------------------------------------------------------------------
+
+
+def test_topk_read_reads_only_its_candidates() -> None:
+    problem = Problem.random(2, 10, dtype=torch.float64)
+    candidates = torch.tensor([[7, 3, -1], [0, 9, 4]])
+    visible = torch.zeros(2, 10, dtype=torch.bool)
+    visible[0, [7, 3]] = visible[1, [0, 9, 4]] = True
+    read = topk_read(problem.query, problem.keys, problem.values, candidates)
+    answer = reference.read(problem.query, problem.keys, problem.values, visible=visible)
+    assert torch.allclose(read.values, answer.values)
+    assert torch.allclose(read.lse, answer.lse)
+    assert (read.ids == reference.best(answer.scores, 3)).all()
+    assert read.mass.isnan().all()
+    assert read.scores[0, 2] == -math.inf
+    assert read.weights[0, 2] == 0
+
+
+def test_topk_read_of_batched_memories() -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 3, 5, 4), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 2)
+    candidates = torch.stack([torch.randperm(9)[:4] for _ in range(30)]).view(2, 3, 5, 4)
+    visible = torch.zeros(2, 3, 5, 9, dtype=torch.bool).scatter_(-1, candidates, True)
+    answer = reference.read(query, keys, values, visible=visible)
+    read = topk_read(query, keys, values, candidates)
+    assert torch.allclose(read.values, answer.values, atol=1e-6)
+    assert (read.ids == reference.best(answer.scores, 4)).all()
+
+
+# -- merge -----------------------------------------------------------------------------------------------
+
+
+def test_merge_with_a_store_is_the_dense_expression_over_both() -> None:
+    torch.manual_seed(0)
+    store = softdb.SoftKVStore(6, 2, trainable=True, dtype=torch.float64)
+    store.add(torch.randn(40, 6).double(), torch.randn(40, 2).double())
+    encoder = torch.nn.Linear(6, 6).double()
+    context = torch.randn(7, 6).double()
+    values = torch.randn(7, 2).double().requires_grad_()
+    query = torch.randn(3, 6).double().requires_grad_()
+    leaves = [query, store.keys, store.values, values, *encoder.parameters()]
+
+    merged = merge([store.read(query), soft_read(query, encoder(context), values)])
+    dense = reference.read(query, torch.cat([store.keys, encoder(context)]), torch.cat([store.values, values]))
+    assert torch.allclose(merged.values, dense.values)
+    assert torch.allclose(merged.lse, dense.lse)
+    ours = torch.autograd.grad(merged.values.square().sum() + merged.lse.sum(), leaves)
+    wanted = torch.autograd.grad(dense.values.square().sum() + dense.lse.sum(), leaves)
+    for mine, other in zip(ours, wanted, strict=True):
+        assert torch.allclose(mine, other)
+
+
+def test_merge_orders_the_best_rows_of_all() -> None:
+    problem = Problem.random(rows=60, dtype=torch.float64)
+    first = soft_read(problem.query, problem.keys[:25], problem.values[:25], k=4)
+    second = soft_read(problem.query, problem.keys[25:], problem.values[25:], k=4)
+    merged = merge([first, second])
+    answer = problem.answer()
+    assert merged.ids.shape == (5, 8)
+    assert (merged.scores.diff(dim=-1) <= 0).all()
+    assert torch.allclose(merged.scores[:, :4], answer.scores.sort(descending=True).values[:, :4])
+    assert torch.allclose(merged.weights, (merged.scores - answer.lse[:, None]).exp())
+    assert torch.allclose(merged.mass, merged.weights.sum(-1))
+
+
+def test_merge_knows_what_it_does_not_know() -> None:
+    problem = Problem.random(rows=10)
+    whole = soft_read(problem.query, problem.keys, problem.values)
+    best = soft_read(problem.query, problem.keys, problem.values, k=2)
+    some = topk_read(problem.query, problem.keys, problem.values, torch.tensor([[1, 2]]).expand(5, 2))
+    assert merge([whole, whole]).ids is None
+    assert (merge([whole, best]).mass == 1).all()
+    assert merge([best, some]).mass.isnan().all()
+    assert merge([whole, some]).mass.isnan().all()
+
+
+# -- bad input -------------------------------------------------------------------------------------------
+
+Q, K, V = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 5)
+BAD_READS = [
+    (dict(query=Q.long()), softdb.DtypeError, "query: expected a floating-point tensor, got torch.int64"),
+    (dict(query=[[1.0]]), softdb.DtypeError, "query: expected a floating-point torch.Tensor, got list"),
+    (dict(query=Q[0]), softdb.ShapeError, r"query: expected shape \(..., any, any\), got \(3,\)"),
+    (dict(keys=torch.ones(4, 2)), softdb.ShapeError, r"keys: expected shape \(..., any, 3\), got \(4, 2\)"),
+    (dict(values=torch.ones(3, 5)), softdb.ShapeError, r"values: expected shape \(..., 4, any\), got \(3, 5\)"),
+    (
+        dict(keys=torch.ones(2, 4, 3), values=torch.ones(3, 4, 5)),
+        softdb.ShapeError,
+        "leading dimensions that broadcast",
+    ),
+    (dict(query=Q * math.nan), softdb.NonFiniteError, "query: expected finite numbers"),
+    (dict(keys=K * math.inf), softdb.NonFiniteError, "keys: expected finite numbers"),
+    (dict(values=V * math.nan), softdb.NonFiniteError, "values: expected finite numbers"),
+    (dict(query=Q * 1e30, keys=K * 1e30), softdb.NonFiniteError, "expected finite scores"),
+    (dict(metric="manhattan"), softdb.ArgumentError, "metric: expected one of 'dot', 'scaled_dot', 'cosine', 'l2'"),
+    (dict(temperature=0.0), softdb.ArgumentError, "temperature: expected a finite number above 0, got 0.0"),
+    (dict(temperature=math.nan), softdb.ArgumentError, "temperature: expected a finite number above 0, got nan"),
+    (dict(temperature=torch.tensor(-1.0)), softdb.ArgumentError, "temperature: expected finite numbers above 0"),
+    (dict(temperature=torch.ones(3)), softdb.ShapeError, r"temperature: .* broadcastable .* \(2,\), got shape \(3,\)"),
+    (dict(temperature="warm"), softdb.DtypeError, "temperature: expected a float or a tensor, got str 'warm'"),
+    (dict(mask=torch.ones(2, 4)), softdb.DtypeError, "mask: expected a bool tensor"),
+    (dict(mask=torch.ones(3, 4) > 0), softdb.ShapeError, r"mask: expected a shape broadcastable to \(2, 4\)"),
+    (dict(k=0), softdb.ArgumentError, "k: expected an integer of at least 1, got 0"),
+    (dict(k=1.5), softdb.DtypeError, "k: expected an integer, got float 1.5"),
+    (dict(normalizer="relu"), softdb.ArgumentError, "normalizer: expected one of 'softmax'"),
+    (dict(normalizer="entmax15"), NotImplementedError, "normalizer: 'entmax15' is planned"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_READS, ids=[message[:30] for _, _, message in BAD_READS])
+def test_bad_input_of_soft_read(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        soft_read(**({"query": Q, "keys": K, "values": V} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "error", "message"),
+    [
+        (torch.ones(2, 2), softdb.DtypeError, "candidates: expected int64 ids, got torch.float32"),
+        ([[0, 1]], softdb.DtypeError, "candidates: expected an int64 tensor, got list"),
+        (torch.tensor([[0, 4], [0, 1]]), softdb.ArgumentError, "row numbers below 4, got 4"),
+        (torch.tensor([[0, -2], [0, 1]]), softdb.ArgumentError, "or -1 for padding, got -2"),
+        (torch.tensor([[0, 0], [0, 1]]), softdb.ArgumentError, "each row at most once per query"),
+        (torch.zeros(3, 2, dtype=torch.int64), softdb.ShapeError, r"candidates: expected shape \(2, k\)"),
+        (torch.zeros(2, 0, dtype=torch.int64), softdb.ArgumentError, "at least one column"),
+    ],
+)
+def test_bad_candidates(candidates: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        topk_read(Q, K, V, candidates)
+
+
+def test_bad_reads_to_merge() -> None:
+    soft = soft_read(Q, K, V)
+    with pytest.raises(softdb.ArgumentError, match="at least one Read"):
+        merge([])
+    with pytest.raises(softdb.DtypeError, match="expected Read objects, got a "):
+        merge([soft, Q])  # type: ignore[list-item]
+    with pytest.raises(softdb.ShapeError, match="values of one shape"):
+        merge([soft, soft_read(Q[:1], K, V)])
+    with pytest.raises(softdb.ArgumentError, match="only a softmax can be put together"):
+        merge([soft, soft_read(Q, K, V, normalizer="straight_through")])

@@ -1,0 +1,302 @@
+"""The index of top-k reads: real FAISS indexes that are never behind their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from contract import METRICS
+from torch import Tensor
+
+import softdb
+from softdb import IndexConfig, SoftKVStore
+from softdb import index as index_module
+
+FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a few hundred rows go the ways of a million."""
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 500)
+    monkeypatch.setattr(index_module, "PENDING_ROWS", 40)
+    monkeypatch.setattr(index_module, "PENDING_SHARE", 0.0)
+
+
+def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(40, width, generator=generator)
+    chosen = torch.randint(40, (rows,), generator=generator)
+    return centres[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
+
+
+def make(factory: str, rows: int = 1000, metric: str = "scaled_dot", **options: object) -> SoftKVStore:
+    store = SoftKVStore(16, 2, metric=metric, index=factory, **options)  # type: ignore[arg-type]
+    fields = {"group": torch.arange(rows) % 10} if "fields" in options else None
+    store.add(clustered(rows), torch.randn(rows, 2, generator=torch.Generator().manual_seed(1)), fields=fields)
+    return store
+
+
+def recall(store: SoftKVStore, query: Tensor, k: int = 10, **options: object) -> float:
+    """The fraction of the exact best rows that a top-k read finds, where none may be wrong or twice."""
+    exact = store.read(query, k=k, **options)  # type: ignore[arg-type]
+    read = store.read(query, "topk", k=k, **options)  # type: ignore[arg-type]
+    live = set(store.ids.tolist())
+    hits = 0
+    for wanted, found in zip(exact.ids.tolist(), read.ids.tolist(), strict=True):
+        real = [number for number in found if number >= 0]
+        assert len(real) == len(set(real))
+        assert set(real) <= live
+        assert len(real) == len([number for number in wanted if number >= 0])
+        hits += len(set(real) & set(wanted) - {-1})
+    return hits / max(1, int((exact.ids >= 0).sum()))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_finds_most_of_the_best_rows(factory: str, metric: str) -> None:
+    store = make(factory, metric=metric)
+    query = clustered(50, seed=2)
+    assert recall(store, query) > (0.5 if "P" in factory else 0.9)
+    stats = store.index_stats()
+    assert stats.builds == (0 if factory == "Flat" else 1)
+    assert stats.rows == 1000
+    assert stats.pending == 0
+    assert stats.error is None
+
+
+def test_scores_come_from_the_live_rows_not_from_faiss() -> None:
+    store = make("IVF8,PQ8x4")
+    query = clustered(20, seed=2)
+    read = store.read(query, "topk", k=5)
+    keys = store.get(read.ids.flatten()).keys.view(20, 5, 16)
+    assert torch.allclose(read.scores, (keys * query[:, None]).sum(-1) / 4, atol=1e-5)
+    assert (read.scores.diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_read_directly_after_a_write_sees_it(factory: str) -> None:
+    store = make(factory, metric="l2")
+    query = torch.full((1, 16), 30.0)
+    store.read(query, "topk", k=3)
+
+    def nearest() -> int:
+        return int(store.read(query, "topk", k=3).ids[0, 0])
+
+    far = torch.full((1, 16), 30.0)
+    (added,) = store.add(far + 0.3, torch.zeros(1, 2)).tolist()
+    assert nearest() == added
+    store.update([7], keys=far + 0.2)
+    assert nearest() == 7
+    store.put([50_000], far + 0.1, torch.zeros(1, 2))
+    assert nearest() == 50_000
+    store.delete([50_000])
+    assert nearest() == 7
+    store.update([7], keys=-far)
+    assert nearest() == added
+    store.keys.data[11] = far[0]
+    store.touch([11])
+    assert nearest() == 11
+    store.delete(store.ids)
+    assert store.read(query, "topk", k=3).ids.tolist() == [[-1, -1, -1]]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_random_writes_never_show_a_stale_row(factory: str) -> None:
+    chance = random.Random(0)
+    store = make(factory, 700)
+    ids = store.ids.tolist()
+    query = clustered(50, seed=3)
+    floor = 0.1 if "P" in factory else 0.7
+    found = []
+    for turn in range(60):
+        kind = chance.choice(["add", "update", "delete", "put"])
+        count = chance.choice([1, 5, 60])
+        keys, values = clustered(count, seed=100 + turn), torch.randn(count, 2)
+        chosen = chance.sample(ids, min(count, len(ids)))
+        if kind == "add":
+            ids += store.add(keys, values).tolist()
+        elif kind == "update":
+            store.update(chosen, keys=keys[: len(chosen)])
+        elif kind == "put":
+            chosen[: len(chosen) // 2] = range(10_000 + 100 * turn, 10_000 + 100 * turn + len(chosen) // 2)
+            store.put(chosen, keys[: len(chosen)], values[: len(chosen)])
+            ids = sorted({*ids, *chosen})
+        else:
+            store.delete(chosen)
+            ids = [number for number in ids if number not in set(chosen)]
+        found.append(recall(store, query, k=chance.choice([1, 7, 40])))
+    assert sum(found) / len(found) > floor
+    if factory not in ("Flat",):
+        assert store.index_stats().builds >= 1
+
+
+def test_pending_rows_are_appended_in_batches_and_the_base_rebuilt_when_half_is_stale() -> None:
+    store = make("IVF16,Flat")
+    query = clustered(5, seed=2)
+
+    def stats() -> softdb.IndexStats:
+        store.read(query, "topk", k=3)
+        return store.index_stats()
+
+    assert stats().builds == 1
+    store.update(torch.arange(30), keys=clustered(30, seed=5))
+    assert stats().pending == 30
+    store.update(torch.arange(20, 50), keys=clustered(30, seed=6))
+    assert stats().pending == 0  # 50 rows passed the limit of 40
+    assert stats().builds == 1
+    store.update(torch.arange(60, 70), keys=clustered(10, seed=6))
+    assert stats().pending == 10
+    store.refresh()
+    assert store.index_stats().pending == 0
+    store.delete(torch.arange(100, 650))
+    assert stats().builds == 2
+    assert stats().pending == 0
+    store.build_index()
+    assert store.index_stats().builds == 3
+
+
+def test_the_base_is_rebuilt_when_rows_outgrow_its_lists() -> None:
+    store = make("IVF16,Flat", 300)
+    query = clustered(5, seed=2)
+    store.read(query, "topk", k=3)
+    for turn in range(10):
+        store.add(clustered(100, seed=turn), torch.randn(100, 2))
+        store.read(query, "topk", k=3)
+    assert store.index_stats().builds == 2
+    assert recall(store, clustered(50, seed=9)) > 0.9
+
+
+def test_between_two_writes_every_read_sees_the_same_index() -> None:
+    store = make("IVF16,Flat")
+    store.update([3], keys=clustered(1, seed=4))
+    query = clustered(20, seed=2)
+    first = store.read(query, "topk", k=5)
+    builds = store.index_stats().builds
+    for _ in range(20):
+        assert (store.read(query, "topk", k=5).ids == first.ids).all()
+    assert store.index_stats().builds == builds
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.002])
+def test_filters_are_honoured_whatever_they_leave(factory: str, share: float) -> None:
+    store = make(factory, fields=("group",))
+    store.delete([5, 500])
+    store.update([6], keys=clustered(1, seed=9))
+    query = clustered(20, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.rand(len(store), generator=generator) < share
+    ids = store.ids[allowed]
+    floor = 0.4 if "P" in factory else 0.8
+    for where in (allowed, ids, lambda row: torch.isin(row["id"], ids)):
+        assert recall(store, query, where=where) > floor
+        read = store.read(query, "topk", k=10, where=where)
+        assert torch.isin(read.ids, torch.cat([ids, torch.tensor([-1])])).all()
+        assert ((read.ids >= 0).sum(-1) == min(10, len(ids))).all()
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_rules_and_exclusions_for_each_query(factory: str) -> None:
+    store = make(factory, fields=("group",))
+    query = clustered(30, seed=2)
+    group = torch.arange(30) % 10
+    exclude = store.read(query, k=6).ids
+    exclude[:, 2] = -1
+    options = {"where": lambda row: row["group"] != group[:, None], "exclude": exclude}
+    assert recall(store, query, **options) > (0.4 if "P" in factory else 0.8)
+    read = store.read(query, "topk", k=20, **options)  # type: ignore[arg-type]
+    assert not (read.ids[:, :, None] == exclude[:, None, :].masked_fill(exclude[:, None, :] == -1, -7)).any()
+    assert (read.ids % 10 != group[:, None]).all()
+    one = {"where": lambda row: (row["group"] == group[:, None]) & (row["id"] < 20)}
+    read = store.read(query, "topk", k=4, **one)  # type: ignore[arg-type]
+    assert ((read.ids >= 0).sum(-1) == 2).all()
+    assert (read.mass == 1).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "auto"])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW fused"])
+def test_an_optimiser_step_is_seen(factory: str, kind: str) -> None:
+    store = make(factory, trainable=True)
+    query = clustered(20, seed=2)
+    assert recall(store, query) > 0.9
+    fused = {"fused": True} if "fused" in kind else {}
+    optimiser = getattr(torch.optim, kind.split()[0])(store.parameters(), lr=0.5, **fused)
+    for _ in range(3):
+        optimiser.zero_grad()
+        store.read(query).values.square().sum().backward()
+        optimiser.step()
+        assert recall(store, query) == 1.0
+    store.build_index()
+    assert recall(store, query) > 0.9
+    assert store.index_stats().factory.startswith("IVF")
+
+
+def test_values_trained_alone_leave_the_index_right() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=4).values.sum().backward()
+    torch.optim.SGD([store.values], lr=0.1).step()
+    assert recall(store, query) > 0.9
+
+
+def test_too_few_rows_for_the_factory_are_searched_exactly() -> None:
+    store = make("IVF64,Flat", 30)
+    assert recall(store, clustered(5, seed=2)) == 1.0
+    assert store.index_stats().factory == "Flat"
+    assert store.index_stats().builds == 0
+    store.add(clustered(300, seed=3), torch.randn(300, 2))
+    store.read(clustered(5, seed=2), "topk", k=3)
+    assert store.index_stats().factory == "IVF64,Flat"
+
+
+def test_a_build_that_fails_leaves_exact_searches_and_says_why() -> None:
+    store = make("PQ4x6", 30)
+    assert recall(store, clustered(5, seed=2)) == 1.0
+    assert "training" in (store.index_stats().error or "")
+    store.add(clustered(600, seed=3), torch.randn(600, 2))
+    assert recall(store, clustered(5, seed=2)) > 0.1
+    assert store.index_stats().error is None
+    assert store.index_stats().builds == 1
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16"])
+def test_more_recall_is_measured_and_met(factory: str) -> None:
+    low, high = (make(IndexConfig(factory, recall=wanted)) for wanted in (0.3, 0.999))  # type: ignore[arg-type]
+    query = torch.randn(100, 16, generator=torch.Generator().manual_seed(2))
+    assert recall(high, query) > 0.99
+    assert recall(high, query) >= recall(low, query)
+    assert (high.index_stats().recall or 0) >= 0.999
+    if factory.startswith("IVF"):
+        assert (high.index_stats().nprobe or 0) > (low.index_stats().nprobe or 0) >= 1
+
+
+def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for factory in FACTORIES:
+        recall(make(factory, 600), clustered(5, seed=2))
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (dict(recall=0), softdb.ArgumentError, "recall: expected a number above 0 and at most 1, got 0"),
+        (dict(recall=1.5), softdb.ArgumentError, "recall: .* got 1.5"),
+        (dict(recall="high"), softdb.DtypeError, "recall: expected a number, got str 'high'"),
+        (dict(recall=math.nan), softdb.ArgumentError, "recall: .* got nan"),
+        (dict(factory=3), softdb.DtypeError, "factory: expected 'auto', 'Flat' or a FAISS factory string, got int 3"),
+    ],
+)
+def test_bad_configurations(config: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        IndexConfig(**config)  # type: ignore[arg-type]
+
+
+def test_configuration_and_statistics_are_frozen() -> None:
+    for frozen in (IndexConfig(), make("Flat", 5).index_stats()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            frozen.factory = "HNSW32"  # type: ignore[misc, union-attr]

@@ -1,0 +1,154 @@
+"""The package as a whole: its face, its manners on import, and what other processes see of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import softdb
+
+ROOT = Path(__file__).parent.parent
+MODULES = [info.name for info in pkgutil.iter_modules(softdb.__path__)]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_all_is_exactly_what_is_public() -> None:
+    visible = {name for name in vars(softdb) if not name.startswith("_")} - set(MODULES)
+    declared = {name for name in softdb.__all__ if name != "__version__"} - set(MODULES)
+    assert visible == declared
+    assert softdb.__all__ == sorted(softdb.__all__)
+    assert {"SoftKVStore", "IndexConfig", "Read", "functional", "errors"} <= set(softdb.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_offers(module: str) -> None:
+    loaded = importlib.import_module(f"softdb.{module}")
+    assert loaded.__doc__
+    for name in loaded.__all__:
+        assert hasattr(loaded, name)
+
+
+@pytest.mark.parametrize("name", softdb.__all__)
+def test_everything_public_is_documented(name: str) -> None:
+    offered = getattr(softdb, name)
+    if isinstance(offered, type):
+        assert offered.__doc__
+        own = [member for member in vars(offered) if not member.startswith("_") and callable(getattr(offered, member))]
+        assert all(getattr(offered, member).__doc__ for member in own)
+
+
+def test_the_error_tree_is_as_drawn() -> None:
+    drawn = re.findall(r"[├└]── (\w+)\s+(?:\((\w+)\))?", softdb.errors.__doc__ or "")
+    assert {name for name, _ in drawn} | {"SoftDBError"} == set(softdb.errors.__all__)
+    for name, builtin in drawn:
+        error = getattr(softdb.errors, name)
+        assert issubclass(error, softdb.SoftDBError)
+        if builtin:
+            assert issubclass(error, getattr(__import__("builtins"), builtin))
+    assert str(softdb.UnknownIdError("ids: no 5")) == "ids: no 5"
+
+
+def test_importing_is_silent_and_leaves_torch_as_it_was() -> None:
+    code = """
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+import softdb, sys
+assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+assert not hooks
+assert "matplotlib" not in sys.modules and "faiss.contrib.torch_utils" not in sys.modules
+softdb.SoftKVStore(2, 1)
+assert not hooks
+softdb.SoftKVStore(2, 1, trainable=True)
+softdb.SoftKVStore(2, 1, trainable=True)
+assert len(hooks) == 1
+"""
+    done = run("-W", "error", "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_torch_is_imported_before_faiss() -> None:
+    code = "import sys, softdb; names = list(sys.modules); assert names.index('torch') < names.index('faiss')"
+    assert run("-c", code).returncode == 0
+
+
+def test_input_is_checked_without_asserts() -> None:
+    """The tests of bad input pass under python -O, where assert statements vanish."""
+    chosen = "bad or error or growth or changing_a_row"
+    files = [f"tests/test_{name}.py" for name in ("store", "functional", "index")]
+    quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+    done = run("-O", "-m", "pytest", *quiet, "-k", chosen, *files)
+    assert done.returncode == 0, done.stdout[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 100
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_after_a_search_can_search() -> None:
+    code = """
+import os, torch, softdb
+torch.set_num_threads(2)
+store = softdb.SoftKVStore(32, 8, index="IVF16,Flat")
+store.add(torch.randn(20_000, 32), torch.randn(20_000, 8))
+query = torch.randn(500, 32)
+wanted = store.read(query, "topk", k=5), store.read(query)
+child = os.fork()
+if child == 0:
+    read = store.read(query, "topk", k=5), store.read(query)
+    same = (read[0].ids == wanted[0].ids).all() and torch.allclose(read[1].values, wanted[1].values, atol=1e-5)
+    os._exit(0 if same else 1)
+for _ in range(600):
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        break
+    import time
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise SystemExit("the child hangs")
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    done = run("-W", "ignore::DeprecationWarning", "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_second_copy_of_the_rows_and_no_matrix_of_scores() -> None:
+    """A store of many rows is filled and read in little more memory than the rows take."""
+    code = """
+import resource, torch, softdb
+torch.set_num_threads(2)
+rows, width = 200_000, 64
+store = softdb.SoftKVStore(width, width, index="Flat")
+store.reserve(rows)
+for _ in range(20):
+    store.add(torch.randn(rows // 20, width), torch.randn(rows // 20, width))
+query = torch.randn(512, width, requires_grad=True)
+store.read(query[:8]).values.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store.read(query).values.sum().backward()
+store.read(query, "hard")
+store.read(query, "topk", k=8)
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(extra)
+assert extra < 120, extra  # the scores alone would be 390 MiB
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_project_is_typed() -> None:
+    assert (Path(softdb.__file__).parent / "py.typed").exists()
+    assert torch.__version__

@@ -1,0 +1,102 @@
+"""The books: ids, slots, versions."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+import softdb
+from softdb.rows import RowTable, SlotTable, Snapshot, watch
+
+
+def table_of(count: int) -> RowTable:
+    rows = RowTable(())
+    rows.resize(count)
+    rows.place(rows.new_ids(count))
+    return rows
+
+
+def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> None:
+    slots = SlotTable()
+    large = torch.tensor([10**12, 5000, 10**15])
+    slots.put(large, torch.tensor([0, 1, 2]))
+    slots.put(torch.arange(3000), torch.arange(3, 3003))
+    assert slots.find(large).tolist() == [0, 1, 2]
+    assert slots.find(torch.tensor([0, 2999, 3000, 4999, 5001, 10**14])).tolist() == [3, 3002, -1, -1, -1, -1]
+    slots.put(torch.tensor([6000]), torch.tensor([3003]))
+    assert slots.find(torch.tensor([5000, 6000])).tolist() == [1, 3003]
+    assert len(slots._dict) == 2  # 5000 moved over as the rows grew many
+    assert len(slots._array) < 20_000
+    slots.remove(torch.tensor([10**12, 7, 5000]))
+    assert slots.find(torch.tensor([10**12, 7, 5000, 8])).tolist() == [-1, -1, -1, 11]
+
+
+def test_holes_are_filled_lowest_first() -> None:
+    rows = table_of(10)
+    rows.remove(torch.tensor([7, 2, 5]), torch.tensor([7, 2, 5]))
+    assert rows.place(torch.tensor([20, 21])).tolist() == [2, 5]
+    rows.remove(torch.tensor([0]), torch.tensor([0]))
+    assert rows.place(torch.tensor([22, 23])).tolist() == [0, 7]
+    assert rows.live() is None
+
+
+def test_changes_since_a_version() -> None:
+    rows = table_of(10)
+    start = rows.version
+    rows.mark_changed(torch.tensor([4, 2]))
+    middle = rows.version
+    rows.remove(torch.tensor([9]), torch.tensor([9]))
+    assert rows.changed_since(start).tolist() == [2, 4, 9]
+    assert rows.changed_since(middle).tolist() == [9]
+    assert rows.changed_since(rows.version).tolist() == []
+    rows.mark_changed(torch.tensor([], dtype=torch.int64))
+    assert rows.version == middle + 1
+    rows.mark_moved()
+    assert rows.changed_since(middle).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "used", [None, torch.tensor([[1, -1], [3, 1]]), torch.arange(10) < 4], ids=["all", "some", "mask"]
+)
+def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
+    rows = table_of(10)
+    rows.remove(torch.tensor([8]), torch.tensor([8]))
+    snapshot = Snapshot(rows, used)
+    rows.place(torch.tensor([50]))  # into the hole
+    rows.resize(20)
+    rows.place(torch.tensor([51]))
+    if used is not None:
+        rows.mark_changed(torch.tensor([6]))
+    snapshot.check()
+    rows.mark_changed(torch.tensor([3]))
+    with pytest.raises(softdb.StaleReadError, match="slots 3"):
+        snapshot.check()
+
+
+def test_optimisers_are_seen_without_keeping_anything_alive() -> None:
+    rows, parameter = table_of(3), torch.nn.Parameter(torch.ones(3))
+    watch(parameter, rows)
+    other = torch.nn.Parameter(torch.ones(3))
+    optimiser = torch.optim.SGD([parameter, other], lr=0.1)
+    before = rows.version
+    other.grad = torch.ones(3)
+    optimiser.step()
+    assert rows.version == before
+    parameter.grad = torch.ones(3)
+    optimiser.step()
+    assert rows.moved_at == rows.version == before + 1
+    del rows
+    gc.collect()
+    optimiser.step()
+
+
+def test_a_copy_draws_up_its_own_books() -> None:
+    rows = table_of(5)
+    rows.remove(torch.tensor([1]), torch.tensor([1]))
+    copied = copy.deepcopy(rows)
+    copied.place(copied.new_ids(1))
+    assert copied.find(torch.tensor([5])).tolist() == [1]
+    assert rows.find(torch.tensor([5])).tolist() == [-1]

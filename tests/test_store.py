@@ -1,0 +1,887 @@
+"""SoftKVStore: its reads, its rows, and its manners as a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import reference
+import torch
+from contract import METRICS, Problem, ReadContract, largest_error
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from torch import Tensor
+
+import softdb
+from softdb import SoftKVStore
+from softdb.rows import RowTable
+
+
+def visible_rule(visible: Tensor | None):  # type: ignore[no-untyped-def]
+    """A `where` for a (B, N) mask over rows whose ids are their numbers."""
+    if visible is None:
+        return None
+
+    def where(row):  # type: ignore[no-untyped-def]
+        ids = row["id"]
+        if ids.dim() == 1:
+            return visible[:, ids]
+        return visible.gather(1, ids.clamp(min=0)) & (ids >= 0)
+
+    return where
+
+
+def store_of(problem: Problem, **options: object) -> SoftKVStore:
+    """A store of the problem's rows, their ids their numbers."""
+    store = SoftKVStore(
+        problem.keys.shape[1], problem.values.shape[1], metric=problem.metric, dtype=problem.keys.dtype, **options
+    )
+    store.add(problem.keys, problem.values)
+    return store
+
+
+class StoreContract(ReadContract):
+    options: dict[str, object] = {}
+    how: dict[str, object] = {}
+
+    def prepare(self, problem: Problem) -> SoftKVStore:
+        return store_of(problem, **self.options)
+
+    def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
+        store = self.prepare(problem)
+        how = dict(self.how)
+        if how.get("mode") == "topk":
+            how["k"] = max(1, len(problem.keys) + 2)
+        read = store.read(problem.query, temperature=problem.temperature, where=visible_rule(problem.visible), **how)
+        leaves = {"query": problem.query, "temperature": problem.temperature}
+        return read, leaves | {"keys": store.keys, "values": store.values}
+
+
+class TestExact(StoreContract):
+    options = {"trainable": True}
+
+
+class TestExactOverBuffers(StoreContract):
+    gradients = ("query", "temperature")
+
+
+class TestExactWithBestRows(StoreContract):
+    options = {"trainable": True}
+    how = {"k": 7}
+
+
+class TestTopkOfAllRows(StoreContract):
+    options = {"trainable": True}
+    how = {"mode": "topk"}
+
+
+class TestTopkOfAllRowsThroughFaiss(StoreContract):
+    options = {"trainable": True, "index": "IVF1,Flat"}
+    how = {"mode": "topk"}
+
+
+class TestTopkOverBuffers(StoreContract):
+    gradients = ("query", "temperature")
+    how = {"mode": "topk"}
+
+
+class TestExactAmongHoles(StoreContract):
+    """Rows lie between deleted ones, and in slots that were used before."""
+
+    gradients = ("query", "temperature")
+
+    def prepare(self, problem: Problem) -> SoftKVStore:
+        count = len(problem.keys)
+        store = SoftKVStore(*(t.shape[1] for t in (problem.keys, problem.values)), metric=problem.metric,
+                            dtype=problem.keys.dtype)  # fmt: skip
+        filler = torch.arange(1000, 1000 + count + 9)
+        store.add(torch.randn(count + 9, store.key_dim), torch.randn(count + 9, store.value_dim), ids=filler)
+        store.delete(filler[::2])
+        store.add(problem.keys, problem.values, ids=torch.arange(count))
+        store.delete(filler[1::2])
+        return store
+
+
+# -- which rows a read returns ---------------------------------------------------------------------------
+
+
+def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(40, width, generator=generator)
+    chosen = torch.randint(40, (rows,), generator=generator)
+    return centres[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 5, 70])
+def test_topk_reads_the_best_rows_and_no_others(metric: str, k: int) -> None:
+    problem = Problem.random(rows=5000, metric=metric)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "topk", k=k)
+    wide = problem.to(torch.float64)
+    scores = reference.scores(wide.query, wide.keys, metric)
+    ids = reference.best(scores, k)
+    assert (read.ids == ids).all()
+    visible = torch.zeros(5, 5000, dtype=torch.bool).scatter_(1, ids, True)
+    answer = reference.read(wide.query, wide.keys, wide.values, metric=metric, visible=visible)
+    assert largest_error(read.values, answer.values) < 1e-5
+    assert largest_error(read.lse, answer.lse) < 1e-4
+    assert largest_error(read.weights, answer.weights.gather(1, ids)) < 1e-5
+    assert largest_error(read.scores, scores.gather(1, ids)) < 1e-4
+    assert read.mass.isnan().all()
+    grads = torch.autograd.grad(read.values.square().sum(), [store.keys, store.values])
+    answer.values.square().sum().backward()
+    for name, grad in zip(("keys", "values"), grads, strict=True):
+        assert grad.layout == torch.sparse_coo
+        assert grad.is_coalesced()
+        assert set(grad.indices()[0].tolist()) == set(ids.flatten().tolist())
+        assert largest_error(grad.to_dense(), getattr(wide, name).grad) < 1e-5
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_hard_reads_the_best_row(metric: str) -> None:
+    problem = Problem.random(rows=400, metric=metric)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "hard")
+    wide = problem.to(torch.float64)
+    scores = reference.scores(wide.query, wide.keys, metric)
+    best = scores.argmax(-1)
+    assert (read.ids[:, 0] == best).all()
+    assert (read.values == problem.values[best]).all()
+    assert (read.weights == 1).all()
+    assert largest_error(read.lse, scores.amax(-1)) < 1e-5
+    assert read.mass.isnan().all()
+    grads = torch.autograd.grad(read.values.sum(), [problem.query, store.keys, store.values], retain_graph=True)
+    assert (grads[0] == 0).all()
+    assert (grads[1].to_dense() == 0).all()
+    wanted = torch.zeros_like(store.values).index_add_(0, best, torch.ones(5, 3))
+    assert (grads[2].to_dense() == wanted).all()
+    (through_lse,) = torch.autograd.grad(read.lse.sum(), problem.query)
+    (wanted,) = torch.autograd.grad(scores.amax(-1).sum(), wide.query)
+    assert largest_error(through_lse, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["exact", "topk"])
+def test_straight_through(mode: str) -> None:
+    problem = Problem.random(rows=50, dtype=torch.float64)
+    store = store_of(problem, trainable=True)
+    how = {"mode": mode, "k": 50}
+    hard = store.read(problem.query, normalizer="straight_through", **how)
+    soft = store.read(problem.query, **how)
+    assert (hard.values == store.read(problem.query, "hard").values).all()
+    assert (hard.weights[:, 0] == 1).all()
+    assert (hard.weights[:, 1:] == 0).all()
+    leaves = [problem.query, store.keys, store.values]
+    ours, others = (torch.autograd.grad(read.values.sum(), leaves) for read in (hard, soft))
+    for mine, wanted in zip(ours, others, strict=True):
+        assert torch.allclose(mine.to_dense(), wanted.to_dense())
+    assert (hard.lse == soft.lse).all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
+def test_ties_go_to_the_lowest_slot(mode: str) -> None:
+    store = SoftKVStore(4, 1)
+    store.add(torch.ones(3000, 4), torch.arange(3000.0)[:, None])
+    store.delete(torch.arange(5))
+    how = {} if mode == "hard" else {"k": 33}
+    read = store.read(torch.ones(2, 4), mode, **how)
+    wanted = torch.arange(5, 6 if mode == "hard" else 38)
+    assert (read.ids == wanted).all()
+
+
+@pytest.mark.parametrize("mode", ["exact", "topk"])
+def test_padding_where_there_are_fewer_rows_than_k(mode: str) -> None:
+    store = SoftKVStore(4, 2)
+    store.add(torch.randn(3, 4), torch.randn(3, 2), ids=torch.tensor([7, 5, 9]))
+    read = store.read(torch.randn(2, 4), mode, k=6)
+    assert read.ids.shape == (2, 6)
+    assert (read.ids[:, 3:] == -1).all()
+    assert (read.ids[:, :3].sort().values == torch.tensor([5, 7, 9])).all()
+    assert (read.weights[:, 3:] == 0).all()
+    assert (read.scores[:, 3:] == -math.inf).all()
+    assert torch.allclose(read.mass, torch.ones(2))
+
+
+def test_mass_of_a_topk_read_is_known_only_when_it_holds_every_row() -> None:
+    problem = Problem.random(rows=10)
+    store = store_of(problem)
+    assert store.read(problem.query, "topk", k=9).mass.isnan().all()
+    assert (store.read(problem.query, "topk", k=10).mass == 1).all()
+    assert (store.read(problem.query, "topk", k=4, where=torch.tensor([1, 2, 3, 8])).mass == 1).all()
+    assert (store.read(problem.query, "hard", where=torch.tensor([4])).mass == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
+def test_shapes_follow_the_query(mode: str, shape: tuple[int, ...]) -> None:
+    store = SoftKVStore(4, 2)
+    store.add(torch.randn(9, 4), torch.randn(9, 2))
+    how = {} if mode == "hard" else {"k": 3}
+    exclude = torch.zeros(*shape, 2, dtype=torch.int64)
+    read = store.read(torch.randn(*shape, 4), mode, exclude=exclude, temperature=torch.ones(shape), **how)
+    width = 1 if mode == "hard" else 3
+    assert read.values.shape == (*shape, 2)
+    assert read.ids.shape == read.weights.shape == read.scores.shape == (*shape, width)
+    assert read.lse.shape == read.mass.shape == shape
+    assert read.ids.dtype == torch.int64
+    assert read.error is None
+    assert (read.ids != 0).all()
+
+
+def test_exact_without_k_reports_no_rows() -> None:
+    store = SoftKVStore(4, 2)
+    store.add(torch.randn(9, 4), torch.randn(9, 2))
+    read = store.read(torch.randn(3, 4))
+    assert read.ids is read.weights is read.scores is None
+    assert (read.mass == 1).all()
+
+
+def test_calling_the_store_gives_the_values() -> None:
+    problem = Problem.random()
+    store = store_of(problem)
+    assert (store(problem.query) == store.read(problem.query).values).all()
+    assert (store(problem.query, mode="topk", k=2) == store.read(problem.query, "topk", k=2).values).all()
+
+
+def test_query_and_storage_may_differ_in_dtype() -> None:
+    problem = Problem.random()
+    narrow = store_of(problem.to(torch.bfloat16))
+    read = narrow.read(problem.query)
+    assert read.values.dtype == torch.float32
+    wide = narrow.read(problem.query.double())
+    assert wide.values.dtype == wide.lse.dtype == torch.float64
+    answer = reference.read(problem.query.double(), narrow.keys.double(), narrow.values.double())
+    assert largest_error(wide.values, answer.values) < 1e-12
+    assert largest_error(read.values, answer.values) < 1e-5
+
+
+def test_a_learnable_temperature() -> None:
+    problem = Problem.random()
+    store = store_of(problem)
+    log_temperature = torch.nn.Parameter(torch.zeros(()))
+    store.read(problem.query, temperature=log_temperature.exp()).values.sum().backward()
+    assert log_temperature.grad is not None
+    assert log_temperature.grad != 0
+
+
+# -- the table -------------------------------------------------------------------------------------------
+
+
+def test_assigned_ids_rise_and_are_never_handed_out_twice() -> None:
+    store = SoftKVStore(1, 1)
+    rows = torch.ones(3, 1)
+    assert store.add(rows, rows).tolist() == [0, 1, 2]
+    store.delete([1, 2])
+    assert store.add(rows, rows).tolist() == [3, 4, 5]
+    assert store.add(rows[:1], rows[:1], ids=[1]).tolist() == [1]
+    store.put([100], rows[:1], rows[:1])
+    store.delete(store.ids)
+    assert len(store) == 0
+    other = SoftKVStore(1, 1)
+    other.load_state_dict(store.state_dict())
+    assert other.add(rows, rows).tolist() == [101, 102, 103]
+
+
+def test_rows_come_back_in_the_order_asked() -> None:
+    store = SoftKVStore(2, 1, fields=("time", "kind"))
+    keys, values = torch.arange(8.0).view(4, 2), torch.arange(4.0)[:, None]
+    store.add(keys, values, ids=[30, 10, 20, 40], fields={"time": torch.arange(4), "kind": 7})
+    rows = store.get([20, 30, 20])
+    assert (rows.keys == keys[[2, 0, 2]]).all()
+    assert (rows.values == values[[2, 0, 2]]).all()
+    assert rows.fields["time"].tolist() == [2, 0, 2]
+    assert rows.fields["kind"].tolist() == [7, 7, 7]
+    assert store.ids.tolist() == [30, 10, 20, 40]
+    assert 10 in store
+    assert torch.tensor(10) in store
+    assert 11 not in store
+    assert "10" not in store
+    assert -1 not in store
+    assert 2**70 not in store
+
+
+def test_update_changes_only_what_is_given() -> None:
+    store = SoftKVStore(2, 1, fields=("time",))
+    store.add(torch.ones(3, 2), torch.ones(3, 1), fields={"time": [1, 2, 3]})
+    store.update([2], values=torch.tensor([[5.0]]))
+    store.update([0], fields={"time": [9]})
+    store.update([1], keys=torch.tensor([[7.0, 8.0]]))
+    rows = store.get([0, 1, 2])
+    assert rows.keys.tolist() == [[1, 1], [7, 8], [1, 1]]
+    assert rows.values.tolist() == [[1], [1], [5]]
+    assert rows.fields["time"].tolist() == [9, 2, 3]
+
+
+def test_what_is_stored_is_a_copy_cut_from_the_graph() -> None:
+    store = SoftKVStore(2, 1)
+    keys = torch.ones(3, 2, requires_grad=True)
+    store.add(keys * 2, torch.ones(3, 1))
+    assert not store.keys.requires_grad
+    before = store.ids
+    before += 100
+    assert store.ids.tolist() == [0, 1, 2]
+
+
+def test_storage_doubles_and_reserve_keeps_it_still() -> None:
+    store = SoftKVStore(1, 1)
+    row = torch.ones(1, 1)
+    capacities = []
+    for _ in range(9):
+        store.add(row, row)
+        capacities.append(len(store.keys))
+    assert capacities == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    store.reserve(100)
+    keys = store.keys
+    store.add(row.expand(91, 1), row.expand(91, 1))
+    assert store.keys is keys
+    assert len(keys) == 100
+
+
+@pytest.mark.parametrize("ids", [[0, 2**40, 5, 2**62], [2**63 - 2]])
+def test_ids_of_any_size(ids: list[int]) -> None:
+    store = SoftKVStore(1, 1)
+    rows = torch.arange(float(len(ids)))[:, None]
+    store.add(rows, rows, ids=ids)
+    assert store.get(list(reversed(ids))).keys.flatten().tolist() == list(reversed(range(len(ids))))
+    store.delete(ids)
+    assert len(store) == 0
+    if max(ids) == 2**63 - 2:
+        with pytest.raises(softdb.ArgumentError, match="used up"):
+            store.add(rows, rows)
+
+
+# -- bad input -------------------------------------------------------------------------------------------
+
+X, Y = torch.ones(2, 3), torch.ones(2, 1)
+BAD_WRITES = [
+    (lambda s: s.add(X.long(), Y), softdb.DtypeError, "keys: expected a floating-point tensor, got torch.int64"),
+    (lambda s: s.add(X.numpy(), Y), softdb.DtypeError, "keys: .* convert it with torch.as_tensor"),
+    (lambda s: s.add(X[:, :2], Y), softdb.ShapeError, r"keys: expected shape \(any, 3\), got \(2, 2\)"),
+    (lambda s: s.add(X, Y[:1]), softdb.ShapeError, "values: expected 2 rows, one for each key, got 1"),
+    (lambda s: s.add(X * math.nan, Y), softdb.NonFiniteError, "keys: expected finite numbers"),
+    (lambda s: s.add(X, Y * math.inf), softdb.NonFiniteError, "values: expected finite numbers"),
+    (lambda s: s.add(X.double() * 1e300, Y), softdb.NonFiniteError, "keys: expected finite numbers in torch.float32"),
+    (lambda s: s.add(X.to("meta"), Y), softdb.DeviceError, "keys: expected a tensor on cpu, got one on meta"),
+    (lambda s: s.add(X, Y, ids=[1, 5]), softdb.DuplicateIdError, "not in the store, got existing 1"),
+    (lambda s: s.add(X, Y, ids=[5, 5]), softdb.DuplicateIdError, "each id once, got 5 more than once"),
+    (lambda s: s.add(X, Y, ids=[5, -6]), softdb.ArgumentError, "ids: expected ids of at least 0, got -6"),
+    (lambda s: s.add(X, Y, ids=[5.0, 6.0]), softdb.DtypeError, "ids: expected int64 ids, got torch.float32"),
+    (
+        lambda s: s.add(X, Y, ids=torch.tensor([True, False])),
+        softdb.DtypeError,
+        "ids: expected int64 ids, got torch.bool",
+    ),
+    (lambda s: s.add(X, Y, ids=["a", "b"]), softdb.DtypeError, "ids: expected int64 ids, got list"),
+    (lambda s: s.add(X, Y, ids=[5, 2**63 - 1]), softdb.ArgumentError, "ids: expected ids of at most"),
+    (lambda s: s.add(X, Y, ids=[5, 2**64]), softdb.DtypeError, "ids: expected int64 ids"),
+    (lambda s: s.add(X, Y, ids=[5]), softdb.ShapeError, "ids: expected 2 ids, one for each row, got 1"),
+    (
+        lambda s: s.add(X, Y, ids=torch.tensor([[5, 6]])),
+        softdb.ShapeError,
+        r"ids: expected a 1-dimensional .* \(1, 2\)",
+    ),
+    (lambda s: s.add(X, Y), softdb.FieldError, "'time' is missing"),
+    (lambda s: s.add(X, Y, fields={"time": [1, 2], "size": [1, 2]}), softdb.FieldError, "got 'size'"),
+    (lambda s: s.add(X, Y, fields={"time": [1.5, 2]}), softdb.DtypeError, r"fields\['time'\]: expected whole numbers"),
+    (lambda s: s.add(X, Y, fields={"time": [1, 2, 3]}), softdb.ShapeError, r"fields\['time'\]: .* shape \(2,\)"),
+    (lambda s: s.add(X, Y, fields=[1, 2]), softdb.DtypeError, "fields: expected a mapping"),
+    (lambda s: s.put([1, 2], X, Y), softdb.FieldError, "'time' is missing"),
+    (lambda s: s.put([1, 1], X, Y, fields={"time": 1}), softdb.DuplicateIdError, "got 1 more than once"),
+    (
+        lambda s: s.update([9], keys=X[:1]),
+        softdb.UnknownIdError,
+        "ids: expected ids of rows in the store, got unknown 9",
+    ),
+    (lambda s: s.update([0], keys=X), softdb.ShapeError, "ids: expected 2 ids, one for each row, got 1"),
+    (lambda s: s.update([0], fields={"size": 1}), softdb.FieldError, "fields: .* got 'size'"),
+    (lambda s: s.delete([0, 9, 8]), softdb.UnknownIdError, "unknown 9, 8"),
+    (lambda s: s.delete([0, 0]), softdb.DuplicateIdError, "got 0 more than once"),
+    (lambda s: s.get([5]), softdb.UnknownIdError, "unknown 5"),
+    (lambda s: s.get(0), softdb.ShapeError, "1-dimensional"),
+    (lambda s: s.touch([5]), softdb.UnknownIdError, "unknown 5"),
+    (lambda s: s.reserve(0), softdb.ArgumentError, "n: expected an integer of at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("write", "error", "message"), BAD_WRITES, ids=[message[:40] for _, _, message in BAD_WRITES])
+def test_bad_writes_change_nothing(write, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+    store = SoftKVStore(3, 1, fields=("time",))
+    store.add(2 * X, 3 * Y, fields={"time": [4, 5]})
+    before, version = copy.deepcopy(store.state_dict()), store.rows.version
+    with pytest.raises(error, match=message):
+        write(store)
+    after = store.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert store.rows.version == version
+    assert store.ids.tolist() == [0, 1]
+
+
+BASE = {"query": torch.ones(2, 3)}
+BAD_READS = [
+    (dict(query=torch.ones(2, 4)), softdb.ShapeError, r"query: expected shape \(..., 3\), got \(2, 4\)"),
+    (dict(query=torch.ones(2, 3).int()), softdb.DtypeError, "query: expected a floating-point tensor"),
+    (dict(query=torch.full((2, 3), math.nan)), softdb.NonFiniteError, "query: expected finite numbers"),
+    (dict(query=torch.ones(2, 3, device="meta")), softdb.DeviceError, "query: expected a tensor on cpu"),
+    (dict(mode="fuzzy"), softdb.ArgumentError, "mode: expected one of 'exact', 'topk', 'hard', got 'fuzzy'"),
+    (dict(mode="topk"), softdb.ArgumentError, "k: expected the number of candidates"),
+    (dict(mode="topk", k=0), softdb.ArgumentError, "k: expected an integer of at least 1, got 0"),
+    (dict(k=-1), softdb.ArgumentError, "k: expected an integer of at least 1, got -1"),
+    (dict(mode="hard", k=1), softdb.ArgumentError, "k: expected nothing, since hard mode reads one row"),
+    (dict(mode="hard", normalizer="straight_through"), softdb.ArgumentError, "normalizer: expected nothing"),
+    (dict(tail_samples=5), softdb.ArgumentError, "tail_samples: expected nothing, since exact mode leaves no tail"),
+    (dict(tolerance=0.1), softdb.ArgumentError, "tolerance: expected nothing"),
+    (dict(generator=torch.Generator()), softdb.ArgumentError, "generator: expected nothing"),
+    (dict(mode="topk", k=2, tail_samples=5), NotImplementedError, "tail_samples: planned"),
+    (dict(mode="topk", tolerance=0.1), NotImplementedError, "tolerance: planned"),
+    (dict(normalizer="gumbel"), NotImplementedError, "normalizer: 'gumbel' is planned"),
+    (dict(temperature=-1.0), softdb.ArgumentError, "temperature: expected a finite number above 0, got -1.0"),
+    (dict(temperature=torch.ones(3)), softdb.ShapeError, "temperature: "),
+    (dict(where=[0]), softdb.DtypeError, "where: expected a bool tensor in the order of store.ids"),
+    (dict(where=torch.ones(3) > 0), softdb.ShapeError, r"where: expected a bool tensor of shape \(2,\)"),
+    (dict(where=torch.tensor([0, 5])), softdb.UnknownIdError, "where: .* unknown 5"),
+    (dict(where=torch.ones(2)), softdb.DtypeError, "where: expected int64 ids, got torch.float32"),
+    (dict(where=lambda row: 1), softdb.DtypeError, "where: expected the callable to return a bool tensor, got int 1"),
+    (dict(where=lambda row: row["id"]), softdb.DtypeError, "where: expected the callable to return a bool tensor"),
+    (dict(where=lambda row: torch.ones(5) > 0), softdb.ShapeError, r"where: .* broadcastable to \(2, 2\)"),
+    (dict(exclude=torch.zeros(3, 1).long()), softdb.ShapeError, r"exclude: expected shape \(2, m\)"),
+    (dict(exclude=torch.zeros(2, 1)), softdb.DtypeError, "exclude: expected int64 ids"),
+    (dict(exclude=torch.full((2, 1), -2)), softdb.ArgumentError, "exclude: .* or -1 for padding, got -2"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_READS, ids=[message[:40] for _, _, message in BAD_READS])
+def test_bad_reads(change: dict[str, object], error: type[Exception], message: str) -> None:
+    store = SoftKVStore(3, 1)
+    store.add(X, Y)
+    with pytest.raises(error, match=message):
+        store.read(**(BASE | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(key_dim=0), softdb.ArgumentError, "key_dim: expected an integer of at least 1, got 0"),
+        (dict(value_dim=2.0), softdb.DtypeError, "value_dim: expected an integer"),
+        (dict(metric="l1"), softdb.ArgumentError, "metric: expected one of"),
+        (dict(temperature=0), softdb.ArgumentError, "temperature: "),
+        (dict(temperature=torch.tensor(1.0)), softdb.DtypeError, r"pass a tensor to read\(temperature=...\)"),
+        (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected a floating-point dtype, got torch.int32"),
+        (dict(fields=("id",)), softdb.FieldError, "'id' is reserved"),
+        (dict(fields=("a", "a")), softdb.FieldError, "each name once"),
+        (dict(fields="time"), softdb.DtypeError, "fields: expected a sequence of names"),
+        (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS refuses"),
+        (dict(index=7), softdb.DtypeError, "index: expected 'auto', 'Flat'"),
+    ],
+)
+def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SoftKVStore(**({"key_dim": 3, "value_dim": 1} | options))  # type: ignore[arg-type]
+
+
+# -- between a read and its backward ---------------------------------------------------------------------
+
+MODES = [("exact", {}), ("exact", {"k": 4}), ("topk", {"k": 4}), ("hard", {})]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
+def test_appending_between_read_and_backward_gives_right_gradients(mode: str, how: dict, trainable: bool) -> None:  # type: ignore[type-arg]
+    problem = Problem.random(rows=30)
+
+    def gradients(append: bool) -> list[Tensor]:
+        store = store_of(problem, trainable=trainable)
+        store.delete([3, 4])
+        store.reserve(40)
+        problem.query.grad = None
+        read = store.read(problem.query, mode, **how)
+        if append:
+            store.add(100 * torch.randn(8, 8), torch.randn(8, 3))  # fills the holes 3 and 4 first
+        (read.values.sum() + read.lse.sum()).backward()
+        tables = [store.keys.grad.to_dense(), store.values.grad.to_dense()] if trainable else []
+        return [problem.query.grad.clone(), *tables]
+
+    for mine, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(mine, wanted)
+
+
+CHANGES = {
+    "update": lambda s, slot: s.update([slot], keys=torch.zeros(1, 8)),
+    "put": lambda s, slot: s.put([slot], torch.zeros(1, 8), torch.zeros(1, 3)),
+    "delete": lambda s, slot: s.delete([slot]),
+    "touch": lambda s, slot: s.touch([slot]),
+    "optimiser": lambda s, slot: step(s),
+    "load": lambda s, slot: s.load_state_dict(copy.deepcopy(s.state_dict())),
+}
+
+
+def step(store: SoftKVStore) -> None:
+    for table in (store.keys, store.values):
+        table.grad = torch.ones_like(table)
+    torch.optim.SGD(store.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
+def test_changing_a_row_that_was_read_is_an_error_in_backward(mode, how, trainable: bool, change: str) -> None:  # type: ignore[no-untyped-def]
+    if change == "optimiser" and not trainable:
+        return
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=trainable)
+    read = store.read(problem.query, mode, **how)
+    used = 0 if read.ids is None else int(read.ids[0, 0])
+    CHANGES[change](store, used)
+    with pytest.raises(softdb.StaleReadError, match=r"call backward\(\) before writing"):
+        read.values.sum().backward()
+
+
+def test_changing_a_row_that_was_not_read_is_fine() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "topk", k=3)
+    filtered = store.read(problem.query, where=store.ids < 20)
+    unread = sorted(set(range(20, 30)) - set(read.ids.flatten().tolist()))
+    store.update(unread, keys=torch.zeros(len(unread), 8))
+    (read.values.sum() + filtered.values.sum()).backward()
+
+
+def test_a_callable_whose_answer_changes_before_backward_is_an_error() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    now = torch.full((5, 1), 20)
+    read = store.read(problem.query, where=lambda row: row["id"] < now)
+    now += 5
+    with pytest.raises(softdb.StaleReadError, match="where: the callable gives another answer"):
+        read.values.sum().backward()
+
+
+def test_growth_while_a_read_waits_for_its_backward() -> None:
+    problem = Problem.random(rows=30)
+    rows = torch.ones(5, 8), torch.ones(5, 3)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "topk", k=3)
+    before = copy.deepcopy(store.state_dict())
+    with pytest.raises(softdb.GrowthError, match=r"store.reserve\(35\)"):
+        store.add(*rows)
+    assert all(torch.equal(before[name], tensor) for name, tensor in store.state_dict().items())
+    read.values.sum().backward()
+    parameter = store.keys
+    store.add(*rows)
+    assert store.keys is parameter
+    assert len(store) == 35
+    read = store.read(problem.query)
+    del read
+    store.add(torch.ones(50, 8), torch.ones(50, 3))
+    with torch.no_grad():
+        kept = store.read(problem.query)
+    store.add(torch.ones(500, 8), torch.ones(500, 3))
+    assert kept.values.shape == (5, 3)
+
+
+def test_growth_keeps_a_dense_gradient() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    store.read(problem.query).values.sum().backward()
+    before = store.keys.grad.clone()
+    store.add(torch.ones(1, 8), torch.ones(1, 3))
+    assert (store.keys.grad[:30] == before).all()
+    assert (store.keys.grad[30:] == 0).all()
+    store.read(problem.query).values.sum().backward()
+
+
+def test_a_buffer_store_grows_whenever_it_likes() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem)
+    read = store.read(problem.query)
+    store.add(torch.ones(500, 8), torch.ones(500, 3))
+    read.values.sum().backward()
+    (wanted,) = torch.autograd.grad(problem.answer().values.sum(), problem.query)
+    assert torch.allclose(problem.query.grad, wanted, atol=1e-6)
+
+
+def test_dense_and_row_sparse_gradients_mix_in_one_step() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    loss = store.read(problem.query, "topk", k=2).values.sum() + store.read(problem.query).values.sum()
+    loss.backward()
+    torch.optim.SGD(store.parameters(), lr=0.1).step()
+    assert store.keys.isfinite().all()
+
+
+def test_deleted_rows_leave_no_nan_behind() -> None:
+    store = SoftKVStore(2, 1, trainable=True)
+    store.add(torch.ones(3, 2), torch.ones(3, 1))
+    with torch.no_grad():
+        store.values[1] = math.nan
+        store.keys[1] = math.nan
+    with pytest.raises(softdb.NonFiniteError, match="did training diverge"):
+        store.read(torch.ones(1, 2))
+    store.delete([1])
+    assert store.read(torch.ones(1, 2)).values.item() == 1
+
+
+# -- as a module -----------------------------------------------------------------------------------------
+
+
+def test_parameters_or_buffers() -> None:
+    assert [name for name, _ in SoftKVStore(2, 1, trainable=True).named_parameters()] == ["keys", "values"]
+    fixed = SoftKVStore(2, 1)
+    assert not list(fixed.parameters())
+    assert {"keys", "values"} <= {name for name, _ in fixed.named_buffers()}
+
+
+def test_repr_says_what_it_is() -> None:
+    store = SoftKVStore(2, 1, metric="l2", temperature=0.5, fields=("time",), index="HNSW32")
+    shape, rest = "rows=0, key_dim=2, value_dim=1, metric='l2', ", "trainable=False, index='HNSW32'"
+    assert store.extra_repr() == shape + "temperature=0.5, fields=('time',), " + rest
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda store: pickle.loads(pickle.dumps(store)),
+    "torch.save": lambda store: torch_save(store),
+    "state_dict": lambda store: load_into(
+        SoftKVStore(8, 3, fields=("time",), trainable=store.trainable, index="IVF4,Flat"), store
+    ),
+    "state_dict of a larger": lambda store: load_into(larger(store), store),
+}
+
+
+def torch_save(store: SoftKVStore) -> SoftKVStore:
+    file = io.BytesIO()
+    torch.save(store, file)
+    file.seek(0)
+    loaded: SoftKVStore = torch.load(file, weights_only=False)
+    return loaded
+
+
+def load_into(other: SoftKVStore, store: SoftKVStore) -> SoftKVStore:
+    other.load_state_dict({name: tensor.clone() for name, tensor in store.state_dict().items()})
+    return other
+
+
+def larger(store: SoftKVStore) -> SoftKVStore:
+    other = SoftKVStore(8, 3, fields=("time",), trainable=store.trainable, index="IVF4,Flat")
+    other.add(torch.randn(700, 8), torch.randn(700, 3), fields={"time": 1})
+    other.read(torch.randn(1, 8), "topk", k=3)
+    return other
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_are_equal_and_separate(how: str, trainable: bool) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(8, 3, fields=("time",), trainable=trainable, index="IVF4,Flat")
+    store.add(torch.randn(300, 8), torch.randn(300, 3), fields={"time": torch.arange(300)})
+    query = torch.randn(4, 8)
+    store.read(query, "topk", k=3)
+    store.delete(torch.arange(0, 300, 7))
+    copied = COPIES[how](store)
+    assert len(copied) == len(store)
+    assert (copied.ids == store.ids).all()
+    for options in ({"k": 5}, {"mode": "topk", "k": 400}, {"mode": "hard"}):
+        first, second = store.read(query, **options), copied.read(query, **options)
+        assert torch.allclose(first.values, second.values)
+        assert (first.ids == second.ids).all()
+    assert (copied.get([1, 2]).fields["time"] == torch.tensor([1, 2])).all()
+    copied.delete([1])
+    assert 1 in store
+    assert copied.add(torch.zeros(1, 8), torch.zeros(1, 3), fields={"time": 0}).tolist() == [300]
+    assert len(store.ids.unique()) == len(store)
+    if trainable:
+        assert isinstance(copied.keys, torch.nn.Parameter)
+        read = copied.read(query)
+        step(copied)
+        with pytest.raises(softdb.StaleReadError):
+            read.values.sum().backward()
+
+
+def test_a_state_dict_that_does_not_fit_changes_nothing() -> None:
+    store = SoftKVStore(8, 3)
+    store.add(torch.ones(2, 8), torch.ones(2, 3))
+    other = SoftKVStore(7, 3)
+    other.add(torch.ones(5, 7), torch.ones(5, 3))
+    with pytest.raises(softdb.ShapeError, match=r"state_dict\['keys'\]: expected shape \(5, 8\), got \(5, 7\)"):
+        store.load_state_dict(other.state_dict())
+    state = {name: tensor.clone() for name, tensor in store.state_dict().items()}
+    state["rows.ids"][1] = 0
+    with pytest.raises(softdb.DuplicateIdError, match="state_dict"):
+        store.load_state_dict(state)
+    assert store.ids.tolist() == [0, 1]
+
+
+def test_conversion_to_another_dtype() -> None:
+    problem = Problem.random(rows=300)
+    store = store_of(problem, index="IVF4,Flat", trainable=True)
+    store.read(problem.query, "topk", k=3)
+    before = store.read(problem.query, k=3)
+    store.to(torch.float64)
+    assert store.keys.dtype == torch.float64
+    assert store.rows.ids.dtype == torch.int64
+    after = store.read(problem.query.double(), "topk", k=300)
+    assert (after.ids[:, :3] == before.ids).all()
+    store.to(torch.bfloat16)
+    assert store.read(problem.query, "topk", k=3).values.dtype == torch.float32
+
+
+def test_as_part_of_a_model() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 8), "memory": SoftKVStore(8, 2, trainable=True)})
+    memory = model["memory"]
+    memory.add(torch.randn(20, 8), torch.randn(20, 2))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    x, wanted = torch.randn(32, 4), torch.randn(32, 2)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = (memory(model["encoder"](x)) - wanted).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert set(model.state_dict()) >= {"encoder.weight", "memory.keys", "memory.values", "memory.rows.ids"}
+
+
+# -- a store against a dict ------------------------------------------------------------------------------
+
+
+def _check(store: SoftKVStore) -> None:
+    """Every invariant of the books."""
+    rows: RowTable = store.rows
+    assert store.keys.shape == (rows.capacity, store.key_dim)
+    assert store.values.shape == (rows.capacity, store.value_dim)
+    assert rows.used <= rows.capacity
+    live = rows.ids >= 0
+    assert not live[rows.used :].any()
+    assert int(live.sum()) == len(rows)
+    assert sorted(rows._free) == (~live[: rows.used]).nonzero().flatten().tolist()
+    ids = rows.ids[live]
+    assert len(ids.unique()) == len(ids)
+    assert (rows.find(ids) == live.nonzero().flatten()).all()
+    assert int(rows.next_id) == rows._next_id
+    assert (ids < rows._next_id).all()
+    assert (store.keys[~live] == 0).all()
+    assert (rows.changed_at <= rows.version).all()
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random writes and reads of a store, beside a dict that says what must come of them."""
+
+    ids = Bundle("ids")
+    index = "Flat"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = SoftKVStore(3, 1, fields=("time",), index=self.index)
+        self.model: dict[int, tuple[list[float], float, int]] = {}
+        self.next = 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def make(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys = torch.randint(-4, 5, (count, 3), generator=self.generator).float()
+        return (
+            keys,
+            torch.randn(count, 1, generator=self.generator),
+            torch.randint(9, (count,), generator=self.generator),
+        )
+
+    def note(self, ids: list[int], keys: Tensor, values: Tensor, times: Tensor) -> None:
+        for number, key, value, time in zip(ids, keys.tolist(), values.flatten().tolist(), times.tolist(), strict=True):
+            self.model[number] = (key, value, time)
+            self.next = max(self.next, number + 1)
+
+    @rule(target=ids, count=st.integers(0, 6))
+    def add(self, count: int):  # type: ignore[no-untyped-def]
+        rows = self.make(count)
+        got = self.store.add(*rows[:2], fields={"time": rows[2]}).tolist()
+        assert got == list(range(self.next, self.next + count))
+        self.note(got, *rows)
+        return multiple(*got)
+
+    @rule(target=ids, number=st.integers(0, 60) | st.integers(2**40, 2**40 + 3))
+    def put(self, number: int) -> int:
+        rows = self.make(1)
+        self.store.put([number], *rows[:2], fields={"time": rows[2]})
+        self.note([number], *rows)
+        return number
+
+    @rule(number=ids)
+    def update(self, number: int) -> None:
+        keys, values, times = self.make(1)
+        if number not in self.model:
+            with pytest.raises(softdb.UnknownIdError):
+                self.store.update([number], keys=keys)
+            return
+        self.store.update([number], keys=keys, values=values, fields={"time": times})
+        self.note([number], keys, values, times)
+
+    @rule(number=consumes(ids))
+    def delete(self, number: int) -> None:
+        if number in self.model:
+            self.store.delete([number])
+            del self.model[number]
+        else:
+            with pytest.raises(softdb.UnknownIdError):
+                self.store.delete([number])
+
+    @rule()
+    def reload(self) -> None:
+        other = SoftKVStore(3, 1, fields=("time",), index=self.index)
+        other.load_state_dict(self.store.state_dict())
+        self.store = other
+
+    @precondition(lambda self: self.model)
+    @rule(k=st.integers(1, 9), limit=st.integers(0, 9), mode=st.sampled_from(["exact", "topk", "hard"]))
+    def read(self, k: int, limit: int, mode: str) -> None:
+        query = torch.randn(2, 3, generator=self.generator, dtype=torch.float64)
+        ids = sorted(self.model)
+        keys = torch.tensor([self.model[number][0] for number in ids], dtype=torch.float64)
+        values = torch.tensor([[self.model[number][1]] for number in ids], dtype=torch.float64)
+        times = torch.tensor([self.model[number][2] for number in ids])
+        hidden = torch.tensor([[ids[0]], [-1]])
+        visible = (times < limit).expand(2, -1).clone()
+        visible[0, 0] = False
+        answer = reference.read(query, keys, values, visible=visible)
+        width = 1 if mode == "hard" else k
+        how = {} if mode == "hard" else {"k": k}
+        got = self.store.read(query, mode, where=lambda row: row["time"] < limit, exclude=hidden, **how)
+        ordered = answer.scores.sort(dim=-1, descending=True).values[:, :width]
+        found = (got.scores > -math.inf).sum(-1)
+        assert (found == visible.sum(-1).clamp(max=width)).all()
+        for row in range(2):
+            count = int(found[row])
+            names = got.ids[row, :count].tolist()
+            assert len(set(names)) == count
+            assert (got.ids[row, count:] == -1).all()
+            columns = torch.tensor([ids.index(name) for name in names], dtype=torch.int64)
+            assert visible[row, columns].all()
+            assert torch.allclose(got.scores[row, :count], answer.scores[row, columns], atol=1e-5)
+            assert torch.allclose(got.scores[row, :count], ordered[row, :count], atol=1e-5)
+        if mode == "exact":
+            assert torch.allclose(got.values, answer.values, atol=1e-5)
+
+    @invariant()
+    def rows_are_those_of_the_model(self) -> None:
+        _check(self.store)
+        ids = sorted(self.model)
+        assert self.store.ids.sort().values.tolist() == ids
+        if ids:
+            rows = self.store.get(ids)
+            assert rows.keys.tolist() == [self.model[number][0] for number in ids]
+            assert rows.fields["time"].tolist() == [self.model[number][2] for number in ids]
+
+
+class FaissStoreMachine(StoreMachine):
+    """The same with a FAISS index that holds even a handful of rows."""
+
+    index = "IVF1,Flat"
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestFaissStoreMachine = FaissStoreMachine.TestCase
+TestFaissStoreMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # A tile of scores stays in the second-level cache beside the operands that made it.
-TILE_ELEMENTS = 2**19
+TILE_ELEMENTS = 2**20
 TILE_QUERIES = 256
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32

@@ -39,8 +39,10 @@ TILE_ELEMENTS = 2**20
 TILE_QUERIES = 256
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32
-# The group maxima of a pass, for as many queries at a time: 32 MiB.
-MAXIMA_ELEMENTS = 2**23
+# Up to this many groups for each row wanted, one pass is faster than two.
+FEW_GROUPS = 32
+# The group maxima of a pass, and the rows scored again, for as many queries at a time: 32 and 64 MiB.
+MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**24
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,7 @@ def exact_top_k(
 ) -> tuple[Tensor, Tensor]:  # (B, k), (B, k)
     """The k best rows of every query: ``topk(query @ keys.T, k)``, ties to the lowest row; no gradient.
 
-    Two passes: the first keeps of every group of 32 rows the best score, (B, N / 32); the second scores the rows of
-    the k best groups again, which hold the k best rows (see `top_of_block`). The (B, N) scores are never held.
+    The (B, N) scores are never held.
 
     Args:
         query: Prepared queries.
@@ -185,25 +186,49 @@ def exact_top_k(
     """
     with torch.no_grad(), full_precision(query.device):
         query, keys = query.detach()[None], keys.detach()[None]
-        batch, count = query.shape[1], scan.selection.count
-        scores = torch.full((batch, k), -torch.inf, dtype=scan.dtype, device=query.device)
-        slots = torch.full((batch, k), -1, dtype=torch.int64, device=query.device)
-        if batch == 0 or count == 0:
-            return scores, slots
-        height = max(1, MAXIMA_ELEMENTS * GROUP // count)
-        parts = [slice(start, min(start + height, batch)) for start in range(0, batch, height)]
-        found = torch.cat([_columns_of_best_groups(query, keys, scan, part, k) for part in parts])  # (B, c)
-        if scan.selection.visit is not None:
-            found = torch.where(found < 0, found, scan.selection.visit[found.clamp(min=0)])
-        found.masked_fill_(~scan.selection.allows(found), -1)
-        step = max(1, TILE_ELEMENTS * GROUP // (found.shape[1] * keys.shape[-1]))
-        for start in range(0, batch, step):
-            part = slice(start, start + step)
-            again = gathered_scores(query[0, part], _gather(keys[0], found[part]), scan)
-            best, place = top_k(again.masked_fill_(found[part] < 0, -torch.inf), k)
-            scores[part, : best.shape[1]] = best
-            slots[part, : best.shape[1]] = found[part].gather(-1, place).masked_fill_(best == -torch.inf, -1)
+        if scan.selection.count <= FEW_GROUPS * GROUP * k:
+            return _top_k_in_one_pass(query, keys, scan, k)
+        return _top_k_in_two_passes(query, keys, scan, k)
+
+
+def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple[Tensor, Tensor]:
+    """The best of each tile, joined to the best so far."""
+    batch = query.shape[1]
+    best = _Best(1, batch, k, scan.dtype, query.device)
+    buffer = _Buffer()
+    for groups, block, slices in scan.tiles(1, batch, k):
+        operand = scan.keys(keys, groups, block).mT
+        for queries in slices:
+            scores = buffer.product(query[:, queries], operand)
+            block.hide(scores, groups, queries)
+            # Scores are compared as they are reported: two that round to one are a tie.
+            best.add(scores.to(scan.dtype), groups, queries, block.rows)
+    return best.scores[0], best.rows[0]
+
+
+def _top_k_in_two_passes(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple[Tensor, Tensor]:
+    """The best score of every group of 32 rows, (B, N / 32); then the rows of the k best groups once more.
+
+    Those hold the k best rows, as `top_of_block` argues. Worth while where these 32 k rows are few.
+    """
+    batch, count = query.shape[1], scan.selection.count
+    height = max(1, MAXIMA_ELEMENTS * GROUP // count)
+    parts = [slice(start, min(start + height, batch)) for start in range(0, batch, height)]
+    scores = torch.full((batch, k), -torch.inf, dtype=scan.dtype, device=query.device)
+    slots = torch.full((batch, k), -1, dtype=torch.int64, device=query.device)
+    if batch == 0:
         return scores, slots
+    found = torch.cat([_columns_of_best_groups(query, keys, scan, part, k) for part in parts])  # (B, 32 k)
+    if scan.selection.visit is not None:
+        found = torch.where(found < 0, found, scan.selection.visit[found.clamp(min=0)])
+    found.masked_fill_(~scan.selection.allows(found), -1)
+    step = max(1, GATHER_ELEMENTS // (found.shape[1] * keys.shape[-1]))
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        again = gathered_scores(query[0, part], _gather(keys[0], found[part]), scan)
+        scores[part], place = top_k(again.masked_fill_(found[part] < 0, -torch.inf), k)
+        slots[part] = found[part].gather(-1, place).masked_fill_(scores[part] == -torch.inf, -1)
+    return scores, slots
 
 
 def _columns_of_best_groups(
@@ -224,7 +249,6 @@ def _columns_of_best_groups(
             whole = slice(part.start + queries.start, part.start + queries.stop)
             scores = buffer.product(query[:, whole], operand)
             block.hide(scores, chunk, whole)
-            # Scores are compared as they are reported: two that round to one are a tie.
             scores = scores[0].to(scan.dtype)
             first, even = block.start // GROUP, scores.shape[1] // GROUP
             maxima[queries, first : first + even] = scores[:, : even * GROUP].unflatten(1, (even, GROUP)).amax(-1)

@@ -45,11 +45,15 @@ def test_two_stages_find_what_one_finds(width: int, k: int, levels: int) -> None
 
 @pytest.mark.parametrize("tile", [(64, 2), (4096, 7), (2**19, 256)], ids=str)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000, 3001])
-@pytest.mark.parametrize("maxima", [2**23, 50])
-def test_exact_top_k_over_tiles(rows: int, tile: tuple[int, int], maxima: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("few", "maxima"), [(1, 2**23), (1, 50), (10**9, 0)])
+def test_exact_top_k_over_tiles(
+    rows: int, tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blockwise, "TILE_ELEMENTS", tile[0])
     monkeypatch.setattr(blockwise, "TILE_QUERIES", tile[1])
+    monkeypatch.setattr(blockwise, "FEW_GROUPS", few)
     monkeypatch.setattr(blockwise, "MAXIMA_ELEMENTS", maxima)
+    monkeypatch.setattr(blockwise, "GATHER_ELEMENTS", 30 * tile[1])
     generator = torch.Generator().manual_seed(0)
     query = torch.randint(-2, 3, (9, 3), generator=generator).float()
     keys = torch.randint(-2, 3, (rows, 3), generator=generator).float()  # small whole numbers: many exact ties

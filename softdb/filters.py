@@ -68,7 +68,7 @@ class Selection:
         visit: The slots worth looking at, ascending, where they are few beside ``size``; None for all.
         mask: A mask given whole, broadcastable to (G, B, size).
         rule: A rule on slots, (C,) or (B, C) -> bool broadcastable to (B, C).
-        excluded: Slots that a query may not see, (B, m); -1 is padding.
+        excluded: Slots that a query may not see, (B, m), ascending; -1 is padding.
     """
 
     size: int
@@ -138,8 +138,8 @@ class Selection:
         if self.rule is not None:
             allowed = allowed & self.rule(slots)
         if self.excluded is not None:
-            for column in self.excluded.unbind(-1):
-                allowed = allowed & (slots != column.unsqueeze(-1))
+            place = torch.searchsorted(self.excluded, slots).clamp_(max=self.excluded.shape[1] - 1)
+            allowed = allowed & (self.excluded.gather(1, place) != slots)
         return allowed
 
     def take(self, queries: Tensor) -> Selection:  # (b,)
@@ -170,6 +170,8 @@ def select(
             f"where(row) -> bool tensor, got {describe(where)}"
         )
     excluded = None if exclude is None else _excluded_slots(rows, exclude, queries, batch)
+    if excluded is not None and excluded.shape[1] == 0:
+        excluded = None
     selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
     # Where most rows are hidden, collecting the others is cheaper than computing scores to hide.
     few = shared is not None and 2 * selection.shared_count <= rows.used
@@ -255,4 +257,4 @@ def _excluded_slots(rows: RowTable, exclude: Tensor, queries: tuple[int, ...], b
     slots = torch.full_like(flat, -1)
     given = flat >= 0
     slots[given] = rows.find(flat[given])  # an id that is gone is hidden already
-    return slots.to(rows.ids.device)
+    return slots.sort(dim=-1).values.to(rows.ids.device)

@@ -260,7 +260,7 @@ class Index:
             return
         started = time.perf_counter()
         if self._base is not None:
-            if rows.moved_at > self._version:
+            if rows.keys_moved_at > self._version:
                 # An optimiser moved rows, any of them: until the index is built again, searches are exact.
                 self._base, self._settled = None, False
             else:
@@ -275,7 +275,9 @@ class Index:
             self._append(self._base, keys)
 
     def _note_changes(self, base: _Base, rows: RowTable) -> None:
-        changed = rows.changed_since(self._version)
+        changed = rows.changed_since(self._version, keys=True)
+        if len(changed) == 0:
+            return
         here = changed.cpu()
         if rows.capacity > len(base.entry_of):
             grown = torch.full((rows.capacity,), -1, dtype=torch.int64)
@@ -284,8 +286,12 @@ class Index:
         base.stale += int((base.entry_of[here] >= 0).sum())
         base.entry_of[here] = -1
         base.bitmap = None
-        pending = torch.cat([self._pending.to(changed.device), changed]).unique()
-        self._pending = pending[rows.ids[pending] >= 0]
+        self._pending = self._pending_with(changed, rows)
+
+    def _pending_with(self, changed: Tensor, rows: RowTable) -> Tensor:
+        """The pending slots once ``changed`` ones are, too; a slot without a row is not."""
+        pending: Tensor = torch.cat([self._pending.to(changed.device), changed]).unique()
+        return pending[rows.ids[pending] >= 0]
 
     def _wants_base(self, rows: RowTable) -> bool:
         if self.config.factory == "Flat" or not self._settled:
@@ -393,7 +399,7 @@ class Index:
         ivf = None if base is None else _ivf(base.index)
         return IndexStats(
             rows=len(rows),
-            pending=len(self._pending),
+            pending=0 if base is None else len(self._pending_with(rows.changed_since(self._version, keys=True), rows)),
             factory="Flat" if base is None else base.factory,
             nprobe=None if ivf is None else ivf.nprobe,
             recall=1.0 if base is None else base.recall,

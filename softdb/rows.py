@@ -48,7 +48,8 @@ class RowTable(nn.Module):
     ids: Tensor  # (capacity,) int64, -1 at a free slot
     field_values: Tensor  # (capacity, number of fields) int64
     next_id: Tensor  # () int64
-    changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed
+    changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
+    keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
 
     def __init__(self, fields: Sequence[str], device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -56,10 +57,11 @@ class RowTable(nn.Module):
         self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("field_values", torch.empty(0, len(self.fields), dtype=torch.int64, device=device))
         self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("changed_at", torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        for name in ("changed_at", "keys_changed_at"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
-        self.moved_at = 0  # the version at which every row last changed at once
+        self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
         self._next_id = 0
         self._free: list[int] = []  # a heap: the holes below `used`
         self._slots = SlotTable()
@@ -120,22 +122,28 @@ class RowTable(nn.Module):
 
     # -- what changed ----------------------------------------------------------------------------------------
 
-    def changed_since(self, version: int) -> Tensor:
-        """The slots that changed after ``version``, ascending."""
-        if self.moved_at > version:
+    def changed_since(self, version: int, *, keys: bool = False) -> Tensor:
+        """The slots that changed after ``version``, ascending; with ``keys`` only those whose key did."""
+        if (self.keys_moved_at if keys else self.moved_at) > version:
             return torch.arange(self.used, device=self.ids.device)
-        return (self.changed_at[: self.used] > version).nonzero().squeeze(-1)
+        changed_at = self.keys_changed_at if keys else self.changed_at
+        return (changed_at[: self.used] > version).nonzero().squeeze(-1)
 
-    def mark_changed(self, slots: Tensor) -> None:
-        """Note that the rows at ``slots`` are not what they were."""
+    def mark_changed(self, slots: Tensor, *, keys: bool = True) -> None:
+        """Note that the rows at ``slots`` are not what they were; without ``keys``, only values or fields."""
         if len(slots):
             self.version += 1
-            self.changed_at[slots.to(self.ids.device)] = self.version
+            slots = slots.to(self.ids.device)
+            self.changed_at[slots] = self.version
+            if keys:
+                self.keys_changed_at[slots] = self.version
 
-    def mark_moved(self) -> None:
-        """Note that every row may have changed."""
+    def mark_moved(self, *, keys: bool = True) -> None:
+        """Note that every row may have changed; without ``keys``, only values."""
         self.version += 1
         self.moved_at = self.version
+        if keys:
+            self.keys_moved_at = self.version
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
@@ -199,6 +207,7 @@ class RowTable(nn.Module):
         buffers = {"ids": resized(self.ids, capacity, fill=-1)}
         buffers["field_values"] = resized(self.field_values, capacity)
         buffers["changed_at"] = resized(self.changed_at, capacity)
+        buffers["keys_changed_at"] = resized(self.keys_changed_at, capacity)
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
 
@@ -382,28 +391,25 @@ class Snapshot:
 
 # -- optimisers ------------------------------------------------------------------------------------------
 
-# Which table's rows a Parameter holds. Written tensors' version counters do not betray fused optimisers, whose step
-# hook does fire; the hook is registered with the first trainable table.
+# Which table's rows a Parameter holds, and whether it holds the keys. Written tensors' version counters do not betray
+# fused optimisers, whose step hook does fire; the hook is registered with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _hooked = False
 
 
-def watch(parameter: nn.Parameter, table: RowTable) -> None:
-    """Have ``table`` note every optimiser step that moves ``parameter``."""
+def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
+    """Have ``table`` note every optimiser step that moves ``parameter``, which holds its keys or its values."""
     global _hooked
-    _tables[parameter] = weakref.ref(table)
+    _tables[parameter] = weakref.ref(table), keys
     if not _hooked:
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moved: list[RowTable] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            reference = _tables.get(parameter)
-            table = reference() if reference is not None and parameter.grad is not None else None
-            if table is not None and all(table is not other for other in moved):
-                moved.append(table)
-    for table in moved:
-        table.mark_moved()
+            reference, keys = _tables.get(parameter, (None, False))
+            table = None if reference is None or parameter.grad is None else reference()
+            if table is not None:
+                table.mark_moved(keys=keys)

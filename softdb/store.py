@@ -246,7 +246,7 @@ class SoftKVStore(nn.Module):
         slots = self.rows.slots_of("ids", given)
         if keys is None and values is None and not columns:
             return
-        self.rows.mark_changed(slots)
+        self.rows.mark_changed(slots, keys=keys is not None)
         self._write(slots, stored_keys, stored_values, columns)
 
     def delete(self, ids: Ids) -> None:
@@ -430,10 +430,6 @@ class SoftKVStore(nn.Module):
 
     # -- storage ---------------------------------------------------------------------------------------------
 
-    @property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
-
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored_keys = self._check_table("keys", keys, self.keys)
         stored_values = self._check_table("values", values, self.values)
@@ -524,9 +520,8 @@ class SoftKVStore(nn.Module):
 
     def _watch(self) -> None:
         if self.trainable:
-            for table in self._tables:
-                if isinstance(table, nn.Parameter):
-                    watch(table, self.rows)
+            for name in ("keys", "values"):
+                watch(getattr(self, name), self.rows, keys=name == "keys")
 
     # -- module conventions ----------------------------------------------------------------------------------
 

@@ -240,7 +240,13 @@ def test_values_trained_alone_leave_the_index_right() -> None:
     query = clustered(20, seed=2)
     store.read(query, "topk", k=4).values.sum().backward()
     torch.optim.SGD([store.values], lr=0.1).step()
+    store.update(torch.arange(500), values=torch.zeros(500, 2))
     assert recall(store, query) > 0.9
+    assert store.index_stats().builds == 1
+    assert store.index_stats().pending == 0
+    assert store.index_stats().factory == "IVF16,Flat"
+    store.update([1], keys=torch.zeros(1, 16))
+    assert store.index_stats().pending == 1
 
 
 def test_too_few_rows_for_the_factory_are_searched_exactly() -> None:

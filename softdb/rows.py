@@ -246,9 +246,15 @@ class RowTable(nn.Module):
 
     # -- copies ----------------------------------------------------------------------------------------------
 
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        return f"rows={len(self)}, capacity={self.capacity}"
+
     def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
+        device = self.ids.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.mark_moved()
+        if self.ids.device != device:
+            self.mark_moved()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

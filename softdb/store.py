@@ -541,8 +541,11 @@ class SoftKVStore(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
+        before = self.keys.data_ptr(), self.values.data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._index.reset()
+        if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
+            self.rows.mark_moved()
+            self._index.reset()
         self._watch()
         return self
 

@@ -719,6 +719,9 @@ def test_conversion_to_another_dtype() -> None:
     store = store_of(problem, index="IVF4,Flat", trainable=True)
     store.read(problem.query, "topk", k=3)
     before = store.read(problem.query, k=3)
+    store.to(torch.float32)  # nothing to do, so a read may still go backward
+    before.values.sum().backward()
+    assert store.index_stats().builds == 1
     store.to(torch.float64)
     assert store.keys.dtype == torch.float64
     assert store.rows.ids.dtype == torch.int64

@@ -11,13 +11,16 @@ Shapes: G groups of B queries, each group over its own N rows. A store is one gr
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError
 from softdb.filters import Block, Selection
@@ -37,6 +40,11 @@ __all__ = [
 # A tile of scores stays in the second-level cache beside the operands that made it.
 TILE_ELEMENTS = 2**20
 TILE_QUERIES = 256
+# As many numbers of a block's rows are copied at a time, where they have to be: 8 MiB of float32.
+COPIED_ELEMENTS = 2**21
+# Few enough rows to be padded by a copy.
+FEW_ROWS = 4096
+LOG2_E = math.log2(math.e)
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32
 # Up to this many groups for each row wanted, one pass is faster than two.
@@ -61,22 +69,41 @@ class Scan:
     selection: Selection
     dtype: torch.dtype
 
-    def tiles(self, groups: int, queries: int, k: int = 0) -> Iterator[tuple[slice, Block, list[slice]]]:
+    def tiles(self, groups: int, queries: int, copied: int, k: int = 0) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Groups × block of rows × slices of queries, such that a tile of scores fits in cache.
 
-        A pass that finds the k best rows of each tile wants wide ones.
+        Args:
+            groups: G.
+            queries: B.
+            copied: How many numbers of each row of a block are copied: where they are, blocks are smaller.
+            k: How many of the best rows are looked for in each tile: a tile for many is wide.
         """
-        if groups == 0 or queries == 0 or self.selection.count == 0:
+        count = self.selection.count
+        if groups == 0 or queries == 0 or count == 0:
             return
         height = min(queries, TILE_QUERIES if k == 0 else max(16, TILE_ELEMENTS // (8 * GROUP * k)))
-        width = max(TILE_ELEMENTS // height // GROUP, 1) * GROUP
-        depth = max(1, TILE_ELEMENTS // (height * min(width, self.selection.count)))
+        width = min(TILE_ELEMENTS // height, COPIED_ELEMENTS // max(1, copied))
+        width = max(width // GROUP, 1) * GROUP
+        depth = max(1, TILE_ELEMENTS // (height * min(width, count)))
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
+        edges = list(range(0, count, width))
+        if queries == 1 and count % GROUP and count - edges[-1] > FEW_ROWS:
+            edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Buffer.product`
+        edges.append(count)
         for first in range(0, groups, depth):
-            for start in range(0, self.selection.count, width):
-                block = self.selection.block(start, min(start + width, self.selection.count))
+            for start, stop in itertools.pairwise(edges):
+                block = self.selection.block(start, stop)
                 if block is not None:
                     yield slice(first, min(first + depth, groups)), block, slices
+
+    def copied(self, keys: Tensor, values: Tensor | None = None) -> int:
+        """How many numbers of each row of a block are copied, since they are not used as they lie."""
+        numbers = 0
+        if self.selection.visit is not None or self.metric in ("cosine", "l2") or keys.dtype != self.dtype:
+            numbers += keys.shape[-1] * (2 if self.metric == "l2" else 1)
+        if values is not None and (self.selection.visit is not None or values.dtype != self.dtype):
+            numbers += values.shape[-1]
+        return numbers
 
     def keys(self, keys: Tensor, groups: slice, block: Block) -> Tensor:  # -> (g, C, operand width)
         """The prepared keys of a block."""
@@ -196,8 +223,8 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple
     batch = query.shape[1]
     best = _Best(1, batch, k, scan.dtype, query.device)
     buffer = _Buffer()
-    for groups, block, slices in scan.tiles(1, batch, k):
-        operand = scan.keys(keys, groups, block).mT
+    for groups, block, slices in scan.tiles(1, batch, scan.copied(keys), k):
+        operand = scan.keys(keys, groups, block)
         for queries in slices:
             scores = buffer.product(query[:, queries], operand)
             block.hide(scores, groups, queries)
@@ -243,8 +270,8 @@ def _columns_of_best_groups(
     groups = -(-count // GROUP)
     maxima = torch.full((part.stop - part.start, groups), -torch.inf, dtype=scan.dtype, device=query.device)
     buffer = _Buffer()
-    for chunk, block, slices in scan.tiles(1, len(maxima)):
-        operand = scan.keys(keys, chunk, block).mT
+    for chunk, block, slices in scan.tiles(1, len(maxima), scan.copied(keys)):
+        operand = scan.keys(keys, chunk, block)
         for queries in slices:
             whole = slice(part.start + queries.start, part.start + queries.stop)
             scores = buffer.product(query[:, whole], operand)
@@ -268,17 +295,46 @@ class _Buffer:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, d, C) -> (g, b, C)
-        shape = (left.shape[0], left.shape[1], right.shape[2])
-        size = shape[0] * shape[1] * shape[2]
+    def product(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
+        """``left @ right.mT``."""
+        count = right.shape[1]
+        if left.shape[1] == 1 and count % GROUP:
+            # The product with a single query rounds its last columns differently, so that equal rows would not tie.
+            right = F.pad(right, (0, 0, 0, -count % GROUP))
+        shape = (left.shape[0], left.shape[1], right.shape[1])
+        size = math.prod(shape)
         if self._memory is None or self._memory.numel() < size:
             self._memory = left.new_empty(size)
-        return torch.bmm(left, right, out=self._memory[:size].view(shape))
+        return torch.bmm(left, right.mT, out=self._memory[:size].view(shape))[..., :count]
+
+
+def _exponentials(scores: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
+    """exp(scores − shift), in place where the dtype allows.
+
+    By exp2, since torch's exp is up to thirty times slower where its result underflows, as it does for most rows when
+    the softmax is peaked. What is under 2^-100 becomes 0: a product with denormal numbers is slower still.
+    """
+    exponents = scores.sub_(shift.unsqueeze(-1)).to(dtype)
+    return F.threshold(exponents.mul_(LOG2_E).exp2_(), 2.0**-100, 0.0, inplace=True)
 
 
 def _finite_or_zero(largest: Tensor) -> Tensor:
     """``largest`` with 0 for -inf: subtracting it from scores that are all -inf leaves them so."""
     return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+class BestRows(NamedTuple):
+    """The k best rows of each query, best first; (G, B, k), without gradient.
+
+    Attributes:
+        scores: Their scores, -inf where there were fewer.
+        weights: Their share of the softmax, 0 where there were fewer.
+        rows: Their numbers, -1 where there were fewer.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    rows: Tensor
 
 
 class _ExactRead(torch.autograd.Function):
@@ -287,16 +343,19 @@ class _ExactRead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, BestRows | None]:
         count, height = query.shape[:2]
         largest = query.new_full((count, height), -torch.inf)  # (G, B)
         total = query.new_zeros((count, height), dtype=scan.dtype)  # (G, B)
         blend = query.new_zeros((count, height, values.shape[-1]), dtype=scan.dtype)  # (G, B, dv)
         best = _Best(count, height, k, scan.dtype, query.device) if k else None
         buffer = _Buffer()
-        for groups, block, slices in scan.tiles(count, height, k):
-            operand = scan.keys(keys, groups, block).mT  # (g, d, C)
+        seen = query.new_zeros(height, dtype=torch.float64)
+        for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
+            operand = scan.keys(keys, groups, block)  # (g, C, w)
             block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
+            if scan.selection.rule is not None:
+                seen += block.fingerprint()
             for queries in slices:
                 scores = buffer.product(query[groups, queries], operand)  # (g, b, C)
                 block.hide(scores, groups, queries)
@@ -305,7 +364,7 @@ class _ExactRead(torch.autograd.Function):
                 before = largest[groups, queries]
                 after = torch.maximum(before, scores.amax(-1))
                 shift = _finite_or_zero(after)
-                weights = scores.sub_(shift.unsqueeze(-1)).to(scan.dtype).exp_()
+                weights = _exponentials(scores, shift, scan.dtype)
                 scale = (before - shift).to(scan.dtype).exp_()
                 largest[groups, queries] = after
                 total[groups, queries] = total[groups, queries] * scale + weights.sum(-1)
@@ -317,21 +376,24 @@ class _ExactRead(torch.autograd.Function):
         total.masked_fill_(total == 0, 1.0)
         blend /= total.unsqueeze(-1)
         ctx.scan = scan
-        # Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1.
-        ctx.save_for_backward(query, keys, values, blend, largest, total)
+        # Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1. The mask
+        # is saved for torch to notice when it is written to.
+        ctx.save_for_backward(query, keys, values, blend, largest, total, seen, scan.selection.mask)
         ctx.set_materialize_grads(False)
         if best is None:
-            return blend, lse, None, None
-        ctx.mark_non_differentiable(best.scores, best.rows)
-        return blend, lse, best.scores, best.rows
+            return blend, lse, None
+        weights = (best.scores - largest.to(scan.dtype).unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
+        return blend, lse, BestRows(best.scores, weights, best.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[:3]
-        query, keys, values, blend, largest, total = ctx.saved_tensors
+        query, keys, values, blend, largest, total, seen, _ = ctx.saved_tensors
         with torch.no_grad(), full_precision(query.device):
             results = list(
-                _exact_read_backward(query, keys, values, blend, largest, total, grads[0], grads[1], ctx.scan, needs)
+                _exact_read_backward(
+                    query, keys, values, blend, largest, total, seen, grads[0], grads[1], ctx.scan, needs
+                )
             )
         if torch.is_grad_enabled():
             inputs = [tensor for tensor in (query, keys, values, *grads) if tensor is not None]
@@ -346,6 +408,7 @@ def _exact_read_backward(
     blend: Tensor,
     largest: Tensor,
     total: Tensor,
+    seen: Tensor,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     scan: Scan,
@@ -365,19 +428,21 @@ def _exact_read_backward(
     else:
         delta = delta / total
     buffer, value_buffer = _Buffer(), _Buffer()
-    again = torch.zeros_like(total)
-    for groups, block, slices in scan.tiles(*query.shape[:2]):
+    seen = seen.clone()
+    copied = scan.copied(keys, values)
+    copied += query.shape[-1] * needs_keys + values.shape[-1] * (grad_values is not None)
+    for groups, block, slices in scan.tiles(query.shape[0], query.shape[1], copied):
         operand = scan.keys(keys, groups, block)  # (g, C, w)
         block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
+        if scan.selection.rule is not None:
+            seen -= block.fingerprint()
         grad_operand = torch.zeros_like(operand) if needs_keys else None
         grad_block_values = torch.zeros_like(block_values) if grad_values is not None else None
         for queries in slices:
             part = query[groups, queries]
-            scores = buffer.product(part, operand.mT)  # (g, b, C)
+            scores = buffer.product(part, operand)  # (g, b, C)
             block.hide(scores, groups, queries)
-            weights = scores.sub_(largest[groups, queries].unsqueeze(-1)).to(scan.dtype).exp_()
-            if scan.selection.rule is not None:
-                again[groups, queries] += weights.sum(-1)
+            weights = _exponentials(scores, largest[groups, queries], scan.dtype)
             if grad_block_values is not None and grad_blend is not None:
                 grad_block_values.baddbmm_(weights.mT, grad_blend[groups, queries])
             if not (needs_query or needs_keys):
@@ -386,7 +451,7 @@ def _exact_read_backward(
             if grad_blend is None:
                 grad_scores = weights.mul_(minus_delta)
             else:
-                grad_scores = value_buffer.product(grad_blend[groups, queries], block_values.mT)
+                grad_scores = value_buffer.product(grad_blend[groups, queries], block_values)
                 grad_scores.add_(minus_delta).mul_(weights)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
@@ -397,9 +462,7 @@ def _exact_read_backward(
             _write(grad_keys, groups, block, scan.keys_backward(grad_operand, keys, groups, block))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values)
-    # Where nothing was seen the total was set to 1, and 0 comes out again.
-    same = (again - total).abs() < 1e-2 * total
-    if scan.selection.rule is not None and not bool((same | (again == 0)).all()):
+    if bool(seen.any()):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
             "wrong; do not change the tensors it uses between a read and its backward"
@@ -436,7 +499,7 @@ def _once_only(result: Tensor, inputs: list[Tensor]) -> Tensor:
 
 def exact_read(
     query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, BestRows | None]:
     """``softmax(query @ keys.T) @ values`` and ``logsumexp(query @ keys.T)``, and the best k rows.
 
     Neither the (B, N) scores nor the weights are held, forward or backward.
@@ -449,25 +512,29 @@ def exact_read(
         k: How many of the best rows to report too; 0 for none.
 
     Returns:
-        The blend (G, B, dv) and the log-sum-exp (G, B), both differentiable; the scores and row numbers (G, B, k) of
-        the best rows, not differentiable, or None.
+        The blend (G, B, dv) and the log-sum-exp (G, B), both differentiable; the best rows, or None if k is 0.
 
     Raises:
         NonFiniteError: A score overflowed, or keys hold NaN.
     """
     with full_precision(query.device):
-        result: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+        result: tuple[Tensor, Tensor, BestRows | None]
         result = _ExactRead.apply(query, keys, values, scan, k)  # type: ignore[no-untyped-call]
-    check_scores(result[1])
+    everywhere = scan.selection.is_shared and scan.selection.shared_count > 0
+    check_scores(result[1], some=everywhere)
     return result
 
 
-def check_scores(lse: Tensor) -> None:
-    """Raise if a log-sum-exp says that a score was NaN or infinite."""
-    if not bool((lse.detach() < torch.inf).all()):
+def check_scores(lse: Tensor, *, some: bool = False) -> None:
+    """Raise if a log-sum-exp says that a score was NaN or infinite; with ``some``, that all scores were."""
+    lse = lse.detach()
+    finite = lse < torch.inf
+    if some:
+        finite &= lse > -torch.inf
+    if not bool(finite.all()):
         raise NonFiniteError(
-            "query, keys: expected finite scores, got NaN or infinity; the rows hold NaN (did training diverge?), or "
-            "query times key divided by temperature overflows: rescale them"
+            "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
+            "diverge?), or query times key divided by temperature overflows: rescale them"
         )
 
 
@@ -500,12 +567,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _gather(table: Tensor, slots: Tensor) -> Tensor:  # (N, d), (*shape) -> (*shape, d)
-    rows = table.index_select(0, slots.clamp(min=0).flatten())
-    return rows.view(*slots.shape, table.shape[-1])
+    """``table[slots]``, 0 at -1: nothing that stands in some row there may come through, be it NaN."""
+    rows = table.index_select(0, slots.clamp(min=0).flatten()).view(*slots.shape, table.shape[-1])
+    missing = slots < 0
+    return rows.masked_fill(missing.unsqueeze(-1), 0.0) if bool(missing.any()) else rows
 
 
 def gather_rows(table: Tensor, slots: Tensor, dtype: torch.dtype, *, sparse: bool) -> Tensor:
-    """``table[slots].to(dtype)``, any row at -1; with ``sparse`` the gradient is a coalesced COO of the rows read."""
+    """``table[slots].to(dtype)``, 0 at -1; with ``sparse`` the gradient is a coalesced COO of the rows read."""
     if sparse and table.requires_grad and torch.is_grad_enabled():
         rows: Tensor = _GatherRows.apply(table, slots, dtype)  # type: ignore[no-untyped-call]
         return rows

@@ -21,9 +21,13 @@ Whenever one of these is raised by a method that writes, nothing has been writte
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,9 +107,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_positive(name: str, value: object) -> int:
     """``value`` as an int that is at least 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
-    number = int(value.__index__())
     if number < 1:
         raise ArgumentError(f"{name}: expected an integer of at least 1, got {number}")
     return number
@@ -121,6 +128,8 @@ def check_float_tensor(
         )
     if not value.is_floating_point():
         raise DtypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+    if value.layout != torch.strided:
+        raise DtypeError(f"{name}: expected a dense tensor, got {value.layout}; convert it with .to_dense()")
     check_shape(name, value, shape)
     if device is not None and value.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
@@ -166,12 +175,12 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         ids = value.detach()
     else:
         try:
-            ids = torch.as_tensor(value)
+            ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
         if ids.numel() == 0:
             ids = ids.to(torch.int64)
-    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are whole numbers")
     ids = ids.to(device="cpu", dtype=torch.int64)
     if ids.numel():
@@ -199,16 +208,20 @@ def check_unique(name: str, ids: Tensor) -> None:
         raise DuplicateIdError(f"{name}: expected each id once, got {list_ids(twice.unique())} more than once")
 
 
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` broadcasts to ``target`` without widening it."""
+    try:
+        return tuple(torch.broadcast_shapes(tuple(shape), tuple(target))) == tuple(target)
+    except RuntimeError:
+        return False
+
+
 def check_temperature(value: float | Tensor, shape: Sequence[int]) -> float | Tensor:
     """``value`` if it is a positive finite number, or a tensor of them that broadcasts to ``shape``."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise DtypeError(f"temperature: expected a float or a floating-point tensor, got {value.dtype}")
-        try:
-            fits = torch.broadcast_shapes(value.shape, tuple(shape)) == torch.Size(shape)
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not broadcasts(value.shape, shape):
             raise ShapeError(
                 f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
                 f"{tuple(shape)}, got shape {tuple(value.shape)}"
@@ -216,9 +229,9 @@ def check_temperature(value: float | Tensor, shape: Sequence[int]) -> float | Te
         if not bool(((value > 0) & (value < math.inf)).all()):
             raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with others")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DtypeError(f"temperature: expected a float or a tensor, got {describe(value)}")
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:
         raise ArgumentError(f"temperature: expected a finite number above 0, got {value}")
     return float(value)
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from softdb.errors import DeviceError, DtypeError, ShapeError, check_ids, check_vector, describe
+from softdb.errors import DeviceError, DtypeError, ShapeError, broadcasts, check_ids, check_vector, describe
 from softdb.rows import RowTable
 
 __all__ = ["Block", "Rule", "Selection", "Where", "select"]
@@ -48,14 +48,21 @@ class Block:
             if mask.dim() == 3 and mask.shape[0] != 1:
                 mask = mask[groups]
             if mask.dim() == 1:
-                # Adding a row of 0 and -inf is many times faster than masked_fill_.
-                scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+                scores.index_fill_(-1, (~mask).nonzero().squeeze(-1), -torch.inf)
             else:
                 torch.where(mask, scores, scores.new_full((), -torch.inf), out=scores)
         if self.hidden is not None:
             query, column = self.hidden
             inside = (query >= queries.start) & (query < queries.stop)
             scores[:, query[inside] - queries.start, column[inside]] = -torch.inf
+
+    def fingerprint(self) -> Tensor:  # (B,) or (), float64
+        """A number that another mask is most unlikely to have, exact whatever the order of its sum."""
+        rows = self.rows
+        mask = self.mask if self.mask is not None else torch.ones(1, dtype=torch.bool)
+        slots = torch.arange(rows.start, rows.stop, device=mask.device) if isinstance(rows, slice) else rows
+        marks = (slots * 40503 >> 5) % 251 + 1  # small whole numbers: sums of a block's are exact in float64
+        return (mask * marks).sum(-1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -214,11 +221,7 @@ class _RuleOnSlots:
         if allowed.device != row["id"].device:
             raise DeviceError(f"where: expected the callable to return a tensor on {row['id'].device}")
         shape = (self.batch, row["id"].shape[-1])
-        try:
-            fits = torch.broadcast_shapes(allowed.shape, shape) == torch.Size(shape)
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not broadcasts(allowed.shape, shape):
             raise ShapeError(
                 f"where: expected the callable to return a tensor broadcastable to {shape} (queries, rows), "
                 f"got {tuple(allowed.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,6 +16,7 @@ from softdb.errors import (
     DeviceError,
     DtypeError,
     ShapeError,
+    broadcasts,
     check_choice,
     check_finite,
     check_float_tensor,
@@ -106,23 +108,23 @@ class Tables:
 def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
     """An exact read of prepared queries (G, B, w); everything in ``scan.dtype``."""
     hard = normalizer == "straight_through"
-    values, lse, best, rows = exact_read(query, tables.keys, tables.values, scan, k or int(hard))
+    values, lse, best = exact_read(query, tables.keys, tables.values, scan, k or int(hard))
     mass = (lse > -torch.inf).to(lse.dtype)
-    if best is None or rows is None:
+    if best is None:
         return Read(values, None, None, None, lse, mass)
+    scores, weights, rows = best
     places = tables.place(rows)
     if hard:
         found = _choose(tables, places, scan.dtype).view_as(values)
         values = straight_through(found, values)
     if k is None:
         return Read(values, None, None, None, lse, mass, normalizer=normalizer)
-    scores = best
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and tables.keys.shape[1]:
+        # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
         again = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
-        again = again.masked_fill(places < 0, -torch.inf)
-        # The kernel's own scores, so that weights and log-sum-exp agree to the last bit.
-        scores = straight_through(best, again.view_as(best))
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+        scores = straight_through(scores, again.masked_fill(places < 0, -torch.inf).view_as(scores))
+        exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
+        weights = straight_through(weights, exponents.exp())
     total = weights.sum(-1)
     mass = straight_through(total.clamp(max=1.0), total)
     if hard:
@@ -143,14 +145,15 @@ def read_candidates(
     places = tables.place(rows)
     width = tables.values.shape[-1]
     if tables.keys.shape[1] == 0:
-        scores = query.new_full(places.shape, -torch.inf, dtype=scan.dtype)
+        nothing = 0.0 * query.flatten(0, 1).sum(-1, keepdim=True)  # part of the graph, as an answer has to be
+        scores = nothing.to(scan.dtype).expand(places.shape).masked_fill(places < 0, -torch.inf)
         values = query.new_zeros(*places.shape, width, dtype=scan.dtype)
     else:
         scores = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
         scores = scores.masked_fill(places < 0, -torch.inf)
         values = tables.gather_values(places, scan.dtype)
     weights, lse = softmax(scores)
-    check_scores(lse)
+    check_scores(lse.masked_fill((places < 0).all(-1), 0.0), some=True)
     blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
     order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
     rows = rows.flatten(0, 1).gather(-1, order)
@@ -252,7 +255,7 @@ def soft_read(
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, keys, values)
-        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
+        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
         scan = Scan(metric, centre, selection, dtype)
         tables = Tables.of_groups(fold.table(keys), fold.table(values))
         read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
@@ -351,6 +354,8 @@ def merge(reads: Sequence[Read]) -> Read:
         >>> torch.allclose(merge(halves).values, soft_read(q, keys, values).values, atol=1e-6)
         True
     """
+    if isinstance(reads, Read):
+        raise DtypeError("reads: expected a sequence of Read objects, got one Read; pass [first, second]")
     reads = list(reads)
     _check_mergeable(reads)
     dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
@@ -400,50 +405,43 @@ class _Fold:
         dimensions = range(len(batch))
         self.own = [i for i in dimensions if size(keys, i) != 1 or size(values, i) != 1]
         self.shared = [i for i in dimensions if i not in self.own]
-        self.groups = 1
-        for i in self.own:
-            self.groups *= batch[i]
+        self.groups = math.prod(batch[i] for i in self.own)
+        self.shared_size = math.prod(batch[i] for i in self.shared)
 
     def queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G, S B, x)
         count = len(self.batch)
         full = tensor.expand(*self.batch, *tensor.shape[-2:])
         full = full.permute(*self.own, *self.shared, count, count + 1)
-        return full.reshape(self.groups, self._shared_size() * tensor.shape[-2], tensor.shape[-1])
+        return full.reshape(self.groups, self.shared_size * tensor.shape[-2], tensor.shape[-1])
 
     def table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G, N, x)
         sizes = [self.batch[i] if i in self.own else 1 for i in range(len(self.batch))]
         return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups, *tensor.shape[-2:])
 
-    def mask(self, mask: Tensor) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
+    def mask(self, mask: Tensor, height: int) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
         count = len(self.batch)
         mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
         sizes = list(mask.shape)
-        groups, queries = 1, 1
+        # Dimensions that become one have to be given whole if the mask differs along any of them.
         if any(sizes[i] != 1 for i in self.own):
-            groups = self.groups
             for i in self.own:
                 sizes[i] = self.batch[i]
-        if any(sizes[i] != 1 for i in self.shared) or (sizes[count] != 1 and self._shared_size() != 1):
+        if any(sizes[i] != 1 for i in (*self.shared, count)):
+            sizes[count] = height
             for i in self.shared:
                 sizes[i] = self.batch[i]
-        for i in (*self.shared, count):
-            queries *= sizes[i]
+        groups = math.prod(sizes[i] for i in self.own)
+        queries = math.prod(sizes[i] for i in (*self.shared, count))
         mask = mask.expand(sizes).permute(*self.own, *self.shared, count, count + 1)
         return mask.reshape(groups, queries, sizes[-1])
 
     def unfold(self, tensor: Tensor) -> Tensor:  # (G, S B, *x) -> (*batch, B, *x)
         rest = tensor.shape[2:]
         order = [*self.own, *self.shared]
-        height = tensor.shape[1] // max(1, self._shared_size())
+        height = tensor.shape[1] // max(1, self.shared_size)
         tensor = tensor.reshape(*[self.batch[i] for i in order], height, *rest)
         back = [order.index(i) for i in range(len(order))]
         return tensor.permute(*back, *range(len(order), tensor.dim()))
-
-    def _shared_size(self) -> int:
-        size = 1
-        for i in self.shared:
-            size *= self.batch[i]
-        return size
 
 
 def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Read:
@@ -465,7 +463,7 @@ def _check_operands(
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
-    check_temperature(temperature, query.shape[:-1])
+    check_temperature(temperature, (*_batch_shape(query, keys, values), query.shape[-2]))
     for name, tensor in (("query", query), ("keys", keys), ("values", values)):
         check_finite(name, tensor)
 
@@ -486,11 +484,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> N
         raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
     if mask.device != device:
         raise DeviceError(f"mask: expected a tensor on {device}, got one on {mask.device}; move it with .to()")
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(mask.shape, shape):
         raise ShapeError(f"mask: expected a shape broadcastable to {shape}, got {tuple(mask.shape)}")
 
 
@@ -500,11 +494,7 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
     if candidates.device != device:
         raise DeviceError(f"candidates: expected a tensor on {device}, got one on {candidates.device}")
     ids = check_ids("candidates", candidates, repeats=True, padding=True)
-    try:
-        fits = ids.dim() > 0 and torch.broadcast_shapes(ids.shape[:-1], shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if ids.dim() == 0 or not broadcasts(ids.shape[:-1], shape):
         raise ShapeError(
             f"candidates: expected shape ({', '.join([*map(str, shape), 'k'])}), row numbers for each query, "
             f"got {tuple(candidates.shape)}"

@@ -169,7 +169,7 @@ class Index:
     def reset(self) -> None:
         """Forget the base: rows were loaded or converted."""
         self._base: _Base | None = None
-        self._pending: Tensor = torch.empty(0, dtype=torch.int64)
+        self._pending: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
         self._version = -1
         self._settled = True  # False while an optimiser moves the rows and no base could follow
         self._failed_at = 0  # how many rows there were when a build failed
@@ -199,7 +199,7 @@ class Index:
         """The slots of the k best rows of each query, as far as the index finds them; -1 where fewer may be seen."""
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._follow(rows, keys, query)
             base, pending = self._base, self._pending
         started = time.perf_counter()
@@ -250,7 +250,7 @@ class Index:
     @staticmethod
     def _current(base: _Base) -> Tensor:
         """Which entries are not stale."""
-        return base.entry_of[base.slots] == torch.arange(base.entries)
+        return base.entry_of[base.slots] == torch.arange(base.entries, device="cpu")
 
     # -- following the rows ----------------------------------------------------------------------------------
 
@@ -270,9 +270,9 @@ class Index:
         if self._wants_base(rows):
             self._build(rows, keys, query)
         elif self._base is None:
-            self._pending = torch.empty(0, dtype=torch.int64)
+            self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
         elif len(self._pending) > max(PENDING_ROWS, PENDING_SHARE * self._base.entries):
-            self._append(self._base, keys)
+            self._append(self._base, rows, keys)
 
     def _note_changes(self, base: _Base, rows: RowTable) -> None:
         changed = rows.changed_since(self._version, keys=True)
@@ -280,7 +280,7 @@ class Index:
             return
         here = changed.cpu()
         if rows.capacity > len(base.entry_of):
-            grown = torch.full((rows.capacity,), -1, dtype=torch.int64)
+            grown = torch.full((rows.capacity,), -1, dtype=torch.int64, device="cpu")
             grown[: len(base.entry_of)] = base.entry_of
             base.entry_of = grown
         base.stale += int((base.entry_of[here] >= 0).sum())
@@ -296,27 +296,29 @@ class Index:
     def _wants_base(self, rows: RowTable) -> bool:
         if self.config.factory == "Flat" or not self._settled:
             return False
-        if len(rows) < max(2 * self._failed_at, _rows_to_train(self.config.factory)):
-            self._base = None
-            return False
+        enough = max(2 * self._failed_at, _rows_to_train(self.config.factory))
         if self._base is None:
-            return True
-        ivf = _ivf(self._base.index) is not None
-        return 2 * self._base.stale > self._base.entries or (ivf and len(rows) > OUTGROWN * self._base.trained_rows)
+            return len(rows) >= enough
+        outgrown = _ivf(self._base.index) is not None and len(rows) > OUTGROWN * self._base.trained_rows
+        worn = 2 * self._base.stale > self._base.entries or outgrown
+        # Well below the number that it was built for, so that a row more or less does not build it again and again.
+        if 2 * len(rows) < enough or (worn and len(rows) < enough):
+            self._base = None
+        return worn and self._base is not None
 
     def refresh(self, rows: RowTable, keys: Tensor) -> None:
         """Take every pending row into the base."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._settled = True
             self._follow(rows, keys)
             if self._base is None and self._wants_base(rows):
                 self._build(rows, keys)
             if self._base is not None and len(self._pending):
-                self._append(self._base, keys)
+                self._append(self._base, rows, keys)
 
     def build(self, rows: RowTable, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._settled = True
             self._base = None
             self._failed_at = 0
@@ -339,27 +341,31 @@ class Index:
             _quieten(index)
             index.train(vectors)
             index.add(vectors)
-        except RuntimeError as error:
-            self._error, self._failed_at = _reason(error), len(slots)
-        else:
             here = slots.cpu()
-            entry_of = torch.full((rows.capacity,), -1, dtype=torch.int64)
-            entry_of[here] = torch.arange(len(here))
+            entry_of = torch.full((rows.capacity,), -1, dtype=torch.int64, device="cpu")
+            entry_of[here] = torch.arange(len(here), device="cpu")
             base = _Base(index, factory, len(here), here, entry_of)
             base.recall = self._tune(base, rows, keys, query)
+        except (RuntimeError, AssertionError) as error:  # FAISS's own
+            self._error, self._failed_at = _reason(error), len(slots)
+        else:
             self._base = base
             self._builds += 1
-        self._pending = torch.empty(0, dtype=torch.int64)
+        self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
         self._rebuild_seconds += time.perf_counter() - started
 
-    def _append(self, base: _Base, keys: Tensor) -> None:
+    def _append(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
         started = time.perf_counter()
-        base.owner.add(_vectors(keys[self._pending], self._metric))
+        try:
+            base.owner.add(_vectors(keys[self._pending], self._metric))
+        except RuntimeError:  # some indexes can only be built at once
+            self._build(rows, keys)
+            return
         here = self._pending.cpu()
-        base.entry_of[here] = torch.arange(base.entries, base.entries + len(here))
+        base.entry_of[here] = torch.arange(base.entries, base.entries + len(here), device="cpu")
         base.slots = torch.cat([base.slots, here])
         base.bitmap = None
-        self._pending = torch.empty(0, dtype=torch.int64)
+        self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
         self._upkeep_seconds += time.perf_counter() - started
 
     def _tune(self, base: _Base, rows: RowTable, keys: Tensor, query: Tensor | None) -> float:
@@ -480,7 +486,7 @@ def _quieten(index: Any) -> None:
             quantiser.cp.min_points_per_centroid = 1
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The last line of a FAISS error, which names the place in its source before."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
@@ -490,9 +496,9 @@ def _tuning_queries(keys: Tensor, slots: Tensor, query: Tensor | None) -> Tensor
     """Queries to tune on: those of the read that wants the index, filled up with some rows' keys moved a little."""
     given = keys[:0].float() if query is None else query.to(compute_dtype(query))
     given = given[:: max(1, len(given) // TUNING_QUERIES)][:TUNING_QUERIES]
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(slots), (TUNING_QUERIES - len(given),), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    chosen = torch.randint(len(slots), (TUNING_QUERIES - len(given),), generator=generator, device="cpu")
     sample = keys[slots[chosen].to(keys.device)].to(given.dtype)
-    noise = torch.randn(sample.shape, generator=generator).to(sample)
+    noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
     spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
     return torch.cat([given, sample + 0.5 * spread * noise])

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import heapq
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import (
@@ -25,6 +25,7 @@ from softdb.errors import (
     DtypeError,
     DuplicateIdError,
     FieldError,
+    GrowthError,
     ShapeError,
     StaleReadError,
     UnknownIdError,
@@ -46,7 +47,6 @@ class RowTable(nn.Module):
     """
 
     ids: Tensor  # (capacity,) int64, -1 at a free slot
-    field_values: Tensor  # (capacity, number of fields) int64
     next_id: Tensor  # () int64
     changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
     keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
@@ -55,7 +55,8 @@ class RowTable(nn.Module):
         super().__init__()
         self.fields = check_field_names(fields)
         self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
-        self.register_buffer("field_values", torch.empty(0, len(self.fields), dtype=torch.int64, device=device))
+        for name in self.fields:
+            self.register_buffer(f"field_{name}", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=device))
         for name in ("changed_at", "keys_changed_at"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
@@ -114,11 +115,14 @@ class RowTable(nn.Module):
 
     def view(self, slots: slice | Tensor) -> Mapping[str, Tensor]:
         """The rows at ``slots`` as a filter sees them: their id and fields by name, id -1 at slot -1."""
-        if isinstance(slots, slice):
-            ids, fields = self.ids[slots], self.field_values[slots]
-        else:
-            ids, fields = self.ids_at(slots), self.field_values[slots.clamp(min=0)]
-        return {"id": ids} | {name: fields[..., column] for column, name in enumerate(self.fields)}
+        ids = self.ids[slots] if isinstance(slots, slice) else self.ids_at(slots)
+        places = slots if isinstance(slots, slice) else slots.clamp(min=0)
+        return {"id": ids} | {name: self.field(name)[places] for name in self.fields}
+
+    def field(self, name: str) -> Tensor:  # (capacity,)
+        """One field of every slot."""
+        column: Tensor = getattr(self, f"field_{name}")
+        return column
 
     # -- what changed ----------------------------------------------------------------------------------------
 
@@ -151,7 +155,7 @@ class RowTable(nn.Module):
         """The next ``count`` ids; they are taken only once they are placed."""
         if self._next_id + count - 1 > MAX_ID:
             raise ArgumentError(f"ids: the ids up to {MAX_ID} are used up; give ids of deleted rows explicitly")
-        return torch.arange(self._next_id, self._next_id + count)
+        return torch.arange(self._next_id, self._next_id + count, device="cpu")
 
     def check_new(self, ids: Tensor) -> None:
         """Raise if one of ``ids`` names a row already, or is too large to be one."""
@@ -174,7 +178,8 @@ class RowTable(nn.Module):
         else:
             slots = [heapq.heappop(self._free) for _ in range(holes)]
         fresh = count - holes
-        placed = torch.cat([torch.tensor(slots, dtype=torch.int64), torch.arange(self.used, self.used + fresh)])
+        reused = torch.tensor(slots, dtype=torch.int64, device="cpu")
+        placed = torch.cat([reused, torch.arange(self.used, self.used + fresh, device="cpu")])
         self.used += fresh
         self._slots.put(ids, placed)
         self.ids[placed.to(self.ids.device)] = ids.to(self.ids.device)
@@ -186,7 +191,7 @@ class RowTable(nn.Module):
     def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
         """Write columns of fields at ``slots``."""
         for name, column in fields.items():
-            self.field_values[slots.to(self.ids.device), self.fields.index(name)] = column.to(self.ids.device)
+            self.field(name)[slots.to(self.ids.device)] = column.to(self.ids.device)
 
     def remove(self, ids: Tensor, slots: Tensor) -> None:
         """Forget the rows ``ids`` at ``slots``."""
@@ -204,10 +209,9 @@ class RowTable(nn.Module):
     def resize(self, capacity: int) -> None:
         """Make room for ``capacity`` rows, at least those in use."""
         # All are made before any is set: memory may run out in between.
-        buffers = {"ids": resized(self.ids, capacity, fill=-1)}
-        buffers["field_values"] = resized(self.field_values, capacity)
-        buffers["changed_at"] = resized(self.changed_at, capacity)
-        buffers["keys_changed_at"] = resized(self.keys_changed_at, capacity)
+        names = ["changed_at", "keys_changed_at", *(f"field_{name}" for name in self.fields)]
+        buffers = {name: resized(getattr(self, name), capacity) for name in names}
+        buffers["ids"] = resized(self.ids, capacity, fill=-1)
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
 
@@ -274,9 +278,12 @@ class RowTable(nn.Module):
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(fields, str) or not all(isinstance(name, str) for name in fields):
+    if isinstance(fields, str) or not isinstance(fields, Iterable):
         raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
     names = tuple(fields)
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise FieldError(f"fields: expected names that are Python identifiers, got {describe(name)}")
     if "id" in names:
         raise FieldError("fields: 'id' is reserved for the row's id; choose another name")
     if len(set(names)) != len(names):
@@ -285,16 +292,20 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_column(name: str, column: object, count: int) -> Tensor:
-    values = column if isinstance(column, Tensor) else torch.as_tensor(column)
-    if values.numel() == 0:
-        values = values.to(torch.int64)
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+    try:
+        values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column)
+        values = values.cpu()
+        if values.numel() == 0:
+            values = values.to(torch.int64)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {describe(column)}") from error
+    if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {values.dtype}")
     if values.shape not in ((), (count,)):
         raise ShapeError(
             f"fields[{name!r}]: expected one number or shape ({count},), one per row, got {tuple(values.shape)}"
         )
-    return values.detach().to(torch.int64)
+    return values.to(torch.int64)
 
 
 def check_largest(ids: Tensor) -> None:
@@ -319,7 +330,7 @@ class SlotTable:
     """
 
     def __init__(self) -> None:
-        self._array = torch.empty(0, dtype=torch.int64)
+        self._array = torch.empty(0, dtype=torch.int64, device="cpu")
         self._dict: dict[int, int] = {}
         self._count = 0
 
@@ -329,7 +340,8 @@ class SlotTable:
             return self._array[ids]
         slots = torch.empty_like(ids)
         slots[small] = self._array[ids[small]]
-        slots[~small] = torch.tensor([self._dict.get(number, -1) for number in ids[~small].tolist()], dtype=torch.int64)
+        for place, number in zip((~small).nonzero().flatten().tolist(), ids[~small].tolist(), strict=True):
+            slots[place] = self._dict.get(number, -1)
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:
@@ -398,9 +410,11 @@ class Snapshot:
 # -- optimisers ------------------------------------------------------------------------------------------
 
 # Which table's rows a Parameter holds, and whether it holds the keys. Written tensors' version counters do not betray
-# fused optimisers, whose step hook does fire; the hook is registered with the first trainable table.
+# fused optimisers, whose step hooks do fire; the hooks are registered with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _hooked = False
+# The tables that the steps under way will move, by optimiser: a gradient may be gone when the step has ended.
+_moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[RowTable, bool]] = weakref.WeakKeyDictionary()
 
 
 def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
@@ -408,14 +422,37 @@ def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
     global _hooked
     _tables[parameter] = weakref.ref(table), keys
     if not _hooked:
+        register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, RowTable, bool]]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             reference, keys = _tables.get(parameter, (None, False))
             table = None if reference is None or parameter.grad is None else reference()
             if table is not None:
-                table.mark_moved(keys=keys)
+                yield parameter, table, keys
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    moving: dict[RowTable, bool] = {}
+    for parameter, table, keys in _moved_by(optimizer):
+        for name, state in optimizer.state.get(parameter, {}).items():
+            # A fused step over a state of the old size would read and write past its end.
+            if isinstance(state, Tensor) and state.dim() > 0 and state.shape != parameter.shape:
+                raise GrowthError(
+                    f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
+                    f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one"
+                )
+        moving[table] = moving.get(table, False) or keys
+    _moving[optimizer] = moving
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    moved = _moving.pop(optimizer, {})
+    for _, table, keys in _moved_by(optimizer):  # a closure may have made the gradients
+        moved[table] = moved.get(table, False) or keys
+    for table, keys in moved.items():
+        table.mark_moved(keys=keys)

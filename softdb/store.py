@@ -16,6 +16,7 @@ from softdb.errors import (
     DtypeError,
     GrowthError,
     ShapeError,
+    StaleReadError,
     check_choice,
     check_finite,
     check_float_tensor,
@@ -79,8 +80,12 @@ class SoftKVStore(nn.Module):
         device, dtype: Of the stored tensors, as for any module.
 
     Attributes:
-        keys: (capacity, key_dim), in slot order. Slots without a row hold zeros.
+        keys: (capacity, key_dim), in slot order.
         values: (capacity, value_dim).
+
+        Read them, hand them to an optimiser, or write to them in place; what stands in a slot without a row means
+        nothing. Writes by ``.data`` or numpy need `touch`. The store writes by ``.data`` itself: a graph of your own
+        over these tensors does not notice.
 
     Raises:
         ArgumentError, DtypeError, FieldError: An argument is not as above.
@@ -98,6 +103,7 @@ class SoftKVStore(nn.Module):
     keys: Tensor
     values: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         key_dim: int,
@@ -119,8 +125,8 @@ class SoftKVStore(nn.Module):
         if isinstance(temperature, Tensor):
             raise DtypeError("temperature: expected a float; pass a tensor to read(temperature=...) instead")
         self.temperature = check_temperature(temperature, ())
-        if dtype is not None and not dtype.is_floating_point:
-            raise DtypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise DtypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
         if not isinstance(index, (str, IndexConfig)):
             raise DtypeError(
                 f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
@@ -135,6 +141,7 @@ class SoftKVStore(nn.Module):
         self.rows = RowTable(fields, device=device)
         self._index = Index(IndexConfig(index) if isinstance(index, str) else index, metric, self.key_dim)
         self._open_reads: list[weakref.ref[Tensor]] = []
+        self._seen = self._written()
         self._watch()
 
     # -- the table -------------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ class SoftKVStore(nn.Module):
         if isinstance(id, bool) or not hasattr(id, "__index__"):
             return False
         number = id.__index__()
-        return 0 <= number < 2**63 and int(self.rows.find(torch.tensor([number]))) >= 0
+        return 0 <= number < 2**63 and int(self.rows.find(torch.tensor([number], device="cpu"))) >= 0
 
     @property
     def ids(self) -> Tensor:
@@ -163,6 +170,7 @@ class SoftKVStore(nn.Module):
         """The names of the fields that every row carries."""
         return self.rows.fields
 
+    @torch.inference_mode(False)
     def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:
         """Append rows, copying them: what is stored is cut from the graph that made it.
 
@@ -196,6 +204,7 @@ class SoftKVStore(nn.Module):
         self._write(self.rows.place(new), stored_keys, stored_values, columns)
         return new.to(self.keys.device)
 
+    @torch.inference_mode(False)
     def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None = None) -> None:
         """Insert rows, or replace those whose id is in the store; copies, as `add` does.
 
@@ -220,6 +229,7 @@ class SoftKVStore(nn.Module):
         slots[new] = self.rows.place(given[new])
         self._write(slots, stored_keys, stored_values, columns)
 
+    @torch.inference_mode(False)
     def update(
         self, ids: Ids, keys: Tensor | None = None, values: Tensor | None = None, fields: Fields | None = None
     ) -> None:
@@ -249,6 +259,7 @@ class SoftKVStore(nn.Module):
         self.rows.mark_changed(slots, keys=keys is not None)
         self._write(slots, stored_keys, stored_values, columns)
 
+    @torch.inference_mode(False)
     def delete(self, ids: Ids) -> None:
         """Remove rows. Their ids are never handed out again, though they may be added explicitly.
 
@@ -281,6 +292,7 @@ class SoftKVStore(nn.Module):
         fields = {name: row[name] for name in self.rows.fields}
         return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
 
+    @torch.inference_mode(False)
     def reserve(self, n: int) -> None:
         """Make room for ``n`` rows in all, so that the storage does not grow before.
 
@@ -356,8 +368,9 @@ class SoftKVStore(nn.Module):
         k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
         check_finite("query", query)
+        self._notice_writes()
         leading = query.shape[:-1]
-        chosen = self.temperature if temperature is None else check_temperature(temperature, leading)
+        chosen = check_temperature(self.temperature if temperature is None else temperature, leading)
         selection = select(self.rows, tuple(leading), where, exclude)
         with full_precision(query.device):
             dtype = compute_dtype(query, self.keys, self.values)
@@ -390,10 +403,10 @@ class SoftKVStore(nn.Module):
 
     def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)
         """For which queries the candidates are all the rows that may be seen, as far as is known."""
-        complete = (slots < 0).any(-1)
-        if selection.is_shared and selection.shared_count == slots.shape[-1]:
-            complete = torch.ones_like(complete)
-        return complete
+        count = slots.shape[-1]
+        if count >= len(self.rows) or (selection.is_shared and count >= selection.shared_count):
+            return torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+        return (slots < 0).any(-1)
 
     # -- the index -------------------------------------------------------------------------------------------
 
@@ -403,12 +416,15 @@ class SoftKVStore(nn.Module):
         Reads do so by themselves when it is due; call it to choose the moment. Where the configuration says that
         searches are exact ("Flat", or "auto" with few rows) there is nothing to build.
         """
+        self._notice_writes()
         self._index.build(self.rows, self.keys.detach())
 
     def refresh(self) -> None:
         """Take the pending rows into the index, so that no search has to go through them."""
+        self._notice_writes()
         self._index.refresh(self.rows, self.keys.detach())
 
+    @torch.inference_mode(False)
     def touch(self, ids: Ids) -> None:
         """Say that you wrote the rows' tensors yourself, as in ``store.keys.data[...] = ...``.
 
@@ -437,13 +453,13 @@ class SoftKVStore(nn.Module):
             raise ShapeError(f"values: expected {len(keys)} rows, one for each key, got {len(values)}")
         return stored_keys, stored_values
 
-    @staticmethod
-    def _check_table(name: str, rows: Tensor, table: Tensor) -> Tensor:
+    def _check_table(self, name: str, rows: Tensor, table: Tensor) -> Tensor:
         """``rows`` in the dtype they are stored in, if they are finite in it."""
         check_float_tensor(name, rows, (None, table.shape[-1]), table.device)
         stored = rows.detach().to(table.dtype)
         check_finite(name, stored)
-        return stored
+        own = [table.untyped_storage().data_ptr() for table in (self.keys, self.values)]
+        return stored.clone() if stored.untyped_storage().data_ptr() in own else stored
 
     @staticmethod
     def _check_count(ids: Tensor, count: int) -> None:
@@ -470,22 +486,20 @@ class SoftKVStore(nn.Module):
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
+        self._notice_writes()
         # All are made before any is set: memory may run out in between.
         tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
-        gradients = {
-            name: resized(gradient, capacity)
-            for name in tables
-            if (gradient := getattr(self, name).grad) is not None and gradient.layout == torch.strided
-        }
+        gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
         self.rows.resize(capacity)
         for name, table in tables.items():
             if self.trainable:
                 parameter = getattr(self, name)
                 parameter.grad = None
                 parameter.data = table  # the same Parameter object: optimisers keep it
-                parameter.grad = gradients.get(name)
+                parameter.grad = gradients[name]
             else:
                 setattr(self, name, table)
+        self._seen = self._written()
 
     def _check_growth(self, needed: int) -> None:
         if not self.trainable:
@@ -512,16 +526,35 @@ class SoftKVStore(nn.Module):
         tensors = [getattr(read, name) for name in names]
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return read
-        token = torch.empty(0)
+        token = torch.tensor(self.rows.version, device="cpu")
         self._open_reads = [reference for reference in self._open_reads if reference() is not None]
         self._open_reads.append(weakref.ref(token))
         guarded = _Guard.apply(Snapshot(self.rows, used), token, *tensors)  # type: ignore[no-untyped-call]
         return replace(read, **dict(zip(names, guarded, strict=True)))
 
+    def _notice_writes(self) -> None:
+        """Mark every row changed if somebody has written to ``keys`` or ``values`` in place.
+
+        That torch counts, unless it is done through ``.data``, by numpy or by a fused optimiser: for those there are
+        `touch` and the optimisers' hook.
+        """
+        written = self._written()
+        if written != self._seen:
+            self.rows.mark_moved(keys=written[0] != self._seen[0])
+            self._seen = written
+            self._watch()
+
+    def _written(self) -> tuple[tuple[int, int, int], ...]:
+        """What changes when torch writes to ``keys`` and ``values``."""
+        tables = (self.keys, self.values)
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tables)
+
     def _watch(self) -> None:
         if self.trainable:
             for name in ("keys", "values"):
-                watch(getattr(self, name), self.rows, keys=name == "keys")
+                table = getattr(self, name)
+                if isinstance(table, nn.Parameter):  # not while torch.func lends another tensor
+                    watch(table, self.rows, keys=name == "keys")
 
     # -- module conventions ----------------------------------------------------------------------------------
 
@@ -533,8 +566,8 @@ class SoftKVStore(nn.Module):
             f"value_dim={self.value_dim}",
             f"metric={self.metric!r}",
         ]
-        if self.temperature != 1.0:
-            parts.append(f"temperature={self.temperature:g}")
+        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+            parts.append(f"temperature={self.temperature}")
         if self.fields:
             parts.append(f"fields={self.fields}")
         parts += [f"trainable={self.trainable}", f"index={self._index.config.factory!r}"]
@@ -546,6 +579,7 @@ class SoftKVStore(nn.Module):
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
+        self._seen = self._written()
         self._watch()
         return self
 
@@ -553,23 +587,23 @@ class SoftKVStore(nn.Module):
         self._fit_to(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._index.reset()
+        self._watch()
 
     def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check what is to be loaded and take its size."""
-        names = ("keys", "values", "rows.ids", "rows.field_values")
+        fields = [f"rows.field_{name}" for name in self.fields]
+        names = ["keys", "values", "rows.ids", "rows.next_id", *fields]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(found) < len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             return  # torch reports what is missing
-        keys, values, ids, fields = found.values()
-        capacity = len(ids)
-        for name, tensor, width in (
-            ("keys", keys, self.key_dim),
-            ("values", values, self.value_dim),
-            ("rows.field_values", fields, len(self.fields)),
-        ):
-            if tensor.shape != (capacity, width):
+        keys, values, ids = found["keys"], found["values"], found["rows.ids"]
+        capacity = ids.numel()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows.ids", *fields), (capacity,))
+        shapes |= {"keys": (capacity, self.key_dim), "values": (capacity, self.value_dim), "rows.next_id": ()}
+        for name, shape in shapes.items():
+            if tuple(found[name].shape) != shape:
                 raise ShapeError(
-                    f"state_dict[{prefix + name!r}]: expected shape ({capacity}, {width}), got {tuple(tensor.shape)}"
+                    f"state_dict[{prefix + name!r}]: expected shape {shape}, got {tuple(found[name].shape)}"
                 )
         check_ids("state_dict ids", ids[ids >= 0])
         check_finite("state_dict keys", keys)
@@ -579,10 +613,11 @@ class SoftKVStore(nn.Module):
             self._resize(capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open_reads": []}
+        return self.__dict__ | {"_open_reads": [], "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._seen = self._written()
         self._watch()
 
 
@@ -591,15 +626,30 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, snapshot: Snapshot, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.snapshot = snapshot
+        ctx.snapshot, ctx.version = snapshot, int(token)
         ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
         ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(tensor.clone() for tensor in tensors)  # views could not be written to in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        (token,) = ctx.saved_tensors
+        if int(token) != ctx.version:
+            raise StaleReadError(
+                "activation checkpointing repeated this read after rows had been written, so its gradients would be "
+                "those of another read; call backward() before writing to the store"
+            )
         ctx.snapshot.check()
         return None, None, *grads
+
+
+def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
+    if gradient is None:
+        return None
+    if gradient.layout == torch.strided:
+        return resized(gradient, capacity)
+    shape = (capacity, *gradient.shape[1:])
+    return torch.sparse_coo_tensor(gradient._indices(), gradient._values(), shape, check_invariants=False)
 
 
 def _check_options(

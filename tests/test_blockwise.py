@@ -80,7 +80,7 @@ def test_every_tile_is_visited_once() -> None:
         for k in (0, 1, 40):
             scan = Scan("dot", None, Selection(rows), torch.float32)
             seen = 0
-            for chunk, block, slices in scan.tiles(groups, queries, k):
+            for chunk, block, slices in scan.tiles(groups, queries, 0, k):
                 assert isinstance(block.rows, slice)
                 for part in slices:
                     area = (part.stop - part.start) * (block.rows.stop - block.rows.start)

@@ -168,6 +168,32 @@ def test_a_second_derivative_is_an_error() -> None:
         grad.square().sum().backward()
 
 
+def test_a_mask_that_changes_before_backward_is_an_error() -> None:
+    problem = Problem.random()
+    mask = torch.rand(5, 123) < 0.5
+    read = soft_read(problem.query, problem.keys, problem.values, mask=mask)
+    mask.copy_(~mask)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        read.values.sum().backward()
+
+
+def test_a_temperature_for_each_memory() -> None:
+    query, keys, values = torch.randn(3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 3)
+    temperature = torch.rand(2, 3) + 0.5
+    wanted = reference.read(query, keys, values, temperature=temperature)
+    assert torch.allclose(soft_read(query, keys, values, temperature=temperature).values, wanted.values, atol=1e-6)
+    candidates = torch.arange(5).expand(2, 3, 5)
+    found = topk_read(query, keys, values, candidates, temperature=temperature)
+    assert torch.allclose(found.values, wanted.values, atol=1e-6)
+
+
+def test_weights_beside_huge_scores_are_exact() -> None:
+    keys = torch.full((3, 1), 1e4)
+    read = soft_read(torch.ones(1, 1), keys, torch.eye(3), k=3)
+    assert torch.allclose(read.weights, torch.full((1, 3), 1 / 3), atol=1e-7)
+    assert torch.allclose(read.mass, torch.ones(1), atol=1e-6)
+
+
 def test_topk_read_has_second_derivatives() -> None:
     problem = Problem.random(3, 6, 4, 2, dtype=torch.float64)
     candidates = torch.tensor([[0, 1, 2], [5, -1, 3], [4, 2, 0]])
@@ -199,8 +225,10 @@ def test_batches_broadcast(shapes: tuple[tuple[int, ...], ...], masked: bool) ->
     ]
     query, keys, values = leaves
     batch = torch.broadcast_shapes(*shapes)
-    for mask_batch in [(), batch, (1,) * len(batch)] if masked else [None]:
-        mask = None if mask_batch is None else torch.rand(*mask_batch, 5, 7) < 0.7
+    partial = [batch[:i] + (1,) * (len(batch) - i) for i in range(len(batch) + 1)]
+    shapes_of_mask = [(*some, *size) for some in [(), *partial] for size in ((5, 7), (1, 7))]
+    for shape in shapes_of_mask if masked else [None]:
+        mask = None if shape is None else torch.rand(shape) < 0.7
         read = soft_read(query, keys, values, mask=mask, k=2)
         answer = reference.read(query, keys, values, visible=mask)
         assert read.values.shape == (*batch, 5, 2)
@@ -445,3 +473,5 @@ def test_bad_reads_to_merge() -> None:
         merge([soft, soft_read(Q[:1], K, V)])
     with pytest.raises(softdb.ArgumentError, match="only a softmax can be put together"):
         merge([soft, soft_read(Q, K, V, normalizer="straight_through")])
+    with pytest.raises(softdb.DtypeError, match="got one Read"):
+        merge(soft)  # type: ignore[arg-type]

@@ -235,6 +235,104 @@ def test_an_optimiser_step_is_seen(factory: str, kind: str) -> None:
     assert store.index_stats().factory.startswith("IVF")
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_write_in_place_is_seen(trainable: bool) -> None:
+    store = make("IVF16,Flat", trainable=trainable)
+    query = clustered(20, seed=2)
+    assert recall(store, query) > 0.9
+    with torch.no_grad():
+        store.keys.copy_(clustered(1000, seed=7))
+    assert recall(store, query) == 1.0
+    with torch.no_grad():
+        store.keys.copy_(clustered(1000, seed=8))
+    store.build_index()
+    assert recall(store, query) > 0.9
+    assert store.index_stats().factory == "IVF16,Flat"
+
+
+def zeroing(store: SoftKVStore) -> torch.optim.Optimizer:
+    optimiser = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
+    optimiser.register_step_post_hook(lambda *_: optimiser.zero_grad())
+    return optimiser
+
+
+def test_a_step_that_clears_its_gradients_is_seen() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=3)
+    optimiser = zeroing(store)
+    read = store.read(query)
+    store.keys.grad = 5 * torch.randn_like(store.keys)
+    optimiser.step()
+    assert recall(store, query) == 1.0
+    with pytest.raises(softdb.StaleReadError):
+        read.lse.sum().backward()
+
+
+def test_reads_within_a_step_are_right() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    found = []
+
+    def closure() -> Tensor:
+        found.append(recall(store, query))
+        store.keys.grad = store.values.grad = None
+        loss = store.read(query).values.square().sum()
+        loss.backward()
+        return loss
+
+    torch.optim.LBFGS(store.parameters(), lr=1.0, max_iter=4).step(closure)
+    assert len(found) > 2
+    assert min(found) > 0.9
+
+
+def test_parameters_that_were_exchanged_are_watched() -> None:
+    store, other = make("IVF16,Flat", trainable=True), make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    recall(store, query)
+    store.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=True)
+    assert recall(store, query) > 0.9
+    for _ in range(2):
+        store.keys.grad = 5 * torch.randn_like(store.keys)
+        torch.optim.SGD([store.keys], lr=1.0, fused=True).step()
+        assert recall(store, query) == 1.0
+        store.keys = torch.nn.Parameter(clustered(1000, seed=3))
+        assert recall(store, query) == 1.0
+        store.build_index()
+
+
+def test_lent_keys_are_read() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    recall(store, query)
+    keys = clustered(1000, seed=11)
+    lent = torch.func.functional_call(store, {"keys": keys}, (query,), {"mode": "topk", "k": 5})
+    fresh = SoftKVStore(16, 2)
+    fresh.add(keys, store.values.detach())
+    assert torch.allclose(lent, fresh(query, mode="topk", k=5))
+    assert recall(store, query) == 1.0
+
+
+def test_the_base_is_not_built_again_and_again_around_its_smallest_size() -> None:
+    store = make("auto", 500)
+    query = clustered(5, seed=2)
+    for _ in range(5):
+        store.read(query, "topk", k=3)
+        store.delete(store.ids[:1])
+        store.read(query, "topk", k=3)
+        store.add(clustered(1), torch.randn(1, 2))
+    assert store.index_stats().builds == 1
+
+
+def test_an_index_that_cannot_be_appended_to_is_built_anew() -> None:
+    store = make("NSG16", 300)
+    query = clustered(5, seed=2)
+    store.read(query, "topk", k=3)
+    store.add(clustered(60, seed=4), torch.randn(60, 2))
+    assert recall(store, query) > 0.5
+    assert store.index_stats().builds == 2
+
+
 def test_values_trained_alone_leave_the_index_right() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)

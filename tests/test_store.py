@@ -183,6 +183,17 @@ def test_straight_through(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
+@pytest.mark.parametrize("rows", [3, 33, 65, 127, 5001])
+def test_equal_rows_tie_for_a_single_query(mode: str, rows: int) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(64, 1)
+    store.add(torch.randn(1, 64).expand(rows, 64), torch.arange(float(rows))[:, None])
+    how = {} if mode == "hard" else {"k": 1}
+    for _ in range(20):
+        assert store.read(torch.randn(64), mode, **how).ids.item() == 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
 def test_ties_go_to_the_lowest_slot(mode: str) -> None:
     store = SoftKVStore(4, 1)
     store.add(torch.ones(3000, 4), torch.arange(3000.0)[:, None])
@@ -213,6 +224,7 @@ def test_mass_of_a_topk_read_is_known_only_when_it_holds_every_row() -> None:
     assert (store.read(problem.query, "topk", k=10).mass == 1).all()
     assert (store.read(problem.query, "topk", k=4, where=torch.tensor([1, 2, 3, 8])).mass == 1).all()
     assert (store.read(problem.query, "hard", where=torch.tensor([4])).mass == 1).all()
+    assert (store.read(problem.query, "topk", k=10, where=lambda row: row["id"] > 2).mass == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (2, 0, 3)], ids=str)
@@ -365,6 +377,10 @@ BAD_WRITES = [
     (lambda s: s.add(X * math.nan, Y), softdb.NonFiniteError, "keys: expected finite numbers"),
     (lambda s: s.add(X, Y * math.inf), softdb.NonFiniteError, "values: expected finite numbers"),
     (lambda s: s.add(X.double() * 1e300, Y), softdb.NonFiniteError, "keys: expected finite numbers in torch.float32"),
+    (lambda s: s.add(X.to_sparse(), Y), softdb.DtypeError, "keys: expected a dense tensor, got torch.sparse_coo"),
+    (lambda s: s.add(X, Y, fields={"time": torch.ones(2, device="meta")}), softdb.DtypeError, "expected whole numbers"),
+    (lambda s: s.add(X, Y, fields={"time": ["a", "b"]}), softdb.DtypeError, "expected whole numbers"),
+    (lambda s: s.add(X, Y, fields={"time": torch.ones(2, dtype=torch.uint64)}), softdb.DtypeError, "torch.uint64"),
     (lambda s: s.add(X.to("meta"), Y), softdb.DeviceError, "keys: expected a tensor on cpu, got one on meta"),
     (lambda s: s.add(X, Y, ids=[1, 5]), softdb.DuplicateIdError, "not in the store, got existing 1"),
     (lambda s: s.add(X, Y, ids=[5, 5]), softdb.DuplicateIdError, "each id once, got 5 more than once"),
@@ -442,6 +458,7 @@ BAD_READS = [
     (dict(temperature=torch.ones(3)), softdb.ShapeError, "temperature: "),
     (dict(where=[0]), softdb.DtypeError, "where: expected a bool tensor in the order of store.ids"),
     (dict(where=torch.ones(3) > 0), softdb.ShapeError, r"where: expected a bool tensor of shape \(2,\)"),
+    (dict(where=torch.ones(2, dtype=torch.uint8)), softdb.DtypeError, "where: expected int64 ids, got torch.uint8"),
     (dict(where=torch.tensor([0, 5])), softdb.UnknownIdError, "where: .* unknown 5"),
     (dict(where=torch.ones(2)), softdb.DtypeError, "where: expected int64 ids, got torch.float32"),
     (dict(where=lambda row: 1), softdb.DtypeError, "where: expected the callable to return a bool tensor, got int 1"),
@@ -469,9 +486,12 @@ def test_bad_reads(change: dict[str, object], error: type[Exception], message: s
         (dict(metric="l1"), softdb.ArgumentError, "metric: expected one of"),
         (dict(temperature=0), softdb.ArgumentError, "temperature: "),
         (dict(temperature=torch.tensor(1.0)), softdb.DtypeError, r"pass a tensor to read\(temperature=...\)"),
-        (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected a floating-point dtype, got torch.int32"),
+        (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected a floating-point torch.dtype, got torch.int32"),
         (dict(fields=("id",)), softdb.FieldError, "'id' is reserved"),
         (dict(fields=("a", "a")), softdb.FieldError, "each name once"),
+        (dict(fields=("a b",)), softdb.FieldError, "Python identifiers, got str 'a b'"),
+        (dict(fields=5), softdb.DtypeError, "fields: expected a sequence of names, got int 5"),
+        (dict(dtype="float32"), softdb.DtypeError, "dtype: expected a floating-point torch.dtype, got float32"),
         (dict(fields="time"), softdb.DtypeError, "fields: expected a sequence of names"),
         (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS refuses"),
         (dict(index=7), softdb.DtypeError, "index: expected 'auto', 'Flat'"),
@@ -610,6 +630,133 @@ def test_dense_and_row_sparse_gradients_mix_in_one_step() -> None:
     loss.backward()
     torch.optim.SGD(store.parameters(), lr=0.1).step()
     assert store.keys.isfinite().all()
+
+
+def test_a_sparse_gradient_survives_growth() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    store.read(problem.query, "topk", k=3).values.sum().backward()
+    before = store.values.grad.to_dense()
+    store.add(torch.ones(1, 8), torch.ones(1, 3))
+    assert (store.values.grad.to_dense()[:30] == before).all()
+    store.read(problem.query, "topk", k=3).values.sum().backward()
+    assert store.values.grad.shape == (60, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, bool]) -> None:
+    problem = Problem.random(rows=20)
+    store = store_of(problem, trainable=True)
+    optimiser = torch.optim.Adam(store.parameters(), **options)
+    store.read(problem.query).values.sum().backward()
+    optimiser.step()
+    store.add(torch.randn(30, 8), torch.randn(30, 3))
+    store.read(problem.query).values.sum().backward()
+    before = store.keys.detach().clone()
+    with pytest.raises(softdb.GrowthError, match=r"exp_avg' has shape \(20, 8\): call store.reserve"):
+        optimiser.step()
+    assert (store.keys == before).all()
+
+
+@pytest.mark.parametrize(("modulus", "before", "after"), [(10**6, 10, 0), (2, 1, 2)], ids=["to none", "to others"])
+def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int, before: int, after: int) -> None:
+    problem = Problem.random(rows=2000)
+    store = store_of(problem, trainable=True)
+    limit = torch.tensor([before])
+    read = store.read(
+        1e-3 * problem.query,
+        where=lambda row: (row["id"] + (modulus == 2) * limit) % modulus < (limit if modulus > 2 else 1),
+    )
+    limit[0] = after
+    with pytest.raises(softdb.StaleReadError, match="where: the callable gives another answer"):
+        read.values.sum().backward()
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=str)
+def test_activation_checkpointing(how: dict[str, object]) -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    store.reserve(60)
+
+    def checkpointed() -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda x: store.read(x, **how).values, problem.query * 1.0, use_reentrant=False
+        )
+
+    leaves = [problem.query, store.keys]
+    ours = torch.autograd.grad(checkpointed().square().sum(), leaves)
+    wanted = torch.autograd.grad(store.read(problem.query, **how).values.square().sum(), leaves)
+    for mine, other in zip(ours, wanted, strict=True):
+        assert torch.allclose(mine.to_dense(), other.to_dense(), atol=1e-6)
+    values = checkpointed()
+    store.add(torch.randn(5, 8), torch.randn(5, 3))
+    with pytest.raises(softdb.StaleReadError, match="activation checkpointing"):
+        values.sum().backward()
+
+
+def test_the_answer_may_be_written_to_in_place() -> None:
+    problem = Problem.random()
+    read = store_of(problem, trainable=True).read(problem.query, "topk", k=3)
+    read.values.add_(1.0).relu_().sum().backward()
+    assert problem.query.grad is not None
+
+
+def test_a_store_filled_in_inference_mode_is_an_ordinary_store() -> None:
+    problem = Problem.random(rows=60)
+    for trainable in (False, True):
+        with torch.inference_mode():
+            store = store_of(problem, trainable=trainable, index="IVF4,Flat")
+            store.delete([3])
+            store.update([5], keys=torch.zeros(1, 8))
+            store.read(problem.query, "topk", k=3)
+            store.read(problem.query)
+        for how in ({}, {"k": 3}, {"mode": "topk", "k": 3}, {"mode": "hard"}):
+            read = store.read(problem.query, **how)
+            (read.values.sum() + read.lse.sum()).backward()
+        del read
+        store.delete([4])
+        store.add(torch.ones(100, 8), torch.ones(100, 3))
+        store.update([7], values=torch.zeros(1, 3))
+        assert store.read(problem.query, "topk", k=3).ids.shape == (5, 3)
+
+
+def test_rows_may_be_copied_from_the_store_itself() -> None:
+    store = SoftKVStore(2, 2)
+    store.add(torch.arange(8.0).view(4, 2), torch.arange(8.0).view(4, 2))
+    store.put([1, 2, 3, 50], store.keys[0:4], store.values[0:4])
+    assert store.get([1, 2, 3, 50]).keys.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    store.update([0, 1, 2], keys=torch.ones(3, 2), values=store.values[1:4])
+    assert store.get([0, 1, 2]).values.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_hidden_row_that_overflows_does_no_harm() -> None:
+    store = SoftKVStore(2, 1, metric="dot")
+    store.add(torch.tensor([[1e30, 0], [1, 0], [2, 0], [1, 1]]), torch.arange(4.0)[:, None])
+    query = torch.tensor([[1e10, 0]])
+    for where in (torch.tensor([False, True, True, True]), lambda row: (row["id"] > 0).expand(1, -1)):
+        assert store.read(query, where=where).values.item() == 2
+    with pytest.raises(softdb.NonFiniteError, match="expected finite scores"):
+        store.read(query)
+    with pytest.raises(softdb.NonFiniteError, match="expected finite scores"):
+        store.read(-query, where=torch.tensor([0]))
+
+
+def test_blocks_stay_small_where_rows_are_copied() -> None:
+    store = SoftKVStore(512, 1, metric="cosine")
+    store.add(torch.randn(40_000, 512), torch.randn(40_000, 1))
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.numel() < store.keys.numel():  # not a view of all keys
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch(), torch.no_grad():
+        store.read(torch.randn(512))
+    assert 0 < largest <= 2**21
 
 
 def test_deleted_rows_leave_no_nan_behind() -> None:

@@ -44,6 +44,8 @@ TILE_QUERIES = 256
 COPIED_ELEMENTS = 2**21
 # Few enough rows to be padded by a copy.
 FEW_ROWS = 4096
+# Below as many multiplications torch leaves a product to a kernel of its own.
+SMALL_PRODUCT = 512
 LOG2_E = math.log2(math.e)
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32
@@ -298,9 +300,13 @@ class _Buffer:
     def product(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
         """``left @ right.mT``."""
         count = right.shape[1]
-        if left.shape[1] == 1 and count % GROUP:
-            # The product with a single query rounds its last columns differently, so that equal rows would not tie.
-            right = F.pad(right, (0, 0, 0, -count % GROUP))
+        # Small products, and the last columns of one with a single query, are rounded differently from others, so that
+        # equal rows would not tie.
+        wanted = max(count, -(-SMALL_PRODUCT // (left.shape[1] * left.shape[2])))
+        if left.shape[1] == 1 or wanted > count:
+            wanted += -wanted % GROUP
+        if wanted > count:
+            right = F.pad(right, (0, 0, 0, wanted - count))
         shape = (left.shape[0], left.shape[1], right.shape[1])
         size = math.prod(shape)
         if self._memory is None or self._memory.numel() < size:

@@ -47,7 +47,7 @@ class Block:
                 mask = mask[..., queries, :]
             if mask.dim() == 3 and mask.shape[0] != 1:
                 mask = mask[groups]
-            if mask.dim() == 1:
+            if mask.shape == scores.shape[-1:]:
                 scores.index_fill_(-1, (~mask).nonzero().squeeze(-1), -torch.inf)
             else:
                 torch.where(mask, scores, scores.new_full((), -torch.inf), out=scores)
@@ -61,7 +61,7 @@ class Block:
         rows = self.rows
         mask = self.mask if self.mask is not None else torch.ones(1, dtype=torch.bool)
         slots = torch.arange(rows.start, rows.stop, device=mask.device) if isinstance(rows, slice) else rows
-        marks = (slots * 40503 >> 5) % 251 + 1  # small whole numbers: sums of a block's are exact in float64
+        marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact in float64
         return (mask * marks).sum(-1, dtype=torch.float64)
 
 

@@ -16,6 +16,7 @@ This is the only module that imports faiss.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -488,9 +489,9 @@ def _quieten(index: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of a FAISS error, which names the place in its source before."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """What a FAISS error says, without the place in FAISS's source."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: )?", "", text) or type(error).__name__
 
 
 def _tuning_queries(keys: Tensor, slots: Tensor, query: Tensor | None) -> Tensor:  # -> (TUNING_QUERIES, d)

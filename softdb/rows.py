@@ -117,7 +117,7 @@ class RowTable(nn.Module):
         """The rows at ``slots`` as a filter sees them: their id and fields by name, id -1 at slot -1."""
         ids = self.ids[slots] if isinstance(slots, slice) else self.ids_at(slots)
         places = slots if isinstance(slots, slice) else slots.clamp(min=0)
-        return {"id": ids} | {name: self.field(name)[places] for name in self.fields}
+        return RowView({"id": ids} | {name: self.field(name)[places] for name in self.fields})
 
     def field(self, name: str) -> Tensor:  # (capacity,)
         """One field of every slot."""
@@ -254,6 +254,7 @@ class RowTable(nn.Module):
         """What ``repr`` shows between the brackets."""
         return f"rows={len(self)}, capacity={self.capacity}"
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
         device = self.ids.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -261,6 +262,7 @@ class RowTable(nn.Module):
             self.mark_moved()
         return self
 
+    @torch.inference_mode(False)
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.rebuild()
@@ -320,6 +322,14 @@ def resized(tensor: Tensor, capacity: int, fill: int = 0) -> Tensor:
     larger[:kept] = tensor[:kept]
     larger[kept:] = fill
     return larger
+
+
+class RowView(dict[str, Tensor]):
+    """Columns of some rows by name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        known = ", ".join(map(repr, self))
+        raise FieldError(f"where: expected names among this store's fields ({known}), got {name!r}")
 
 
 class SlotTable:
@@ -440,8 +450,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     moving: dict[RowTable, bool] = {}
     for parameter, table, keys in _moved_by(optimizer):
         for name, state in optimizer.state.get(parameter, {}).items():
-            # A fused step over a state of the old size would read and write past its end.
-            if isinstance(state, Tensor) and state.dim() > 0 and state.shape != parameter.shape:
+            # A fused step over a state of the old size would read and write past its end. Other states have shapes of
+            # their own; Adafactor's, of one row for all, looks like one of these.
+            if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
+                continue
+            if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
                 raise GrowthError(
                     f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
                     f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one"

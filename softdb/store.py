@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,26 @@ Mode = Literal["exact", "topk", "hard"]
 MODES = ("exact", "topk", "hard")
 Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _outside_compiled_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function``, run as it is when torch.compile comes across it: the graph breaks before and goes on after.
+
+    What `torch.compiler.disable` does, but without importing torch's compiler (two seconds) where nobody compiles.
+    """
+    disabled: list[Callable[Arguments, Result]] = []
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not disabled and "torch._dynamo" in sys.modules:
+            disabled.append(torch.compiler.disable(function))
+        return (disabled or [function])[0](*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,6 +332,7 @@ class SoftKVStore(nn.Module):
         """``read(query, **options).values``."""
         return self.read(query, **options).values
 
+    @_outside_compiled_graphs
     def read(
         self,
         query: Tensor,  # (..., key_dim)
@@ -344,7 +367,7 @@ class SoftKVStore(nn.Module):
             where: Which rows may be seen: a bool tensor in the order of ``store.ids``; an int64 tensor of ids; or a
                 callable ``where(row) -> bool tensor``, where ``row["id"]`` and ``row["field"]`` are int64, (C,) for a
                 block of rows or (B, C) for candidates of the B flattened queries, and the result broadcasts to
-                (B, C).
+                (B, C). Join conditions with & and |, as for any bool tensors.
             exclude: Ids that each query may not see, (..., m) int64; -1 is padding. An id that is not in the store
                 hides nothing.
             temperature: Divides the scores instead of the store's: a number above 0, or a tensor, with gradient,
@@ -441,7 +464,10 @@ class SoftKVStore(nn.Module):
         self.rows.mark_changed(self.rows.slots_of("ids", given).unique())
 
     def index_stats(self) -> IndexStats:
-        """What the index is and what it has cost so far."""
+        """What the index is and what it has cost so far.
+
+        ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
+        """
         return self._index.stats(self.rows)
 
     # -- storage ---------------------------------------------------------------------------------------------
@@ -495,6 +521,9 @@ class SoftKVStore(nn.Module):
             if self.trainable:
                 parameter = getattr(self, name)
                 parameter.grad = None
+                # A graph of the past, still referenced somewhere, holds the node that adds up this Parameter's
+                # gradient, made for the old size. torch makes a new one only when the dtype changes: it does, shortly.
+                parameter.data = table.new_empty(0, dtype=torch.float32 if table.dtype != torch.float32 else torch.half)
                 parameter.data = table  # the same Parameter object: optimisers keep it
                 parameter.grad = gradients[name]
             else:
@@ -509,7 +538,7 @@ class SoftKVStore(nn.Module):
             raise GrowthError(
                 f"the storage must grow from {self.rows.capacity} to {needed} rows, but a read of it has not gone "
                 f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
-                "first"
+                "first, or read under torch.no_grad()"
             )
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -573,6 +602,7 @@ class SoftKVStore(nn.Module):
         parts += [f"trainable={self.trainable}", f"index={self._index.config.factory!r}"]
         return ", ".join(parts)
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
         before = self.keys.data_ptr(), self.values.data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -583,6 +613,7 @@ class SoftKVStore(nn.Module):
         self._watch()
         return self
 
+    @torch.inference_mode(False)
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._fit_to(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)

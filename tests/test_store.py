@@ -183,14 +183,16 @@ def test_straight_through(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
-@pytest.mark.parametrize("rows", [3, 33, 65, 127, 5001])
-def test_equal_rows_tie_for_a_single_query(mode: str, rows: int) -> None:
+@pytest.mark.parametrize("rows", [3, 33, 65, 127, 5001, 9001])
+@pytest.mark.parametrize("width", [1, 8, 64])
+def test_equal_rows_tie(mode: str, width: int, rows: int) -> None:
     torch.manual_seed(0)
-    store = SoftKVStore(64, 1)
-    store.add(torch.randn(1, 64).expand(rows, 64), torch.arange(float(rows))[:, None])
     how = {} if mode == "hard" else {"k": 1}
-    for _ in range(20):
-        assert store.read(torch.randn(64), mode, **how).ids.item() == 0
+    for metric in ("scaled_dot", "cosine"):
+        store = SoftKVStore(width, 1, metric=metric)
+        store.add(torch.randn(1, width).expand(rows, width), torch.arange(float(rows))[:, None])
+        for queries in (1, 1, 1, 1, 2, 16):
+            assert (store.read(torch.randn(queries, width), mode, **how).ids == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
@@ -462,6 +464,7 @@ BAD_READS = [
     (dict(where=torch.tensor([0, 5])), softdb.UnknownIdError, "where: .* unknown 5"),
     (dict(where=torch.ones(2)), softdb.DtypeError, "where: expected int64 ids, got torch.float32"),
     (dict(where=lambda row: 1), softdb.DtypeError, "where: expected the callable to return a bool tensor, got int 1"),
+    (dict(where=lambda row: row["time"] > 1), softdb.FieldError, r"where: .* \('id'\), got 'time'"),
     (dict(where=lambda row: row["id"]), softdb.DtypeError, "where: expected the callable to return a bool tensor"),
     (dict(where=lambda row: torch.ones(5) > 0), softdb.ShapeError, r"where: .* broadcastable to \(2, 2\)"),
     (dict(exclude=torch.zeros(3, 1).long()), softdb.ShapeError, r"exclude: expected shape \(2, m\)"),
@@ -602,6 +605,34 @@ def test_growth_while_a_read_waits_for_its_backward() -> None:
     assert kept.values.shape == (5, 3)
 
 
+@pytest.mark.parametrize("how", [{}, {"k": 2}, {"mode": "topk", "k": 2}], ids=str)
+def test_growth_while_an_old_loss_is_kept(how: dict[str, object]) -> None:
+    problem = Problem.random(rows=6)
+    store = store_of(problem, trainable=True)
+    losses = []
+    for turn in range(3):
+        read = store.read(problem.query, **how)
+        losses.append(read.values.sum())
+        losses[-1].backward()
+        grad = store.values.grad.to_dense()
+        assert grad.shape == (len(store), 3)
+        assert grad.isfinite().all()
+        store.zero_grad()
+        store.add(torch.randn(6 * 2**turn, 8), torch.randn(6 * 2**turn, 3))
+
+
+def test_growth_among_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    problem = Problem.random(rows=30)
+    fixed = store_of(problem)
+    fixed.add(torch.ones(5, 8), torch.ones(5, 3))
+    store = SoftKVStore(8, 3, trainable=True)
+    with pytest.raises(softdb.GrowthError, match=r"which DistributedDataParallel cannot follow: call store.reserve"):
+        store.add(problem.keys, problem.values)
+    assert len(store) == 0
+
+
 def test_growth_keeps_a_dense_gradient() -> None:
     problem = Problem.random(rows=30)
     store = store_of(problem, trainable=True)
@@ -658,6 +689,22 @@ def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, boo
     assert (store.keys == before).all()
 
 
+@pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Adam", "Rprop", "RMSprop"])
+def test_other_optimisers_step_undisturbed(kind: str) -> None:
+    problem = Problem.random(rows=20)
+    store = store_of(problem, trainable=True)
+    optimiser = getattr(torch.optim, kind)(store.parameters())
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = store.read(problem.query).values.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimiser.step(closure)
+
+
 @pytest.mark.parametrize(("modulus", "before", "after"), [(10**6, 10, 0), (2, 1, 2)], ids=["to none", "to others"])
 def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int, before: int, after: int) -> None:
     problem = Problem.random(rows=2000)
@@ -710,6 +757,10 @@ def test_a_store_filled_in_inference_mode_is_an_ordinary_store() -> None:
             store.update([5], keys=torch.zeros(1, 8))
             store.read(problem.query, "topk", k=3)
             store.read(problem.query)
+            other = SoftKVStore(8, 3, trainable=trainable)
+            other.load_state_dict(store.state_dict())
+            other.double().float()
+        other.add(torch.ones(3, 8), torch.ones(3, 3))
         for how in ({}, {"k": 3}, {"mode": "topk", "k": 3}, {"mode": "hard"}):
             read = store.read(problem.query, **how)
             (read.values.sum() + read.lse.sum()).backward()
@@ -727,6 +778,15 @@ def test_rows_may_be_copied_from_the_store_itself() -> None:
     assert store.get([1, 2, 3, 50]).keys.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     store.update([0, 1, 2], keys=torch.ones(3, 2), values=store.values[1:4])
     assert store.get([0, 1, 2]).values.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5, 1), (1, 123), (5, 123), (123,)], ids=str)
+def test_the_answer_of_a_callable_broadcasts(shape: tuple[int, ...]) -> None:
+    problem = Problem.random()
+    store = store_of(problem)
+    for how in ({}, {"k": 3}, {"mode": "topk", "k": 3}, {"mode": "hard"}):
+        read = store.read(problem.query, where=lambda row: torch.zeros(shape, dtype=torch.bool), **how)
+        assert (read.lse == -math.inf).all()
 
 
 def test_a_hidden_row_that_overflows_does_no_harm() -> None:
@@ -876,6 +936,31 @@ def test_conversion_to_another_dtype() -> None:
     assert (after.ids[:, :3] == before.ids).all()
     store.to(torch.bfloat16)
     assert store.read(problem.query, "topk", k=3).values.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler
+def test_in_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.store = store
+
+        def forward(self, query: Tensor, **how: object) -> Tensor:
+            return self.store.read(query * 2.0, **how).values.relu()
+
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    for how in ({}, {"k": 2}, {"mode": "topk", "k": 2}, {"mode": "hard"}, {"where": lambda row: row["id"] < 9}):
+        for _ in range(3):
+            ours, wanted = compiled(problem.query, **how), model(problem.query, **how)
+            assert torch.equal(ours, wanted)
+            grads = [torch.autograd.grad(values.sum(), store.values)[0].to_dense() for values in (ours, wanted)]
+            assert torch.equal(*grads)
+            store.update([1], keys=torch.randn(1, 8))
 
 
 def test_as_part_of_a_model() -> None:

@@ -73,7 +73,10 @@ def prepare_query(
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """The left operand of the product that gives the scores."""
-    operand = query.to(operand_dtype(metric, dtype))
+    wanted = operand_dtype(metric, dtype)
+    # A unit vector divided by a small temperature is rounded once, and its gradient, a difference of large numbers, not
+    # before it is taken.
+    operand = query.to(torch.float64 if metric == "cosine" else wanted)
     if metric == "l2":
         if centre is not None:
             operand = operand - centre
@@ -83,9 +86,9 @@ def prepare_query(
         operand = F.normalize(operand, dim=-1)
     divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     if isinstance(temperature, Tensor):
-        return operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)
+        return (operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)).to(wanted)
     divisor *= temperature
-    return operand if divisor == 1.0 else operand / divisor
+    return operand.to(wanted) if divisor == 1.0 else (operand / divisor).to(wanted)
 
 
 def prepare_keys(

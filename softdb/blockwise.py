@@ -89,7 +89,7 @@ class Scan:
         depth = max(1, TILE_ELEMENTS // (height * min(width, count)))
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
         edges = list(range(0, count, width))
-        if queries == 1 and count % GROUP and count - edges[-1] > FEW_ROWS:
+        if count % GROUP and count - edges[-1] > FEW_ROWS:
             edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Buffer.product`
         edges.append(count)
         for first in range(0, groups, depth):
@@ -228,7 +228,7 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple
     for groups, block, slices in scan.tiles(1, batch, scan.copied(keys), k):
         operand = scan.keys(keys, groups, block)
         for queries in slices:
-            scores = buffer.product(query[:, queries], operand)
+            scores = buffer.product(query[:, queries], operand, even=True)
             block.hide(scores, groups, queries)
             # Scores are compared as they are reported: two that round to one are a tie.
             best.add(scores.to(scan.dtype), groups, queries, block.rows)
@@ -276,7 +276,7 @@ def _columns_of_best_groups(
         operand = scan.keys(keys, chunk, block)
         for queries in slices:
             whole = slice(part.start + queries.start, part.start + queries.stop)
-            scores = buffer.product(query[:, whole], operand)
+            scores = buffer.product(query[:, whole], operand, even=True)
             block.hide(scores, chunk, whole)
             scores = scores[0].to(scan.dtype)
             first, even = block.start // GROUP, scores.shape[1] // GROUP
@@ -297,13 +297,17 @@ class _Buffer:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
-        """``left @ right.mT``."""
-        count = right.shape[1]
-        # Small products, and the last columns of one with a single query, are rounded differently from others, so that
-        # equal rows would not tie.
-        wanted = max(count, -(-SMALL_PRODUCT // (left.shape[1] * left.shape[2])))
-        if left.shape[1] == 1 or wanted > count:
+    def product(
+        self, left: Tensor, right: Tensor, *, even: bool = False
+    ) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
+        """``left @ right.mT``; with ``even``, equal rows of ``right`` give equal numbers.
+
+        The libraries behind a product have other kernels, which round otherwise, for its last columns and for small
+        products: then it is padded. Blocks that are not a multiple of 32 rows are short, see `Scan.tiles`.
+        """
+        count = wanted = right.shape[1]
+        if even:
+            wanted = max(count, -(-SMALL_PRODUCT // (left.shape[1] * left.shape[2])))
             wanted += -wanted % GROUP
         if wanted > count:
             right = F.pad(right, (0, 0, 0, wanted - count))
@@ -363,7 +367,7 @@ class _ExactRead(torch.autograd.Function):
             if scan.selection.rule is not None:
                 seen += block.fingerprint()
             for queries in slices:
-                scores = buffer.product(query[groups, queries], operand)  # (g, b, C)
+                scores = buffer.product(query[groups, queries], operand, even=best is not None)  # (g, b, C)
                 block.hide(scores, groups, queries)
                 if best is not None:
                     best.add(scores.to(scan.dtype), groups, queries, block.rows)

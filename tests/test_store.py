@@ -183,7 +183,7 @@ def test_straight_through(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
-@pytest.mark.parametrize("rows", [3, 33, 65, 127, 5001, 9001])
+@pytest.mark.parametrize("rows", [3, 33, 65, 127, 5001, 20_003])
 @pytest.mark.parametrize("width", [1, 8, 64])
 def test_equal_rows_tie(mode: str, width: int, rows: int) -> None:
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_equal_rows_tie(mode: str, width: int, rows: int) -> None:
     for metric in ("scaled_dot", "cosine"):
         store = SoftKVStore(width, 1, metric=metric)
         store.add(torch.randn(1, width).expand(rows, width), torch.arange(float(rows))[:, None])
-        for queries in (1, 1, 1, 1, 2, 16):
+        for queries in (1, 1, 1, 1, 2, 6, 16):
             assert (store.read(torch.randn(queries, width), mode, **how).ids == 0).all()
 
 

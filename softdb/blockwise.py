@@ -360,11 +360,12 @@ class _ExactRead(torch.autograd.Function):
         blend = query.new_zeros((count, height, values.shape[-1]), dtype=scan.dtype)  # (G, B, dv)
         best = _Best(count, height, k, scan.dtype, query.device) if k else None
         buffer = _Buffer()
-        seen = query.new_zeros(height, dtype=torch.float64)
+        # What a rule showed each query, to be compared in backward.
+        seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
         for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
             operand = scan.keys(keys, groups, block)  # (g, C, w)
             block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
-            if scan.selection.rule is not None:
+            if seen is not None:
                 seen += block.fingerprint()
             for queries in slices:
                 scores = buffer.product(query[groups, queries], operand, even=best is not None)  # (g, b, C)
@@ -418,7 +419,7 @@ def _exact_read_backward(
     blend: Tensor,
     largest: Tensor,
     total: Tensor,
-    seen: Tensor,
+    seen: Tensor | None,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     scan: Scan,
@@ -438,14 +439,14 @@ def _exact_read_backward(
     else:
         delta = delta / total
     buffer, value_buffer = _Buffer(), _Buffer()
-    seen = seen.clone()
+    again = None if seen is None else torch.zeros_like(seen)
     copied = scan.copied(keys, values)
     copied += query.shape[-1] * needs_keys + values.shape[-1] * (grad_values is not None)
     for groups, block, slices in scan.tiles(query.shape[0], query.shape[1], copied):
         operand = scan.keys(keys, groups, block)  # (g, C, w)
         block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
-        if scan.selection.rule is not None:
-            seen -= block.fingerprint()
+        if again is not None:
+            again += block.fingerprint()
         grad_operand = torch.zeros_like(operand) if needs_keys else None
         grad_block_values = torch.zeros_like(block_values) if grad_values is not None else None
         for queries in slices:
@@ -472,7 +473,7 @@ def _exact_read_backward(
             _write(grad_keys, groups, block, scan.keys_backward(grad_operand, keys, groups, block))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values)
-    if bool(seen.any()):
+    if seen is not None and again is not None and not torch.equal(seen, again):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
             "wrong; do not change the tensors it uses between a read and its backward"

@@ -7,6 +7,7 @@ candidates may be seen (`Selection.allows`). Neither makes a (B, N) mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,11 +59,11 @@ class Block:
 
     def fingerprint(self) -> Tensor:  # (B,) or (), float64
         """A number that another mask is most unlikely to have, exact whatever the order of its sum."""
-        rows = self.rows
-        mask = self.mask if self.mask is not None else torch.ones(1, dtype=torch.bool)
-        slots = torch.arange(rows.start, rows.stop, device=mask.device) if isinstance(rows, slice) else rows
+        mask, rows = self.mask, self.rows
+        device = None if mask is None else mask.device
+        slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
         marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact in float64
-        return (mask * marks).sum(-1, dtype=torch.float64)
+        return (marks if mask is None else mask * marks).sum(-1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,7 @@ def select(
     exclude: Tensor | None,
 ) -> Selection:
     """What ``where`` and ``exclude`` leave visible of the live rows, for queries of leading shape ``queries``."""
-    batch = 1
-    for size in queries:
-        batch *= size
+    batch = math.prod(queries)
     shared, rule = rows.live(), None
     if isinstance(where, Tensor):
         shared = _mask_of_tensor(rows, where)
@@ -180,9 +179,10 @@ def select(
     if excluded is not None and excluded.shape[1] == 0:
         excluded = None
     selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
-    # Where most rows are hidden, collecting the others is cheaper than computing scores to hide.
-    few = shared is not None and 2 * selection.shared_count <= rows.used
-    return selection.among(torch.arange(rows.used, device=rows.ids.device)) if few else selection
+    if shared is not None and 2 * selection.shared_count <= rows.used:
+        # Where most rows are hidden, collecting the others is cheaper than computing scores to hide.
+        return replace(selection, visit=shared.nonzero().squeeze(-1))
+    return selection
 
 
 def _mask_of_tensor(rows: RowTable, where: Tensor) -> Tensor:  # -> (used,) bool

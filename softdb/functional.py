@@ -159,8 +159,7 @@ def read_candidates(
     rows = rows.flatten(0, 1).gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if normalizer == "straight_through":
-        first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)
-        first = first.masked_fill(rows[:, :1] < 0, 0.0)
+        first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)  # 0 at padding
         blend = straight_through(first, blend)
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     mass = torch.where(complete.flatten(), 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
@@ -173,8 +172,7 @@ def _choose(tables: Tables, places: Tensor, dtype: torch.dtype) -> Tensor:  # (M
     first = places[:, 0]
     if tables.values.shape[1] == 0:
         return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
-    values = gather_rows(tables.value_rows.detach(), first, dtype, sparse=False)
-    return values.masked_fill((first < 0).unsqueeze(-1), 0.0)
+    return gather_rows(tables.value_rows.detach(), first, dtype, sparse=False)
 
 
 def _one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,10 +242,9 @@ def soft_read(
         >>> soft_read(heads, heads, heads, mask=causal).values.shape
         torch.Size([2, 4, 10, 8])
     """
-    _check_operands(query, keys, values, metric, temperature, normalizer)
+    batch = _check_operands(query, keys, values, metric, temperature, normalizer)
     if k is not None:
         k = check_positive("k", k)
-    batch = _batch_shape(query, keys, values)
     if mask is not None:
         _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
     with full_precision(query.device):
@@ -307,8 +304,7 @@ def topk_read(
         >>> read.ids
         tensor([[ 0,  2, -1]])
     """
-    _check_operands(query, keys, values, metric, temperature, normalizer)
-    batch = _batch_shape(query, keys, values)
+    batch = _check_operands(query, keys, values, metric, temperature, normalizer)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with full_precision(query.device):
         dtype = compute_dtype(query, keys, values)
@@ -455,7 +451,8 @@ def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Rea
 
 def _check_operands(
     query: Tensor, keys: Tensor, values: Tensor, metric: str, temperature: float | Tensor, normalizer: str
-) -> None:
+) -> tuple[int, ...]:
+    """The batch shape of operands that pass."""
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer)
     check_float_tensor("query", query, (-1, None, None))
@@ -463,9 +460,11 @@ def _check_operands(
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
-    check_temperature(temperature, (*_batch_shape(query, keys, values), query.shape[-2]))
+    batch = _batch_shape(query, keys, values)
+    check_temperature(temperature, (*batch, query.shape[-2]))
     for name, tensor in (("query", query), ("keys", keys), ("values", values)):
         check_finite(name, tensor)
+    return batch
 
 
 def _batch_shape(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:

@@ -17,17 +17,21 @@ from softdb import blockwise
 from softdb.functional import merge, soft_read, topk_read
 
 
+def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:
+    return soft_read(
+        problem.query,
+        problem.keys,
+        problem.values,
+        metric=problem.metric,
+        temperature=problem.temperature,
+        mask=problem.visible,
+        k=k,
+    )
+
+
 class TestSoftRead(ReadContract):
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
-        read = soft_read(
-            problem.query,
-            problem.keys,
-            problem.values,
-            metric=problem.metric,
-            temperature=problem.temperature,
-            mask=problem.visible,
-        )
-        return read, problem.leaves
+        return read_softly(problem), problem.leaves
 
 
 class TestSoftReadInSmallTiles(TestSoftRead):
@@ -42,16 +46,7 @@ class TestSoftReadWithBestRows(ReadContract):
     """Asking for the best rows as well changes nothing, and the weights of all rows make the answer."""
 
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
-        count = max(1, len(problem.keys))
-        read = soft_read(
-            problem.query,
-            problem.keys,
-            problem.values,
-            metric=problem.metric,
-            temperature=problem.temperature,
-            mask=problem.visible,
-            k=count,
-        )
+        read = read_softly(problem, k=max(1, len(problem.keys)))
         assert read.ids is not None
         assert read.weights is not None
         if len(problem.keys):

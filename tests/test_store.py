@@ -109,13 +109,6 @@ class TestExactAmongHoles(StoreContract):
 # -- which rows a read returns ---------------------------------------------------------------------------
 
 
-def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(40, width, generator=generator)
-    chosen = torch.randint(40, (rows,), generator=generator)
-    return centres[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
-
-
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [1, 5, 70])
 def test_topk_reads_the_best_rows_and_no_others(metric: str, k: int) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ __all__ = [
 
 # A tile of scores stays in the second-level cache beside the operands that made it.
 TILE_ELEMENTS = 2**20
-TILE_QUERIES = 256
+TILE_QUERIES = 1024
+TILE_ROWS = 2**18
 # As many numbers of a block's rows are copied at a time, where they have to be: 8 MiB of float32.
 COPIED_ELEMENTS = 2**21
 # Few enough rows to be padded by a copy.
@@ -47,6 +48,18 @@ FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
 SMALL_PRODUCT = 512
 LOG2_E = math.log2(math.e)
+# Where no score can be larger than this, in absolute value, exponentials neither overflow nor underflow as they are.
+UNSHIFTED = 40.0
+# Where no score can be as large as this, none overflows.
+LARGEST = 1e38
+# Sums of exponentials up to this, and down to its inverse, may divide gradients.
+COMFORTABLE_TOTAL = 2.0**40
+# As many scores are held all at once, and kept for backward: 1 MiB of float32.
+SMALL_SCORES = 2**18
+SCORES_NOT_FINITE = (
+    "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
+    "diverge?), or query times key divided by temperature overflows: rescale them"
+)
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32
 # Up to this many groups for each row wanted, one pass is faster than two.
@@ -64,12 +77,14 @@ class Scan:
         centre: The point that l2 is expanded around, (d,).
         selection: Which rows each query may see.
         dtype: The dtype to compute in.
+        key_norm: Tells the largest norm of a key, for a bound on scores; None where it is to be found block by block.
     """
 
     metric: str
     centre: Tensor | None
     selection: Selection
     dtype: torch.dtype
+    key_norm: Callable[[], float] | None = None
 
     def tiles(self, groups: int, queries: int, copied: int, k: int = 0) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Groups × block of rows × slices of queries, such that a tile of scores fits in cache.
@@ -83,13 +98,13 @@ class Scan:
         count = self.selection.count
         if groups == 0 or queries == 0 or count == 0:
             return
-        height = min(queries, TILE_QUERIES if k == 0 else max(16, TILE_ELEMENTS // (8 * GROUP * k)))
-        width = min(TILE_ELEMENTS // height, COPIED_ELEMENTS // max(1, copied))
+        height = self.height(queries, k)
+        width = min(TILE_ELEMENTS // height, COPIED_ELEMENTS // max(1, copied), TILE_ROWS)
         width = max(width // GROUP, 1) * GROUP
         depth = max(1, TILE_ELEMENTS // (height * min(width, count)))
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
         edges = list(range(0, count, width))
-        if count % GROUP and count - edges[-1] > FEW_ROWS:
+        if k and count % GROUP and count - edges[-1] > FEW_ROWS:
             edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Buffer.product`
         edges.append(count)
         for first in range(0, groups, depth):
@@ -97,6 +112,34 @@ class Scan:
                 block = self.selection.block(start, stop)
                 if block is not None:
                     yield slice(first, min(first + depth, groups)), block, slices
+
+    def height(self, queries: int, k: int = 0) -> int:
+        """How many of the queries a tile is for."""
+        if k:
+            return min(queries, max(16, TILE_ELEMENTS // (8 * GROUP * k)))
+        return -(-queries // max(1, -(-queries // TILE_QUERIES)))
+
+    def lanes(self, query: Tensor) -> int:  # (G, B, w)
+        """Into how many parts a block's rows are split, so that each thread has a product of its own.
+
+        A thread that multiplies a part of the rows by itself shares no operand and no result with the others.
+        """
+        return torch.get_num_threads() if query.shape[0] == 1 and query.device.type == "cpu" else 1
+
+    def bound(self, query: Tensor) -> Callable[[Tensor], float]:  # (G, B, w)
+        """A function that tells how large a score with the prepared keys of a block (g, C, w) can be.
+
+        By Cauchy and Schwarz, so it is the product of the largest norms; infinity where looking for it does not pay.
+        """
+        if self.metric == "l2" or 4 * query.shape[1] < query.shape[2]:
+            return lambda operand: math.inf
+        norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())
+        if self.metric == "cosine":
+            return lambda operand: norm
+        if self.key_norm is not None:
+            whole = norm * self.key_norm()
+            return lambda operand: whole
+        return lambda operand: norm * float(torch.linalg.vector_norm(operand, dim=-1).amax())
 
     def copied(self, keys: Tensor, values: Tensor | None = None) -> int:
         """How many numbers of each row of a block are copied, since they are not used as they lie."""
@@ -181,11 +224,10 @@ class _Best:
         self.scores = torch.full((groups, queries, k), -torch.inf, dtype=dtype, device=device)
         self.rows = torch.full((groups, queries, k), -1, dtype=torch.int64, device=device)
 
-    def add(self, scores: Tensor, groups: slice, queries: slice, rows: slice | Tensor) -> None:
+    def add(self, scores: Tensor, groups: slice, queries: slice, block: Block) -> None:
         """Take in the scores of a block whose rows come after all that were taken in before."""
         values, columns = top_of_block(scores, self.k)
-        found = columns + rows.start if isinstance(rows, slice) else rows[columns]
-        found.masked_fill_(values == -torch.inf, -1)
+        found = block.slots(columns).masked_fill_(values == -torch.inf, -1)
         # Earlier rows stand first, so that the lowest row wins a tie.
         values = torch.cat([self.scores[groups, queries], values.to(self.scores.dtype)], dim=-1)
         found = torch.cat([self.rows[groups, queries], found], dim=-1)
@@ -229,9 +271,9 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple
         operand = scan.keys(keys, groups, block)
         for queries in slices:
             scores = buffer.product(query[:, queries], operand, even=True)
-            block.hide(scores, groups, queries)
+            block.hide(scores, groups, queries, -torch.inf)
             # Scores are compared as they are reported: two that round to one are a tie.
-            best.add(scores.to(scan.dtype), groups, queries, block.rows)
+            best.add(scores.to(scan.dtype), groups, queries, block)
     return best.scores[0], best.rows[0]
 
 
@@ -277,7 +319,7 @@ def _columns_of_best_groups(
         for queries in slices:
             whole = slice(part.start + queries.start, part.start + queries.stop)
             scores = buffer.product(query[:, whole], operand, even=True)
-            block.hide(scores, chunk, whole)
+            block.hide(scores, chunk, whole, -torch.inf)
             scores = scores[0].to(scan.dtype)
             first, even = block.start // GROUP, scores.shape[1] // GROUP
             maxima[queries, first : first + even] = scores[:, : even * GROUP].unflatten(1, (even, GROUP)).amax(-1)
@@ -292,9 +334,15 @@ def _columns_of_best_groups(
 
 
 class _Buffer:
-    """Memory for one tile, used again for the next."""
+    """Memory for one tile, used again for the next.
 
-    def __init__(self) -> None:
+    Args:
+        tall: Whether a tile lies with its rows along the longer stride, (g, C, b), as the product ``keys @ query.T``
+            leaves it. For a few dozen queries that product is up to three times as fast as ``query @ keys.T``.
+    """
+
+    def __init__(self, tall: bool = False) -> None:
+        self._tall = tall
         self._memory: Tensor | None = None
 
     def product(
@@ -311,21 +359,34 @@ class _Buffer:
             wanted += -wanted % GROUP
         if wanted > count:
             right = F.pad(right, (0, 0, 0, wanted - count))
-        shape = (left.shape[0], left.shape[1], right.shape[1])
+        if self._tall:
+            return torch.bmm(right, left.mT, out=self._tile(left, wanted, left.shape[1])).mT[..., :count]
+        return torch.bmm(left, right.mT, out=self._tile(left, left.shape[1], wanted))[..., :count]
+
+    def _tile(self, like: Tensor, *shape: int) -> Tensor:
+        shape = (like.shape[0], *shape)
         size = math.prod(shape)
         if self._memory is None or self._memory.numel() < size:
-            self._memory = left.new_empty(size)
-        return torch.bmm(left, right.mT, out=self._memory[:size].view(shape))[..., :count]
+            self._memory = like.new_empty(size)
+        return self._memory[:size].view(shape)
 
 
-def _exponentials(scores: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
-    """exp(scores − shift), in place where the dtype allows.
+def _is_tall(queries: int, width: int) -> bool:
+    """Which way round the product of so many queries of a width is faster; measured on CPUs."""
+    return 12 <= queries <= 48 or (width >= 256 and 4 <= queries <= 48)
 
-    By exp2, since torch's exp is up to thirty times slower where its result underflows, as it does for most rows when
-    the softmax is peaked. What is under 2^-100 becomes 0: a product with denormal numbers is slower still.
+
+def _exponentials(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
+    """exp(scores − shift · ln 2), in place where the dtype allows; without a shift, exp(scores).
+
+    With a shift, by exp2: torch's exp is up to thirty times slower where its result underflows, as it does for most
+    rows when the softmax is peaked. What is close to underflow becomes 0: a product with denormal numbers is slower
+    still. Scores that need no shift cannot underflow, and exp is the faster then.
     """
-    exponents = scores.sub_(shift.unsqueeze(-1)).to(dtype)
-    return F.threshold(exponents.mul_(LOG2_E).exp2_(), 2.0**-100, 0.0, inplace=True)
+    if shift is None:
+        return scores.to(dtype).exp_()
+    powers = torch.add(shift.neg().unsqueeze(-1), scores, alpha=LOG2_E, out=scores).to(dtype)
+    return F.threshold(powers.exp2_(), 2**26 * torch.finfo(dtype).tiny, 0.0, inplace=True)
 
 
 def _finite_or_zero(largest: Tensor) -> Tensor:
@@ -347,6 +408,160 @@ class BestRows(NamedTuple):
     rows: Tensor
 
 
+class _Blend(NamedTuple):
+    """What an exact read comes to.
+
+    Attributes:
+        values: The weighted mean of the values, (G, B, dv).
+        lse: The log-sum-exp, (G, B).
+        total: The sum of 2^(score · log2 e − shift), 1 where there was nothing, (G, B).
+        shift: (G, B); None for 0.
+        weights: The softmax itself, (G, B, C), where it was small enough to be kept.
+        best: The best rows, if they were asked for.
+        seen: What a rule showed each query, as one number.
+    """
+
+    values: Tensor
+    lse: Tensor
+    total: Tensor
+    shift: Tensor | None
+    weights: Tensor | None
+    best: BestRows | None
+    seen: Tensor | None
+
+
+def _read_at_once(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, block: Block, k: int) -> _Blend:
+    """The three lines, for few enough rows that all scores make one small tile."""
+    everyone, queries = slice(0, query.shape[0]), slice(0, query.shape[1])
+    buffer = _Buffer(k == 0 and _is_tall(query.shape[1], query.shape[2]))
+    scores = buffer.product(query, scan.keys(keys, everyone, block), even=k > 0)  # (G, B, C)
+    if not math.isfinite(scores.sum().item()):
+        _check_visible(scores, block, everyone, queries)
+    block.hide(scores, everyone, queries, -torch.inf)
+    weights = torch.softmax(scores, -1).to(scan.dtype)
+    lse = torch.logsumexp(scores, -1).to(scan.dtype)
+    if block.hides:
+        weights.masked_fill_((lse == -torch.inf).unsqueeze(-1), 0.0)
+    blend = torch.bmm(weights, rows_of(values, everyone, block).to(scan.dtype))
+    best = None
+    if k:
+        found, columns = top_of_block(scores.to(scan.dtype), k)
+        rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
+        missing = (0, k - columns.shape[-1])
+        best = BestRows(
+            F.pad(found, missing, value=-torch.inf),
+            F.pad(weights.gather(-1, columns), missing),
+            F.pad(rows, missing, value=-1),
+        )
+    seen = None if scan.selection.rule is None else block.fingerprint()
+    return _Blend(blend, lse, lse, None, weights, best, seen)
+
+
+def _check_visible(scores: Tensor, block: Block, groups: slice, queries: slice) -> None:
+    """Raise if a score that may be seen is NaN or infinite; what may not be seen is overwritten."""
+    block.hide(scores, groups, queries, 0.0)
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError(SCORES_NOT_FINITE)
+
+
+def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int) -> _Blend:
+    """One block of rows after the other, in tiles that fit in cache."""
+    count, height = query.shape[:2]
+    lanes = scan.lanes(query) if k == 0 else 1
+    shape = (max(count, lanes), height)
+    total = query.new_zeros(shape, dtype=scan.dtype)
+    blend = query.new_zeros((*shape, values.shape[-1]), dtype=scan.dtype)
+    shift: Tensor | None = None  # a running maximum, once it is needed
+    lowest = query.new_zeros(())
+    best = _Best(count, height, k, scan.dtype, query.device) if k else None
+    buffer = _Buffer(k == 0 and _is_tall(scan.height(height), query.shape[-1]))
+    bound_of = scan.bound(query)
+    # What a rule showed each query, to be compared in backward.
+    seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
+    for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
+        operand = scan.keys(keys, groups, block)  # (g, C, w)
+        block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
+        if seen is not None:
+            seen += block.fingerprint()
+        bound = bound_of(operand)
+        if shift is None and not bound <= UNSHIFTED:  # nor if it is NaN
+            shift = query.new_zeros(shape).masked_fill_(total == 0, -torch.inf)
+        here = groups
+        if lanes > 1:
+            operand, block_values = _split(operand, lanes, block), _split(block_values, lanes, block)
+            here = slice(0, len(operand))
+        for queries in slices:
+            part = query[groups, queries].expand(len(operand), -1, -1)
+            scores = buffer.product(part, operand, even=best is not None)  # (g, b, C)
+            if not bound < LARGEST:  # an infinite key may give a score of -inf, which would pass for hidden
+                block.hide(scores, groups, queries, torch.inf)
+                lowest = torch.minimum(lowest, scores.amin())
+            if best is not None or shift is not None:
+                block.hide(scores, groups, queries, -torch.inf)
+            if best is not None:
+                best.add(scores.to(scan.dtype), groups, queries, block)
+            if shift is None:
+                weights = _exponentials(scores, None, scan.dtype)
+                block.hide(weights, groups, queries, 0.0)
+            else:
+                before = shift[here, queries]
+                after = torch.maximum(before, scores.amax(-1).mul_(LOG2_E))
+                shift[here, queries] = after
+                finite = _finite_or_zero(after)
+                weights = _exponentials(scores, finite, scan.dtype)
+                scale = (before - finite).to(scan.dtype).exp2_()
+                total[here, queries] *= scale
+                blend[here, queries] *= scale.unsqueeze(-1)
+            total[here, queries] += weights.sum(-1)
+            blend[here, queries].baddbmm_(weights, block_values)
+    total, blend, shift = _merged(total, blend, shift, count)
+    lse = total.log()
+    if shift is not None:
+        lse += (shift / LOG2_E).to(lse.dtype)
+    if not math.isfinite(float(lse.sum() + lowest)):
+        check_scores(torch.where(lowest == -torch.inf, torch.nan, lse))
+    total.masked_fill_(total == 0, 1.0)
+    blend /= total.unsqueeze(-1)
+    found = None
+    if best is not None:
+        shares = _exponentials(best.scores.clone(), shift, scan.dtype).div_(total.unsqueeze(-1))
+        found = BestRows(best.scores, shares, best.rows)
+    return _Blend(blend, lse, total, shift, None, found, seen)
+
+
+def _split(rows: Tensor, lanes: int, block: Block) -> Tensor:  # (1, C, d) -> (lanes, C / lanes, d)
+    """A block's rows, one part for each thread; as they are where a part would not know what is hidden from it."""
+    if block.hides or rows.shape[1] % lanes:
+        return rows
+    return rows.view(lanes, -1, rows.shape[-1])
+
+
+def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The parts that the lanes have read, as one; no shift is -inf any more."""
+    if len(total) == count:
+        return total, blend, None if shift is None else _finite_or_zero(shift)
+    if shift is None:
+        return total.sum(0, keepdim=True), blend.sum(0, keepdim=True), None
+    largest = _finite_or_zero(shift.amax(0, keepdim=True))
+    scale = (shift - largest).to(total.dtype).exp2_()
+    return (total * scale).sum(0, keepdim=True), (blend * scale.unsqueeze(-1)).sum(0, keepdim=True), largest
+
+
+def _evaluate(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int) -> _Blend:
+    count = scan.selection.count
+    if 0 < query.shape[0] * query.shape[1] * count <= SMALL_SCORES:
+        block = scan.selection.block(0, count)
+        if block is not None:
+            return _read_at_once(query, keys, values, scan, block, k)
+    read = _read_in_blocks(query, keys, values, scan, k)
+    if read.shift is None and scan.key_norm is not None and count and read.lse.numel():
+        # Somebody wrote to the keys and did not say so, where the bound that was given does not hold.
+        lowest = float(read.lse.masked_fill(read.lse == -torch.inf, 0.0).amin())
+        if lowest < -UNSHIFTED - 1 or not float(read.lse.amax()) < UNSHIFTED + math.log(count) + 1:
+            return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k)
+    return read
+
+
 class _ExactRead(torch.autograd.Function):
     """softmax(query @ keys.T) @ values and its log-sum-exp, with the best rows beside them."""
 
@@ -354,136 +569,217 @@ class _ExactRead(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
-        count, height = query.shape[:2]
-        largest = query.new_full((count, height), -torch.inf)  # (G, B)
-        total = query.new_zeros((count, height), dtype=scan.dtype)  # (G, B)
-        blend = query.new_zeros((count, height, values.shape[-1]), dtype=scan.dtype)  # (G, B, dv)
-        best = _Best(count, height, k, scan.dtype, query.device) if k else None
-        buffer = _Buffer()
-        # What a rule showed each query, to be compared in backward.
-        seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
-        for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
-            operand = scan.keys(keys, groups, block)  # (g, C, w)
-            block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
-            if seen is not None:
-                seen += block.fingerprint()
-            for queries in slices:
-                scores = buffer.product(query[groups, queries], operand, even=best is not None)  # (g, b, C)
-                block.hide(scores, groups, queries)
-                if best is not None:
-                    best.add(scores.to(scan.dtype), groups, queries, block.rows)
-                before = largest[groups, queries]
-                after = torch.maximum(before, scores.amax(-1))
-                shift = _finite_or_zero(after)
-                weights = _exponentials(scores, shift, scan.dtype)
-                scale = (before - shift).to(scan.dtype).exp_()
-                largest[groups, queries] = after
-                total[groups, queries] = total[groups, queries] * scale + weights.sum(-1)
-                part = blend[groups, queries]
-                part.mul_(scale.unsqueeze(-1))
-                part += torch.bmm(weights, block_values)
-        largest = _finite_or_zero(largest)
-        lse = (largest + total.log()).to(scan.dtype)
-        total.masked_fill_(total == 0, 1.0)
-        blend /= total.unsqueeze(-1)
+        read = _evaluate(query, keys, values, scan, k)
+        total, shift = read.total, read.shift
+        if shift is None and read.weights is None:
+            # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
+            smallest, largest = (float(bound) for bound in total.aminmax()) if total.numel() else (1.0, 1.0)
+            if smallest < 1 / COMFORTABLE_TOTAL or largest > COMFORTABLE_TOTAL:
+                shift = total.log2().round_()
+                total = total * (-shift).exp2()
         ctx.scan = scan
-        # Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1. The mask
-        # is saved for torch to notice when it is written to.
-        ctx.save_for_backward(query, keys, values, blend, largest, total, seen, scan.selection.mask)
+        # Not with the rest: to activation checkpointing, weights of another size would be an error of its own, though
+        # appending rows between a read and its backward is fine.
+        ctx.weights = read.weights
+        ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))
         ctx.set_materialize_grads(False)
-        if best is None:
-            return blend, lse, None
-        weights = (best.scores - largest.to(scan.dtype).unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
-        return blend, lse, BestRows(best.scores, weights, best.rows)
+        return read.values, read.lse, read.best
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[:3]
-        query, keys, values, blend, largest, total, seen, _ = ctx.saved_tensors
-        with torch.no_grad(), full_precision(query.device):
-            results = list(
-                _exact_read_backward(
-                    query, keys, values, blend, largest, total, seen, grads[0], grads[1], ctx.scan, needs
-                )
-            )
+        saved = _Saved(*ctx.saved_tensors)  # once: activation checkpointing allows no second look
+        results: list[Tensor | None] = [None, None, None]
+        if grads[0] is not None or grads[1] is not None:
+            with torch.no_grad(), full_precision(saved.query.device):
+                results = _gradients(saved, ctx.weights, ctx.scan, grads[0], grads[1], ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (query, keys, values, *grads) if tensor is not None]
+            inputs = [tensor for tensor in (*saved[:3], *grads) if tensor is not None]
             results = [result if result is None else _once_only(result, inputs) for result in results]
         return *results, None, None
 
 
-def _exact_read_backward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blend: Tensor,
-    largest: Tensor,
-    total: Tensor,
-    seen: Tensor | None,
+class _Saved(NamedTuple):
+    """What backward needs, as in `_Blend`.
+
+    Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1. The mask is
+    among it for torch to notice when it is written to.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    blend: Tensor
+    total: Tensor
+    shift: Tensor | None
+    seen: Tensor | None
+    mask: Tensor | None
+
+
+def _gradients(
+    saved: _Saved,
+    weights: Tensor | None,
+    scan: Scan,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of query, keys and values: d score = weight · (grad_blend · value − grad_blend · blend + grad_lse)."""
+    if weights is not None:
+        block = scan.selection.block(0, scan.selection.count)
+        if block is not None:
+            return _gradients_at_once(saved, weights, scan, block, grad_blend, grad_lse, needs)
+    return _gradients_in_blocks(saved, scan, grad_blend, grad_lse, needs)
+
+
+def _gradients_at_once(
+    saved: _Saved,
+    weights: Tensor,
     scan: Scan,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if grad_blend is None and grad_lse is None:
-        return None, None, None
-    needs_query, needs_keys, needs_values = needs
-    grad_query = torch.zeros_like(query) if needs_query else None
-    grad_keys = torch.zeros_like(keys) if needs_keys else None
-    grad_values = torch.zeros_like(values) if needs_values and grad_blend is not None else None
-    # d score = exp(score − largest) / total * (grad_blend · value − delta); the division is done to the small factors.
+    block: Block,
+    grad_blend: Tensor | None,
+    grad_lse: Tensor | None,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    query, keys, values, blend = saved[:4]
+    needs_query, needs_keys, needs_values = needs[:3]
+    everyone = slice(0, query.shape[0])
+    if saved.seen is not None:
+        _check_again(saved.seen, block.fingerprint())
+    grad_values = grad_query = grad_keys = None
+    if needs_values and grad_blend is not None:
+        grad_values = _scatter(values, everyone, block, torch.bmm(weights.mT, grad_blend))
+    if needs_query or needs_keys:
+        delta = 0.0 if grad_lse is None else -grad_lse.unsqueeze(-1)
+        if grad_blend is None:
+            grad_scores = weights * -delta
+        else:
+            delta = delta + (grad_blend * blend).sum(-1, keepdim=True)
+            block_values = rows_of(values, everyone, block).to(scan.dtype)
+            grad_scores = torch.bmm(grad_blend, block_values.mT).sub_(delta).mul_(weights)
+        grad_scores = grad_scores.to(query.dtype)
+        if needs_query:
+            grad_query = torch.bmm(grad_scores, scan.keys(keys, everyone, block))
+        if needs_keys:
+            grad_operand = torch.bmm(grad_scores.mT, query)
+            grad_keys = _scatter(keys, everyone, block, scan.keys_backward(grad_operand, keys, everyone, block))
+    return [grad_query, grad_keys, grad_values]
+
+
+def _scatter(table: Tensor, groups: slice, block: Block, part: Tensor) -> Tensor:
+    """A gradient of ``table`` that is 0 outside the block."""
+    if part.shape == table.shape and isinstance(block.rows, slice):
+        return part.to(table.dtype)
+    grad = torch.zeros_like(table)
+    _write(grad, groups, block, part)
+    return grad
+
+
+def _gradients_in_blocks(
+    saved: _Saved, scan: Scan, grad_blend: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    query, keys, values, blend, total, shift, seen, _ = saved
+    needs_query, needs_keys, needs_values = needs[:3]
+    needs_values = needs_values and grad_blend is not None
+    count, height = query.shape[:2]
+    lanes = scan.lanes(query)
+    grad_query = query.new_zeros(max(count, lanes), *query.shape[1:]) if needs_query else None
+    grad_keys = _empty_gradient(keys, scan) if needs_keys else None
+    grad_values = _empty_gradient(values, scan) if needs_values else None
+    # The division by the total is done to the small factors.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
         delta = (delta + (grad_blend * blend).sum(-1)) / total
         grad_blend = grad_blend / total.unsqueeze(-1)
     else:
         delta = delta / total
-    buffer, value_buffer = _Buffer(), _Buffer()
+    tall = _is_tall(scan.height(height), query.shape[-1])
+    buffer, value_buffer = _Buffer(tall), _Buffer(tall)
     again = None if seen is None else torch.zeros_like(seen)
     copied = scan.copied(keys, values)
-    copied += query.shape[-1] * needs_keys + values.shape[-1] * (grad_values is not None)
-    for groups, block, slices in scan.tiles(query.shape[0], query.shape[1], copied):
+    copied += query.shape[-1] * needs_keys + values.shape[-1] * needs_values
+    for groups, block, slices in scan.tiles(count, height, copied):
         operand = scan.keys(keys, groups, block)  # (g, C, w)
         block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
         if again is not None:
             again += block.fingerprint()
-        grad_operand = torch.zeros_like(operand) if needs_keys else None
-        grad_block_values = torch.zeros_like(block_values) if grad_values is not None else None
+        here = groups
+        if lanes > 1:
+            operand, block_values = _split(operand, lanes, block), _split(block_values, lanes, block)
+            here = slice(0, len(operand))
+        grad_operand = None if grad_keys is None else _room(grad_keys, groups, block, operand)
+        grad_block_values = None if grad_values is None else _room(grad_values, groups, block, block_values)
         for queries in slices:
-            part = query[groups, queries]
+            fresh = 0.0 if queries.start == 0 else 1.0
+            part = query[groups, queries].expand(len(operand), -1, -1)
             scores = buffer.product(part, operand)  # (g, b, C)
-            block.hide(scores, groups, queries)
-            weights = _exponentials(scores, largest[groups, queries], scan.dtype)
-            if grad_block_values is not None and grad_blend is not None:
-                grad_block_values.baddbmm_(weights.mT, grad_blend[groups, queries])
+            if shift is not None:
+                block.hide(scores, groups, queries, -torch.inf)
+            weights = _exponentials(scores, None if shift is None else shift[groups, queries], scan.dtype)
+            if shift is None:
+                block.hide(weights, groups, queries, 0.0)
+            upstream = None
+            if grad_blend is not None:
+                upstream = grad_blend[groups, queries].expand(len(operand), -1, -1)
+            if grad_block_values is not None and upstream is not None:
+                grad_block_values.baddbmm_(weights.mT, upstream, beta=fresh)
             if not (needs_query or needs_keys):
                 continue
-            minus_delta = -delta[groups, queries].unsqueeze(-1)
-            if grad_blend is None:
-                grad_scores = weights.mul_(minus_delta)
+            minus = delta[groups, queries].unsqueeze(-1)
+            if upstream is None:
+                grad_scores = weights.mul_(-minus)
             else:
-                grad_scores = value_buffer.product(grad_blend[groups, queries], block_values)
-                grad_scores.add_(minus_delta).mul_(weights)
+                grad_scores = value_buffer.product(upstream, block_values).sub_(minus).mul_(weights)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
-                grad_query[groups, queries] += torch.bmm(grad_scores, operand)
+                grad_query[here, queries].baddbmm_(grad_scores, operand)
             if grad_operand is not None:
-                grad_operand.baddbmm_(grad_scores.mT, part)
+                grad_operand.baddbmm_(grad_scores.mT, part, beta=fresh)
         if grad_keys is not None and grad_operand is not None:
+            grad_operand = grad_operand.view(-1, block.count, grad_operand.shape[-1])
             _write(grad_keys, groups, block, scan.keys_backward(grad_operand, keys, groups, block))
         if grad_values is not None and grad_block_values is not None:
-            _write(grad_values, groups, block, grad_block_values)
-    if seen is not None and again is not None and not torch.equal(seen, again):
+            _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
+    if grad_query is not None and len(grad_query) > count:
+        grad_query = grad_query.sum(0, keepdim=True)
+    if seen is not None and again is not None:
+        _check_again(seen, again)
+    return [grad_query, grad_keys, grad_values]
+
+
+def _check_again(seen: Tensor, again: Tensor) -> None:
+    if not torch.equal(seen, again):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
             "wrong; do not change the tensors it uses between a read and its backward"
         )
-    return grad_query, grad_keys, grad_values
+
+
+def _empty_gradient(table: Tensor, scan: Scan) -> Tensor:
+    """Memory for a gradient; 0 for every row that no block covers."""
+    selection = scan.selection
+    if selection.shared is not None or selection.visit is not None:
+        return torch.zeros_like(table)
+    gradient = torch.empty_like(table)
+    gradient[:, selection.count :] = 0.0
+    return gradient
+
+
+def _room(table: Tensor, groups: slice, block: Block, like: Tensor) -> Tensor:
+    """Memory like ``like``, not filled: where a block lies in ``table`` if that is possible."""
+    if (
+        isinstance(block.rows, slice)
+        and len(table) == 1
+        and (table.dtype, table.shape[-1]) == (like.dtype, like.shape[-1])
+    ):
+        return table[groups, block.rows].view_as(like)
+    return torch.empty_like(like)
 
 
 def _write(table: Tensor, groups: slice, block: Block, part: Tensor) -> None:
     if isinstance(block.rows, slice):
-        table[groups, block.rows] = part
+        place = table[groups, block.rows]
+        if place.data_ptr() != part.data_ptr():
+            place.copy_(part)
     else:
         table[groups].index_copy_(1, block.rows, part.to(table.dtype))
 
@@ -529,11 +825,12 @@ def exact_read(
         NonFiniteError: A score overflowed, or keys hold NaN.
     """
     with full_precision(query.device):
-        result: tuple[Tensor, Tensor, BestRows | None]
-        result = _ExactRead.apply(query, keys, values, scan, k)  # type: ignore[no-untyped-call]
-    everywhere = scan.selection.is_shared and scan.selection.shared_count > 0
-    check_scores(result[1], some=everywhere)
-    return result
+        if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
+            result: tuple[Tensor, Tensor, BestRows | None]
+            result = _ExactRead.apply(query, keys, values, scan, k)  # type: ignore[no-untyped-call]
+            return result
+        read = _evaluate(query, keys, values, scan, k)
+        return read.values, read.lse, read.best
 
 
 def check_scores(lse: Tensor, *, some: bool = False) -> None:
@@ -543,10 +840,7 @@ def check_scores(lse: Tensor, *, some: bool = False) -> None:
     if some:
         finite &= lse > -torch.inf
     if not bool(finite.all()):
-        raise NonFiniteError(
-            "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
-            "diverge?), or query times key divided by temperature overflows: rescale them"
-        )
+        raise NonFiniteError(SCORES_NOT_FINITE)
 
 
 # -- reads of a few rows ---------------------------------------------------------------------------------

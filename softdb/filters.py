@@ -40,8 +40,22 @@ class Block:
     mask: Tensor | None
     hidden: tuple[Tensor, Tensor] | None
 
-    def hide(self, scores: Tensor, groups: slice, queries: slice) -> None:  # (g, b, C)
-        """Set what `queries` of `groups` may not see to -inf, in place."""
+    @property
+    def hides(self) -> bool:
+        """Whether some query may not see some of the rows."""
+        return self.mask is not None or self.hidden is not None
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    def slots(self, columns: Tensor) -> Tensor:
+        """The slots that these columns stand for."""
+        return columns + self.rows.start if isinstance(self.rows, slice) else self.rows[columns]
+
+    def hide(self, scores: Tensor, groups: slice, queries: slice, value: float) -> None:  # (g, b, C)
+        """Write ``value`` over what `queries` of `groups` may not see."""
         if self.mask is not None:
             mask = self.mask
             if mask.dim() >= 2 and mask.shape[-2] != 1:
@@ -49,13 +63,13 @@ class Block:
             if mask.dim() == 3 and mask.shape[0] != 1:
                 mask = mask[groups]
             if mask.shape == scores.shape[-1:]:
-                scores.index_fill_(-1, (~mask).nonzero().squeeze(-1), -torch.inf)
+                scores.index_fill_(-1, (~mask).nonzero().squeeze(-1), value)
             else:
-                torch.where(mask, scores, scores.new_full((), -torch.inf), out=scores)
+                torch.where(mask, scores, scores.new_full((), value), out=scores)
         if self.hidden is not None:
             query, column = self.hidden
             inside = (query >= queries.start) & (query < queries.stop)
-            scores[:, query[inside] - queries.start, column[inside]] = -torch.inf
+            scores[:, query[inside] - queries.start, column[inside]] = value
 
     def fingerprint(self) -> Tensor:  # (B,) or (), float64
         """A number that another mask is most unlikely to have, exact whatever the order of its sum."""

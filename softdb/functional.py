@@ -15,6 +15,7 @@ from softdb.errors import (
     ArgumentError,
     DeviceError,
     DtypeError,
+    NonFiniteError,
     ShapeError,
     broadcasts,
     check_choice,
@@ -255,7 +256,13 @@ def soft_read(
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
         scan = Scan(metric, centre, selection, dtype)
         tables = Tables.of_groups(fold.table(keys), fold.table(values))
-        read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
+        try:
+            read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
+        except NonFiniteError:
+            check_finite("keys", keys)  # it may be their fault: say so
+            raise
+    if not math.isfinite(read.values.detach().sum().item()):
+        check_finite("values", values)
     return finish(read, query, fold.unfold)
 
 
@@ -462,8 +469,7 @@ def _check_operands(
         raise ShapeError("query: expected at least one number per query, got width 0")
     batch = _batch_shape(query, keys, values)
     check_temperature(temperature, (*batch, query.shape[-2]))
-    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
-        check_finite(name, tensor)
+    check_finite("query", query)
     return batch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,9 @@ MODES = ("exact", "topk", "hard")
 Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
+
+# As many rows have their norms taken at a time.
+NORM_ROWS = 2**14
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -163,6 +167,7 @@ class SoftKVStore(nn.Module):
         self.rows = RowTable(fields, device=device)
         self._index = Index(IndexConfig(index) if isinstance(index, str) else index, metric, self.key_dim)
         self._open_reads: list[weakref.ref[Tensor]] = []
+        self._key_norm = (0, 0.0)  # at which version of the rows, and the largest norm up to then
         self._seen = self._written()
         self._watch()
 
@@ -400,7 +405,7 @@ class SoftKVStore(nn.Module):
             centre = centre_of(query, self.metric)
             operand = prepare_query(query, self.metric, chosen, centre, dtype)
             operand = operand.reshape(1, -1, operand.shape[-1])
-            scan = Scan(self.metric, centre, selection, dtype)
+            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm)
             tables = Tables(self.keys[None], self.values[None], self.keys, self.values, sparse=self.trainable)
             if mode == "exact":
                 read = read_exactly(operand, tables, scan, k, normalizer)
@@ -415,6 +420,23 @@ class SoftKVStore(nn.Module):
         read = finish(read, query, lambda tensor: tensor[0].unflatten(0, leading) if leading else tensor[0, 0])
         read = self._guard(read, used)
         return read if read.ids is None else replace(read, ids=self.rows.ids_at(read.ids))
+
+    def _largest_key_norm(self) -> float:
+        """A norm that no key surpasses; rows that are gone may still count."""
+        version, norm = self._key_norm
+        if version == self.rows.version:
+            return norm
+        keys = self.keys.detach()
+        moved = self.rows.keys_moved_at > version
+        largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
+        for slots in self.rows.changed_since(version, keys=True).split(NORM_ROWS):
+            part = keys[int(slots[0]) : int(slots[-1]) + 1] if moved else keys[slots]
+            norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
+            largest = torch.maximum(largest, norms.amax())
+        norm = float(largest)
+        if math.isfinite(norm):
+            self._key_norm = (self.rows.version, norm)
+        return norm
 
     def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> Tensor:  # (B, k) slots
         keys = self.keys.detach()

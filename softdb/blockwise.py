@@ -54,8 +54,10 @@ UNSHIFTED = 40.0
 LARGEST = 1e38
 # Sums of exponentials up to this, and down to its inverse, may divide gradients.
 COMFORTABLE_TOTAL = 2.0**40
-# As many scores are held all at once, and kept for backward: 1 MiB of float32.
-SMALL_SCORES = 2**18
+# As many weights are held all at once, and kept for backward: half a MiB of float32.
+SMALL_SCORES = 2**17
+# Weights below are taken for 0.
+SMALLEST_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 SCORES_NOT_FINITE = (
     "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
     "diverge?), or query times key divided by temperature overflows: rescale them"
@@ -161,6 +163,8 @@ class Scan:
 
 def rows_of(table: Tensor, groups: slice, block: Block) -> Tensor:  # (G, N, d) -> (g, C, d)
     if isinstance(block.rows, slice):
+        if (groups.start, groups.stop, block.rows.start, block.rows.stop) == (0, table.shape[0], 0, table.shape[1]):
+            return table
         return table[groups, block.rows]
     return table[groups].index_select(1, block.rows)
 
@@ -379,14 +383,19 @@ def _is_tall(queries: int, width: int) -> bool:
 def _exponentials(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
     """exp(scores − shift · ln 2), in place where the dtype allows; without a shift, exp(scores).
 
-    With a shift, by exp2: torch's exp is up to thirty times slower where its result underflows, as it does for most
-    rows when the softmax is peaked. What is close to underflow becomes 0: a product with denormal numbers is slower
-    still. Scores that need no shift cannot underflow, and exp is the faster then.
+    With a shift, by exp2: torch's exp is a hundred times slower where its result underflows, as it does for most rows
+    when the softmax is peaked. What is close to underflow becomes 0, since a product with denormal numbers is slow,
+    too. Scores that need no shift cannot underflow, and exp is the faster then.
     """
     if shift is None:
         return scores.to(dtype).exp_()
     powers = torch.add(shift.neg().unsqueeze(-1), scores, alpha=LOG2_E, out=scores).to(dtype)
-    return F.threshold(powers.exp2_(), 2**26 * torch.finfo(dtype).tiny, 0.0, inplace=True)
+    return _cut(powers.exp2_())
+
+
+def _cut(weights: Tensor) -> Tensor:
+    """``weights`` with 0 for what is close to underflow, in place."""
+    return F.threshold(weights, SMALLEST_WEIGHT[weights.dtype], 0.0, inplace=True)
 
 
 def _finite_or_zero(largest: Tensor) -> Tensor:
@@ -433,15 +442,23 @@ class _Blend(NamedTuple):
 def _read_at_once(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, block: Block, k: int) -> _Blend:
     """The three lines, for few enough rows that all scores make one small tile."""
     everyone, queries = slice(0, query.shape[0]), slice(0, query.shape[1])
-    buffer = _Buffer(k == 0 and _is_tall(query.shape[1], query.shape[2]))
-    scores = buffer.product(query, scan.keys(keys, everyone, block), even=k > 0)  # (G, B, C)
+    operand = scan.keys(keys, everyone, block)
+    if k:
+        scores = _Buffer().product(query, operand, even=True)  # (G, B, C)
+    elif _is_tall(query.shape[1], query.shape[2]):
+        scores = torch.bmm(operand, query.mT).mT.contiguous()
+    else:
+        scores = torch.bmm(query, operand.mT)
     if not math.isfinite(scores.sum().item()):
         _check_visible(scores, block, everyone, queries)
     block.hide(scores, everyone, queries, -torch.inf)
-    weights = torch.softmax(scores, -1).to(scan.dtype)
-    lse = torch.logsumexp(scores, -1).to(scan.dtype)
+    weights = torch.softmax(scores, -1)
+    lse = scores.amax(-1) - weights.amax(-1).log()
     if block.hides:
-        weights.masked_fill_((lse == -torch.inf).unsqueeze(-1), 0.0)
+        nothing = lse.isnan()
+        weights.masked_fill_(nothing.unsqueeze(-1), 0.0)
+        lse.masked_fill_(nothing, -torch.inf)
+    lse, weights = lse.to(scan.dtype), _cut(weights.to(scan.dtype))
     blend = torch.bmm(weights, rows_of(values, everyone, block).to(scan.dtype))
     best = None
     if k:

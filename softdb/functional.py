@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,9 +63,20 @@ class Read:
 
 def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
     """The same read with ``function`` applied to every tensor."""
-    members = {field.name: getattr(read, field.name) for field in fields(read)}
-    changed: dict[str, Any] = {name: function(x) for name, x in members.items() if isinstance(x, Tensor)}
-    return replace(read, **changed)
+
+    def changed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else function(tensor)
+
+    return Read(
+        function(read.values),
+        changed(read.ids),
+        changed(read.weights),
+        changed(read.scores),
+        function(read.lse),
+        function(read.mass),
+        changed(read.error),
+        read.normalizer,
+    )
 
 
 # -- the two kinds of read, over G groups of B queries ---------------------------------------------------
@@ -110,7 +120,8 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     """An exact read of prepared queries (G, B, w); everything in ``scan.dtype``."""
     hard = normalizer == "straight_through"
     values, lse, best = exact_read(query, tables.keys, tables.values, scan, k or int(hard))
-    mass = (lse > -torch.inf).to(lse.dtype)
+    everywhere = scan.selection.is_shared and scan.selection.shared_count > 0
+    mass = torch.ones_like(lse) if everywhere else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
     scores, weights, rows = best
@@ -450,7 +461,8 @@ class _Fold:
 def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Read:
     """``read`` in the query's leading shape, its values in the dtype they are answered in."""
     read = transform(read, unfold)
-    return replace(read, values=read.values.to(answer_dtype(query)))
+    dtype = answer_dtype(query)
+    return read if read.values.dtype == dtype else replace(read, values=read.values.to(dtype))
 
 
 # -- checks ----------------------------------------------------------------------------------------------

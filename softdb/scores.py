@@ -49,7 +49,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which a read over ``tensors`` is computed: at least float32, float64 if any of them is."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 

@@ -404,7 +404,7 @@ def _finite_or_zero(largest: Tensor) -> Tensor:
 
 
 class BestRows(NamedTuple):
-    """The k best rows of each query, best first; (G, B, k), without gradient.
+    """The k best rows of each query, best first; (G B, k), without gradient.
 
     Attributes:
         scores: Their scores, -inf where there were fewer.
@@ -421,8 +421,8 @@ class _Blend(NamedTuple):
     """What an exact read comes to.
 
     Attributes:
-        values: The weighted mean of the values, (G, B, dv).
-        lse: The log-sum-exp, (G, B).
+        values: The weighted mean of the values, (G B, dv).
+        lse: The log-sum-exp, (G B,).
         total: The sum of 2^(score · log2 e − shift), 1 where there was nothing, (G, B).
         shift: (G, B); None for 0.
         weights: The softmax itself, (G, B, C), where it was small enough to be kept.
@@ -452,22 +452,27 @@ def _read_at_once(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, block
     if not math.isfinite(scores.sum().item()):
         _check_visible(scores, block, everyone, queries)
     block.hide(scores, everyone, queries, -torch.inf)
-    weights = torch.softmax(scores, -1)
-    lse = scores.amax(-1) - weights.amax(-1).log()
+    flat = scores.flatten(0, 1)
+    weights = torch.softmax(flat, -1)
+    lse = flat.amax(-1) - weights.amax(-1).log()
     if block.hides:
         nothing = lse.isnan()
         weights.masked_fill_(nothing.unsqueeze(-1), 0.0)
         lse.masked_fill_(nothing, -torch.inf)
-    lse, weights = lse.to(scan.dtype), _cut(weights.to(scan.dtype))
-    blend = torch.bmm(weights, rows_of(values, everyone, block).to(scan.dtype))
+    if scan.dtype != flat.dtype:
+        lse, weights = lse.to(scan.dtype), weights.to(scan.dtype)
+    weights = _cut(weights).view(scores.shape)
+    block_values = rows_of(values, everyone, block).to(scan.dtype)
+    blend = lse.new_empty(len(lse), values.shape[-1])
+    torch.bmm(weights, block_values, out=blend.view(*scores.shape[:2], -1))
     best = None
     if k:
-        found, columns = top_of_block(scores.to(scan.dtype), k)
+        found, columns = top_of_block(flat.to(scan.dtype), k)
         rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
         missing = (0, k - columns.shape[-1])
         best = BestRows(
             F.pad(found, missing, value=-torch.inf),
-            F.pad(weights.gather(-1, columns), missing),
+            F.pad(weights.flatten(0, 1).gather(-1, columns), missing),
             F.pad(rows, missing, value=-1),
         )
     seen = None if scan.selection.rule is None else block.fingerprint()
@@ -532,18 +537,17 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
             total[here, queries] += weights.sum(-1)
             blend[here, queries].baddbmm_(weights, block_values)
     total, blend, shift = _merged(total, blend, shift, count)
-    lse = total.log()
+    lse = total.flatten().log()
     if shift is not None:
-        lse += (shift / LOG2_E).to(lse.dtype)
+        lse += (shift.flatten() / LOG2_E).to(lse.dtype)
     if not math.isfinite(float(lse.sum() + lowest)):
         check_scores(torch.where(lowest == -torch.inf, torch.nan, lse))
     total.masked_fill_(total == 0, 1.0)
-    blend /= total.unsqueeze(-1)
     found = None
     if best is not None:
         shares = _exponentials(best.scores.clone(), shift, scan.dtype).div_(total.unsqueeze(-1))
-        found = BestRows(best.scores, shares, best.rows)
-    return _Blend(blend, lse, total, shift, None, found, seen)
+        found = BestRows(*(tensor.flatten(0, 1) for tensor in (best.scores, shares, best.rows)))
+    return _Blend(blend.flatten(0, 1) / total.flatten().unsqueeze(-1), lse, total, shift, None, found, seen)
 
 
 def _split(rows: Tensor, lanes: int, block: Block) -> Tensor:  # (1, C, d) -> (lanes, C / lanes, d)
@@ -564,9 +568,11 @@ def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> t
     return (total * scale).sum(0, keepdim=True), (blend * scale.unsqueeze(-1)).sum(0, keepdim=True), largest
 
 
-def _evaluate(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int) -> _Blend:
+def _evaluate(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int) -> _Blend:
     count = scan.selection.count
-    if 0 < query.shape[0] * query.shape[1] * count <= SMALL_SCORES:
+    small = 0 < len(query) * count <= SMALL_SCORES
+    query, keys, values = _grouped(groups, query), _grouped(groups, keys), _grouped(groups, values)
+    if small:
         block = scan.selection.block(0, count)
         if block is not None:
             return _read_at_once(query, keys, values, scan, block, k)
@@ -584,17 +590,17 @@ class _ExactRead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
-        read = _evaluate(query, keys, values, scan, k)
+        read = _evaluate(query, keys, values, scan, groups, k)
         total, shift = read.total, read.shift
-        if shift is None and read.weights is None:
+        if shift is None and read.weights is None and total.numel():
             # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
-            smallest, largest = (float(bound) for bound in total.aminmax()) if total.numel() else (1.0, 1.0)
-            if smallest < 1 / COMFORTABLE_TOTAL or largest > COMFORTABLE_TOTAL:
+            smallest, largest = total.aminmax()
+            if float(smallest) < 1 / COMFORTABLE_TOTAL or float(largest) > COMFORTABLE_TOTAL:
                 shift = total.log2().round_()
                 total = total * (-shift).exp2()
-        ctx.scan = scan
+        ctx.scan, ctx.groups = scan, groups
         # Not with the rest: to activation checkpointing, weights of another size would be an error of its own, though
         # appending rows between a read and its backward is fine.
         ctx.weights = read.weights
@@ -608,11 +614,17 @@ class _ExactRead(torch.autograd.Function):
         results: list[Tensor | None] = [None, None, None]
         if grads[0] is not None or grads[1] is not None:
             with torch.no_grad(), full_precision(saved.query.device):
-                results = _gradients(saved, ctx.weights, ctx.scan, grads[0], grads[1], ctx.needs_input_grad)
+                results = _gradients(saved, ctx.weights, ctx.scan, ctx.groups, grads[0], grads[1], ctx.needs_input_grad)
         if torch.is_grad_enabled():
             inputs = [tensor for tensor in (*saved[:3], *grads) if tensor is not None]
             results = [result if result is None else _once_only(result, inputs) for result in results]
-        return *results, None, None
+        return *results, None, None, None
+
+
+def _grouped(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x)
+    if groups == 1:
+        return tensor.unsqueeze(0)
+    return tensor.reshape(groups, len(tensor) // max(1, groups), *tensor.shape[1:])
 
 
 class _Saved(NamedTuple):
@@ -636,11 +648,28 @@ def _gradients(
     saved: _Saved,
     weights: Tensor | None,
     scan: Scan,
+    groups: int,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of query, keys and values: d score = weight · (grad_blend · value − grad_blend · blend + grad_lse)."""
+    query, keys, values, blend = (_grouped(groups, tensor) for tensor in saved[:4])
+    saved = saved._replace(query=query, keys=keys, values=values, blend=blend)
+    grad_blend = None if grad_blend is None else _grouped(groups, grad_blend)
+    grad_lse = None if grad_lse is None else _grouped(groups, grad_lse)
+    gradients = _grouped_gradients(saved, weights, scan, grad_blend, grad_lse, needs)
+    return [None if gradient is None else gradient.flatten(0, 1) for gradient in gradients]
+
+
+def _grouped_gradients(
+    saved: _Saved,
+    weights: Tensor | None,
+    scan: Scan,
+    grad_blend: Tensor | None,
+    grad_lse: Tensor | None,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
     if weights is not None:
         block = scan.selection.block(0, scan.selection.count)
         if block is not None:
@@ -822,21 +851,27 @@ def _once_only(result: Tensor, inputs: list[Tensor]) -> Tensor:
 
 
 def exact_read(
-    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int = 0
-) -> tuple[Tensor, Tensor, BestRows | None]:
-    """``softmax(query @ keys.T) @ values`` and ``logsumexp(query @ keys.T)``, and the best k rows.
+    query: Tensor,  # (G B, operand width)
+    keys: Tensor,  # (G N, d)
+    values: Tensor,  # (G N, dv)
+    scan: Scan,
+    groups: int = 1,
+    k: int = 0,
+) -> tuple[Tensor, Tensor, BestRows | None]:  # (G B, dv), (G B,)
+    """``softmax(query @ keys.T) @ values`` and ``logsumexp(query @ keys.T)``, and the best k rows, for each group.
 
-    Neither the (B, N) scores nor the weights are held, forward or backward.
+    Neither the (B, N) scores nor the weights are held, forward or backward, unless they are few.
 
     Args:
-        query: Prepared queries, (G, B, operand width).
-        keys: Keys as stored, (G, N, d).
-        values: Values as stored, (G, N, dv).
+        query: Prepared queries.
+        keys: Keys as stored.
+        values: Values as stored.
         scan: How they meet.
+        groups: G.
         k: How many of the best rows to report too; 0 for none.
 
     Returns:
-        The blend (G, B, dv) and the log-sum-exp (G, B), both differentiable; the best rows, or None if k is 0.
+        The blend and the log-sum-exp, both differentiable; the best rows, or None if k is 0.
 
     Raises:
         NonFiniteError: A score overflowed, or keys hold NaN.
@@ -844,9 +879,9 @@ def exact_read(
     with full_precision(query.device):
         if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
             result: tuple[Tensor, Tensor, BestRows | None]
-            result = _ExactRead.apply(query, keys, values, scan, k)  # type: ignore[no-untyped-call]
+            result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
             return result
-        read = _evaluate(query, keys, values, scan, k)
+        read = _evaluate(query, keys, values, scan, groups, k)
         return read.values, read.lse, read.best
 
 

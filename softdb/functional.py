@@ -79,47 +79,42 @@ def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
     )
 
 
-# -- the two kinds of read, over G groups of B queries ---------------------------------------------------
+# -- the two kinds of read, of M = G B queries in G groups ------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Keys and values to read from, as blocks and row by row.
+    """Keys and values to read from, N rows for each of G groups of queries; row n of group g lies at ``g * N + n``.
 
     Attributes:
-        keys, values: (G, N, width).
-        key_rows, value_rows: (M, width) tables in which row n of group g is ``g * N + n``.
+        keys, values: (G N, width).
+        groups: G.
         sparse: Whether gathered rows get row-sparse gradients.
     """
 
     keys: Tensor
     values: Tensor
-    key_rows: Tensor
-    value_rows: Tensor
-    sparse: bool
+    groups: int = 1
+    sparse: bool = False
 
-    @classmethod
-    def of_groups(cls, keys: Tensor, values: Tensor) -> Tables:  # (G, N, d), (G, N, dv)
-        return cls(keys, values, keys.flatten(0, 1), values.flatten(0, 1), sparse=False)
-
-    def place(self, rows: Tensor) -> Tensor:  # (G, B, k) row numbers -> (G B, k) places in the flat tables
-        groups, count = self.keys.shape[:2]
-        if groups == 1:
-            return rows[0]
-        first = torch.arange(groups, device=rows.device).view(-1, 1, 1) * count
-        return torch.where(rows < 0, rows, rows + first).flatten(0, 1)
+    def place(self, rows: Tensor) -> Tensor:  # (M, k) row numbers -> (M, k) places in the tables
+        if self.groups <= 1:
+            return rows
+        first = torch.arange(self.groups, device=rows.device) * (len(self.keys) // self.groups)
+        first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
+        return torch.where(rows < 0, rows, rows + first)
 
     def gather_keys(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        return gather_rows(self.key_rows, places, dtype, sparse=self.sparse)
+        return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
     def gather_values(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        return gather_rows(self.value_rows, places, dtype, sparse=self.sparse)
+        return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 
 def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
-    """An exact read of prepared queries (G, B, w); everything in ``scan.dtype``."""
+    """An exact read of prepared queries (M, w); everything in ``scan.dtype``."""
     hard = normalizer == "straight_through"
-    values, lse, best = exact_read(query, tables.keys, tables.values, scan, k or int(hard))
+    values, lse, best = exact_read(query, tables.keys, tables.values, scan, tables.groups, k or int(hard))
     everywhere = scan.selection.is_shared and scan.selection.shared_count > 0
     mass = torch.ones_like(lse) if everywhere else (lse > -torch.inf).to(lse.dtype)
     if best is None:
@@ -127,14 +122,13 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     scores, weights, rows = best
     places = tables.place(rows)
     if hard:
-        found = _choose(tables, places, scan.dtype).view_as(values)
-        values = straight_through(found, values)
+        values = straight_through(_choose(tables, places, scan.dtype), values)
     if k is None:
         return Read(values, None, None, None, lse, mass, normalizer=normalizer)
-    if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and tables.keys.shape[1]:
+    if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
-        again = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
-        scores = straight_through(scores, again.masked_fill(places < 0, -torch.inf).view_as(scores))
+        again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
+        scores = straight_through(scores, again.masked_fill(places < 0, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
     total = weights.sum(-1)
@@ -147,44 +141,42 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
 def read_candidates(
     query: Tensor, tables: Tables, scan: Scan, rows: Tensor, normalizer: str, *, complete: Tensor
 ) -> Read:
-    """A read of prepared queries (G, B, w) over candidates (G, B, k), -1 at padding; everything in ``scan.dtype``.
+    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
 
-    ``complete`` (G, B) says for which queries the candidates are known to be all rows that may be seen.
+    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen.
     """
     # By ascending row and then, stably, by score: ties go to the lowest row.
     rows = torch.where(rows < 0, torch.iinfo(rows.dtype).max, rows).sort(-1).values
     rows = rows.masked_fill(rows == torch.iinfo(rows.dtype).max, -1)
     places = tables.place(rows)
     width = tables.values.shape[-1]
-    if tables.keys.shape[1] == 0:
-        nothing = 0.0 * query.flatten(0, 1).sum(-1, keepdim=True)  # part of the graph, as an answer has to be
+    if len(tables.keys) == 0:
+        nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
         scores = nothing.to(scan.dtype).expand(places.shape).masked_fill(places < 0, -torch.inf)
         values = query.new_zeros(*places.shape, width, dtype=scan.dtype)
     else:
-        scores = gathered_scores(query.flatten(0, 1), tables.gather_keys(places, scan.dtype), scan)
+        scores = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
         scores = scores.masked_fill(places < 0, -torch.inf)
         values = tables.gather_values(places, scan.dtype)
     weights, lse = softmax(scores)
     check_scores(lse.masked_fill((places < 0).all(-1), 0.0), some=True)
     blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
     order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-    rows = rows.flatten(0, 1).gather(-1, order)
+    rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if normalizer == "straight_through":
         first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)  # 0 at padding
         blend = straight_through(first, blend)
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
-    mass = torch.where(complete.flatten(), 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
-    flat = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-    return transform(flat, lambda tensor: tensor.unflatten(0, query.shape[:2]))
+    mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
+    return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
 
 
 def _choose(tables: Tables, places: Tensor, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """The value of each query's best row, 0 where there is none."""
-    first = places[:, 0]
-    if tables.values.shape[1] == 0:
-        return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
-    return gather_rows(tables.value_rows.detach(), first, dtype, sparse=False)
+    if len(tables.values) == 0:
+        return tables.values.new_zeros(len(places), tables.values.shape[-1], dtype=dtype)
+    return gather_rows(tables.values.detach(), places[:, 0], dtype, sparse=False)
 
 
 def _one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,7 +258,7 @@ def soft_read(
         fold = _Fold(batch, keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
         scan = Scan(metric, centre, selection, dtype)
-        tables = Tables.of_groups(fold.table(keys), fold.table(values))
+        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         try:
             read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
         except NonFiniteError:
@@ -274,7 +266,7 @@ def soft_read(
             raise
     if not math.isfinite(read.values.detach().sum().item()):
         check_finite("values", values)
-    return finish(read, query, fold.unfold)
+    return finish(read, query, fold.unfold if batch else None)
 
 
 def topk_read(
@@ -330,11 +322,11 @@ def topk_read(
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, keys, values)
         scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype)
-        tables = Tables.of_groups(fold.table(keys), fold.table(values))
+        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         rows = fold.queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
         read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
-    return finish(read, query, fold.unfold)
+    return finish(read, query, fold.unfold if batch else None)
 
 
 def merge(reads: Sequence[Read]) -> Read:
@@ -422,15 +414,19 @@ class _Fold:
         self.groups = math.prod(batch[i] for i in self.own)
         self.shared_size = math.prod(batch[i] for i in self.shared)
 
-    def queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G, S B, x)
+    def queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G S B, x)
+        if not self.batch:
+            return tensor
         count = len(self.batch)
         full = tensor.expand(*self.batch, *tensor.shape[-2:])
         full = full.permute(*self.own, *self.shared, count, count + 1)
-        return full.reshape(self.groups, self.shared_size * tensor.shape[-2], tensor.shape[-1])
+        return full.reshape(self.groups * self.shared_size * tensor.shape[-2], tensor.shape[-1])
 
-    def table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G, N, x)
+    def table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G N, x)
+        if not self.batch:
+            return tensor
         sizes = [self.batch[i] if i in self.own else 1 for i in range(len(self.batch))]
-        return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups, *tensor.shape[-2:])
+        return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups * tensor.shape[-2], tensor.shape[-1])
 
     def mask(self, mask: Tensor, height: int) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
         count = len(self.batch)
@@ -449,18 +445,21 @@ class _Fold:
         mask = mask.expand(sizes).permute(*self.own, *self.shared, count, count + 1)
         return mask.reshape(groups, queries, sizes[-1])
 
-    def unfold(self, tensor: Tensor) -> Tensor:  # (G, S B, *x) -> (*batch, B, *x)
-        rest = tensor.shape[2:]
+    def unfold(self, tensor: Tensor) -> Tensor:  # (G S B, *x) -> (*batch, B, *x)
+        if not self.batch:
+            return tensor
+        rest = tensor.shape[1:]
         order = [*self.own, *self.shared]
-        height = tensor.shape[1] // max(1, self.shared_size)
+        height = tensor.shape[0] // max(1, self.groups * self.shared_size)
         tensor = tensor.reshape(*[self.batch[i] for i in order], height, *rest)
         back = [order.index(i) for i in range(len(order))]
         return tensor.permute(*back, *range(len(order), tensor.dim()))
 
 
-def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor]) -> Read:
+def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor] | None) -> Read:
     """``read`` in the query's leading shape, its values in the dtype they are answered in."""
-    read = transform(read, unfold)
+    if unfold is not None:
+        read = transform(read, unfold)
     dtype = answer_dtype(query)
     return read if read.values.dtype == dtype else replace(read, values=read.values.to(dtype))
 

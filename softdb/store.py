@@ -404,20 +404,21 @@ class SoftKVStore(nn.Module):
             dtype = compute_dtype(query, self.keys, self.values)
             centre = centre_of(query, self.metric)
             operand = prepare_query(query, self.metric, chosen, centre, dtype)
-            operand = operand.reshape(1, -1, operand.shape[-1])
+            if len(leading) != 1:
+                operand = operand.reshape(-1, operand.shape[-1])
             scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm)
-            tables = Tables(self.keys[None], self.values[None], self.keys, self.values, sparse=self.trainable)
+            tables = Tables(self.keys, self.values, sparse=self.trainable)
             if mode == "exact":
                 read = read_exactly(operand, tables, scan, k, normalizer)
                 used = selection.shared
             else:
                 slots = self._candidates(query, operand, scan, k)
                 complete = self._complete(slots, selection)
-                read = read_candidates(operand, tables, scan, slots[None], normalizer, complete=complete[None])
+                read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete)
                 used = slots.unique()
         if mode == "hard":
             read = replace(read, normalizer="hard")
-        read = finish(read, query, lambda tensor: tensor[0].unflatten(0, leading) if leading else tensor[0, 0])
+        read = finish(read, query, None if len(leading) == 1 else lambda x: x.reshape((*leading, *x.shape[1:])))
         read = self._guard(read, used)
         return read if read.ids is None else replace(read, ids=self.rows.ids_at(read.ids))
 
@@ -441,9 +442,9 @@ class SoftKVStore(nn.Module):
     def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> Tensor:  # (B, k) slots
         keys = self.keys.detach()
         if k is None:
-            return exact_top_k(operand[0], keys, scan, 1)[1]
+            return exact_top_k(operand, keys, scan, 1)[1]
         wanted = max(1, min(k, len(self.rows)))
-        slots = self._index.search(query.reshape(-1, self.key_dim), operand[0], keys, self.rows, scan, wanted)
+        slots = self._index.search(query.reshape(-1, self.key_dim), operand, keys, self.rows, scan, wanted)
         return nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1)
 
     def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)

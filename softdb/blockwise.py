@@ -395,7 +395,7 @@ def _exponentials(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> T
 
 def _cut(weights: Tensor) -> Tensor:
     """``weights`` with 0 for what is close to underflow, in place."""
-    return F.threshold(weights, SMALLEST_WEIGHT[weights.dtype], 0.0, inplace=True)
+    return torch.threshold_(weights, SMALLEST_WEIGHT[weights.dtype], 0.0)
 
 
 def _finite_or_zero(largest: Tensor) -> Tensor:
@@ -425,7 +425,6 @@ class _Blend(NamedTuple):
         lse: The log-sum-exp, (G B,).
         total: The sum of 2^(score · log2 e − shift), 1 where there was nothing, (G, B).
         shift: (G, B); None for 0.
-        weights: The softmax itself, (G, B, C), where it was small enough to be kept.
         best: The best rows, if they were asked for.
         seen: What a rule showed each query, as one number.
     """
@@ -434,56 +433,8 @@ class _Blend(NamedTuple):
     lse: Tensor
     total: Tensor
     shift: Tensor | None
-    weights: Tensor | None
     best: BestRows | None
     seen: Tensor | None
-
-
-def _read_at_once(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, block: Block, k: int) -> _Blend:
-    """The three lines, for few enough rows that all scores make one small tile."""
-    everyone, queries = slice(0, query.shape[0]), slice(0, query.shape[1])
-    operand = scan.keys(keys, everyone, block)
-    if k:
-        scores = _Buffer().product(query, operand, even=True)  # (G, B, C)
-    elif _is_tall(query.shape[1], query.shape[2]):
-        scores = torch.bmm(operand, query.mT).mT.contiguous()
-    else:
-        scores = torch.bmm(query, operand.mT)
-    if not math.isfinite(scores.sum().item()):
-        _check_visible(scores, block, everyone, queries)
-    block.hide(scores, everyone, queries, -torch.inf)
-    flat = scores.flatten(0, 1)
-    weights = torch.softmax(flat, -1)
-    lse = flat.amax(-1) - weights.amax(-1).log()
-    if block.hides:
-        nothing = lse.isnan()
-        weights.masked_fill_(nothing.unsqueeze(-1), 0.0)
-        lse.masked_fill_(nothing, -torch.inf)
-    if scan.dtype != flat.dtype:
-        lse, weights = lse.to(scan.dtype), weights.to(scan.dtype)
-    weights = _cut(weights).view(scores.shape)
-    block_values = rows_of(values, everyone, block).to(scan.dtype)
-    blend = lse.new_empty(len(lse), values.shape[-1])
-    torch.bmm(weights, block_values, out=blend.view(*scores.shape[:2], -1))
-    best = None
-    if k:
-        found, columns = top_of_block(flat.to(scan.dtype), k)
-        rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
-        missing = (0, k - columns.shape[-1])
-        best = BestRows(
-            F.pad(found, missing, value=-torch.inf),
-            F.pad(weights.flatten(0, 1).gather(-1, columns), missing),
-            F.pad(rows, missing, value=-1),
-        )
-    seen = None if scan.selection.rule is None else block.fingerprint()
-    return _Blend(blend, lse, lse, None, weights, best, seen)
-
-
-def _check_visible(scores: Tensor, block: Block, groups: slice, queries: slice) -> None:
-    """Raise if a score that may be seen is NaN or infinite; what may not be seen is overwritten."""
-    block.hide(scores, groups, queries, 0.0)
-    if not bool(scores.isfinite().all()):
-        raise NonFiniteError(SCORES_NOT_FINITE)
 
 
 def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int) -> _Blend:
@@ -547,7 +498,7 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
     if best is not None:
         shares = _exponentials(best.scores.clone(), shift, scan.dtype).div_(total.unsqueeze(-1))
         found = BestRows(*(tensor.flatten(0, 1) for tensor in (best.scores, shares, best.rows)))
-    return _Blend(blend.flatten(0, 1) / total.flatten().unsqueeze(-1), lse, total, shift, None, found, seen)
+    return _Blend(blend.flatten(0, 1) / total.flatten().unsqueeze(-1), lse, total, shift, found, seen)
 
 
 def _split(rows: Tensor, lanes: int, block: Block) -> Tensor:  # (1, C, d) -> (lanes, C / lanes, d)
@@ -568,19 +519,15 @@ def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> t
     return (total * scale).sum(0, keepdim=True), (blend * scale.unsqueeze(-1)).sum(0, keepdim=True), largest
 
 
-def _evaluate(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int) -> _Blend:
-    count = scan.selection.count
-    small = 0 < len(query) * count <= SMALL_SCORES
+def _read_surely(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int) -> _Blend:
+    """`_read_in_blocks`, again if a bound on the scores was given that does not hold."""
     query, keys, values = _grouped(groups, query), _grouped(groups, keys), _grouped(groups, values)
-    if small:
-        block = scan.selection.block(0, count)
-        if block is not None:
-            return _read_at_once(query, keys, values, scan, block, k)
     read = _read_in_blocks(query, keys, values, scan, k)
-    if read.shift is None and scan.key_norm is not None and count and read.lse.numel():
-        # Somebody wrote to the keys and did not say so, where the bound that was given does not hold.
+    if read.shift is None and scan.key_norm is not None and scan.selection.count and read.lse.numel():
+        # Somebody wrote to the keys and did not say so.
         lowest = float(read.lse.masked_fill(read.lse == -torch.inf, 0.0).amin())
-        if lowest < -UNSHIFTED - 1 or not float(read.lse.amax()) < UNSHIFTED + math.log(count) + 1:
+        highest = UNSHIFTED + math.log(scan.selection.count) + 1
+        if lowest < -UNSHIFTED - 1 or not float(read.lse.amax()) < highest:
             return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k)
     return read
 
@@ -592,18 +539,15 @@ class _ExactRead(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
-        read = _evaluate(query, keys, values, scan, groups, k)
+        read = _read_surely(query, keys, values, scan, groups, k)
         total, shift = read.total, read.shift
-        if shift is None and read.weights is None and total.numel():
+        if shift is None and total.numel():
             # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
             smallest, largest = total.aminmax()
             if float(smallest) < 1 / COMFORTABLE_TOTAL or float(largest) > COMFORTABLE_TOTAL:
                 shift = total.log2().round_()
                 total = total * (-shift).exp2()
         ctx.scan, ctx.groups = scan, groups
-        # Not with the rest: to activation checkpointing, weights of another size would be an error of its own, though
-        # appending rows between a read and its backward is fine.
-        ctx.weights = read.weights
         ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))
         ctx.set_materialize_grads(False)
         return read.values, read.lse, read.best
@@ -614,11 +558,8 @@ class _ExactRead(torch.autograd.Function):
         results: list[Tensor | None] = [None, None, None]
         if grads[0] is not None or grads[1] is not None:
             with torch.no_grad(), full_precision(saved.query.device):
-                results = _gradients(saved, ctx.weights, ctx.scan, ctx.groups, grads[0], grads[1], ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (*saved[:3], *grads) if tensor is not None]
-            results = [result if result is None else _once_only(result, inputs) for result in results]
-        return *results, None, None, None
+                results = _gradients_in_blocks(saved, ctx.scan, ctx.groups, grads[0], grads[1], ctx.needs_input_grad)
+        return *_once_only(results, *saved[:3], *grads), None, None, None
 
 
 def _grouped(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x)
@@ -644,86 +585,19 @@ class _Saved(NamedTuple):
     mask: Tensor | None
 
 
-def _gradients(
+def _gradients_in_blocks(
     saved: _Saved,
-    weights: Tensor | None,
     scan: Scan,
-    groups: int,
+    group_count: int,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of query, keys and values: d score = weight · (grad_blend · value − grad_blend · blend + grad_lse)."""
-    query, keys, values, blend = (_grouped(groups, tensor) for tensor in saved[:4])
-    saved = saved._replace(query=query, keys=keys, values=values, blend=blend)
-    grad_blend = None if grad_blend is None else _grouped(groups, grad_blend)
-    grad_lse = None if grad_lse is None else _grouped(groups, grad_lse)
-    gradients = _grouped_gradients(saved, weights, scan, grad_blend, grad_lse, needs)
-    return [None if gradient is None else gradient.flatten(0, 1) for gradient in gradients]
-
-
-def _grouped_gradients(
-    saved: _Saved,
-    weights: Tensor | None,
-    scan: Scan,
-    grad_blend: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    if weights is not None:
-        block = scan.selection.block(0, scan.selection.count)
-        if block is not None:
-            return _gradients_at_once(saved, weights, scan, block, grad_blend, grad_lse, needs)
-    return _gradients_in_blocks(saved, scan, grad_blend, grad_lse, needs)
-
-
-def _gradients_at_once(
-    saved: _Saved,
-    weights: Tensor,
-    scan: Scan,
-    block: Block,
-    grad_blend: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    query, keys, values, blend = saved[:4]
-    needs_query, needs_keys, needs_values = needs[:3]
-    everyone = slice(0, query.shape[0])
-    if saved.seen is not None:
-        _check_again(saved.seen, block.fingerprint())
-    grad_values = grad_query = grad_keys = None
-    if needs_values and grad_blend is not None:
-        grad_values = _scatter(values, everyone, block, torch.bmm(weights.mT, grad_blend))
-    if needs_query or needs_keys:
-        delta = 0.0 if grad_lse is None else -grad_lse.unsqueeze(-1)
-        if grad_blend is None:
-            grad_scores = weights * -delta
-        else:
-            delta = delta + (grad_blend * blend).sum(-1, keepdim=True)
-            block_values = rows_of(values, everyone, block).to(scan.dtype)
-            grad_scores = torch.bmm(grad_blend, block_values.mT).sub_(delta).mul_(weights)
-        grad_scores = grad_scores.to(query.dtype)
-        if needs_query:
-            grad_query = torch.bmm(grad_scores, scan.keys(keys, everyone, block))
-        if needs_keys:
-            grad_operand = torch.bmm(grad_scores.mT, query)
-            grad_keys = _scatter(keys, everyone, block, scan.keys_backward(grad_operand, keys, everyone, block))
-    return [grad_query, grad_keys, grad_values]
-
-
-def _scatter(table: Tensor, groups: slice, block: Block, part: Tensor) -> Tensor:
-    """A gradient of ``table`` that is 0 outside the block."""
-    if part.shape == table.shape and isinstance(block.rows, slice):
-        return part.to(table.dtype)
-    grad = torch.zeros_like(table)
-    _write(grad, groups, block, part)
-    return grad
-
-
-def _gradients_in_blocks(
-    saved: _Saved, scan: Scan, grad_blend: Tensor | None, grad_lse: Tensor | None, needs: tuple[bool, ...]
-) -> list[Tensor | None]:
-    query, keys, values, blend, total, shift, seen, _ = saved
+    query, keys, values, blend = (_grouped(group_count, tensor) for tensor in saved[:4])
+    total, shift, seen = saved.total, saved.shift, saved.seen
+    grad_blend = None if grad_blend is None else _grouped(group_count, grad_blend)
+    grad_lse = None if grad_lse is None else _grouped(group_count, grad_lse)
     needs_query, needs_keys, needs_values = needs[:3]
     needs_values = needs_values and grad_blend is not None
     count, height = query.shape[:2]
@@ -789,7 +663,7 @@ def _gradients_in_blocks(
         grad_query = grad_query.sum(0, keepdim=True)
     if seen is not None and again is not None:
         _check_again(seen, again)
-    return [grad_query, grad_keys, grad_values]
+    return [None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)]
 
 
 def _check_again(seen: Tensor, again: Tensor) -> None:
@@ -845,9 +719,156 @@ class _OnceOnly(torch.autograd.Function):
         )
 
 
-def _once_only(result: Tensor, inputs: list[Tensor]) -> Tensor:
-    refusing: Tensor = _OnceOnly.apply(result, *inputs)  # type: ignore[no-untyped-call]
-    return refusing
+def _once_only(results: list[Tensor | None], *inputs: Tensor | None) -> list[Tensor | None]:
+    """The gradients of a read, in a graph that refuses a second derivative if one is being made."""
+    if not torch.is_grad_enabled():
+        return results
+    given = [tensor for tensor in inputs if tensor is not None]
+    return [None if result is None else _OnceOnly.apply(result, *given) for result in results]  # type: ignore[no-untyped-call]
+
+
+# -- exact read of few rows ------------------------------------------------------------------------------
+
+
+class _DenseRead(torch.autograd.Function):
+    """The same as `_ExactRead`, by the three lines, where all scores make one small tile: it keeps the weights.
+
+    For one group the tensors have no dimension for groups.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, block: Block, k: int
+    ) -> tuple[Tensor, Tensor, BestRows | None]:
+        blend, lse, best, weights = _read_densely(query, keys, values, scan, groups, block, k)
+        ctx.scan, ctx.groups, ctx.block = scan, groups, block
+        ctx.seen = None if scan.selection.rule is None else block.fingerprint()
+        # Not with the rest: to activation checkpointing, weights of another size would be an error of its own, though
+        # appending rows between a read and its backward is fine.
+        ctx.weights = weights
+        ctx.save_for_backward(query, keys, values, blend, scan.selection.mask)
+        ctx.set_materialize_grads(False)
+        return blend, lse, best
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        query, keys, values, blend, _ = ctx.saved_tensors
+        grad_blend, grad_lse = grads[:2]
+        scan, block, weights, groups = ctx.scan, ctx.block, ctx.weights, ctx.groups
+        needs_query, needs_keys, needs_values = ctx.needs_input_grad[:3]
+        grad_query = grad_keys = grad_values = None
+        if grad_blend is None and grad_lse is None:
+            return (None,) * 7
+        if ctx.seen is not None:
+            _check_again(ctx.seen, scan.selection.block(0, scan.selection.count).fingerprint())
+        with torch.no_grad(), full_precision(query.device):
+            if needs_values and grad_blend is not None:
+                grad_values = _spread(values, groups, block, weights.mT @ _by_group(groups, grad_blend))
+            if needs_query or needs_keys:
+                delta = blend.new_zeros(len(blend), 1) if grad_lse is None else -grad_lse.unsqueeze(-1)
+                if grad_blend is None:
+                    grad_scores = weights * _by_group(groups, -delta)
+                else:
+                    delta = _by_group(groups, delta + (grad_blend * blend).sum(-1, keepdim=True))
+                    block_values = _cast(_rows(values, groups, block), scan.dtype)
+                    grad_scores = (_by_group(groups, grad_blend) @ block_values.mT).sub_(delta).mul_(weights)
+                grad_scores = _cast(grad_scores, query.dtype)
+                rows = _rows(keys, groups, block)
+                if needs_query:
+                    operand = prepare_keys(rows, scan.metric, scan.centre, scan.dtype)
+                    grad_query = _flat(groups, grad_scores @ operand)
+                if needs_keys:
+                    grad_operand = grad_scores.mT @ _by_group(groups, query)
+                    grad_rows = prepare_keys_backward(grad_operand, rows, scan.metric, scan.centre)
+                    grad_keys = _spread(keys, groups, block, grad_rows)
+        results = _once_only([grad_query, grad_keys, grad_values], query, keys, values, *grads)
+        return *results, None, None, None, None
+
+
+def _read_densely(
+    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, block: Block, k: int
+) -> tuple[Tensor, Tensor, BestRows | None, Tensor]:
+    """Blend, log-sum-exp, best rows and weights."""
+    operand = prepare_keys(_rows(keys, groups, block), scan.metric, scan.centre, scan.dtype)
+    query = _by_group(groups, query)
+    if k:
+        scores = _Buffer().product(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
+        scores = scores[0] if groups == 1 else scores
+    elif _is_tall(*query.shape[-2:]):
+        scores = (operand @ query.mT).mT.contiguous()
+    else:
+        scores = query @ operand.mT
+    if not math.isfinite(scores.sum().item()):
+        _hide_all(scores, block, 0.0)
+        if not bool(scores.isfinite().all()):
+            raise NonFiniteError(SCORES_NOT_FINITE)
+    if block.hides:
+        _hide_all(scores, block, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    lse = scores.amax(-1) - weights.amax(-1).log()
+    if block.hides:
+        nothing = lse.isnan()
+        weights.masked_fill_(nothing.unsqueeze(-1), 0.0)
+        lse.masked_fill_(nothing, -torch.inf)
+    if scores.dtype != scan.dtype:
+        lse, weights = lse.to(scan.dtype), weights.to(scan.dtype)
+    weights = _cut(weights)
+    blend = _flat(groups, weights @ _cast(_rows(values, groups, block), scan.dtype))
+    lse = _flat(groups, lse)
+    if k == 0:
+        return blend, lse, None, weights
+    found, columns = top_of_block(scores.to(scan.dtype), k)
+    rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
+    shares = weights.gather(-1, columns)
+    missing = (0, k - columns.shape[-1])
+    best = BestRows(
+        _flat(groups, F.pad(found, missing, value=-torch.inf)),
+        _flat(groups, F.pad(shares, missing)),
+        _flat(groups, F.pad(rows, missing, value=-1)),
+    )
+    return blend, lse, best, weights
+
+
+def _by_group(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x), or (n, *x) for one group
+    return tensor if groups == 1 else _grouped(groups, tensor)
+
+
+def _flat(groups: int, tensor: Tensor) -> Tensor:
+    """The inverse of `_by_group`; not a view, since those cannot be written to in place."""
+    return tensor if groups == 1 else tensor.flatten(0, 1).clone()
+
+
+def _rows(table: Tensor, groups: int, block: Block) -> Tensor:  # (G N, d) -> (G, C, d)
+    table = _by_group(groups, table)
+    if isinstance(block.rows, Tensor):
+        return table.index_select(-2, block.rows)
+    return table if block.count == table.shape[-2] else table.narrow(-2, block.rows.start, block.count)
+
+
+def _spread(table: Tensor, groups: int, block: Block, part: Tensor) -> Tensor:  # (G, C, d) -> (G N, d)
+    """The gradient of a table, from that of the rows of a block."""
+    part = _cast(part, table.dtype)
+    if isinstance(block.rows, slice) and part.numel() == table.numel():
+        return _flat(groups, part)
+    gradient = torch.zeros_like(table)
+    rows = _by_group(groups, gradient)
+    if isinstance(block.rows, slice):
+        rows.narrow(-2, block.rows.start, block.count).copy_(part)
+    else:
+        rows.index_copy_(-2, block.rows, part)
+    return gradient
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _hide_all(scores: Tensor, block: Block, value: float) -> None:
+    grouped = scores if scores.dim() == 3 else scores.unsqueeze(0)
+    block.hide(grouped, slice(0, grouped.shape[0]), slice(0, grouped.shape[1]), value)
+
+
+# -- exact read, of any size -----------------------------------------------------------------------------
 
 
 def exact_read(
@@ -876,13 +897,22 @@ def exact_read(
     Raises:
         NonFiniteError: A score overflowed, or keys hold NaN.
     """
-    with full_precision(query.device):
-        if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad):
-            result: tuple[Tensor, Tensor, BestRows | None]
-            result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
-            return result
-        read = _evaluate(query, keys, values, scan, groups, k)
-        return read.values, read.lse, read.best
+    wanted = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+    count = scan.selection.count
+    block = None
+    if 0 < query.shape[0] * count <= SMALL_SCORES:
+        block = scan.selection.block(0, count)
+    result: tuple[Tensor, Tensor, BestRows | None]
+    if block is not None:
+        if not wanted:
+            return _read_densely(query, keys, values, scan, groups, block, k)[:3]
+        result = _DenseRead.apply(query, keys, values, scan, groups, block, k)  # type: ignore[no-untyped-call]
+    else:
+        if not wanted:
+            read = _read_surely(query, keys, values, scan, groups, k)
+            return read.values, read.lse, read.best
+        result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
+    return result
 
 
 def check_scores(lse: Tensor, *, some: bool = False) -> None:

@@ -75,6 +75,9 @@ def prepare_query(
 ) -> Tensor:  # (..., operand width)
     """The left operand of the product that gives the scores."""
     wanted = operand_dtype(metric, dtype)
+    divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
+    if isinstance(temperature, float):
+        divisor *= temperature
     # A unit vector divided by a small temperature is rounded once, and its gradient, a difference of large numbers, not
     # before it is taken.
     operand = query.to(torch.float64 if metric == "cosine" else wanted)
@@ -85,11 +88,11 @@ def prepare_query(
         operand = torch.cat([2 * operand, -torch.ones_like(squared), -squared], dim=-1)
     elif metric == "cosine":
         operand = F.normalize(operand, dim=-1)
-    divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     if isinstance(temperature, Tensor):
-        return (operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)).to(wanted)
-    divisor *= temperature
-    return operand.to(wanted) if divisor == 1.0 else (operand / divisor).to(wanted)
+        operand = operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)
+    elif divisor != 1.0:
+        operand = operand / divisor
+    return operand.to(wanted)
 
 
 def prepare_keys(

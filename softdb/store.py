@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,9 +59,11 @@ def _outside_compiled_graphs(function: Callable[Arguments, Result]) -> Callable[
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not disabled and "torch._dynamo" in sys.modules:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*args, **kwargs)
+        if not disabled:
             disabled.append(torch.compiler.disable(function))
-        return (disabled or [function])[0](*args, **kwargs)
+        return disabled[0](*args, **kwargs)
 
     return call
 
@@ -574,15 +575,17 @@ class SoftKVStore(nn.Module):
 
     def _guard(self, read: Read, used: Tensor | None) -> Read:
         """``read``, such that its backward first checks the rows it used."""
-        names = [name for name in ("values", "weights", "scores", "lse", "mass") if getattr(read, name) is not None]
-        tensors = [getattr(read, name) for name in names]
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        if not torch.is_grad_enabled():
+            return read
+        members = {name: getattr(read, name) for name in ("values", "weights", "scores", "lse", "mass")}
+        open_ones = {name: tensor for name, tensor in members.items() if tensor is not None and tensor.requires_grad}
+        if not open_ones:
             return read
         token = torch.tensor(self.rows.version, device="cpu")
         self._open_reads = [reference for reference in self._open_reads if reference() is not None]
         self._open_reads.append(weakref.ref(token))
-        guarded = _Guard.apply(Snapshot(self.rows, used), token, *tensors)  # type: ignore[no-untyped-call]
-        return replace(read, **dict(zip(names, guarded, strict=True)))
+        guarded = _Guard.apply(Snapshot(self.rows, used), token, *open_ones.values())  # type: ignore[no-untyped-call]
+        return replace(read, **dict(zip(open_ones, guarded, strict=True)))
 
     def _notice_writes(self) -> None:
         """Mark every row changed if somebody has written to ``keys`` or ``values`` in place.
@@ -598,8 +601,8 @@ class SoftKVStore(nn.Module):
 
     def _written(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when torch writes to ``keys`` and ``values``."""
-        tables = (self.keys, self.values)
-        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tables)
+        keys, values = self.keys, self.values
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in (keys, values))
 
     def _watch(self) -> None:
         if self.trainable:

@@ -56,6 +56,7 @@ LARGEST = 1e38
 COMFORTABLE_TOTAL = 2.0**40
 # As many weights are held all at once, and kept for backward: half a MiB of float32.
 SMALL_SCORES = 2**17
+NOTHING: AbstractContextManager[Any] = nullcontext()
 # Weights below are taken for 0.
 SMALLEST_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 SCORES_NOT_FINITE = (
@@ -173,7 +174,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast lowers nothing: scores and softmax need float32."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return NOTHING
 
 
 # -- exact top-k -----------------------------------------------------------------------------------------

@@ -140,14 +140,16 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
     """Raise unless ``value`` has ``shape``, in which None is any size and a leading -1 any number of dimensions."""
     leading = bool(shape) and shape[0] == -1
     wanted = shape[1:] if leading else shape
-    found = tuple(value.shape)
-    fits = len(found) >= len(wanted) if leading else len(found) == len(wanted)
-    if fits:
-        tail = found[len(found) - len(wanted) :]
-        fits = all(want is None or want == have for want, have in zip(wanted, tail, strict=True))
-    if not fits:
-        sizes = ["..."] * leading + ["any" if want is None else str(want) for want in wanted]
-        raise ShapeError(f"{name}: expected shape ({', '.join(sizes)}{',' * (len(sizes) == 1)}), got {found}")
+    found = value.shape
+    missing = len(wanted) - len(found)
+    if missing == 0 or (leading and missing < 0):
+        for want, have in zip(wanted, found[-missing:] if missing else found, strict=True):
+            if want is not None and want != have:
+                break
+        else:
+            return
+    sizes = ["..."] * leading + ["any" if want is None else str(want) for want in wanted]
+    raise ShapeError(f"{name}: expected shape ({', '.join(sizes)}{',' * (len(sizes) == 1)}), got {tuple(found)}")
 
 
 def is_finite(value: Tensor) -> bool:

@@ -112,6 +112,11 @@ class Selection:
             return len(self.visit)
         return self.size if self.shared is None else int(self.shared.sum())
 
+    @cached_property
+    def shows_some_to_all(self) -> bool:
+        """Whether it is known that every query sees some row."""
+        return self.is_shared and self.shared_count > 0
+
     @property
     def is_shared(self) -> bool:
         """Whether every query sees the same rows."""

@@ -115,8 +115,7 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     """An exact read of prepared queries (M, w); everything in ``scan.dtype``."""
     hard = normalizer == "straight_through"
     values, lse, best = exact_read(query, tables.keys, tables.values, scan, tables.groups, k or int(hard))
-    everywhere = scan.selection.is_shared and scan.selection.shared_count > 0
-    mass = torch.ones_like(lse) if everywhere else (lse > -torch.inf).to(lse.dtype)
+    mass = torch.ones_like(lse) if scan.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
     scores, weights, rows = best
@@ -259,14 +258,17 @@ def soft_read(
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
         scan = Scan(metric, centre, selection, dtype)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
+        if not selection.shows_some_to_all:
+            check_finite("query", query)  # else its scores tell
         try:
             read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
         except NonFiniteError:
-            check_finite("keys", keys)  # it may be their fault: say so
+            check_finite("query", query)  # it may be their fault: say so
+            check_finite("keys", keys)
             raise
     if not math.isfinite(read.values.detach().sum().item()):
         check_finite("values", values)
-    return finish(read, query, fold.unfold if batch else None)
+    return finish(transform(read, fold.unfold) if batch else read, query)
 
 
 def topk_read(
@@ -315,6 +317,7 @@ def topk_read(
         tensor([[ 0,  2, -1]])
     """
     batch = _check_operands(query, keys, values, metric, temperature, normalizer)
+    check_finite("query", query)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with full_precision(query.device):
         dtype = compute_dtype(query, keys, values)
@@ -326,7 +329,7 @@ def topk_read(
         rows = fold.queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
         read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
-    return finish(read, query, fold.unfold if batch else None)
+    return finish(transform(read, fold.unfold) if batch else read, query)
 
 
 def merge(reads: Sequence[Read]) -> Read:
@@ -456,10 +459,8 @@ class _Fold:
         return tensor.permute(*back, *range(len(order), tensor.dim()))
 
 
-def finish(read: Read, query: Tensor, unfold: Callable[[Tensor], Tensor] | None) -> Read:
-    """``read`` in the query's leading shape, its values in the dtype they are answered in."""
-    if unfold is not None:
-        read = transform(read, unfold)
+def finish(read: Read, query: Tensor) -> Read:
+    """``read``, its values in the dtype they are answered in."""
     dtype = answer_dtype(query)
     return read if read.values.dtype == dtype else replace(read, values=read.values.to(dtype))
 
@@ -480,7 +481,6 @@ def _check_operands(
         raise ShapeError("query: expected at least one number per query, got width 0")
     batch = _batch_shape(query, keys, values)
     check_temperature(temperature, (*batch, query.shape[-2]))
-    check_finite("query", query)
     return batch
 
 

@@ -80,7 +80,9 @@ def prepare_query(
         divisor *= temperature
     # A unit vector divided by a small temperature is rounded once, and its gradient, a difference of large numbers, not
     # before it is taken.
-    operand = query.to(torch.float64 if metric == "cosine" else wanted)
+    operand = query
+    if metric == "cosine" or query.dtype != wanted:
+        operand = query.to(torch.float64 if metric == "cosine" else wanted)
     if metric == "l2":
         if centre is not None:
             operand = operand - centre
@@ -92,7 +94,7 @@ def prepare_query(
         operand = operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)
     elif divisor != 1.0:
         operand = operand / divisor
-    return operand.to(wanted)
+    return operand if operand.dtype == wanted else operand.to(wanted)
 
 
 def prepare_keys(
@@ -102,7 +104,8 @@ def prepare_keys(
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """The right operand of the product that gives the scores; ``keys`` itself where nothing is to be done."""
-    operand = keys.to(operand_dtype(metric, dtype))
+    wanted = operand_dtype(metric, dtype)
+    operand = keys if keys.dtype == wanted else keys.to(wanted)
     if metric == "cosine":
         return F.normalize(operand, dim=-1)
     if metric == "l2":

@@ -17,6 +17,7 @@ from softdb.errors import (
     ArgumentError,
     DtypeError,
     GrowthError,
+    NonFiniteError,
     ShapeError,
     StaleReadError,
     check_choice,
@@ -29,7 +30,7 @@ from softdb.errors import (
     describe,
 )
 from softdb.filters import Selection, Where, select
-from softdb.functional import Read, Tables, finish, read_candidates, read_exactly
+from softdb.functional import Read, Tables, finish, read_candidates, read_exactly, transform
 from softdb.index import Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer
 from softdb.rows import RowTable, Snapshot, resized, watch
@@ -168,7 +169,9 @@ class SoftKVStore(nn.Module):
         self.rows = RowTable(fields, device=device)
         self._index = Index(IndexConfig(index) if isinstance(index, str) else index, metric, self.key_dim)
         self._open_reads: list[weakref.ref[Tensor]] = []
-        self._key_norm = (0, 0.0)  # at which version of the rows, and the largest norm up to then
+        # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
+        self._key_norm = (0, 0.0)
+        self._everything: tuple[int, Selection | None] = (0, None)
         self._seen = self._written()
         self._watch()
 
@@ -395,22 +398,28 @@ class SoftKVStore(nn.Module):
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
         k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
-        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
-        check_finite("query", query)
+        keys, values = self.keys, self.values
+        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         self._notice_writes()
         leading = query.shape[:-1]
-        chosen = check_temperature(self.temperature if temperature is None else temperature, leading)
-        selection = select(self.rows, tuple(leading), where, exclude)
+        chosen = self.temperature if temperature is None else check_temperature(temperature, leading)
+        selection = self._select(leading, where, exclude)
+        if mode != "exact" or not selection.shows_some_to_all:
+            check_finite("query", query)  # else its scores tell
         with full_precision(query.device):
-            dtype = compute_dtype(query, self.keys, self.values)
+            dtype = compute_dtype(query, keys, values)
             centre = centre_of(query, self.metric)
             operand = prepare_query(query, self.metric, chosen, centre, dtype)
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
             scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm)
-            tables = Tables(self.keys, self.values, sparse=self.trainable)
+            tables = Tables(keys, values, sparse=self.trainable)
             if mode == "exact":
-                read = read_exactly(operand, tables, scan, k, normalizer)
+                try:
+                    read = read_exactly(operand, tables, scan, k, normalizer)
+                except NonFiniteError:
+                    check_finite("query", query)  # it may be its fault: say so
+                    raise
                 used = selection.shared
             else:
                 slots = self._candidates(query, operand, scan, k)
@@ -419,9 +428,19 @@ class SoftKVStore(nn.Module):
                 used = slots.unique()
         if mode == "hard":
             read = replace(read, normalizer="hard")
-        read = finish(read, query, None if len(leading) == 1 else lambda x: x.reshape((*leading, *x.shape[1:])))
-        read = self._guard(read, used)
+        if len(leading) != 1:
+            read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
+        read = self._guard(finish(read, query), used)
         return read if read.ids is None else replace(read, ids=self.rows.ids_at(read.ids))
+
+    def _select(self, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
+        if where is not None or exclude is not None:
+            return select(self.rows, tuple(leading), where, exclude)
+        version, everything = self._everything
+        if version != self.rows.version or everything is None:
+            everything = select(self.rows, (), None, None)
+            self._everything = (self.rows.version, everything)
+        return everything
 
     def _largest_key_norm(self) -> float:
         """A norm that no key surpasses; rows that are gone may still count."""
@@ -599,10 +618,9 @@ class SoftKVStore(nn.Module):
             self._seen = written
             self._watch()
 
-    def _written(self) -> tuple[tuple[int, int, int], ...]:
+    def _written(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """What changes when torch writes to ``keys`` and ``values``."""
-        keys, values = self.keys, self.values
-        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in (keys, values))
+        return _state(self.keys), _state(self.values)
 
     def _watch(self) -> None:
         if self.trainable:
@@ -670,7 +688,7 @@ class SoftKVStore(nn.Module):
             self._resize(capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open_reads": [], "_seen": None}
+        return self.__dict__ | {"_open_reads": [], "_seen": None, "_everything": (0, None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -698,6 +716,10 @@ class _Guard(torch.autograd.Function):
             )
         ctx.snapshot.check()
         return None, None, *grads
+
+
+def _state(table: Tensor) -> tuple[int, int, int]:
+    return id(table), table.data_ptr(), 0 if table.is_inference() else table._version
 
 
 def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:

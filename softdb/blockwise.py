@@ -772,7 +772,7 @@ class _DenseRead(torch.autograd.Function):
                 else:
                     delta = _by_group(groups, delta + (grad_blend * blend).sum(-1, keepdim=True))
                     block_values = _cast(_rows(values, groups, block), scan.dtype)
-                    grad_scores = (_by_group(groups, grad_blend) @ block_values.mT).sub_(delta).mul_(weights)
+                    grad_scores = _pairwise(_by_group(groups, grad_blend), block_values).sub_(delta).mul_(weights)
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _rows(keys, groups, block)
                 if needs_query:
@@ -795,17 +795,16 @@ def _read_densely(
     if k:
         scores = _Buffer().product(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
         scores = scores[0] if groups == 1 else scores
-    elif _is_tall(*query.shape[-2:]):
-        scores = (operand @ query.mT).mT.contiguous()
     else:
-        scores = query @ operand.mT
+        scores = _pairwise(query, operand)
     if not math.isfinite(scores.sum().item()):
         _hide_all(scores, block, 0.0)
         if not bool(scores.isfinite().all()):
             raise NonFiniteError(SCORES_NOT_FINITE)
     if block.hides:
         _hide_all(scores, block, -torch.inf)
-    weights = torch.softmax(scores, -1)
+    # Along whichever dimension lies that way in memory.
+    weights = torch.softmax(scores, -1) if scores.is_contiguous() else torch.softmax(scores.mT, -2).mT
     lse = scores.amax(-1) - weights.amax(-1).log()
     if block.hides:
         nothing = lse.isnan()
@@ -828,6 +827,11 @@ def _read_densely(
         _flat(groups, F.pad(rows, missing, value=-1)),
     )
     return blend, lse, best, weights
+
+
+def _pairwise(left: Tensor, right: Tensor) -> Tensor:  # (..., b, d), (..., C, d) -> (..., b, C)
+    """``left @ right.mT``, whichever way round is faster."""
+    return (right @ left.mT).mT if _is_tall(left.shape[-2], left.shape[-1]) else left @ right.mT
 
 
 def _by_group(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x), or (n, *x) for one group

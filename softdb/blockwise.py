@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +28,16 @@ from softdb.filters import Block, Selection
 from softdb.scores import prepare_keys, prepare_keys_backward
 
 __all__ = [
+    "Places",
     "Scan",
+    "blend_at",
     "check_scores",
     "exact_read",
     "exact_top_k",
     "full_precision",
     "gather_rows",
     "gathered_scores",
+    "scores_at",
     "top_k",
 ]
 
@@ -67,8 +71,8 @@ SCORES_NOT_FINITE = (
 GROUP = 32
 # Up to this many groups for each row wanted, one pass is faster than two.
 FEW_GROUPS = 32
-# The group maxima of a pass, and the rows scored again, for as many queries at a time: 32 and 64 MiB.
-MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**24
+# The group maxima of a pass, for as many queries at a time, and rows that are gathered: 32 and 1 MiB.
+MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**18
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,8 @@ def rows_of(table: Tensor, groups: slice, block: Block) -> Tensor:  # (G, N, d) 
         if (groups.start, groups.stop, block.rows.start, block.rows.stop) == (0, table.shape[0], 0, table.shape[1]):
             return table
         return table[groups, block.rows]
+    if table.shape[0] == 1:
+        return table[0].index_select(0, block.rows).unsqueeze(0)  # twice as fast as along dimension 1
     return table[groups].index_select(1, block.rows)
 
 
@@ -290,21 +296,14 @@ def _top_k_in_two_passes(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tup
     batch, count = query.shape[1], scan.selection.count
     height = max(1, MAXIMA_ELEMENTS * GROUP // count)
     parts = [slice(start, min(start + height, batch)) for start in range(0, batch, height)]
-    scores = torch.full((batch, k), -torch.inf, dtype=scan.dtype, device=query.device)
-    slots = torch.full((batch, k), -1, dtype=torch.int64, device=query.device)
     if batch == 0:
-        return scores, slots
+        return query.new_empty(0, k, dtype=scan.dtype), torch.empty(0, k, dtype=torch.int64, device=query.device)
     found = torch.cat([_columns_of_best_groups(query, keys, scan, part, k) for part in parts])  # (B, 32 k)
     if scan.selection.visit is not None:
         found = torch.where(found < 0, found, scan.selection.visit[found.clamp(min=0)])
     found.masked_fill_(~scan.selection.allows(found), -1)
-    step = max(1, GATHER_ELEMENTS // (found.shape[1] * keys.shape[-1]))
-    for start in range(0, batch, step):
-        part = slice(start, start + step)
-        again = gathered_scores(query[0, part], _gather(keys[0], found[part]), scan)
-        scores[part], place = top_k(again.masked_fill_(found[part] < 0, -torch.inf), k)
-        slots[part] = found[part].gather(-1, place).masked_fill_(scores[part] == -torch.inf, -1)
-    return scores, slots
+    scores, place = top_k(scores_at(query[0], keys[0], found, scan), k)
+    return scores, found.gather(-1, place).masked_fill_(scores == -torch.inf, -1)
 
 
 def _columns_of_best_groups(
@@ -933,47 +932,84 @@ def check_scores(lse: Tensor, *, some: bool = False) -> None:
 # -- reads of a few rows ---------------------------------------------------------------------------------
 
 
+class Places:
+    """Rows of a table, by number, -1 at padding: (M, k), to be gathered from one table or several."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self.missing = numbers < 0
+        self.padded = bool(self.missing.any())
+
+    @property
+    def valid(self) -> Tensor:
+        """Numbers that can be looked up, 0 at padding."""
+        return self.numbers.clamp(min=0) if self.padded else self.numbers
+
+    @cached_property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """Each number once, ascending, and which of them each entry is; without padding, flat."""
+        rows, place = self.numbers[~self.missing].unique(return_inverse=True)
+        return rows, place
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(slots)
+    def forward(ctx: Any, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+        ctx.places = places
         ctx.table_shape, ctx.table_dtype = table.shape, table.dtype
-        return _gather(table, slots).to(dtype)
+        return _gather(table, places, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (slots,) = ctx.saved_tensors
-        flat = slots.flatten()
-        taken = flat >= 0
-        rows, place = flat[taken].unique(return_inverse=True)
-        summed = grads[0].new_zeros(len(rows), ctx.table_shape[-1])
-        summed = summed.index_add(0, place, grads[0].flatten(0, -2)[taken])
-        grad = torch.sparse_coo_tensor(
+        places = ctx.places
+        rows, place = places.distinct
+        grad = grads[0][~places.missing] if places.padded else grads[0].flatten(0, -2)
+        summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, place, grad)
+        sparse = torch.sparse_coo_tensor(
             rows.unsqueeze(0),
             summed.to(ctx.table_dtype),
             ctx.table_shape,
             is_coalesced=True,  # unique() sorts
             check_invariants=False,
         )
-        return grad, None, None
+        return sparse, None, None
 
 
-def _gather(table: Tensor, slots: Tensor) -> Tensor:  # (N, d), (*shape) -> (*shape, d)
-    """``table[slots]``, 0 at -1: nothing that stands in some row there may come through, be it NaN."""
-    rows = table.index_select(0, slots.clamp(min=0).flatten()).view(*slots.shape, table.shape[-1])
-    missing = slots < 0
-    return rows.masked_fill(missing.unsqueeze(-1), 0.0) if bool(missing.any()) else rows
+def _gather(table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)
+    """``table[places]``, 0 at padding: nothing that stands in some row there may come through, be it NaN."""
+    rows = table.index_select(0, places.valid.flatten()).view(*places.numbers.shape, table.shape[-1]).to(dtype)
+    return rows.masked_fill(places.missing.unsqueeze(-1), 0.0) if places.padded else rows
 
 
-def gather_rows(table: Tensor, slots: Tensor, dtype: torch.dtype, *, sparse: bool) -> Tensor:
-    """``table[slots].to(dtype)``, 0 at -1; with ``sparse`` the gradient is a coalesced COO of the rows read."""
+def gather_rows(table: Tensor, places: Places, dtype: torch.dtype, *, sparse: bool) -> Tensor:
+    """``table[places].to(dtype)``, 0 at padding; with ``sparse`` the gradient is a coalesced COO of the rows read."""
     if sparse and table.requires_grad and torch.is_grad_enabled():
-        rows: Tensor = _GatherRows.apply(table, slots, dtype)  # type: ignore[no-untyped-call]
+        rows: Tensor = _GatherRows.apply(table, places, dtype)  # type: ignore[no-untyped-call]
         return rows
-    return _gather(table, slots).to(dtype)
+    return _gather(table, places, dtype)
 
 
 def gathered_scores(query: Tensor, keys: Tensor, scan: Scan) -> Tensor:  # (M, w), (M, k, d) -> (M, k)
     """Scores of prepared queries with each its own k keys, differentiable."""
     operand = prepare_keys(keys, scan.metric, scan.centre, scan.dtype)
     return torch.bmm(operand, query.unsqueeze(-1)).squeeze(-1).to(scan.dtype)
+
+
+def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, scan: Scan) -> Tensor:  # (M, w), (N, d) -> (M, k)
+    """Scores of prepared queries with the keys at (M, k) ``numbers``, -inf at -1; no gradient, and no (M, k, d)."""
+    scores = query.new_empty(numbers.shape, dtype=scan.dtype)
+    valid = numbers.clamp(min=0)
+    width = keys.shape[-1]
+    step = max(1, GATHER_ELEMENTS // max(1, numbers.shape[1] * width))
+    buffer = keys.new_empty(min(step, len(numbers)) * numbers.shape[1], width)
+    for start in range(0, len(numbers), step):
+        part = slice(start, start + step)
+        wanted = valid[part].flatten()
+        rows = torch.index_select(keys, 0, wanted, out=buffer[: len(wanted)])
+        scores[part] = gathered_scores(query[part], rows.view(-1, numbers.shape[1], width), scan)
+    return scores.masked_fill_(numbers < 0, -torch.inf)
+
+
+def blend_at(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
+    """The weighted sum of the values at ``numbers``, none of them -1; no gradient, and no (M, k, dv)."""
+    return F.embedding_bag(numbers, values, per_sample_weights=weights, mode="sum")

@@ -214,6 +214,8 @@ def _mask_of_tensor(rows: RowTable, where: Tensor) -> Tensor:  # -> (used,) bool
             )
         if where.device != device:
             raise DeviceError(f"where: expected a tensor on {device}, got one on {where.device}; move it with .to()")
+        if rows.live() is None:
+            return where.clone()
         slots = rows.live_slots()[where]
     else:
         ids = check_ids("where", where, repeats=True)

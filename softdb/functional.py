@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softdb.blockwise import Scan, check_scores, exact_read, full_precision, gather_rows, gathered_scores
+from softdb.blockwise import (
+    Places,
+    Scan,
+    blend_at,
+    check_scores,
+    exact_read,
+    full_precision,
+    gather_rows,
+    gathered_scores,
+    scores_at,
+)
 from softdb.errors import (
     ArgumentError,
     DeviceError,
@@ -104,10 +114,10 @@ class Tables:
         first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
         return torch.where(rows < 0, rows, rows + first)
 
-    def gather_keys(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
         return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
-    def gather_values(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
         return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 
@@ -119,7 +129,7 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     if best is None:
         return Read(values, None, None, None, lse, mass)
     scores, weights, rows = best
-    places = tables.place(rows)
+    places = Places(tables.place(rows))
     if hard:
         values = straight_through(_choose(tables, places, scan.dtype), values)
     if k is None:
@@ -127,7 +137,7 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
         again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
-        scores = straight_through(scores, again.masked_fill(places < 0, -torch.inf))
+        scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
     total = weights.sum(-1)
@@ -144,23 +154,29 @@ def read_candidates(
 
     ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen.
     """
-    # By ascending row and then, stably, by score: ties go to the lowest row.
-    rows = torch.where(rows < 0, torch.iinfo(rows.dtype).max, rows).sort(-1).values
-    rows = rows.masked_fill(rows == torch.iinfo(rows.dtype).max, -1)
-    places = tables.place(rows)
+    places = Places(tables.place(rows))
     width = tables.values.shape[-1]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
+    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and normalizer == "softmax"
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
-        scores = nothing.to(scan.dtype).expand(places.shape).masked_fill(places < 0, -torch.inf)
-        values = query.new_zeros(*places.shape, width, dtype=scan.dtype)
-    else:
+        scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+    elif wanted:
         scores = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
-        scores = scores.masked_fill(places < 0, -torch.inf)
-        values = tables.gather_values(places, scan.dtype)
+        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
+    else:
+        scores = scores_at(query, tables.keys, places.numbers, scan)
     weights, lse = softmax(scores)
-    check_scores(lse.masked_fill((places < 0).all(-1), 0.0), some=True)
-    blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
-    order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
+    check_scores(lse.masked_fill(places.missing.all(-1), 0.0) if places.padded else lse, some=True)
+    if lean:
+        blend = blend_at(weights, tables.values, places.numbers)
+    else:
+        if len(tables.keys) == 0:
+            values = query.new_zeros(*rows.shape, width, dtype=scan.dtype)
+        else:
+            values = tables.gather_values(places, scan.dtype)
+        blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+    order = _best_first(scores.detach(), rows)
     rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if normalizer == "straight_through":
@@ -171,11 +187,22 @@ def read_candidates(
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
 
 
-def _choose(tables: Tables, places: Tensor, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
+    """The order of candidates by score, the lowest row first among equals, padding last."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)
+    if bool(tied.any()):
+        by_row = rows.sort(dim=-1).indices
+        order = by_row.gather(-1, scores.gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices)
+    return order
+
+
+def _choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """The value of each query's best row, 0 where there is none."""
+    first = places.numbers[:, :1]
     if len(tables.values) == 0:
-        return tables.values.new_zeros(len(places), tables.values.shape[-1], dtype=dtype)
-    return gather_rows(tables.values.detach(), places[:, 0], dtype, sparse=False)
+        return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
+    return gather_rows(tables.values.detach(), Places(first), dtype, sparse=False).squeeze(1)
 
 
 def _one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:

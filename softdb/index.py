@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import faiss  # after torch: so that both share one OpenMP runtime
 
-from softdb.blockwise import Scan, exact_top_k, gather_rows, gathered_scores, top_k
+from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
 from softdb.errors import ArgumentError, DtypeError, describe
 from softdb.filters import select
 from softdb.rows import RowTable
@@ -125,6 +125,7 @@ class _Base:
     trained_rows: int
     slots: Tensor  # (entries,) on the CPU
     entry_of: Tensor  # (capacity,) on the CPU: the entry of a slot, -1 where there is none
+    in_order: bool  # whether entry e is slot e
     stale: int = 0
     recall: float | None = None
     bitmap: Any = None  # of the entries that are not stale, while there are others
@@ -215,8 +216,9 @@ class Index:
                 found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
             if found.shape[-1] > k:
                 found = _best_of(found, operand, keys, scan, k)
-            short = ((found >= 0).sum(-1) < k).nonzero().squeeze(-1)
-            if len(short):
+            missing = found < 0
+            if bool(missing.any()):
+                short = ((~missing).sum(-1) < k).nonzero().squeeze(-1)
                 rest = Scan(scan.metric, scan.centre, selection.take(short), scan.dtype)
                 found[short] = exact_top_k(operand[short], keys, rest, k)[1]
             return found
@@ -244,9 +246,13 @@ class Index:
         entries = torch.from_numpy(
             _search(base.index, _vectors(query, self._metric), min(wanted, base.entries), selector)
         )
-        slots = base.slots[entries.clamp(min=0)]
-        slots[(entries < 0) | (base.entry_of[slots] != entries)] = -1
+        slots = entries
+        if base.stale or not base.in_order:
+            slots = base.slots[entries.clamp(min=0)]
+            slots[(entries < 0) | (base.entry_of[slots] != entries)] = -1
         slots = slots.to(query.device)
+        if selection.shared is None and selection.is_shared:
+            return slots
         return slots.masked_fill_(~selection.allows(slots), -1)
 
     @staticmethod
@@ -346,7 +352,8 @@ class Index:
             here = slots.cpu()
             entry_of = torch.full((rows.capacity,), -1, dtype=torch.int64, device="cpu")
             entry_of[here] = torch.arange(len(here), device="cpu")
-            base = _Base(index, factory, len(here), here, entry_of)
+            in_order = int(here[-1]) == len(here) - 1  # since they ascend
+            base = _Base(index, factory, len(here), here, entry_of, in_order)
             base.recall = self._tune(base, rows, keys, query)
         except (RuntimeError, AssertionError) as error:  # FAISS's own
             self._error, self._failed_at = _reason(error), len(slots)
@@ -365,6 +372,7 @@ class Index:
             return
         here = self._pending.cpu()
         base.entry_of[here] = torch.arange(base.entries, base.entries + len(here), device="cpu")
+        base.in_order &= int(here[0]) == base.entries and int(here[-1]) == base.entries + len(here) - 1
         base.slots = torch.cat([base.slots, here])
         base.bitmap = None
         self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -387,7 +395,7 @@ class Index:
         def measure() -> float:
             entries = torch.from_numpy(_search(base.index, vectors, k, None))
             slots = base.slots[entries.clamp(min=0)].to(keys.device)
-            found = gathered_scores(operand, gather_rows(keys, slots, scan.dtype, sparse=False), scan)
+            found = scores_at(operand, keys, slots, scan)
             # A row that ties with the k-th best is as good.
             slack = 1e-5 * worst.abs()
             hits = (found >= worst - slack) & (entries.to(keys.device) >= 0)
@@ -421,9 +429,7 @@ class Index:
 
 def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)
     """The k best of each query's candidates by their live keys."""
-    scores = gathered_scores(operand, gather_rows(keys, slots, scan.dtype, sparse=False), scan)
-    order = top_k(scores.masked_fill(slots < 0, -torch.inf), k)[1]
-    return slots.gather(-1, order)
+    return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
 
 
 # -- FAISS -----------------------------------------------------------------------------------------------

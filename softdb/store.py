@@ -425,7 +425,7 @@ class SoftKVStore(nn.Module):
                 slots = self._candidates(query, operand, scan, k)
                 complete = self._complete(slots, selection)
                 read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete)
-                used = slots.unique()
+                used = slots.flatten()
         if mode == "hard":
             read = replace(read, normalizer="hard")
         if len(leading) != 1:

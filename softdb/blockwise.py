@@ -112,7 +112,7 @@ class Scan:
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
         edges = list(range(0, count, width))
         if k and count % GROUP and count - edges[-1] > FEW_ROWS:
-            edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Buffer.product`
+            edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Product`
         edges.append(count)
         for first in range(0, groups, depth):
             for start, stop in itertools.pairwise(edges):
@@ -157,23 +157,49 @@ class Scan:
             numbers += values.shape[-1]
         return numbers
 
-    def keys(self, keys: Tensor, groups: slice, block: Block) -> Tensor:  # -> (g, C, operand width)
+    def operand(self, rows: Tensor) -> Tensor:  # (g, C, d) -> (g, C, operand width)
         """The prepared keys of a block."""
-        return prepare_keys(rows_of(keys, groups, block), self.metric, self.centre, self.dtype)
+        return prepare_keys(rows, self.metric, self.centre, self.dtype)
 
-    def keys_backward(self, grad: Tensor, keys: Tensor, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
+    def operand_backward(self, grad: Tensor, rows: Tensor) -> Tensor:  # (g, C, operand width) -> (g, C, d)
         """The gradient of a block's keys, from that of its prepared keys."""
-        return prepare_keys_backward(grad, rows_of(keys, groups, block), self.metric, self.centre)
+        return prepare_keys_backward(grad, rows, self.metric, self.centre)
 
 
-def rows_of(table: Tensor, groups: slice, block: Block) -> Tensor:  # (G, N, d) -> (g, C, d)
-    if isinstance(block.rows, slice):
-        if (groups.start, groups.stop, block.rows.start, block.rows.stop) == (0, table.shape[0], 0, table.shape[1]):
-            return table
-        return table[groups, block.rows]
-    if table.shape[0] == 1:
-        return table[0].index_select(0, block.rows).unsqueeze(0)  # twice as fast as along dimension 1
-    return table[groups].index_select(1, block.rows)
+class _Memory:
+    """Memory for one thing at a time: allocating it anew for every block would cost as much as a product."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of a shape, not filled; what was taken before is lost."""
+        size = math.prod(shape)
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = like.new_empty(size, dtype=dtype)
+        return self._memory[:size].view(shape)
+
+
+class _Rows:
+    """A table, (G, N, d), as blocks of rows in one dtype; what has to be copied is lost with the next block."""
+
+    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
+        self._table, self._dtype = table, dtype
+        self._gathered, self._converted = _Memory(), _Memory()
+
+    def block(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
+        """The rows of a block."""
+        table = self._table
+        if isinstance(block.rows, slice):
+            rows = table[groups, block.rows]
+        elif len(table) == 1:
+            memory = self._gathered.take(table, (block.count, table.shape[-1]), table.dtype)
+            rows = torch.index_select(table[0], 0, block.rows, out=memory).unsqueeze(0)
+        else:
+            rows = table[groups].index_select(1, block.rows)
+        if rows.dtype == self._dtype:
+            return rows
+        return self._converted.take(rows, rows.shape, self._dtype).copy_(rows)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -277,11 +303,12 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple
     """The best of each tile, joined to the best so far."""
     batch = query.shape[1]
     best = _Best(1, batch, k, scan.dtype, query.device)
-    buffer = _Buffer()
+    product = _Product()
+    key_rows = _Rows(keys, scan.dtype)
     for groups, block, slices in scan.tiles(1, batch, scan.copied(keys), k):
-        operand = scan.keys(keys, groups, block)
+        operand = scan.operand(key_rows.block(groups, block))
         for queries in slices:
-            scores = buffer.product(query[:, queries], operand, even=True)
+            scores = product(query[:, queries], operand, even=True)
             block.hide(scores, groups, queries, -torch.inf)
             # Scores are compared as they are reported: two that round to one are a tie.
             best.add(scores.to(scan.dtype), groups, queries, block)
@@ -317,12 +344,13 @@ def _columns_of_best_groups(
     count = scan.selection.count
     groups = -(-count // GROUP)
     maxima = torch.full((part.stop - part.start, groups), -torch.inf, dtype=scan.dtype, device=query.device)
-    buffer = _Buffer()
+    product = _Product()
+    key_rows = _Rows(keys, scan.dtype)
     for chunk, block, slices in scan.tiles(1, len(maxima), scan.copied(keys)):
-        operand = scan.keys(keys, chunk, block)
+        operand = scan.operand(key_rows.block(chunk, block))
         for queries in slices:
             whole = slice(part.start + queries.start, part.start + queries.stop)
-            scores = buffer.product(query[:, whole], operand, even=True)
+            scores = product(query[:, whole], operand, even=True)
             block.hide(scores, chunk, whole, -torch.inf)
             scores = scores[0].to(scan.dtype)
             first, even = block.start // GROUP, scores.shape[1] // GROUP
@@ -337,8 +365,8 @@ def _columns_of_best_groups(
 # -- exact read ------------------------------------------------------------------------------------------
 
 
-class _Buffer:
-    """Memory for one tile, used again for the next.
+class _Product:
+    """Tiles of products, in memory that is used again for the next.
 
     Args:
         tall: Whether a tile lies with its rows along the longer stride, (g, C, b), as the product ``keys @ query.T``
@@ -347,9 +375,9 @@ class _Buffer:
 
     def __init__(self, tall: bool = False) -> None:
         self._tall = tall
-        self._memory: Tensor | None = None
+        self._memory = _Memory()
 
-    def product(
+    def __call__(
         self, left: Tensor, right: Tensor, *, even: bool = False
     ) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
         """``left @ right.mT``; with ``even``, equal rows of ``right`` give equal numbers.
@@ -357,22 +385,18 @@ class _Buffer:
         The libraries behind a product have other kernels, which round otherwise, for its last columns and for small
         products: then it is padded. Blocks that are not a multiple of 32 rows are short, see `Scan.tiles`.
         """
+        groups, height, width = left.shape
         count = wanted = right.shape[1]
         if even:
-            wanted = max(count, -(-SMALL_PRODUCT // (left.shape[1] * left.shape[2])))
+            wanted = max(count, -(-SMALL_PRODUCT // (height * width)))
             wanted += -wanted % GROUP
         if wanted > count:
             right = F.pad(right, (0, 0, 0, wanted - count))
         if self._tall:
-            return torch.bmm(right, left.mT, out=self._tile(left, wanted, left.shape[1])).mT[..., :count]
-        return torch.bmm(left, right.mT, out=self._tile(left, left.shape[1], wanted))[..., :count]
-
-    def _tile(self, like: Tensor, *shape: int) -> Tensor:
-        shape = (like.shape[0], *shape)
-        size = math.prod(shape)
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = like.new_empty(size)
-        return self._memory[:size].view(shape)
+            tile = self._memory.take(left, (groups, wanted, height), left.dtype)
+            return torch.bmm(right, left.mT, out=tile).mT[..., :count]
+        tile = self._memory.take(left, (groups, height, wanted), left.dtype)
+        return torch.bmm(left, right.mT, out=tile)[..., :count]
 
 
 def _is_tall(queries: int, width: int) -> bool:
@@ -447,13 +471,15 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
     shift: Tensor | None = None  # a running maximum, once it is needed
     lowest = query.new_zeros(())
     best = _Best(count, height, k, scan.dtype, query.device) if k else None
-    buffer = _Buffer(k == 0 and _is_tall(scan.height(height), query.shape[-1]))
+    product = _Product(k == 0 and _is_tall(scan.height(height), query.shape[-1]))
+    key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, scan.dtype)
     bound_of = scan.bound(query)
     # What a rule showed each query, to be compared in backward.
     seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
     for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
-        operand = scan.keys(keys, groups, block)  # (g, C, w)
-        block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
+        rows = key_rows.block(groups, block)  # (g, C, d)
+        operand = scan.operand(rows)  # (g, C, w)
+        block_values = value_rows.block(groups, block)  # (g, C, dv)
         if seen is not None:
             seen += block.fingerprint()
         bound = bound_of(operand)
@@ -465,7 +491,7 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
             here = slice(0, len(operand))
         for queries in slices:
             part = query[groups, queries].expand(len(operand), -1, -1)
-            scores = buffer.product(part, operand, even=best is not None)  # (g, b, C)
+            scores = product(part, operand, even=best is not None)  # (g, b, C)
             if not bound < LARGEST:  # an infinite key may give a score of -inf, which would pass for hidden
                 block.hide(scores, groups, queries, torch.inf)
                 lowest = torch.minimum(lowest, scores.amin())
@@ -613,13 +639,15 @@ def _gradients_in_blocks(
     else:
         delta = delta / total
     tall = _is_tall(scan.height(height), query.shape[-1])
-    buffer, value_buffer = _Buffer(tall), _Buffer(tall)
+    product, value_product = _Product(tall), _Product(tall)
+    key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, scan.dtype)
     again = None if seen is None else torch.zeros_like(seen)
     copied = scan.copied(keys, values)
     copied += query.shape[-1] * needs_keys + values.shape[-1] * needs_values
     for groups, block, slices in scan.tiles(count, height, copied):
-        operand = scan.keys(keys, groups, block)  # (g, C, w)
-        block_values = rows_of(values, groups, block).to(scan.dtype)  # (g, C, dv)
+        rows = key_rows.block(groups, block)  # (g, C, d)
+        operand = scan.operand(rows)  # (g, C, w)
+        block_values = value_rows.block(groups, block)  # (g, C, dv)
         if again is not None:
             again += block.fingerprint()
         here = groups
@@ -631,7 +659,7 @@ def _gradients_in_blocks(
         for queries in slices:
             fresh = 0.0 if queries.start == 0 else 1.0
             part = query[groups, queries].expand(len(operand), -1, -1)
-            scores = buffer.product(part, operand)  # (g, b, C)
+            scores = product(part, operand)  # (g, b, C)
             if shift is not None:
                 block.hide(scores, groups, queries, -torch.inf)
             weights = _exponentials(scores, None if shift is None else shift[groups, queries], scan.dtype)
@@ -648,7 +676,7 @@ def _gradients_in_blocks(
             if upstream is None:
                 grad_scores = weights.mul_(-minus)
             else:
-                grad_scores = value_buffer.product(upstream, block_values).sub_(minus).mul_(weights)
+                grad_scores = value_product(upstream, block_values).sub_(minus).mul_(weights)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
                 grad_query[here, queries].baddbmm_(grad_scores, operand)
@@ -656,7 +684,7 @@ def _gradients_in_blocks(
                 grad_operand.baddbmm_(grad_scores.mT, part, beta=fresh)
         if grad_keys is not None and grad_operand is not None:
             grad_operand = grad_operand.view(-1, block.count, grad_operand.shape[-1])
-            _write(grad_keys, groups, block, scan.keys_backward(grad_operand, keys, groups, block))
+            _write(grad_keys, groups, block, scan.operand_backward(grad_operand, rows))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
     if grad_query is not None and len(grad_query) > count:
@@ -792,7 +820,7 @@ def _read_densely(
     operand = prepare_keys(_rows(keys, groups, block), scan.metric, scan.centre, scan.dtype)
     query = _by_group(groups, query)
     if k:
-        scores = _Buffer().product(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
+        scores = _Product()(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
         scores = scores[0] if groups == 1 else scores
     else:
         scores = _pairwise(query, operand)

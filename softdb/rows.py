@@ -95,7 +95,8 @@ class RowTable(nn.Module):
         """The ids at ``slots``, -1 where the slot is -1."""
         if self.capacity == 0:
             return torch.full_like(slots, -1)
-        return self.ids[slots.clamp(min=0)].masked_fill_(slots < 0, -1)
+        ids = self.ids.index_select(0, slots.clamp(min=0).flatten()).view_as(slots)  # faster than by [...]
+        return ids.masked_fill_(slots < 0, -1)
 
     def live(self) -> Tensor | None:
         """Which slots below ``used`` hold a row: (used,) bool, or None where all do. Do not write to it."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "full_precision",
     "gather_rows",
     "gathered_scores",
+    "is_narrow",
     "scores_at",
     "top_k",
 ]
@@ -45,13 +46,12 @@ __all__ = [
 TILE_ELEMENTS = 2**20
 TILE_QUERIES = 1024
 TILE_ROWS = 2**18
-# As many numbers of a block's rows are copied at a time, where they have to be: 8 MiB of float32.
-COPIED_ELEMENTS = 2**21
+# As many numbers of a block's rows are copied at a time, where they have to be: 4 MiB of float32.
+COPIED_ELEMENTS = 2**20
 # Few enough rows to be padded by a copy.
 FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
 SMALL_PRODUCT = 512
-LOG2_E = math.log2(math.e)
 # Where no score can be larger than this, in absolute value, exponentials neither overflow nor underflow as they are.
 UNSHIFTED = 40.0
 # Where no score can be as large as this, none overflows.
@@ -85,6 +85,7 @@ class Scan:
         selection: Which rows each query may see.
         dtype: The dtype to compute in.
         key_norm: Tells the largest norm of a key, for a bound on scores; None where it is to be found block by block.
+        narrow: Whether the blend, not the scores, may be multiplied in the dtype of the values: see `is_narrow`.
     """
 
     metric: str
@@ -92,6 +93,7 @@ class Scan:
     selection: Selection
     dtype: torch.dtype
     key_norm: Callable[[], float] | None = None
+    narrow: bool = False
 
     def tiles(self, groups: int, queries: int, copied: int, k: int = 0) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Groups × block of rows × slices of queries, such that a tile of scores fits in cache.
@@ -405,21 +407,37 @@ def _is_tall(queries: int, width: int) -> bool:
 
 
 def _exponentials(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
-    """exp(scores − shift · ln 2), in place where the dtype allows; without a shift, exp(scores).
+    """exp(scores − shift), in place where the dtype allows; no shift is 0.
 
-    With a shift, by exp2: torch's exp is a hundred times slower where its result underflows, as it does for most rows
-    when the softmax is peaked. What is close to underflow becomes 0, since a product with denormal numbers is slow,
-    too. Scores that need no shift cannot underflow, and exp is the faster then.
+    What is close to underflow, as most weights are when the softmax is peaked, becomes 0: torch's exp is a hundred
+    times slower where its result underflows, and a product with denormal numbers is slow, too. Scores that need no
+    shift cannot underflow.
     """
     if shift is None:
         return scores.to(dtype).exp_()
-    powers = torch.add(shift.neg().unsqueeze(-1), scores, alpha=LOG2_E, out=scores).to(dtype)
-    return _cut(powers.exp2_())
+    exponents = scores.sub_(shift.unsqueeze(-1)).to(dtype)
+    return _cut(exponents.clamp_(min=math.log(SMALLEST_WEIGHT[dtype]) - 1).exp_())
 
 
 def _cut(weights: Tensor) -> Tensor:
     """``weights`` with 0 for what is close to underflow, in place."""
     return torch.threshold_(weights, SMALLEST_WEIGHT[weights.dtype], 0.0)
+
+
+def is_narrow(values: Tensor, answer: torch.dtype) -> bool:
+    """Whether a blend of ``values`` may be multiplied as they are, for an answer in a dtype; the scores never are.
+
+    For bfloat16 both times, on a processor that multiplies it faster than float32: two to four times. The weights are
+    rounded then, each by up to 2^-9, beside an answer that is rounded by as much; so no gradient should depend on it.
+    """
+    both = values.dtype == answer == torch.bfloat16 and values.device.type == "cpu" and not torch.is_grad_enabled()
+    return both and _multiplies_bfloat16()
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bfloat16() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _finite_or_zero(largest: Tensor) -> Tensor:
@@ -447,7 +465,7 @@ class _Blend(NamedTuple):
     Attributes:
         values: The weighted mean of the values, (G B, dv).
         lse: The log-sum-exp, (G B,).
-        total: The sum of 2^(score · log2 e − shift), 1 where there was nothing, (G, B).
+        total: The sum of exp(score − shift), 1 where there was nothing, (G, B).
         shift: (G, B); None for 0.
         best: The best rows, if they were asked for.
         seen: What a rule showed each query, as one number.
@@ -472,7 +490,7 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
     lowest = query.new_zeros(())
     best = _Best(count, height, k, scan.dtype, query.device) if k else None
     product = _Product(k == 0 and _is_tall(scan.height(height), query.shape[-1]))
-    key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, scan.dtype)
+    key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, values.dtype if scan.narrow else scan.dtype)
     bound_of = scan.bound(query)
     # What a rule showed each query, to be compared in backward.
     seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
@@ -504,25 +522,29 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
                 block.hide(weights, groups, queries, 0.0)
             else:
                 before = shift[here, queries]
-                after = torch.maximum(before, scores.amax(-1).mul_(LOG2_E))
-                shift[here, queries] = after
+                after = torch.maximum(before, scores.amax(-1))
                 finite = _finite_or_zero(after)
                 weights = _exponentials(scores, finite, scan.dtype)
-                scale = (before - finite).to(scan.dtype).exp2_()
+                scale = (before - finite).to(scan.dtype).exp_()
+                before.copy_(after)
                 total[here, queries] *= scale
                 blend[here, queries] *= scale.unsqueeze(-1)
             total[here, queries] += weights.sum(-1)
-            blend[here, queries].baddbmm_(weights, block_values)
+            if block_values.dtype == weights.dtype:
+                blend[here, queries].baddbmm_(weights, block_values)
+            else:
+                blend[here, queries] += torch.bmm(weights.to(block_values.dtype), block_values)
     total, blend, shift = _merged(total, blend, shift, count)
     lse = total.flatten().log()
     if shift is not None:
-        lse += (shift.flatten() / LOG2_E).to(lse.dtype)
+        lse = (lse + shift.flatten()).to(lse.dtype)
     if not math.isfinite(float(lse.sum() + lowest)):
         check_scores(torch.where(lowest == -torch.inf, torch.nan, lse))
     total.masked_fill_(total == 0, 1.0)
     found = None
     if best is not None:
-        shares = _exponentials(best.scores.clone(), shift, scan.dtype).div_(total.unsqueeze(-1))
+        relative = None if shift is None else shift.to(scan.dtype)
+        shares = _exponentials(best.scores.clone(), relative, scan.dtype).div_(total.unsqueeze(-1))
         found = BestRows(*(tensor.flatten(0, 1) for tensor in (best.scores, shares, best.rows)))
     return _Blend(blend.flatten(0, 1) / total.flatten().unsqueeze(-1), lse, total, shift, found, seen)
 
@@ -541,7 +563,7 @@ def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> t
     if shift is None:
         return total.sum(0, keepdim=True), blend.sum(0, keepdim=True), None
     largest = _finite_or_zero(shift.amax(0, keepdim=True))
-    scale = (shift - largest).to(total.dtype).exp2_()
+    scale = (shift - largest).to(total.dtype).exp_()
     return (total * scale).sum(0, keepdim=True), (blend * scale.unsqueeze(-1)).sum(0, keepdim=True), largest
 
 
@@ -571,8 +593,8 @@ class _ExactRead(torch.autograd.Function):
             # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
             smallest, largest = total.aminmax()
             if float(smallest) < 1 / COMFORTABLE_TOTAL or float(largest) > COMFORTABLE_TOTAL:
-                shift = total.log2().round_()
-                total = total * (-shift).exp2()
+                shift = total.log()
+                total = (total.double() * shift.double().neg().exp()).to(total.dtype)
         ctx.scan, ctx.groups = scan, groups
         ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))
         ctx.set_materialize_grads(False)

@@ -18,6 +18,7 @@ from softdb.blockwise import (
     full_precision,
     gather_rows,
     gathered_scores,
+    is_narrow,
     scores_at,
 )
 from softdb.errors import (
@@ -277,13 +278,14 @@ def soft_read(
         k = check_positive("k", k)
     if mask is not None:
         _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
+    narrow = is_narrow(values, answer_dtype(query))
     with full_precision(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
-        scan = Scan(metric, centre, selection, dtype)
+        scan = Scan(metric, centre, selection, dtype, narrow=narrow)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         if not selection.shows_some_to_all:
             check_finite("query", query)  # else its scores tell

@@ -12,7 +12,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from softdb.blockwise import Scan, exact_top_k, full_precision
+from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.errors import (
     ArgumentError,
     DtypeError,
@@ -30,7 +30,7 @@ from softdb.errors import (
     describe,
 )
 from softdb.filters import Selection, Where, select
-from softdb.functional import Read, Tables, finish, read_candidates, read_exactly, transform
+from softdb.functional import Read, Tables, answer_dtype, finish, read_candidates, read_exactly, transform
 from softdb.index import Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer
 from softdb.rows import RowTable, Snapshot, resized, watch
@@ -406,13 +406,14 @@ class SoftKVStore(nn.Module):
         selection = self._select(leading, where, exclude)
         if mode != "exact" or not selection.shows_some_to_all:
             check_finite("query", query)  # else its scores tell
+        narrow = is_narrow(values, answer_dtype(query))
         with full_precision(query.device):
             dtype = compute_dtype(query, keys, values)
             centre = centre_of(query, self.metric)
             operand = prepare_query(query, self.metric, chosen, centre, dtype)
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
-            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm)
+            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow)
             tables = Tables(keys, values, sparse=self.trainable)
             if mode == "exact":
                 try:

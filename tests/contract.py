@@ -16,8 +16,32 @@ import torch
 from torch import Tensor
 
 import softdb
+from softdb import blockwise
 
 METRICS = ["dot", "scaled_dot", "cosine", "l2"]
+
+# What the dispatcher of exact reads may choose, at sizes that the reference can follow: elements and queries of a
+# tile, lanes, whether tiles lie with their rows first, and the largest score that goes without a shift.
+DISPATCH = {
+    "tiny tiles": (64, 2, 1, False, 40.0),
+    "small tiles, rows first": (512, 3, 1, True, 40.0),
+    "small tiles, always shifted": (512, 3, 1, False, -1.0),
+    "two lanes": (1024, 4, 2, False, 40.0),
+    "three lanes, rows first": (1024, 1024, 3, True, 40.0),
+    "three lanes, always shifted, rows first": (512, 3, 3, True, -1.0),
+    "one tile": (2**20, 1024, 2, False, 40.0),
+}
+
+
+def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
+    """Have every exact read go as `DISPATCH` says."""
+    elements, queries, lanes, tall, unshifted = DISPATCH[choice]
+    patch.setattr(blockwise, "SMALL_SCORES", 0)
+    patch.setattr(blockwise, "TILE_ELEMENTS", elements)
+    patch.setattr(blockwise, "TILE_QUERIES", queries)
+    patch.setattr(blockwise, "UNSHIFTED", unshifted)
+    patch.setattr(blockwise, "_is_tall", lambda queries, width: tall)
+    patch.setattr(blockwise.Scan, "lanes", lambda scan, query: lanes if query.shape[0] == 1 else 1)
 
 
 @dataclass

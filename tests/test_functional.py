@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from contract import METRICS, Problem, ReadContract, largest_error
+from contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, largest_error
 from torch import Tensor
 
 import softdb
@@ -35,11 +35,19 @@ class TestSoftRead(ReadContract):
 
 
 class TestSoftReadInSmallTiles(TestSoftRead):
-    @pytest.fixture(autouse=True, params=[(64, 2), (512, 3), (4096, 256)], ids=str)
-    def _tiles(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        elements, queries = request.param
-        monkeypatch.setattr(blockwise, "TILE_ELEMENTS", elements)
-        monkeypatch.setattr(blockwise, "TILE_QUERIES", queries)
+    """In blocks, by every way that the dispatcher can choose."""
+
+    @pytest.fixture(autouse=True, params=DISPATCH)
+    def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        force_dispatch(request.param, monkeypatch)
+
+
+class TestSoftReadRowsFirst(TestSoftRead):
+    """At once, with the tile the other way round."""
+
+    @pytest.fixture(autouse=True)
+    def _tall(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(blockwise, "_is_tall", lambda queries, width: True)
 
 
 class TestSoftReadWithBestRows(ReadContract):
@@ -56,6 +64,12 @@ class TestSoftReadWithBestRows(ReadContract):
                 again, read.values.to(again.dtype), atol=2e-2 if rows.dtype != read.values.dtype else 1e-2
             )
         return read, problem.leaves
+
+
+class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
+    @pytest.fixture(autouse=True, params=["small tiles, rows first", "small tiles, always shifted", "two lanes"])
+    def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        force_dispatch(request.param, monkeypatch)
 
 
 class TestTopkReadOfAllRows(ReadContract):

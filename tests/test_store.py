@@ -10,7 +10,7 @@ import pickle
 import pytest
 import reference
 import torch
-from contract import METRICS, Problem, ReadContract, largest_error
+from contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, largest_error
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
@@ -74,6 +74,14 @@ class TestExactWithBestRows(StoreContract):
     how = {"k": 7}
 
 
+class TestExactInSmallTiles(TestExact):
+    """In blocks, with the bound that the store keeps."""
+
+    @pytest.fixture(autouse=True, params=DISPATCH)
+    def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        force_dispatch(request.param, monkeypatch)
+
+
 class TestTopkOfAllRows(StoreContract):
     options = {"trainable": True}
     how = {"mode": "topk"}
@@ -104,6 +112,12 @@ class TestExactAmongHoles(StoreContract):
         store.add(problem.keys, problem.values, ids=torch.arange(count))
         store.delete(filler[1::2])
         return store
+
+
+class TestExactAmongHolesInSmallTiles(TestExactAmongHoles):
+    @pytest.fixture(autouse=True, params=["tiny tiles", "two lanes", "three lanes, always shifted, rows first"])
+    def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        force_dispatch(request.param, monkeypatch)
 
 
 # -- which rows a read returns ---------------------------------------------------------------------------

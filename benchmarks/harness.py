@@ -76,7 +76,8 @@ class Case:
         softdb: softdb's ways to do it, by name; each becomes a line of the table.
         peers: What they are compared with, by name. One that the machine cannot hold is left out.
         work: What the floors are made of; None for no floors.
-        claims: The ratio that is promised, by (name among softdb's ways, name of the peer).
+        claims: The ratio that is promised, by (name among softdb's ways, name of the peer); the floors may be named as
+            "product floor" and "memory floor".
         facts: What else to find out, once the times are taken: an error, a recall, a peak of memory, by name.
     """
 
@@ -110,7 +111,7 @@ class Line:
         label, way: Which case, and which way.
         time: What it took.
         peers: What the peers took.
-        ratios: The way's median over each peer's.
+        ratios: The way's median over each peer's, and over the floors.
         claims: The ratios that are promised.
         floors: Seconds that the arithmetic ("product") and the bytes ("memory") take at the machine's own rates.
         facts: What else was found out.
@@ -216,6 +217,7 @@ def _lines(case: Case, seconds: float) -> list[Line]:
     for way in case.softdb:
         own = times["softdb", way]
         ratios = {name: own.median / peer.median for name, peer in peers.items()}
+        ratios.update({f"{name} floor": own.median / floor for name, floor in floors.items()})
         claims = {name: limit for (claimed, name), limit in case.claims.items() if claimed == way}
         lines.append(Line(case.label, way, own, peers, ratios, claims, floors, facts))
     return lines
@@ -314,7 +316,7 @@ def _table(lines: list[Line]) -> str:
             row += [_seconds(line.peers[peer].median), _ratio(line, peer)] if peer in line.peers else ["–", "–"]
         for floor in floors:
             known = line.floors.get(floor)
-            row += [_seconds(known), f"{line.time.median / known:.2f}"] if known else ["–", "–"]
+            row += [_seconds(known), _ratio(line, f"{floor} floor")] if known else ["–", "–"]
         cells.append(row + [f"{line.facts[fact]:.3g}" if fact in line.facts else "–" for fact in facts])
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     # The first two columns are words, the others numbers.

@@ -7,10 +7,11 @@ import math
 import pytest
 import reference
 import torch
+from contract import force_dispatch
 from torch import Tensor
 
-from softdb import blockwise
-from softdb.blockwise import Scan, exact_top_k, top_k, top_of_block
+from softdb import NonFiniteError, blockwise
+from softdb.blockwise import Scan, exact_read, exact_top_k, top_k, top_of_block
 from softdb.filters import Selection
 
 
@@ -86,3 +87,114 @@ def test_every_tile_is_visited_once() -> None:
                     area = (part.stop - part.start) * (block.rows.stop - block.rows.start)
                     seen += (chunk.stop - chunk.start) * area
             assert seen == groups * queries * rows
+
+
+# -- what a read of many rows may do to be fast ----------------------------------------------------------
+
+
+def read_in_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **scan: object
+) -> tuple[Tensor, Tensor]:
+    force_dispatch("two lanes", patch)
+    how = Scan("dot", None, Selection(len(keys)), query.dtype, **scan)  # type: ignore[arg-type]
+    values, lse, _ = exact_read(query, keys, values, how)
+    return values, lse
+
+
+def answer(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    scores = query.double() @ keys.double().T
+    return torch.softmax(scores, -1) @ values.double(), torch.logsumexp(scores, -1)
+
+
+@pytest.mark.parametrize("height", [-90.0, -39.0, 0.0, 39.0, 90.0])
+def test_scores_of_any_height_need_no_maximum_or_get_one(height: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.ones(9, 1), height + 0.3 * torch.randn(700, 1), torch.randn(700, 3)
+    found = read_in_blocks(query, keys, values, monkeypatch)
+    wanted = answer(query, keys, values)
+    assert torch.allclose(found[0].double(), wanted[0], atol=1e-5)
+    assert torch.allclose(found[1].double(), wanted[1], atol=1e-4)
+
+
+def test_a_block_that_passes_the_bound_shifts_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks within the bound come first; then one far above it, then one far below."""
+    torch.manual_seed(0)
+    query, values = torch.ones(5, 1), torch.randn(1500, 3)
+    keys = torch.cat([torch.randn(600, 1), 300 + torch.randn(300, 1), torch.randn(300, 1) - 500, torch.randn(300, 1)])
+    for rows in (600, 900, 1500):
+        for order in (slice(None), torch.arange(rows - 1, -1, -1)):
+            found = read_in_blocks(query, keys[:rows][order], values[:rows][order], monkeypatch)
+            wanted = answer(query, keys[:rows], values[:rows])
+            assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
+            assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
+
+
+def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    force_dispatch("two lanes", monkeypatch)
+    query, keys, values = torch.ones(4, 1), 38 + 0.5 * torch.randn(900, 1), torch.randn(900, 2)
+    how = Scan("dot", None, Selection(900), torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (query, keys, values)]
+    found = torch.autograd.grad(exact_read(*leaves, how)[0], leaves, torch.full((4, 2), 1e-25))
+    doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    wanted = torch.autograd.grad(answer(*doubles)[0], doubles, torch.full((4, 2), 1e-25, dtype=torch.float64))
+    for mine, other in zip(found, wanted, strict=True):
+        assert torch.allclose(mine.double(), other, rtol=1e-3, atol=1e-31)
+
+
+def test_a_bound_that_does_not_hold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for height in (-200.0, 200.0):
+        query, keys, values = torch.ones(9, 1), height + torch.randn(700, 1), torch.randn(700, 3)
+        found = read_in_blocks(query, keys, values, monkeypatch, key_norm=lambda: 1.0)
+        wanted = answer(query, keys, values)
+        assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
+        assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_an_infinite_key_is_an_error_not_a_hidden_row(
+    queries: int, sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = torch.randn(700, 8)
+    keys[500, 3] = sign * math.inf
+    with pytest.raises(NonFiniteError, match="expected finite scores"):
+        read_in_blocks(torch.ones(queries, 8), keys, torch.randn(700, 3), monkeypatch)
+
+
+def test_bfloat16_values_may_be_blended_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(9, 8), torch.randn(900, 8), torch.randn(900, 3).bfloat16()
+    narrow, lse = read_in_blocks(query, keys, values, monkeypatch, narrow=True)
+    wanted = answer(query, keys, values)
+    assert torch.allclose(lse.double(), wanted[1], atol=1e-5)
+    assert 1e-6 < (narrow - wanted[0]).abs().max() < 2**-8  # it was rounded, but no more than the answer will be
+
+
+def test_what_decides_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_multiplies_bfloat16", lambda: True)
+    narrow, wide = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1)
+    with torch.no_grad():
+        assert blockwise.is_narrow(narrow, torch.bfloat16)
+        assert not blockwise.is_narrow(narrow, torch.float32)
+        assert not blockwise.is_narrow(wide, torch.bfloat16)
+    assert not blockwise.is_narrow(narrow, torch.bfloat16)  # a gradient may be wanted
+
+
+# -- reads of a few rows ---------------------------------------------------------------------------------
+
+
+def test_scores_and_blend_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(blockwise, "GATHER_ELEMENTS", 40)
+    query, keys, values = torch.randn(7, 4), torch.randn(30, 4), torch.randn(30, 3)
+    numbers = torch.randint(30, (7, 5))
+    scan = Scan("dot", None, Selection(30), torch.float32)
+    wanted = (query[:, None] * keys[numbers]).sum(-1)
+    assert torch.allclose(blockwise.scores_at(query, keys, numbers, scan), wanted, atol=1e-6)
+    weights = torch.rand(7, 5)
+    blend = (weights[..., None] * values[numbers]).sum(1)
+    assert torch.allclose(blockwise.blend_at(weights, values, numbers), blend, atol=1e-6)
+    numbers[2, 1] = -1
+    assert blockwise.scores_at(query, keys, numbers, scan)[2, 1] == -math.inf

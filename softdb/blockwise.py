@@ -301,6 +301,15 @@ def exact_top_k(
     """
     with torch.no_grad(), full_precision(query.device):
         query, keys = query.detach()[None], keys.detach()[None]
+        block = None
+        if 0 < query.shape[1] * scan.selection.count <= SMALL_SCORES:
+            block = scan.selection.block(0, scan.selection.count)
+        if block is not None:
+            everyone, queries = slice(0, 1), slice(0, query.shape[1])
+            scores = _Product()(query, scan.operand(_Rows(keys, scan.dtype).block(everyone, block)), even=True)
+            block.hide(scores, everyone, queries, -torch.inf)
+            found, _, rows = _best_of_block(scores[0].to(scan.dtype), block, k)
+            return found, rows
         if scan.selection.count <= FEW_GROUPS * GROUP * k:
             return _top_k_in_one_pass(query, keys, scan, k)
         return _top_k_in_two_passes(query, keys, scan, k)
@@ -882,16 +891,20 @@ def _read_densely(
     lse = _flat(groups, lse)
     if k == 0:
         return blend, lse, None, weights
-    found, columns = top_of_block(scores.to(scan.dtype), k)
-    rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
-    shares = weights.gather(-1, columns)
-    missing = (0, k - columns.shape[-1])
-    best = BestRows(
-        _flat(groups, F.pad(found, missing, value=-torch.inf)),
-        _flat(groups, F.pad(shares, missing)),
-        _flat(groups, F.pad(rows, missing, value=-1)),
-    )
+    found, columns, rows = _best_of_block(_cast(scores, scan.dtype), block, k)
+    shares = F.pad(weights.gather(-1, columns), (0, k - columns.shape[-1]))
+    best = BestRows(_flat(groups, found), _flat(groups, shares), _flat(groups, rows))
     return blend, lse, best, weights
+
+
+def _best_of_block(scores: Tensor, block: Block, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (..., k) of the best rows, their columns (..., up to k), and their slots (..., k)."""
+    found, columns = top_of_block(scores, k)
+    rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
+    missing = (0, k - columns.shape[-1])
+    if missing[1]:
+        found, rows = F.pad(found, missing, value=-torch.inf), F.pad(rows, missing, value=-1)
+    return found, columns, rows
 
 
 def _pairwise(left: Tensor, right: Tensor) -> Tensor:  # (..., b, d), (..., C, d) -> (..., b, C)

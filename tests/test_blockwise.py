@@ -50,6 +50,7 @@ def test_two_stages_find_what_one_finds(width: int, k: int, levels: int) -> None
 def test_exact_top_k_over_tiles(
     rows: int, tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(blockwise, "SMALL_SCORES", 0 if tile[0] < 2**19 else 2**17)
     monkeypatch.setattr(blockwise, "TILE_ELEMENTS", tile[0])
     monkeypatch.setattr(blockwise, "TILE_QUERIES", tile[1])
     monkeypatch.setattr(blockwise, "FEW_GROUPS", few)

@@ -840,13 +840,16 @@ class _DenseRead(torch.autograd.Function):
             if needs_values and grad_blend is not None:
                 grad_values = _spread(values, groups, block, weights.mT @ _by_group(groups, grad_blend))
             if needs_query or needs_keys:
-                delta = blend.new_zeros(len(blend), 1) if grad_lse is None else -grad_lse.unsqueeze(-1)
-                if grad_blend is None:
-                    grad_scores = weights * _by_group(groups, -delta)
-                else:
-                    delta = _by_group(groups, delta + (grad_blend * blend).sum(-1, keepdim=True))
+                grad_scores = weights
+                if grad_blend is not None:
+                    delta = (grad_blend * blend).sum(-1, keepdim=True)
+                    if grad_lse is not None:
+                        delta -= grad_lse.unsqueeze(-1)
                     block_values = _cast(_rows(values, groups, block), scan.dtype)
-                    grad_scores = _pairwise(_by_group(groups, grad_blend), block_values).sub_(delta).mul_(weights)
+                    grad_scores = _pairwise(_by_group(groups, grad_blend), block_values)
+                    grad_scores = grad_scores.sub_(_by_group(groups, delta)).mul_(weights)
+                elif grad_lse is not None:
+                    grad_scores = weights * _by_group(groups, grad_lse.unsqueeze(-1))
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _rows(keys, groups, block)
                 if needs_query:

@@ -240,9 +240,9 @@ def soft_read(
         scores = query @ keys.mT / sqrt(d) / temperature          # for the metric "scaled_dot"
         values = softmax(scores.masked_fill(~mask, -inf)) @ values
 
-    but the (B, N) scores and weights are never held, forward or backward, a query that may see no row gets zeros
-    instead of NaN, and the log-sum-exp comes with it. Gradients reach every floating-point input. There are no second
-    derivatives: asking for one is a `SecondDerivativeError`.
+    but no more than a few megabytes of the (B, N) scores and weights are held, forward or backward, a query that may
+    see no row gets zeros instead of NaN, and the log-sum-exp comes with it. Gradients reach every floating-point input.
+    There are no second derivatives: asking for one is a `SecondDerivativeError`.
 
     Batch dimensions broadcast: tensors of a multi-head layer, (batch, heads, n, d), are read as they are, and so are
     keys that several heads share, (batch, 1, n, d).

@@ -93,7 +93,7 @@ class SoftKVStore(nn.Module):
         weights = softmax(scores)                                 # normalise
         output = weights @ values                                 # retrieve
 
-    over the rows it holds, without holding the (B, N) scores or weights.
+    over the rows it holds, without holding more than a few megabytes of the (B, N) scores or weights.
 
     Args:
         key_dim: Width of queries and keys.
@@ -172,6 +172,7 @@ class SoftKVStore(nn.Module):
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
+        self._stamp = (-1, torch.empty(0))  # and the version itself, as reads that wait for their backward hold it
         self._seen = self._written()
         self._watch()
 
@@ -601,7 +602,11 @@ class SoftKVStore(nn.Module):
         open_ones = {name: tensor for name, tensor in members.items() if tensor is not None and tensor.requires_grad}
         if not open_ones:
             return read
-        token = torch.tensor(self.rows.version, device="cpu")
+        version, stamp = self._stamp
+        if version != self.rows.version:
+            stamp = torch.tensor(self.rows.version, device="cpu")
+            self._stamp = (self.rows.version, stamp)
+        token = stamp.detach()  # an object of its own
         self._open_reads = [reference for reference in self._open_reads if reference() is not None]
         self._open_reads.append(weakref.ref(token))
         guarded = _Guard.apply(Snapshot(self.rows, used), token, *open_ones.values())  # type: ignore[no-untyped-call]

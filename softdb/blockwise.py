@@ -53,7 +53,7 @@ TILE_QUERIES = 1024
 TILE_ROWS = 2**18
 # As many numbers of a block's rows are copied at a time, where they have to be: 4 MiB of float32.
 COPIED_ELEMENTS = 2**20
-# Few enough rows to be padded by a copy.
+# Few enough rows to be padded by a copy; no fewer than a group.
 FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
 SMALL_PRODUCT = 512
@@ -91,6 +91,7 @@ class Scan:
         dtype: The dtype to compute in.
         key_norm: Tells the largest norm of a key, for a bound on scores; None where it is to be found block by block.
         narrow: Whether the blend, not the scores, may be multiplied in the dtype of the values: see `is_narrow`.
+        unshifted: Scores that cannot be larger than this are exponentiated without a shift.
     """
 
     metric: str
@@ -99,8 +100,11 @@ class Scan:
     dtype: torch.dtype
     key_norm: Callable[[], float] | None = None
     narrow: bool = False
+    unshifted: float = math.inf
 
-    def tiles(self, groups: int, queries: int, copied: int, k: int = 0) -> Iterator[tuple[slice, Block, list[slice]]]:
+    def tiles(
+        self, groups: int, queries: int, copied: int, k: int = 0, lanes: int = 1
+    ) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Groups × block of rows × slices of queries, such that a tile of scores fits in cache.
 
         Args:
@@ -108,13 +112,14 @@ class Scan:
             queries: B.
             copied: How many numbers of each row of a block are copied: where they are, blocks are smaller.
             k: How many of the best rows are looked for in each tile: a tile for many is wide.
+            lanes: Into how many parts each block but the last has to be divisible.
         """
         count = self.selection.count
         if groups == 0 or queries == 0 or count == 0:
             return
         height = self.height(queries, k)
         width = min(TILE_ELEMENTS // height, COPIED_ELEMENTS // max(1, copied), TILE_ROWS)
-        width = max(width // GROUP, 1) * GROUP
+        width = max(width // (GROUP * lanes), 1) * GROUP * lanes
         depth = max(1, TILE_ELEMENTS // (height * min(width, count)))
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
         edges = list(range(0, count, width))
@@ -145,7 +150,8 @@ class Scan:
 
         By Cauchy and Schwarz, so it is the product of the largest norms; infinity where looking for it does not pay.
         """
-        if self.metric == "l2" or 4 * query.shape[1] < query.shape[2]:
+        known = self.metric == "cosine" or self.key_norm is not None
+        if self.metric == "l2" or not (known or 4 * query.shape[1] >= query.shape[2]) or query.numel() == 0:
             return lambda operand: math.inf
         norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())
         if self.metric == "cosine":
@@ -301,9 +307,7 @@ def exact_top_k(
     """
     with torch.no_grad(), full_precision(query.device):
         query, keys = query.detach()[None], keys.detach()[None]
-        block = None
-        if 0 < query.shape[1] * scan.selection.count <= SMALL_SCORES:
-            block = scan.selection.block(0, scan.selection.count)
+        block = _small_block(query.shape[1], scan, scan.copied(keys), k)
         if block is not None:
             everyone, queries = slice(0, 1), slice(0, query.shape[1])
             scores = _Product()(query, scan.operand(_Rows(keys, scan.dtype).block(everyone, block)), even=True)
@@ -508,14 +512,14 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
     bound_of = scan.bound(query)
     # What a rule showed each query, to be compared in backward.
     seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
-    for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k):
+    for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k, lanes):
         rows = key_rows.block(groups, block)  # (g, C, d)
         operand = scan.operand(rows)  # (g, C, w)
         block_values = value_rows.block(groups, block)  # (g, C, dv)
         if seen is not None:
             seen += block.fingerprint()
         bound = bound_of(operand)
-        if shift is None and not bound <= UNSHIFTED:  # nor if it is NaN
+        if shift is None and not bound <= min(UNSHIFTED, scan.unshifted):  # nor if it is NaN
             shift = query.new_zeros(shape).masked_fill_(total == 0, -torch.inf)
         here = groups
         if lanes > 1:
@@ -582,16 +586,22 @@ def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> t
 
 
 def _read_surely(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int) -> _Blend:
-    """`_read_in_blocks`, again if a bound on the scores was given that does not hold."""
+    """`_read_in_blocks`, again with a shift where it cannot be trusted without."""
     query, keys, values = _grouped(groups, query), _grouped(groups, keys), _grouped(groups, values)
-    if scan.key_norm is None:
-        return _read_in_blocks(query, keys, values, scan, k)
     with suppress(NonFiniteError):
         read = _read_in_blocks(query, keys, values, scan, k)
-        if read.shift is not None or _is_plausible(read.lse, scan.selection):
+        if read.shift is not None or (_is_plausible(read.lse, scan.selection) and _is_sizable(read)):
             return read
-    # Somebody wrote to the keys and did not say so, or they are not finite indeed.
-    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k)
+    # Somebody wrote to the keys and did not say so, or they are not finite indeed, or values are huge or tiny.
+    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None, unshifted=-1.0), k)
+
+
+def _is_sizable(read: _Blend) -> bool:
+    """Whether the products of exponentials and values neither overflowed nor came close to underflow."""
+    if read.values.numel() == 0:
+        return True
+    sums = (read.values.abs().amax(-1) * read.total.flatten()).masked_fill(read.lse == -torch.inf, 1.0)
+    return bool((sums >= 2**17 * SMALLEST_WEIGHT[sums.dtype]).all()) and math.isfinite(float(read.values.sum()))
 
 
 def _is_plausible(lse: Tensor, selection: Selection) -> bool:
@@ -614,12 +624,13 @@ class _ExactRead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, BestRows | None]:
         read = _read_surely(query, keys, values, scan, groups, k)
         total, shift = read.total, read.shift
-        if shift is None and total.numel():
+        if total.numel():
             # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
             smallest, largest = total.aminmax()
             if float(smallest) < 1 / COMFORTABLE_TOTAL or float(largest) > COMFORTABLE_TOTAL:
-                shift = total.log()
-                total = (total.double() * shift.double().neg().exp()).to(total.dtype)
+                more = total.log()
+                total = (total.double() * more.double().neg().exp()).to(total.dtype)
+                shift = more if shift is None else shift + more
         ctx.scan, ctx.groups = scan, groups
         ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))
         ctx.set_materialize_grads(False)
@@ -676,8 +687,8 @@ def _gradients_in_blocks(
     count, height = query.shape[:2]
     lanes = scan.lanes(query)
     grad_query = query.new_zeros(max(count, lanes), *query.shape[1:]) if needs_query else None
-    grad_keys = _empty_gradient(keys, scan) if needs_keys else None
-    grad_values = _empty_gradient(values, scan) if needs_values else None
+    grad_keys = _empty_gradient(keys, scan, height) if needs_keys else None
+    grad_values = _empty_gradient(values, scan, height) if needs_values else None
     # The division by the total is done to the small factors.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
@@ -691,7 +702,7 @@ def _gradients_in_blocks(
     again = None if seen is None else torch.zeros_like(seen)
     copied = scan.copied(keys, values)
     copied *= 1 + (needs_keys or needs_values)  # their gradients, too, where they cannot be written in place
-    for groups, block, slices in scan.tiles(count, height, copied):
+    for groups, block, slices in scan.tiles(count, height, copied, lanes=lanes):
         rows = key_rows.block(groups, block)  # (g, C, d)
         operand = scan.operand(rows)  # (g, C, w)
         block_values = value_rows.block(groups, block)  # (g, C, dv)
@@ -749,10 +760,10 @@ def _check_again(seen: Tensor, again: Tensor) -> None:
         )
 
 
-def _empty_gradient(table: Tensor, scan: Scan) -> Tensor:
+def _empty_gradient(table: Tensor, scan: Scan, queries: int) -> Tensor:
     """Memory for a gradient; 0 for every row that no block covers."""
     selection = scan.selection
-    if selection.shared is not None or selection.visit is not None:
+    if queries == 0 or selection.shared is not None or selection.visit is not None:
         return torch.zeros_like(table)
     gradient = torch.empty_like(table)
     gradient[:, selection.count :] = 0.0
@@ -789,8 +800,8 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise SecondDerivativeError(
-            "an exact read has no second derivative, since it keeps no weights to differentiate again; for a few rows "
-            "use softdb.functional.topk_read with all of them as candidates, which has"
+            "an exact read has no second derivative; for a few rows, use softdb.functional.topk_read with all of them "
+            "as candidates, which has"
         )
 
 
@@ -806,7 +817,7 @@ def _once_only(results: list[Tensor | None], *inputs: Tensor | None) -> list[Ten
 
 
 class _DenseRead(torch.autograd.Function):
-    """The same as `_ExactRead`, by the three lines, where all scores make one small tile: it keeps the weights.
+    """The same as `_ExactRead`, where all scores make one small tile: made at once, and the weights are kept.
 
     For one group the tensors have no dimension for groups.
     """
@@ -984,10 +995,7 @@ def exact_read(
         NonFiniteError: A score overflowed, or keys hold NaN.
     """
     wanted = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
-    count = scan.selection.count
-    block = None
-    if 0 < query.shape[0] * count <= SMALL_SCORES:
-        block = scan.selection.block(0, count)
+    block = _small_block(len(query), scan, scan.copied(keys, values), k)
     result: tuple[Tensor, Tensor, BestRows | None]
     if block is not None:
         if not wanted:
@@ -999,6 +1007,16 @@ def exact_read(
             return read.values, read.lse, read.best
         result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
     return result
+
+
+def _small_block(queries: int, scan: Scan, copied: int, k: int) -> Block | None:
+    """All rows as one block, if that makes a small tile for so many queries and little has to be copied."""
+    count = scan.selection.count
+    if not 0 < queries * count <= SMALL_SCORES or count * copied > COPIED_ELEMENTS:
+        return None
+    if k and count % GROUP and count > FEW_ROWS:  # it would have to be padded
+        return None
+    return scan.selection.block(0, count)
 
 
 def check_scores(lse: Tensor, *, some: bool = False) -> None:

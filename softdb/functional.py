@@ -158,7 +158,9 @@ def read_candidates(
     places = Places(tables.place(rows))
     width = tables.values.shape[-1]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and normalizer == "softmax"
+    lean = (
+        not wanted and not places.padded and tables.values.dtype == scan.dtype and normalizer == "softmax" and width > 0
+    )
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
         scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
@@ -168,7 +170,8 @@ def read_candidates(
     else:
         scores = scores_at(query, tables.keys, places.numbers, scan)
     weights, lse = softmax(scores)
-    check_scores(lse.masked_fill(places.missing.all(-1), 0.0) if places.padded else lse, some=True)
+    if not math.isfinite(scores.detach().masked_fill(places.missing, 0.0).sum().item()):
+        check_scores(scores.detach().masked_fill(places.missing, 0.0), some=True)
     if lean:
         blend = blend_at(weights, tables.values, places.numbers)
     else:
@@ -283,12 +286,13 @@ def soft_read(
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _Fold(batch, keys, values)
+        fold = _Fold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
         scan = Scan(metric, centre, selection, dtype, narrow=narrow)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         if not selection.shows_some_to_all:
-            check_finite("query", query)  # else its scores tell
+            check_finite("query", query)  # else scores tell; but a hidden key still meets the gradient of its score
+            check_finite("keys", keys)
         try:
             read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
         except NonFiniteError:
@@ -352,12 +356,18 @@ def topk_read(
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _Fold(batch, keys, values)
+        fold = _Fold(batch, query.shape[-2], keys, values)
         scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         rows = fold.queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
-        read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
+        try:
+            read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
+        except NonFiniteError:
+            check_finite("keys", keys)  # it may be their fault: say so
+            raise
+    if not math.isfinite(read.values.detach().sum().item()):
+        check_finite("values", values)
     return finish(transform(read, fold.unfold) if batch else read, query)
 
 
@@ -433,8 +443,8 @@ class _Fold:
     are never copied.
     """
 
-    def __init__(self, batch: tuple[int, ...], keys: Tensor, values: Tensor) -> None:
-        self.batch = batch
+    def __init__(self, batch: tuple[int, ...], height: int, keys: Tensor, values: Tensor) -> None:
+        self.batch, self.height = batch, height
 
         def size(table: Tensor, dimension: int) -> int:
             missing = len(batch) - (table.dim() - 2)
@@ -482,8 +492,7 @@ class _Fold:
             return tensor
         rest = tensor.shape[1:]
         order = [*self.own, *self.shared]
-        height = tensor.shape[0] // max(1, self.groups * self.shared_size)
-        tensor = tensor.reshape(*[self.batch[i] for i in order], height, *rest)
+        tensor = tensor.reshape(*[self.batch[i] for i in order], self.height, *rest)
         back = [order.index(i) for i in range(len(order))]
         return tensor.permute(*back, *range(len(order), tensor.dim()))
 

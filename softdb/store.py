@@ -452,12 +452,13 @@ class SoftKVStore(nn.Module):
         keys = self.keys.detach()
         moved = self.rows.keys_moved_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
-        for slots in self.rows.changed_since(version, keys=True).split(NORM_ROWS):
+        changed = self.rows.changed_since(version, keys=True)
+        for slots in changed.split(NORM_ROWS) if len(changed) else ():
             part = keys[int(slots[0]) : int(slots[-1]) + 1] if moved else keys[slots]
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if math.isfinite(norm):
+        if not math.isnan(norm):
             self._key_norm = (self.rows.version, norm)
         return norm
 

@@ -484,3 +484,73 @@ def test_bad_reads_to_merge() -> None:
         merge([soft, soft_read(Q, K, V, normalizer="straight_through")])
     with pytest.raises(softdb.DtypeError, match="got one Read"):
         merge(soft)  # type: ignore[arg-type]
+
+
+# -- what a second look found ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [((0, 16), (300, 16)), ((2, 0, 4), (2, 5, 4)), ((2, 0, 4), (5, 4))], ids=str)
+def test_no_queries_give_no_gradient(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    query, keys = (torch.zeros(shape, requires_grad=True) for shape in shapes)
+    torch.full((10_000,), math.nan)  # memory that is not 0
+    soft_read(query, keys, keys).values.sum().backward()
+    assert keys.grad is not None
+    assert (keys.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "wanted"),
+    [((0, 3, 4), (0, 5, 4), (0, 3, 2)), ((0, 3, 4), (5, 4), (0, 3, 2)), ((2, 0, 3, 4), (2, 1, 5, 4), (2, 0, 3, 2))],
+    ids=str,
+)
+def test_batches_of_nothing_keep_their_shape(
+    query: tuple[int, ...], keys: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    assert soft_read(torch.zeros(query), torch.zeros(keys), torch.zeros(*keys[:-1], 2)).values.shape == wanted
+
+
+@pytest.mark.parametrize(("height", "size"), [(39.9, 1e17), (-39.9, 1e-30), (10.0, 1e33)])
+def test_huge_and_tiny_values_are_not_lost(height: float, size: float) -> None:
+    """Times exponentials without a shift they would overflow or underflow."""
+    query, keys, values = torch.ones(2, 1), torch.full((70_000, 1), height), torch.full((70_000, 1), size)
+    read = soft_read(query, keys, values, metric="dot").values
+    assert torch.allclose(read, values[:2], rtol=1e-4, atol=0)
+
+
+def test_small_gradients_survive_a_shift_that_comes_late() -> None:
+    torch.manual_seed(0)
+    query = torch.ones(4, 1, requires_grad=True)
+    keys = torch.cat([torch.rand(2**17, 1) * 0.5 + 39, torch.full((5000, 1), -1000.0)]).requires_grad_()
+    values = torch.randn(len(keys), 2, requires_grad=True)
+    leaves = (query, keys, values)
+
+    def gradients(upstream: float) -> tuple[Tensor, ...]:
+        read = soft_read(*leaves, metric="dot").values
+        return torch.autograd.grad(read, leaves[1:], torch.full((4, 2), upstream))
+
+    for large, tiny in zip(gradients(1.0), gradients(1e-22), strict=True):
+        assert largest_error(tiny.double() * 1e22, large) <= 1e-5 * large.abs().max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_topk_read_refuses_candidates_that_are_not_finite(bad: float) -> None:
+    query, rows, candidates = torch.ones(1, 4), torch.randn(60, 4), torch.tensor([[0, 1]])
+    spoilt = rows.clone()
+    spoilt[0] = bad
+    with pytest.raises(softdb.NonFiniteError, match="keys: expected finite"):
+        topk_read(query, spoilt, rows, candidates, metric="dot")
+    with pytest.raises(softdb.NonFiniteError, match="values: expected finite"):
+        topk_read(query, rows, spoilt, candidates)
+    assert topk_read(query, spoilt, spoilt, candidates + 1).values.isfinite().all()  # others are not looked at
+
+
+def test_soft_read_refuses_a_hidden_key_that_is_not_finite() -> None:
+    keys, mask = torch.randn(30, 4), torch.ones(30, dtype=torch.bool)
+    keys[-1], mask[-1] = math.nan, False
+    with pytest.raises(softdb.NonFiniteError, match="keys: expected finite"):
+        soft_read(torch.randn(3, 4), keys, torch.randn(30, 2), mask=mask)
+
+
+def test_topk_read_of_values_without_width() -> None:
+    read = topk_read(torch.zeros(2, 4), torch.randn(60, 4), torch.zeros(60, 0), torch.tensor([[0, 1], [2, 3]]))
+    assert read.values.shape == (2, 0)

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -1127,3 +1128,48 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestFaissStoreMachine = FaissStoreMachine.TestCase
 TestFaissStoreMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+# -- the bound on scores that a store keeps --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store: store.update([0], values=torch.ones(1, 2)),
+        lambda store: store.update([0], fields={"at": [3]}),
+        lambda store: store.values.data.mul_(1.0) if store.touch([1]) is None else None,
+        lambda store: store.delete(store.ids[:1]),
+        lambda store: store.add(200 * torch.ones(1, 4), torch.ones(1, 2), fields={"at": 0}),
+    ],
+)
+def test_reads_of_many_rows_follow_every_write(write: Callable[[SoftKVStore], object]) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(4, 2, fields=("at",))
+    store.add(torch.randn(60_000, 4), torch.randn(60_000, 2), fields={"at": 0})
+    query = torch.randn(3, 4)
+    for _ in range(2):
+        read = store.read(query)
+        rows = store.get(store.ids)
+        answer = reference.read(query.double(), rows.keys.double(), rows.values.double())
+        assert largest_error(read.values, answer.values) < 1e-5
+        assert largest_error(read.lse, answer.lse) < 1e-4
+        write(store)
+
+
+@pytest.mark.parametrize("height", [-100.0, 20.0])
+def test_a_bound_that_nobody_said_was_broken(height: float) -> None:
+    store = SoftKVStore(4, 1, metric="dot")
+    store.add(torch.full((70_000, 4), 0.1), torch.ones(70_000, 1))
+    query = torch.ones(2, 4)
+    store.read(query)
+    store.keys.data.fill_(height)  # without a touch
+    read = store.read(query)
+    assert torch.allclose(read.values, torch.ones(2, 1))
+    assert torch.allclose(read.lse, torch.tensor(4 * height + math.log(70_000)))
+
+
+def test_copies_of_an_empty_store_are_empty() -> None:
+    store = SoftKVStore(4, 2)
+    for copied in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), copy.deepcopy(store).double()):
+        assert (copied.read(torch.randn(3, 4)).values == 0).all()

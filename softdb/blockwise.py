@@ -76,8 +76,8 @@ SCORES_NOT_FINITE = (
 GROUP = 32
 # Up to this many groups for each row wanted, one pass is faster than two.
 FEW_GROUPS = 32
-# The group maxima of a pass, for as many queries at a time, and rows that are gathered: 32 and 1 MiB.
-MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**18
+# The group maxima of a pass, for as many queries at a time, and rows that are gathered: 32 and 4 MiB.
+MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**20
 
 
 @dataclass(frozen=True)
@@ -1097,10 +1097,13 @@ def gathered_scores(query: Tensor, keys: Tensor, scan: Scan) -> Tensor:  # (M, w
 
 def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, scan: Scan) -> Tensor:  # (M, w), (N, d) -> (M, k)
     """Scores of prepared queries with the keys at (M, k) ``numbers``, -inf at -1; no gradient, and no (M, k, d)."""
-    scores = query.new_empty(numbers.shape, dtype=scan.dtype)
     valid = numbers.clamp(min=0)
     width = keys.shape[-1]
     step = max(1, GATHER_ELEMENTS // max(1, numbers.shape[1] * width))
+    if len(numbers) <= step:
+        rows = keys.index_select(0, valid.flatten()).view(*numbers.shape, width)
+        return gathered_scores(query, rows, scan).masked_fill_(numbers < 0, -torch.inf)
+    scores = query.new_empty(numbers.shape, dtype=scan.dtype)
     buffer = keys.new_empty(min(step, len(numbers)) * numbers.shape[1], width)
     for start in range(0, len(numbers), step):
         part = slice(start, start + step)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from harness import Case, Contestant, Work, main, peak_memory
+from harness import Case, Contestant, Work, main, peak_memory, without_graph
 from torch import Tensor
 
 from softdb import SoftKVStore
@@ -83,13 +83,6 @@ def cases(small: bool) -> Iterator[Case]:
 def _forward(size: Read) -> Case:
     query, keys, values = _operands(size)
     store = _filled(size, keys, values)
-
-    def without_graph(read: Contestant) -> Contestant:
-        def run() -> object:
-            with torch.no_grad():
-                return read()
-
-        return run
 
     def errors() -> dict[str, float]:
         few = query[:CHECKED]

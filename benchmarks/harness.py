@@ -31,7 +31,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Case", "Work", "compare", "main", "peak_memory"]
+__all__ = ["Case", "Work", "compare", "main", "peak_memory", "without_graph"]
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
@@ -167,6 +167,16 @@ def compare(name: str, cases: Iterable[Case], *, seconds: float = 10.0, out: Pat
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return _table(lines)
+
+
+def without_graph(run: Contestant) -> Contestant:
+    """The same, building no graph."""
+
+    def call() -> object:
+        with torch.no_grad():
+            return run()
+
+    return call
 
 
 def peak_memory(run: Contestant) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, Contestant, main
+from harness import Case, Contestant, main, without_graph
 from torch import Tensor
 
 from softdb import SoftKVStore
@@ -34,13 +34,6 @@ def _forward(queries: int, rows: int) -> Case:
     query, keys, values = _operands(queries, rows)
     store = SoftKVStore(WIDTH, WIDTH)
     store.add(keys, values)
-
-    def without_graph(read: Callable[[], object]) -> Contestant:
-        def run() -> object:
-            with torch.no_grad():
-                return read()
-
-        return run
 
     return Case(
         f"forward ({queries}, {rows:,}), {WIDTH}/{WIDTH}; asked: the naive time and 60 µs",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError
+from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.filters import Block, Selection
 from softdb.scores import prepare_keys, prepare_keys_backward
 
@@ -68,10 +68,6 @@ SMALL_SCORES = 2**17
 NOTHING: AbstractContextManager[Any] = nullcontext()
 # Weights below are taken for 0.
 SMALLEST_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
-SCORES_NOT_FINITE = (
-    "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
-    "diverge?), or query times key divided by temperature overflows: rescale them"
-)
 # Two-stage top-k: the columns whose maximum stands for them.
 GROUP = 32
 # Up to this many groups for each row wanted, one pass is faster than two.
@@ -91,7 +87,6 @@ class Scan:
         dtype: The dtype to compute in.
         key_norm: Tells the largest norm of a key, for a bound on scores; None where it is to be found block by block.
         narrow: Whether the blend, not the scores, may be multiplied in the dtype of the values: see `is_narrow`.
-        unshifted: Scores that cannot be larger than this are exponentiated without a shift.
     """
 
     metric: str
@@ -100,7 +95,6 @@ class Scan:
     dtype: torch.dtype
     key_norm: Callable[[], float] | None = None
     narrow: bool = False
-    unshifted: float = math.inf
 
     def tiles(
         self, groups: int, queries: int, copied: int, k: int = 0, lanes: int = 1
@@ -276,8 +270,7 @@ class _Best:
 
     def add(self, scores: Tensor, groups: slice, queries: slice, block: Block) -> None:
         """Take in the scores of a block whose rows come after all that were taken in before."""
-        values, columns = top_of_block(scores, self.k)
-        found = block.slots(columns).masked_fill_(values == -torch.inf, -1)
+        values, _, found = _best_of_block(scores, block, self.k)
         # Earlier rows stand first, so that the lowest row wins a tie.
         values = torch.cat([self.scores[groups, queries], values.to(self.scores.dtype)], dim=-1)
         found = torch.cat([self.rows[groups, queries], found], dim=-1)
@@ -497,8 +490,10 @@ class _Blend(NamedTuple):
     seen: Tensor | None
 
 
-def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int) -> _Blend:
-    """One block of rows after the other, in tiles that fit in cache."""
+def _read_in_blocks(
+    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int, *, shifted: bool = False
+) -> _Blend:
+    """One block of rows after the other, in tiles that fit in cache; with a shift once it is needed, or from the start."""
     count, height = query.shape[:2]
     lanes = scan.lanes(query) if k == 0 else 1
     shape = (max(count, lanes), height)
@@ -519,7 +514,7 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
         if seen is not None:
             seen += block.fingerprint()
         bound = bound_of(operand)
-        if shift is None and not bound <= min(UNSHIFTED, scan.unshifted):  # nor if it is NaN
+        if shift is None and (shifted or not bound <= UNSHIFTED):  # nor if it is NaN
             shift = query.new_zeros(shape).masked_fill_(total == 0, -torch.inf)
         here = groups
         if lanes > 1:
@@ -556,8 +551,7 @@ def _read_in_blocks(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: 
     lse = total.flatten().log()
     if shift is not None:
         lse = (lse + shift.flatten()).to(lse.dtype)
-    if not math.isfinite(float(lse.sum() + lowest)):
-        check_scores(torch.where(lowest == -torch.inf, torch.nan, lse))
+    check_scores(torch.where(lowest == -torch.inf, torch.nan, lse), empty=True)
     total.masked_fill_(total == 0, 1.0)
     found = None
     if best is not None:
@@ -593,7 +587,7 @@ def _read_surely(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups
         if read.shift is not None or (_is_plausible(read.lse, scan.selection) and _is_sizable(read)):
             return read
     # Somebody wrote to the keys and did not say so, or they are not finite indeed, or values are huge or tiny.
-    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None, unshifted=-1.0), k)
+    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k, shifted=True)
 
 
 def _is_sizable(read: _Blend) -> bool:
@@ -601,7 +595,7 @@ def _is_sizable(read: _Blend) -> bool:
     if read.values.numel() == 0:
         return True
     sums = (read.values.abs().amax(-1) * read.total.flatten()).masked_fill(read.lse == -torch.inf, 1.0)
-    return bool((sums >= 2**17 * SMALLEST_WEIGHT[sums.dtype]).all()) and math.isfinite(float(read.values.sum()))
+    return bool((sums >= 2**17 * SMALLEST_WEIGHT[sums.dtype]).all()) and is_finite(read.values)
 
 
 def _is_plausible(lse: Tensor, selection: Selection) -> bool:
@@ -864,12 +858,10 @@ class _DenseRead(torch.autograd.Function):
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _rows(keys, groups, block)
                 if needs_query:
-                    operand = prepare_keys(rows, scan.metric, scan.centre, scan.dtype)
-                    grad_query = _flat(groups, grad_scores @ operand)
+                    grad_query = _flat(groups, grad_scores @ scan.operand(rows))
                 if needs_keys:
                     grad_operand = grad_scores.mT @ _by_group(groups, query)
-                    grad_rows = prepare_keys_backward(grad_operand, rows, scan.metric, scan.centre)
-                    grad_keys = _spread(keys, groups, block, grad_rows)
+                    grad_keys = _spread(keys, groups, block, scan.operand_backward(grad_operand, rows))
         results = _once_only([grad_query, grad_keys, grad_values], query, keys, values, *grads)
         return *results, None, None, None, None
 
@@ -878,17 +870,16 @@ def _read_densely(
     query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, block: Block, k: int
 ) -> tuple[Tensor, Tensor, BestRows | None, Tensor]:
     """Blend, log-sum-exp, best rows and weights."""
-    operand = prepare_keys(_rows(keys, groups, block), scan.metric, scan.centre, scan.dtype)
+    operand = scan.operand(_rows(keys, groups, block))
     query = _by_group(groups, query)
     if k:
         scores = _Product()(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
         scores = scores[0] if groups == 1 else scores
     else:
         scores = _pairwise(query, operand)
-    if not math.isfinite(scores.sum().item()):
+    if not is_finite(scores):
         _hide_all(scores, block, 0.0)
-        if not bool(scores.isfinite().all()):
-            raise NonFiniteError(SCORES_NOT_FINITE)
+        check_scores(scores)
     if block.hides:
         _hide_all(scores, block, -torch.inf)
     # Along whichever dimension lies that way in memory.
@@ -1019,14 +1010,14 @@ def _small_block(queries: int, scan: Scan, copied: int, k: int) -> Block | None:
     return scan.selection.block(0, count)
 
 
-def check_scores(lse: Tensor, *, some: bool = False) -> None:
-    """Raise if a log-sum-exp says that a score was NaN or infinite; with ``some``, that all scores were."""
-    lse = lse.detach()
-    finite = lse < torch.inf
-    if some:
-        finite &= lse > -torch.inf
-    if not bool(finite.all()):
-        raise NonFiniteError(SCORES_NOT_FINITE)
+def check_scores(scores: Tensor, *, empty: bool = False) -> None:
+    """Raise if a score is NaN or infinite; with ``empty``, -inf passes: the log-sum-exp of nothing."""
+    if is_finite(scores) or (empty and bool((scores < torch.inf).all())):
+        return
+    raise NonFiniteError(
+        "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
+        "diverge?), or query times key divided by temperature overflows: rescale them"
+    )
 
 
 # -- reads of a few rows ---------------------------------------------------------------------------------
@@ -1091,8 +1082,7 @@ def gather_rows(table: Tensor, places: Places, dtype: torch.dtype, *, sparse: bo
 
 def gathered_scores(query: Tensor, keys: Tensor, scan: Scan) -> Tensor:  # (M, w), (M, k, d) -> (M, k)
     """Scores of prepared queries with each its own k keys, differentiable."""
-    operand = prepare_keys(keys, scan.metric, scan.centre, scan.dtype)
-    return torch.bmm(operand, query.unsqueeze(-1)).squeeze(-1).to(scan.dtype)
+    return torch.bmm(scan.operand(keys), query.unsqueeze(-1)).squeeze(-1).to(scan.dtype)
 
 
 def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, scan: Scan) -> Tensor:  # (M, w), (N, d) -> (M, k)

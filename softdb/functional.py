@@ -35,6 +35,7 @@ from softdb.errors import (
     check_positive,
     check_temperature,
     describe,
+    is_finite,
 )
 from softdb.filters import Selection
 from softdb.normalizers import check_normalizer, softmax, straight_through
@@ -170,8 +171,7 @@ def read_candidates(
     else:
         scores = scores_at(query, tables.keys, places.numbers, scan)
     weights, lse = softmax(scores)
-    if not math.isfinite(scores.detach().masked_fill(places.missing, 0.0).sum().item()):
-        check_scores(scores.detach().masked_fill(places.missing, 0.0), some=True)
+    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
     if lean:
         blend = blend_at(weights, tables.values, places.numbers)
     else:
@@ -287,7 +287,7 @@ def soft_read(
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
-        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask, query.shape[-2]))
+        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
         scan = Scan(metric, centre, selection, dtype, narrow=narrow)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         if not selection.shows_some_to_all:
@@ -299,7 +299,7 @@ def soft_read(
             check_finite("query", query)  # it may be their fault: say so
             check_finite("keys", keys)
             raise
-    if not math.isfinite(read.values.detach().sum().item()):
+    if not is_finite(read.values):
         check_finite("values", values)
     return finish(transform(read, fold.unfold) if batch else read, query)
 
@@ -366,7 +366,7 @@ def topk_read(
         except NonFiniteError:
             check_finite("keys", keys)  # it may be their fault: say so
             raise
-    if not math.isfinite(read.values.detach().sum().item()):
+    if not is_finite(read.values):
         check_finite("values", values)
     return finish(transform(read, fold.unfold) if batch else read, query)
 
@@ -470,7 +470,7 @@ class _Fold:
         sizes = [self.batch[i] if i in self.own else 1 for i in range(len(self.batch))]
         return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups * tensor.shape[-2], tensor.shape[-1])
 
-    def mask(self, mask: Tensor, height: int) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
+    def mask(self, mask: Tensor) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
         count = len(self.batch)
         mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
         sizes = list(mask.shape)
@@ -479,7 +479,7 @@ class _Fold:
             for i in self.own:
                 sizes[i] = self.batch[i]
         if any(sizes[i] != 1 for i in (*self.shared, count)):
-            sizes[count] = height
+            sizes[count] = self.height
             for i in self.shared:
                 sizes[i] = self.batch[i]
         groups = math.prod(sizes[i] for i in self.own)

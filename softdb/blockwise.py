@@ -493,7 +493,7 @@ class _Blend(NamedTuple):
 def _read_in_blocks(
     query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int, *, shifted: bool = False
 ) -> _Blend:
-    """One block of rows after the other, in tiles that fit in cache; with a shift once it is needed, or from the start."""
+    """One block of rows after the other, in tiles that fit in cache; with a shift once needed, or from the start."""
     count, height = query.shape[:2]
     lanes = scan.lanes(query) if k == 0 else 1
     shape = (max(count, lanes), height)

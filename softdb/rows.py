@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import heapq
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from softdb.errors import (
 __all__ = ["RowTable", "Snapshot"]
 
 MAX_ID = 2**63 - 2
+STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
+# The journal of recent changes names at most this share of the rows, or as many.
+JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
 
 
 class RowTable(nn.Module):
@@ -48,8 +52,10 @@ class RowTable(nn.Module):
 
     ids: Tensor  # (capacity,) int64, -1 at a free slot
     next_id: Tensor  # () int64
+    generation: Tensor  # (capacity,) int64: how many rows a slot has held; optimisers start a new one's state afresh
     changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
     keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
+    keys_written_at: Tensor  # (capacity,) int64: the same, but not by an optimiser
 
     def __init__(self, fields: Sequence[str], device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -58,11 +64,13 @@ class RowTable(nn.Module):
         for name in self.fields:
             self.register_buffer(f"field_{name}", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=device))
-        for name in ("changed_at", "keys_changed_at"):
+        self.register_buffer("generation", torch.empty(0, dtype=torch.int64, device=device))
+        for name in STAMPS:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
+        self._journal = _Journal()
         self._next_id = 0
         self._free: list[int] = []  # a heap: the holes below `used`
         self._slots = SlotTable()
@@ -131,24 +139,41 @@ class RowTable(nn.Module):
         """The slots that changed after ``version``, ascending; with ``keys`` only those whose key did."""
         if (self.keys_moved_at if keys else self.moved_at) > version:
             return torch.arange(self.used, device=self.ids.device)
+        recent = self._journal.since(version, keys=keys)
+        if recent is not None:
+            return recent.to(self.ids.device)
         changed_at = self.keys_changed_at if keys else self.changed_at
         return (changed_at[: self.used] > version).nonzero().squeeze(-1)
 
     def mark_changed(self, slots: Tensor, *, keys: bool = True) -> None:
-        """Note that the rows at ``slots`` are not what they were; without ``keys``, only values or fields."""
+        """Note that the rows at ``slots`` were written; without ``keys``, only values or fields."""
         if len(slots):
-            self.version += 1
-            slots = slots.to(self.ids.device)
-            self.changed_at[slots] = self.version
+            slots = self._note(slots, keys=keys)
             if keys:
-                self.keys_changed_at[slots] = self.version
+                self.keys_written_at[slots] = self.version
 
-    def mark_moved(self, *, keys: bool = True) -> None:
-        """Note that every row may have changed; without ``keys``, only values."""
+    def mark_moved(self, slots: Tensor | None = None, *, keys: bool = True) -> None:
+        """Note that an optimiser, or whoever it was, may have moved the rows at ``slots``, or all of them.
+
+        Without ``keys``, only their values.
+        """
+        if slots is not None:
+            if len(slots):
+                self._note(slots, keys=keys)
+            return
         self.version += 1
         self.moved_at = self.version
         if keys:
             self.keys_moved_at = self.version
+
+    def _note(self, slots: Tensor, *, keys: bool) -> Tensor:
+        self.version += 1
+        slots = slots.to(self.ids.device)
+        self.changed_at[slots] = self.version
+        if keys:
+            self.keys_changed_at[slots] = self.version
+        self._journal.write(self.version, slots, keys, limit=max(JOURNAL_SLOTS, int(JOURNAL_SHARE * self.used)))
+        return slots
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
@@ -184,6 +209,7 @@ class RowTable(nn.Module):
         self.used += fresh
         self._slots.put(ids, placed)
         self.ids[placed.to(self.ids.device)] = ids.to(self.ids.device)
+        self.start_afresh(placed)
         if count:
             self._set_next_id(max(self._next_id, int(ids.max()) + 1))
         self.mark_changed(placed)
@@ -193,6 +219,10 @@ class RowTable(nn.Module):
         """Write columns of fields at ``slots``."""
         for name, column in fields.items():
             self.field(name)[slots.to(self.ids.device)] = column.to(self.ids.device)
+
+    def start_afresh(self, slots: Tensor) -> None:
+        """Let optimisers know that what they remember of ``slots`` is no longer true."""
+        self.generation[slots.to(self.ids.device)] += 1
 
     def remove(self, ids: Tensor, slots: Tensor) -> None:
         """Forget the rows ``ids`` at ``slots``."""
@@ -210,7 +240,7 @@ class RowTable(nn.Module):
     def resize(self, capacity: int) -> None:
         """Make room for ``capacity`` rows, at least those in use."""
         # All are made before any is set: memory may run out in between.
-        names = ["changed_at", "keys_changed_at", *(f"field_{name}" for name in self.fields)]
+        names = [*STAMPS, "generation", *(f"field_{name}" for name in self.fields)]
         buffers = {name: resized(getattr(self, name), capacity) for name in names}
         buffers["ids"] = resized(self.ids, capacity, fill=-1)
         for name, buffer in buffers.items():
@@ -225,6 +255,7 @@ class RowTable(nn.Module):
         self._slots = SlotTable()
         self._slots.put(ids[live], live)
         self._set_next_id(max(int(self.next_id), int(ids[live].max()) + 1 if len(live) else 0))
+        self._journal = _Journal()
         self.mark_moved()
 
     def _set_next_id(self, value: int) -> None:
@@ -270,7 +301,7 @@ class RowTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_slots", "_live", "_live_slots", "_free"):
+        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal"):
             del state[derived]
         return state
 
@@ -384,6 +415,35 @@ class SlotTable:
             self._array[number] = self._dict.pop(number)
 
 
+class _Journal:
+    """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[int, Tensor, bool]] = deque()
+        self._slots = 0
+        self._complete_since = 0  # every later change is in it
+
+    def write(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
+        """Add a change; the oldest are forgotten where more than ``limit`` slots are named."""
+        self._entries.append((version, slots, keys))
+        self._slots += len(slots)
+        while self._slots > limit:
+            self._complete_since, dropped, _ = self._entries.popleft()
+            self._slots -= len(dropped)
+
+    def since(self, version: int, *, keys: bool) -> Tensor | None:
+        """The slots changed after ``version``, ascending, each once; None if that has been forgotten."""
+        if version < self._complete_since:
+            return None
+        recent = []
+        for changed_at, slots, of_keys in reversed(self._entries):
+            if changed_at <= version:
+                break
+            if of_keys or not keys:
+                recent.append(slots)
+        return torch.cat(recent).unique() if recent else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
 class Snapshot:
     """What a read saw, to be checked again before its backward.
 
@@ -423,14 +483,41 @@ class Snapshot:
 # Which table's rows a Parameter holds, and whether it holds the keys. Written tensors' version counters do not betray
 # fused optimisers, whose step hooks do fire; the hooks are registered with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameters whose sparse gradients are kept coalesced
 _hooked = False
-# The tables that the steps under way will move, by optimiser: a gradient may be gone when the step has ended.
-_moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[RowTable, bool]] = weakref.WeakKeyDictionary()
+# Optimisers, beside torch's own, that move only the rows of a row-sparse gradient, and whose state grows with the rows.
+_row_optimizers: set[type[torch.optim.Optimizer]] = set()
+# What the steps under way will move, by optimiser: a gradient may be gone when the step has ended.
+_moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Move]] = weakref.WeakKeyDictionary()
+
+
+class _Move(NamedTuple):
+    """A Parameter that a step moves: whose rows it holds, and which of them a trusted optimiser moves (None: all)."""
+
+    parameter: nn.Parameter
+    table: RowTable
+    keys: bool
+    slots: Tensor | None
+
+
+def of(parameter: Tensor) -> RowTable | None:
+    """The table whose keys or values ``parameter`` holds."""
+    reference, _ = _tables.get(parameter, (None, False))
+    return None if reference is None else reference()
+
+
+def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Take the word of an optimiser class that it moves only a row-sparse gradient's rows, and follows growth."""
+    _row_optimizers.add(kind)
+    return kind
 
 
 def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
     """Have ``table`` note every optimiser step that moves ``parameter``, which holds its keys or its values."""
     global _hooked
+    if parameter.requires_grad and parameter not in _coalescing:
+        parameter.register_post_accumulate_grad_hook(_keep_coalesced)
+        _coalescing[parameter] = True
     _tables[parameter] = weakref.ref(table), keys
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
@@ -438,35 +525,66 @@ def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
         _hooked = True
 
 
-def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, RowTable, bool]]:
+def _keep_coalesced(parameter: Tensor) -> None:
+    """Say again that a sparse gradient is coalesced: on its way to ``.grad`` it forgets, and its reader would sort."""
+    gradient = parameter.grad
+    if gradient is None or gradient.layout != torch.sparse_coo or gradient.is_coalesced():
+        return
+    slots = gradient._indices()[0]
+    if bool((slots[1:] > slots[:-1]).all()):
+        gradient._coalesced_(True)
+    else:
+        parameter.grad = gradient.coalesce()
+
+
+def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             reference, keys = _tables.get(parameter, (None, False))
             table = None if reference is None or parameter.grad is None else reference()
             if table is not None:
-                yield parameter, table, keys
+                sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
+                yield _Move(parameter, table, keys, parameter.grad._indices()[0].clone() if sparse else None)
+
+
+def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a step leaves every row alone that a sparse gradient does not name."""
+    kind = type(optimizer)
+    if kind is torch.optim.SGD:
+        return bool(group["momentum"] == 0)
+    return kind in (torch.optim.SparseAdam, torch.optim.Adagrad) or kind in _row_optimizers
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moving: dict[RowTable, bool] = {}
-    for parameter, table, keys in _moved_by(optimizer):
-        for name, state in optimizer.state.get(parameter, {}).items():
-            # A fused step over a state of the old size would read and write past its end. Other states have shapes of
-            # their own; Adafactor's, of one row for all, looks like one of these.
-            if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
-                continue
-            if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
-                raise GrowthError(
-                    f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
-                    f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one"
-                )
-        moving[table] = moving.get(table, False) or keys
-    _moving[optimizer] = moving
+    moves = list(_moved_by(optimizer))
+    if type(optimizer) not in _row_optimizers:
+        for move in moves:
+            _check_state(move.parameter, optimizer.state.get(move.parameter, {}))
+    _moving[optimizer] = moves
+
+
+def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
+    for name, state in states.items():
+        # A fused step over a state of the old size would read and write past its end. Other states have shapes of
+        # their own; Adafactor's, of one row for all, looks like one of these.
+        if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
+            continue
+        if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
+            raise GrowthError(
+                f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
+                f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one; "
+                "softdb.optim.RowAdam follows growth"
+            )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moved = _moving.pop(optimizer, {})
-    for _, table, keys in _moved_by(optimizer):  # a closure may have made the gradients
-        moved[table] = moved.get(table, False) or keys
-    for table, keys in moved.items():
-        table.mark_moved(keys=keys)
+    before = {id(move.parameter): move for move in _moving.pop(optimizer, [])}
+    after = {id(move.parameter): move for move in _moved_by(optimizer)}  # a closure may have made the gradients
+    for number, move in (before | after).items():
+        # Only what was there on both sides of the step, or came with it, is known to be what the step used.
+        first, last = before.get(number, move).slots, after[number].slots if number in after else None
+        if first is None or last is None:
+            move.table.mark_moved(keys=move.keys)
+        else:
+            slots = last if torch.equal(first, last) else torch.cat([first, last]).unique()
+            move.table.mark_moved(slots, keys=move.keys)

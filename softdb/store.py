@@ -103,6 +103,10 @@ class SoftKVStore(nn.Module):
             `read`.
         trainable: Whether ``keys`` and ``values`` are Parameters; else they are buffers. Gradients reach the query
             and a tensor temperature either way.
+        sparse_grad: Whether topk and hard reads give keys and values row-sparse gradients (coalesced COO, of the rows
+            read), for optimisers that touch no other row: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`,
+            `torch.optim.SparseAdam`, Adagrad, SGD. Else they are dense, as every optimiser takes them. Exact reads
+            give dense ones in any case.
         fields: Names of int64 fields that every row carries, for ``where``.
         index: How top-k reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
         device, dtype: Of the stored tensors, as for any module.
@@ -140,6 +144,7 @@ class SoftKVStore(nn.Module):
         metric: Metric = "scaled_dot",
         temperature: float = 1.0,
         trainable: bool = False,
+        sparse_grad: bool = True,
         fields: Sequence[str] = (),
         index: str | IndexConfig = "auto",
         device: torch.device | str | None = None,
@@ -160,6 +165,7 @@ class SoftKVStore(nn.Module):
                 f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
             )
         self.trainable = bool(trainable)
+        self.sparse_grad = bool(sparse_grad)
         for name, width in (("keys", self.key_dim), ("values", self.value_dim)):
             table = torch.zeros(0, width, device=device, dtype=dtype)
             if self.trainable:
@@ -304,6 +310,7 @@ class SoftKVStore(nn.Module):
         given = check_ids("ids", ids)
         slots = self.rows.slots_of("ids", given)
         self.rows.remove(given, slots)
+        self._forget_gradients(slots)
         # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
         zeros = torch.zeros((), dtype=self.keys.dtype, device=self.keys.device)
         self._write(slots, zeros, zeros.to(self.values.dtype), {})
@@ -415,7 +422,7 @@ class SoftKVStore(nn.Module):
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
             scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow)
-            tables = Tables(keys, values, sparse=self.trainable)
+            tables = Tables(keys, values, sparse=self.trainable and self.sparse_grad)
             if mode == "exact":
                 try:
                     read = read_exactly(operand, tables, scan, k, normalizer)
@@ -550,6 +557,22 @@ class SoftKVStore(nn.Module):
                 table.data[place] = rows
         self.rows.set_fields(slots, fields)
 
+    def _forget_gradients(self, slots: Tensor) -> None:
+        """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
+        for table in (self.keys, self.values):
+            gradient = table.grad
+            if gradient is None or len(slots) == 0:
+                continue
+            if gradient.layout == torch.strided:
+                gradient.detach()[slots.to(gradient.device)] = 0.0
+                continue
+            gradient = gradient.detach().coalesce()
+            kept = ~torch.isin(gradient.indices()[0], slots.to(gradient.device))
+            if not bool(kept.all()):
+                table.grad = torch.sparse_coo_tensor(
+                    gradient.indices()[:, kept], gradient.values()[kept], gradient.shape, is_coalesced=True
+                )
+
     def _make_room(self, needed: int, *, exactly: bool = False) -> None:
         """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
         capacity = self.rows.capacity
@@ -673,14 +696,14 @@ class SoftKVStore(nn.Module):
 
     def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check what is to be loaded and take its size."""
-        fields = [f"rows.field_{name}" for name in self.fields]
-        names = ["keys", "values", "rows.ids", "rows.next_id", *fields]
+        columns = ["rows.generation", *(f"rows.field_{name}" for name in self.fields)]
+        names = ["keys", "values", "rows.ids", "rows.next_id", *columns]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(found) < len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             return  # torch reports what is missing
         keys, values, ids = found["keys"], found["values"], found["rows.ids"]
         capacity = ids.numel()
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows.ids", *fields), (capacity,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows.ids", *columns), (capacity,))
         shapes |= {"keys": (capacity, self.key_dim), "values": (capacity, self.value_dim), "rows.next_id": ()}
         for name, shape in shapes.items():
             if tuple(found[name].shape) != shape:

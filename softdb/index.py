@@ -2,10 +2,13 @@
 
 The index answers with slots, never with scores: what a read returns is computed from the live rows, so a FAISS index
 that is approximate or behind can miss a row but not report a wrong one. It is kept from falling behind as a
-log-structured store does it: a FAISS *base* built from the rows as they were; a bitmap of base entries that are
-stale, since their row was changed or deleted; and the *pending* rows, changed since, which every search goes through
-exactly. Enough pending rows are appended to the base as new entries; when half of the entries are stale, or the rows
-have outgrown the lists they were sorted into, the base is built anew.
+log-structured store does it: a FAISS *base* holds the rows as they were when it took them in; the rows that have
+changed since are hidden in it, and *pending*: every search goes through them exactly. Enough pending rows are taken
+into the base; when too many of its entries are garbage, it is built anew.
+
+A row written by `add`, `put`, `update` or `touch` is pending. One that an optimiser may have moved is pending once its
+key is further from where the base saw it than a tolerance. So the base keeps a copy of the keys as it saw them, and a
+row-sparse step costs a look at its rows, any other step a look at all.
 
 The index changes only when rows have changed, at the first search or refresh after it: between two writes every
 search sees the same one.
@@ -19,6 +22,9 @@ import os
 import re
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,33 +37,38 @@ import faiss  # after torch: so that both share one OpenMP runtime
 
 from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
 from softdb.errors import ArgumentError, DtypeError, describe
-from softdb.filters import select
-from softdb.rows import RowTable
+from softdb.filters import Selection, select
+from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
 
 __all__ = ["Index", "IndexConfig", "IndexStats"]
 
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-
-
-# A child forked after a parallel search hangs in its first parallel region, torch's or FAISS's (faiss issue 5206):
-# the OpenMP runtime waits for threads that fork() did not copy.
-os.register_at_fork(after_in_child=_one_thread)
-
 # Where an IVF search that finds 95 % gets faster than an exact one: measured from 200,000 rows on for single queries
 # and by a million for 256 at a time (benchmarks/index_crossover.py).
 EXACT_ROWS = 500_000
+# IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
+LISTS = 4
 # A filter that leaves at most this fraction of the rows leaves so few that an exact top-k over them is cheaper.
 FEW = 1 / 32
-# Pending rows are appended to the base when they pass this many, and this fraction of it.
-PENDING_ROWS, PENDING_SHARE = 4096, 1 / 64
-# An IVF base is built anew when it holds this many times the rows that its lists were trained for.
-OUTGROWN = 4
-# Queries, and neighbours of each, that the probes are tuned on.
+# The base takes pending rows in when they are more than this many, or than this share of it.
+PENDING_ROWS, PENDING_SHARE = 4096, 1 / 8
+# Where a step has moved this share of the rows, exact searches are cheaper than keeping up, until steps get smaller.
+MASS = 1 / 4
+# What a build costs, beside finding lists: as many products with a query for each row.
+BUILD_PRODUCTS = 1024
+# A row that has come this far, relative to the keys' spread, since its list was chosen, has it chosen again.
+LIST_TOLERANCE = 0.15
+# An IVF base is trained anew when it holds this many times the rows that its lists were trained for, its lists are this
+# much less even than they were, or as many times the probes are needed.
+OUTGROWN, UNBALANCED, PROBES = 4, 2, 4
+# Queries, and neighbours of each, that the probes are tuned on; how many of a read's own tell a recall of theirs; and
+# how many when it is checked again, after the base has taken in this share of its rows.
 TUNING_QUERIES, TUNING_NEIGHBOURS = 256, 32
+TELLING_QUERIES = 8
+CHECKING_QUERIES, CHECKING_SHARE = 64, 1 / 4
+FEWEST_PROBES = 4
+# As many numbers are compared with their copies at a time.
+COMPARED_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -68,21 +79,39 @@ class IndexConfig:
         factory: "auto" (exact below a measured number of rows, FAISS IVF above), "Flat" (softdb's own exact top-k;
             no FAISS object is built), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
         recall: The fraction of the true k best rows that the search is to find. IVF probes and HNSW's efSearch are
-            raised, when the index is built, until a sample of queries finds as many.
+            raised, when the index is built, until a sample of queries finds as many, and checked again after a
+            quarter of the rows has moved.
+        tolerance: How far a key may be moved by an optimiser before the index takes note, relative to the keys'
+            spread: the root mean square distance from their mean, for keys about the origin that is their norm (of
+            normalised keys, for metric="cosine"). Scores come from the keys as they are in any case. 0 takes note of
+            every move. To know, the index keeps a float32 copy of a trainable store's keys.
+        garbage: The share of the index's entries that may be of rows changed or deleted before it is built anew.
+        background: Whether to build in a thread of its own: until it is done, and rows change the next time, searches
+            go on with what is there. Off, so that results never depend on timing.
     """
 
     factory: str = "auto"
     recall: float = field(default=0.95, kw_only=True)
+    tolerance: float = field(default=0.02, kw_only=True)
+    garbage: float = field(default=0.5, kw_only=True)
+    background: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.factory, str):
             raise DtypeError(
                 f"factory: expected 'auto', 'Flat' or a FAISS factory string, got {describe(self.factory)}"
             )
-        if isinstance(self.recall, bool) or not isinstance(self.recall, (int, float)):
-            raise DtypeError(f"recall: expected a number, got {describe(self.recall)}")
-        if not 0 < self.recall <= 1:
-            raise ArgumentError(f"recall: expected a number above 0 and at most 1, got {self.recall}")
+        for name in ("recall", "tolerance", "garbage"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise DtypeError(f"{name}: expected a number, got {describe(value)}")
+        for name in ("recall", "garbage"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ArgumentError(f"{name}: expected a number above 0 and at most 1, got {getattr(self, name)}")
+        if not 0 <= self.tolerance < float("inf"):
+            raise ArgumentError(f"tolerance: expected a finite number of at least 0, got {self.tolerance}")
+        if not isinstance(self.background, bool):
+            raise DtypeError(f"background: expected True or False, got {describe(self.background)}")
 
 
 @dataclass(frozen=True)
@@ -94,10 +123,10 @@ class IndexStats:
         pending: Rows that searches go through exactly because the base does not hold them as they are.
         factory: The FAISS factory string of the base; "Flat" where searches are exact.
         nprobe: IVF lists visited per query; None for other indexes.
-        recall: Measured on a sample of queries when the base was built; 1.0 where searches are exact.
+        recall: Measured on a sample of queries when the base was built, or checked last; 1.0 where searches are exact.
         builds: How often a base has been built.
-        search_seconds, upkeep_seconds, rebuild_seconds: Time spent so far in searching, in noting changes and
-            appending, and in building.
+        search_seconds, upkeep_seconds, rebuild_seconds: Time spent so far in searching; in noting changes, taking rows
+            in and checking the recall; and in building.
         error: Why the last build failed; searches are exact until the next. None if it did not.
     """
 
@@ -113,22 +142,102 @@ class IndexStats:
     error: str | None
 
 
-@dataclass
-class _Base:
-    """A FAISS index over rows as they once were.
+# -- processes and threads -------------------------------------------------------------------------------
 
-    Entry e of the index is the row that was in slot ``slots[e]``; it is stale unless ``entry_of[slots[e]] == e``.
+_indexes: weakref.WeakSet[Index] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Make a forked child able to search.
+
+    It hangs in its first parallel region, torch's or FAISS's (faiss issue 5206): the OpenMP runtime waits for threads
+    that fork() did not copy. Nor did it copy a thread that was building, or one that held a lock.
+    """
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    for index in list(_indexes):
+        index.forget_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+# -- the base --------------------------------------------------------------------------------------------
+
+
+class _Visible:
+    """Which entries of a base searches may find: a bitmap as FAISS takes it, and how many are hidden."""
+
+    def __init__(self, entries: int) -> None:
+        self._bitmap = np.packbits(np.ones(entries, dtype=bool), bitorder="little")
+        self._entries = entries
+        self.hidden = 0
+
+    def at(self, entries: Tensor) -> Tensor:
+        """Whether each of ``entries`` is visible."""
+        numbers = entries.numpy()
+        return torch.from_numpy((self._bitmap[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).astype(bool))
+
+    def all(self) -> Tensor:
+        """Whether each entry is visible."""
+        return torch.from_numpy(np.unpackbits(self._bitmap, count=self._entries, bitorder="little").astype(bool))
+
+    def selector(self) -> Any:
+        """For a FAISS search."""
+        return faiss.IDSelectorBitmap(self._bitmap)
+
+    def show(self, entries: Tensor) -> None:
+        """Let searches find ``entries``, each given once."""
+        self.hidden -= len(entries) - int(self.at(entries).sum())
+        numbers = entries.numpy()
+        np.bitwise_or.at(self._bitmap, numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
+
+    def hide(self, entries: Tensor) -> None:
+        """Keep searches from finding ``entries``, each given once."""
+        self.hidden += int(self.at(entries).sum())
+        numbers = entries.numpy()
+        np.bitwise_and.at(self._bitmap, numbers >> 3, ~(np.uint8(1) << (numbers & 7).astype(np.uint8)))
+
+    def extend(self, count: int) -> None:
+        """Add entries, visible."""
+        bits = np.concatenate([self.all().numpy(), np.ones(count, dtype=bool)])
+        self._bitmap = np.packbits(bits, bitorder="little")
+        self._entries += count
+
+
+class _Base:
+    """A FAISS index over rows as it took them in.
+
+    Entry e of it is the row in slot ``slots[e]``, and ``entry_of`` gives the latest entry of a slot, -1 where there is
+    none. Entries whose row has changed or is gone are hidden. A plain inverted file takes a row in again under its old
+    entry, which moves to another list or stays; any other index under a new one, and the old is garbage.
+
+    Attributes:
+        copy: The rows as taken in, (capacity, d) float32, beside the keys; None if nobody moves them.
+        spread: The root mean square distance of the rows from their mean.
     """
 
-    owner: Any  # the FAISS index: what FAISS gives as its parts or other types dies with it
-    factory: str
-    trained_rows: int
-    slots: Tensor  # (entries,) on the CPU
-    entry_of: Tensor  # (capacity,) on the CPU: the entry of a slot, -1 where there is none
-    in_order: bool  # whether entry e is slot e
-    stale: int = 0
-    recall: float | None = None
-    bitmap: Any = None  # of the entries that are not stale, while there are others
+    def __init__(self, owner: Any, factory: str, slots: Tensor, rows: Tensor, capacity: int, *, copied: bool) -> None:
+        self.owner = owner  # the FAISS index: what FAISS gives as its parts or other types dies with it
+        self.factory = factory
+        self.slots = slots  # on the CPU, as are the next
+        self.entry_of = torch.full((capacity,), -1, dtype=torch.int64, device="cpu")
+        self.entry_of[slots] = torch.arange(len(slots), device="cpu")
+        self.visible = _Visible(len(slots))
+        self.in_order = len(slots) == 0 or int(slots[-1]) == len(slots) - 1  # entry e is slot e, since they ascend
+        self.taken = 0  # rows taken in since the recall was checked
+        self.trained_rows, self.imbalance = len(slots), self._imbalance()
+        self.recall: float | None = None
+        self.first_probes = 0
+        sample = rows[:: max(1, len(rows) // 2**16)]
+        self.spread = float(sample.std(dim=0, correction=0).norm()) if len(sample) else 0.0
+        self.copy: Tensor | None = None
+        self._drift: Tensor | None = None  # (capacity,): how far rows have come since their list was chosen
+        if copied:
+            self.copy = rows if len(rows) == capacity and self.in_order else rows.new_zeros(capacity, rows.shape[1])
+            if self.copy is not rows:
+                self.copy[slots.to(rows.device)] = rows
+            self._drift = torch.zeros(capacity, device="cpu")
 
     @property
     def index(self) -> Any:
@@ -139,6 +248,296 @@ class _Base:
     def entries(self) -> int:
         return len(self.slots)
 
+    @property
+    def lists(self) -> int:
+        """How many lists entries move between; 0 where they cannot."""
+        ivf = _movable(self.index)
+        return 0 if ivf is None else int(ivf.nlist)
+
+    @property
+    def probes(self) -> int | None:
+        """IVF lists visited by each query."""
+        ivf = _ivf(self.index)
+        return None if ivf is None else int(ivf.nprobe)
+
+    def sees(self, slots: Tensor) -> Tensor:
+        """At which of ``slots`` there is a row that searches may find."""
+        entries = self.entry_of[slots]
+        return (entries >= 0) & self.visible.at(entries.clamp(min=0))
+
+    def search(self, queries: Any, k: int, allowed: Tensor | None = None) -> Tensor:  # (B, d), (used,) bool -> (B, k)
+        """Slots, -1 where fewer were found; those that are not ``allowed`` too where FAISS cannot leave them out."""
+        index = self.index
+        parameters, hidden = None, self.visible.hidden > 0
+        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None):
+            selector = self.visible.selector()
+            if allowed is not None:
+                bits = np.packbits((self.visible.all() & allowed[self.slots]).numpy(), bitorder="little")
+                selector = faiss.IDSelectorBitmap(bits)
+            parameters, hidden = faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe), False
+        elif hidden or allowed is not None:
+            k *= 2
+        entries = torch.from_numpy(index.search(queries, min(k, self.entries), params=parameters)[1])
+        if self.in_order and not hidden:
+            return entries
+        places = entries.clamp(min=0)
+        missing = entries < 0
+        if hidden:
+            missing |= ~self.visible.at(places)
+        return self.slots[places].masked_fill_(missing, -1)
+
+    def moved(self, slots: Tensor, keys: Tensor, metric: str, tolerance: float) -> Tensor:
+        """Those of ``slots`` whose key is no longer where it was taken in, by more than ``tolerance``."""
+        if self.copy is None:
+            return slots
+        apart = []
+        for part in slots.split(max(1, COMPARED_ELEMENTS // keys.shape[1])):
+            apart.append(_distance(_prepared(keys.index_select(0, part), metric), self.copy.index_select(0, part)))
+        distance = torch.cat(apart) if apart else slots.new_zeros(0)
+        return slots[~(distance <= tolerance * self.spread)]  # so that NaN has moved
+
+    def hide(self, slots: Tensor) -> None:
+        """Keep searches from finding ``slots``."""
+        entries = self.entry_of[slots]
+        self.visible.hide(entries[entries >= 0])
+
+    def take(self, slots: Tensor, rows: Tensor) -> None:  # (m,) ascending, on the CPU; (m, d) finite
+        """Take rows in as they are now, and show them."""
+        self.taken += len(slots)
+        entries = self.entry_of[slots]
+        known = entries >= 0
+        if _movable(self.index) is None:
+            known[:] = False
+        fresh = ~known
+        if bool(known.any()):
+            self._move(entries[known], slots[known], rows[known.to(rows.device)])
+        if bool(fresh.any()):
+            self._append(slots[fresh], rows[fresh.to(rows.device)])
+        if self.copy is not None:
+            self.copy[slots.to(rows.device)] = rows
+
+    def _move(self, entries: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Put entries of an inverted file where they belong now."""
+        ivf, vectors = _movable(self.index), _within(self.index, _array(rows))
+        lists = self.lists_of(entries)
+        astray = torch.ones(len(slots), dtype=torch.bool, device="cpu")
+        if self.copy is not None and self._drift is not None:
+            drift = self._drift[slots] + _distance(rows, self.copy[slots.to(rows.device)]).cpu()
+            astray = ~(drift <= LIST_TOLERANCE * self.spread)
+            self._drift[slots] = drift.masked_fill_(astray, 0.0)
+        if bool(astray.any()):
+            lists[astray.numpy()] = ivf.quantizer.search(vectors[astray.numpy()], 1)[1].ravel()
+        codes = np.empty((len(vectors), ivf.code_size), dtype=np.uint8)
+        numbers = entries.numpy()
+        ivf.encode_vectors(len(vectors), *map(faiss.swig_ptr, (vectors, lists, codes)))
+        ivf.direct_map.update_codes(ivf.invlists, len(vectors), *map(faiss.swig_ptr, (numbers, lists, codes)))
+        self.visible.show(entries)
+
+    def _append(self, slots: Tensor, rows: Tensor) -> None:
+        first = self.entries
+        self.owner.add(_array(rows))
+        self.hide(slots)
+        self.entry_of[slots] = torch.arange(first, first + len(slots), device="cpu")
+        self.in_order &= int(slots[0]) == first and int(slots[-1]) == first + len(slots) - 1
+        self.slots = torch.cat([self.slots, slots])
+        self.visible.extend(len(slots))
+        if self._drift is not None:
+            self._drift[slots] = 0.0
+
+    def lists_of(self, entries: Tensor) -> Any:
+        """The IVF lists that entries are in, as an int64 array."""
+        ivf = _movable(self.index)
+        return faiss.rev_swig_ptr(ivf.direct_map.array.data(), ivf.ntotal)[entries.numpy()] >> 32
+
+    def widen(self, capacity: int) -> None:
+        """Make room for slots."""
+        if capacity > len(self.entry_of):
+            self.entry_of = resized(self.entry_of, capacity, fill=-1)
+            self.copy = None if self.copy is None else resized(self.copy, capacity)
+            self._drift = None if self._drift is None else resized(self._drift, capacity)
+
+    def _imbalance(self) -> float:
+        """How uneven the lists are: 1 if all are as long."""
+        ivf = _movable(self.index)
+        return 1.0 if ivf is None else float(ivf.invlists.imbalance_factor())
+
+    def inherit(self, old: _Base) -> None:
+        """Take over what is known of the lists that were trained for ``old``."""
+        self.trained_rows, self.imbalance, self.first_probes = old.trained_rows, old.imbalance, old.first_probes
+
+    def is_outworn(self, rows: int) -> bool:
+        """Whether lists trained anew would serve ``rows`` rows better."""
+        if _ivf(self.index) is None:
+            return False
+        crowded = rows > OUTGROWN * self.trained_rows or self._imbalance() > UNBALANCED * self.imbalance
+        return crowded or (self.probes or 0) > PROBES * self.first_probes
+
+    def tune(
+        self,
+        groups: list[Tensor],  # of queries, (m, d)
+        keys: Tensor,  # (n, d)
+        metric: str,
+        selection: Selection,
+        wanted: float,
+        number: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Find how much to probe until each group of queries finds the ``wanted`` share of its best rows.
+
+        Args:
+            groups: Queries.
+            keys: The rows as they are.
+            metric: How they meet.
+            selection: Which of ``keys`` are rows.
+            wanted: The recall.
+            number: Gives, for slots, the rows of ``keys``.
+        """
+        self.taken = 0
+        k = min(TUNING_NEIGHBOURS, self.entries)
+        queries = torch.cat(groups)
+        scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
+        operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
+        worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
+        worst = worst - 1e-5 * worst.abs()  # a row that ties with the k-th best is as good
+        vectors = _array(_prepared(queries, metric))
+        sizes = [len(group) for group in groups]
+
+        def measure() -> float:
+            slots = self.search(vectors, k)[:, :k]
+            rows = torch.where(slots < 0, slots, number(slots.clamp(min=0))).to(keys.device)
+            hits = (scores_at(operand, keys, rows, scan) >= worst) & (rows >= 0)
+            return min(float(part.sum() / part.numel()) for part in hits.split(sizes))
+
+        knob, name, limit = _knob(self.index)
+        if knob is None:
+            self.recall = measure()
+            return
+
+        def reaches(probes: int) -> bool:
+            setattr(knob, name, probes)
+            recall = measure()
+            if recall >= wanted or probes == limit:
+                self.recall = recall
+                return True
+            return False
+
+        # From what there is up, doubling, or down, halving, to where it is just enough; then between the last two.
+        fewest = min(FEWEST_PROBES, limit)
+        enough = min(max(fewest, getattr(knob, name) if self.first_probes else fewest), limit)
+        few = fewest - 1
+        while not reaches(enough):
+            few, enough = enough, min(2 * enough, limit)
+        best = self.recall
+        while enough - few > max(1, enough // 8):
+            middle = max(few + 1, enough // 2) if few < fewest else (few + enough) // 2
+            if reaches(middle):
+                enough, best = middle, self.recall
+            else:
+                few = middle
+        setattr(knob, name, enough)
+        self.recall = best
+        self.first_probes = self.first_probes or enough
+
+
+@dataclass
+class _Plan:
+    """What a build needs to know, so that it needs nobody meanwhile.
+
+    Attributes:
+        version: Of the rows.
+        slots: (n,) ascending, on the CPU.
+        rows: (n, d) as FAISS takes them; nobody writes to them.
+        left_out: The slots of rows that are not finite.
+        capacity: How many slots there are.
+        factory: FAISS's factory string.
+        old: The base whose trained lists are to be used again, or None to train new ones.
+        empty: An index with those lists.
+        lists: Which of them each row is in, int64, -1 where that is to be found.
+        queries: To tune on.
+        metric, recall, copied: As in the configuration.
+    """
+
+    version: int
+    slots: Tensor
+    rows: Tensor
+    left_out: Tensor
+    capacity: int
+    factory: str
+    old: _Base | None
+    empty: Any
+    lists: Any
+    queries: list[Tensor]
+    metric: str
+    recall: float
+    copied: bool
+
+    def carry_out(self) -> _Built:
+        """Build."""
+        started = time.perf_counter()
+        base, error = None, None
+        try:
+            with torch.no_grad():
+                base = self._base()
+        except (RuntimeError, AssertionError) as failure:  # FAISS's own
+            error = _reason(failure)
+        return _Built(self.version, base, self.left_out, len(self.slots), time.perf_counter() - started, error)
+
+    def _base(self) -> _Base:
+        vectors = _array(self.rows)
+        index = self.empty
+        if index is None:
+            index = faiss.index_factory(vectors.shape[1], self.factory, _faiss_metric(self.metric))
+            _quieten(index)
+            index.train(vectors)
+            ivf = _movable(index)
+            if ivf is not None:
+                ivf.set_direct_map_type(faiss.DirectMap.Array)
+            index.add(vectors)
+        else:
+            _fill(index, vectors, self.lists)
+        base = _Base(index, self.factory, self.slots, self.rows, self.capacity, copied=self.copied)
+        if self.old is not None:
+            base.inherit(self.old)
+        everything = Selection(len(self.rows))
+        base.tune(self.queries, self.rows, self.metric, everything, self.recall, lambda slots: base.entry_of[slots])
+        return base
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What came of a plan: a base, or the reason why there is none."""
+
+    version: int
+    base: _Base | None
+    left_out: Tensor
+    rows: int
+    seconds: float
+    error: str | None
+
+
+class _Aside:
+    """A build in a thread of its own."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._built: _Built | None = None
+        self._thread = threading.Thread(target=self._run, args=(plan,), name="softdb index build")
+        self._thread.start()
+
+    def _run(self, plan: _Plan) -> None:
+        self._built = plan.carry_out()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` does not wait."""
+        return not self._thread.is_alive()
+
+    def result(self) -> _Built | None:
+        """What came of it, once it is done; None if it broke off."""
+        self._thread.join()
+        return self._built
+
+
+# -- the index -------------------------------------------------------------------------------------------
+
 
 class Index:
     """Finds candidate slots for queries, whatever happened to the rows since the last search.
@@ -147,18 +546,18 @@ class Index:
         config: What index to keep.
         metric: How rows are scored.
         key_dim: Width of the keys.
+        moving: Whether optimisers move the keys.
 
     Raises:
         ArgumentError: FAISS does not know the factory string.
     """
 
-    def __init__(self, config: IndexConfig, metric: str, key_dim: int) -> None:
+    def __init__(self, config: IndexConfig, metric: str, key_dim: int, *, moving: bool) -> None:
         self.config = config
-        self._metric = metric
-        self._faiss_metric = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        self._metric, self._moving = metric, moving
         if config.factory not in ("auto", "Flat"):
             try:
-                faiss.index_factory(key_dim, config.factory, self._faiss_metric)
+                faiss.index_factory(key_dim, config.factory, _faiss_metric(metric))
             except RuntimeError as error:
                 raise ArgumentError(
                     f"index: expected 'auto', 'Flat' or a FAISS factory string for width {key_dim}, "
@@ -166,27 +565,41 @@ class Index:
                 ) from error
         self._builds = 0
         self._search_seconds = self._upkeep_seconds = self._rebuild_seconds = 0.0
-        self._lock = threading.Lock()
         self.reset()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._aside: _Aside | None = None
+        _indexes.add(self)
 
     def reset(self) -> None:
         """Forget the base: rows were loaded or converted."""
         self._base: _Base | None = None
+        self._aside = None
         self._pending: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
         self._version = -1
-        self._settled = True  # False while an optimiser moves the rows and no base could follow
+        self._queries: Tensor | None = None  # some that were asked when rows had last changed
         self._failed_at = 0  # how many rows there were when a build failed
         self._error: str | None = None
+        # While the base is asleep searches are exact. It is built anew once they have cost as much as building, for
+        # then not more than twice the cheapest was spent; where that was in vain, the next time is put off for longer.
+        self._asleep, self._searched, self._patience = False, 0, 1
+
+    def forget_threads(self) -> None:
+        """Drop a build under way: this process does not have its thread."""
+        self._lock = threading.Lock()
+        self._aside = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_lock"], state["_base"]  # a copy builds its own
+        del state["_lock"], state["_base"], state["_aside"]  # a copy builds its own
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
         self.reset()
+        self._begin()
 
     # -- searching -------------------------------------------------------------------------------------------
 
@@ -204,7 +617,9 @@ class Index:
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
             self._follow(rows, keys, query)
-            base, pending = self._base, self._pending
+            base, pending = None if self._asleep else self._base, self._pending
+            if self._asleep:
+                self._searched += len(query)
         started = time.perf_counter()
         try:
             few = selection.shared_count <= max(4 * k, FEW * len(rows))
@@ -232,33 +647,12 @@ class Index:
             wanted += selection.excluded.shape[-1]
         if selection.rule is not None:
             wanted *= 4
-        selectable = isinstance(base.index, faiss.IndexIVF)
-        selector = None
         filtered = None if selection.shared is rows.live() else selection.shared
-        if selectable and filtered is not None:
-            selector = _selector(filtered.cpu()[base.slots] & self._current(base))
-        elif selectable and base.stale:
-            if base.bitmap is None:
-                base.bitmap = _selector(self._current(base))
-            selector = base.bitmap
-        elif not selectable and (base.stale or filtered is not None):
-            wanted *= 2
-        entries = torch.from_numpy(
-            _search(base.index, _vectors(query, self._metric), min(wanted, base.entries), selector)
-        )
-        slots = entries
-        if base.stale or not base.in_order:
-            slots = base.slots[entries.clamp(min=0)]
-            slots[(entries < 0) | (base.entry_of[slots] != entries)] = -1
-        slots = slots.to(query.device)
+        allowed = None if filtered is None else filtered.cpu()
+        slots = base.search(_array(_prepared(query, self._metric)), wanted, allowed).to(query.device)
         if selection.shared is None and selection.is_shared:
             return slots
         return slots.masked_fill_(~selection.allows(slots), -1)
-
-    @staticmethod
-    def _current(base: _Base) -> Tensor:
-        """Which entries are not stale."""
-        return base.entry_of[base.slots] == torch.arange(base.entries, device="cpu")
 
     # -- following the rows ----------------------------------------------------------------------------------
 
@@ -266,158 +660,193 @@ class Index:
         """Take note of every change since the last call."""
         if rows.version == self._version:
             return
-        started = time.perf_counter()
+        if query is not None:
+            self._queries = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES].clone()
+        if self._aside is not None and self._aside.is_done:
+            self._adopt(self._aside)
         if self._base is not None:
-            if rows.keys_moved_at > self._version:
-                # An optimiser moved rows, any of them: until the index is built again, searches are exact.
-                self._base, self._settled = None, False
-            else:
-                self._note_changes(self._base, rows)
+            with self._upkeep():
+                self._base.widen(rows.capacity)
+                if not self._asleep:
+                    self._note_changes(self._base, rows, keys)
         self._version = rows.version
-        self._upkeep_seconds += time.perf_counter() - started
-        if self._wants_base(rows):
-            self._build(rows, keys, query)
-        elif self._base is None:
-            self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
-        elif len(self._pending) > max(PENDING_ROWS, PENDING_SHARE * self._base.entries):
-            self._append(self._base, rows, keys)
+        self._settle(rows, keys)
 
-    def _note_changes(self, base: _Base, rows: RowTable) -> None:
-        changed = rows.changed_since(self._version, keys=True)
-        if len(changed) == 0:
+    def _note_changes(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+        outdated, moved = self._outdated(base, rows, keys)
+        if moved > MASS * len(rows):
+            self._asleep, self._searched = True, 0
+            self._patience *= 2
             return
-        here = changed.cpu()
-        if rows.capacity > len(base.entry_of):
-            grown = torch.full((rows.capacity,), -1, dtype=torch.int64, device="cpu")
-            grown[: len(base.entry_of)] = base.entry_of
-            base.entry_of = grown
-        base.stale += int((base.entry_of[here] >= 0).sum())
-        base.entry_of[here] = -1
-        base.bitmap = None
-        self._pending = self._pending_with(changed, rows)
+        self._patience = max(1, self._patience // 2)
+        base.hide(outdated.cpu())
+        self._pending = self._pending_with(outdated, rows)
+
+    def _outdated(self, base: _Base, rows: RowTable, keys: Tensor) -> tuple[Tensor, int]:
+        """The slots that the base shows as they no longer are, and how many of them have been moved, not written."""
+        changed = rows.changed_since(self._version, keys=True)
+        changed = changed[changed < len(base.entry_of)]
+        written = rows.keys_written_at[changed] > self._version
+        moving = changed[~written]
+        moved = base.moved(moving[base.sees(moving.cpu()).to(moving.device)], keys, self._metric, self.config.tolerance)
+        return torch.cat([changed[written], moved]), len(moved)
 
     def _pending_with(self, changed: Tensor, rows: RowTable) -> Tensor:
         """The pending slots once ``changed`` ones are, too; a slot without a row is not."""
         pending: Tensor = torch.cat([self._pending.to(changed.device), changed]).unique()
         return pending[rows.ids[pending] >= 0]
 
-    def _wants_base(self, rows: RowTable) -> bool:
-        if self.config.factory == "Flat" or not self._settled:
-            return False
+    def _settle(self, rows: RowTable, keys: Tensor, *, now: bool = False) -> None:
+        """Build, or take pending rows in, if it is due; ``now`` if there is any reason to."""
+        base = self._base
         enough = max(2 * self._failed_at, _rows_to_train(self.config.factory))
-        if self._base is None:
-            return len(rows) >= enough
-        outgrown = _ivf(self._base.index) is not None and len(rows) > OUTGROWN * self._base.trained_rows
-        worn = 2 * self._base.stale > self._base.entries or outgrown
-        # Well below the number that it was built for, so that a row more or less does not build it again and again.
-        if 2 * len(rows) < enough or (worn and len(rows) < enough):
-            self._base = None
-        return worn and self._base is not None
+        if self.config.factory == "Flat" or (base is None and len(rows) < enough):
+            self._drop()
+        elif base is None:
+            self._renew(rows, keys, None)
+        else:
+            garbage = base.visible.hidden > self.config.garbage * base.entries
+            outworn = base.is_outworn(len(rows))
+            # Well below the number that it was built for, so that a row more or less does not build it again and again.
+            if 2 * len(rows) < enough or (len(rows) < enough and (garbage or outworn)):
+                self._drop()
+            elif self._asleep:
+                if now or self._searched >= self._patience * (BUILD_PRODUCTS + base.lists):
+                    self._renew(rows, keys, None if outworn else base)
+            elif (garbage or outworn) and self._aside is None:
+                self._renew(rows, keys, None if outworn else base)
+            elif len(self._pending) > (0 if now else min(PENDING_ROWS, PENDING_SHARE * base.entries)):
+                self._take(base, rows, keys)
 
-    def refresh(self, rows: RowTable, keys: Tensor) -> None:
-        """Take every pending row into the base."""
+    def _drop(self) -> None:
+        self._base, self._asleep = None, False
+        self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def _take(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+        """Let the base take the pending rows in, but those that training has led to infinity."""
+        with self._upkeep():
+            vectors = _prepared(keys.index_select(0, self._pending), self._metric)
+            finite = vectors.isfinite().all(-1)
+            try:
+                base.take(self._pending[finite].cpu(), vectors[finite])
+            except RuntimeError:  # some indexes can only be built at once
+                base.recall = None
+            else:
+                self._pending = self._pending[~finite]
+                if base.taken > CHECKING_SHARE * base.entries:
+                    self._check_recall(base, rows, keys)
+        if base.recall is None:
+            self._renew(rows, keys, None)
+
+    def _check_recall(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+        """Tune the probes to the rows as they are now."""
+        live = rows.live_slots()
+        sample = _prepared(keys[live[:: max(1, len(live) // 2**12)]], self._metric)
+        queries = _tuning_queries(self._queries, sample, CHECKING_QUERIES)
+        everything = select(rows, (), None, None)
+        base.tune(queries, keys, self._metric, everything, self.config.recall, lambda slots: slots)
+
+    def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
+        """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
         with self._lock, torch.inference_mode(False):
-            self._settled = True
             self._follow(rows, keys)
-            if self._base is None and self._wants_base(rows):
-                self._build(rows, keys)
-            if self._base is not None and len(self._pending):
-                self._append(self._base, rows, keys)
+            self._settle(rows, keys, now=True)
+            if wait and self._aside is not None:
+                self._adopt(self._aside)
+                self._follow(rows, keys)
+                self._settle(rows, keys, now=True)
 
     def build(self, rows: RowTable, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
         with self._lock, torch.inference_mode(False):
-            self._settled = True
-            self._base = None
-            self._failed_at = 0
-            self._version = rows.version
-            if self._wants_base(rows):
-                self._build(rows, keys)
+            queries = self._queries
+            self.reset()
+            self._version, self._queries = rows.version, queries
+            if self.config.factory != "Flat" and len(rows) >= _rows_to_train(self.config.factory):
+                self._install(self._plan(rows, keys, None).carry_out())
 
     # -- building --------------------------------------------------------------------------------------------
 
-    def _build(self, rows: RowTable, keys: Tensor, query: Tensor | None = None) -> None:
-        started = time.perf_counter()
+    def _renew(self, rows: RowTable, keys: Tensor, old: _Base | None) -> None:
+        """Build a base, with the trained lists of an ``old`` one if there is any, now or aside."""
+        if not self.config.background:
+            self._install(self._plan(rows, keys, old).carry_out())
+        elif self._aside is None:
+            self._aside = _Aside(self._plan(rows, keys, old))
+
+    def _plan(self, rows: RowTable, keys: Tensor, old: _Base | None) -> _Plan:
         slots = rows.live_slots()
+        vectors = _prepared(keys if len(slots) == len(keys) else keys.index_select(0, slots), self._metric)
+        left_out = slots[:0]
+        if not bool(vectors.sum().isfinite()):
+            finite = vectors.isfinite().all(-1)
+            slots, left_out, vectors = slots[finite], slots[~finite], vectors[finite]
+        if vectors.data_ptr() == keys.data_ptr() and (self._moving or self.config.background):
+            vectors = vectors.clone()
+        here = slots.cpu()
         factory = self.config.factory
         if factory == "auto":
-            factory = f"IVF{2 ** round(np.log2(2 * np.sqrt(len(slots))))},Flat"
-        self._base, self._error = None, None
-        try:
-            vectors = _vectors(keys if len(slots) == len(keys) else keys[slots], self._metric)
-            index = faiss.index_factory(keys.shape[-1], factory, self._faiss_metric)
-            _quieten(index)
-            index.train(vectors)
-            index.add(vectors)
-            here = slots.cpu()
-            entry_of = torch.full((rows.capacity,), -1, dtype=torch.int64, device="cpu")
-            entry_of[here] = torch.arange(len(here), device="cpu")
-            in_order = int(here[-1]) == len(here) - 1  # since they ascend
-            base = _Base(index, factory, len(here), here, entry_of, in_order)
-            base.recall = self._tune(base, rows, keys, query)
-        except (RuntimeError, AssertionError) as error:  # FAISS's own
-            self._error, self._failed_at = _reason(error), len(slots)
-        else:
-            self._base = base
-            self._builds += 1
-        self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._rebuild_seconds += time.perf_counter() - started
+            factory = f"IVF{2 ** round(np.log2(LISTS * np.sqrt(max(1, len(slots)))))},Flat"
+        empty = lists = None
+        if old is not None and old.lists:
+            factory, empty = old.factory, faiss.clone_index(old.owner)
+            empty.reset()
+            lists = np.full(len(here), -1, dtype=np.int64)
+            known = old.sees(here) & (not self._asleep)
+            lists[known.numpy()] = old.lists_of(old.entry_of[here[known]])
+        return _Plan(
+            rows.version,
+            here,
+            vectors,
+            left_out,
+            rows.capacity,
+            factory,
+            None if empty is None else old,
+            empty,
+            lists,
+            _tuning_queries(self._queries, vectors, TUNING_QUERIES),
+            self._metric,
+            self.config.recall,
+            self._moving,
+        )
 
-    def _append(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+    def _adopt(self, aside: _Aside) -> None:
+        """Change to what was built aside, from rows as they were then."""
+        built = aside.result()
+        self._aside = None
+        if built is not None:
+            self._install(built)
+            self._version = built.version
+
+    def _install(self, built: _Built) -> None:
+        self._rebuild_seconds += built.seconds
+        self._base, self._error, self._asleep, self._pending = built.base, built.error, False, built.left_out
+        if built.base is None:
+            self._failed_at = built.rows
+        else:
+            self._builds += 1
+
+    @contextmanager
+    def _upkeep(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            base.owner.add(_vectors(keys[self._pending], self._metric))
-        except RuntimeError:  # some indexes can only be built at once
-            self._build(rows, keys)
-            return
-        here = self._pending.cpu()
-        base.entry_of[here] = torch.arange(base.entries, base.entries + len(here), device="cpu")
-        base.in_order &= int(here[0]) == base.entries and int(here[-1]) == base.entries + len(here) - 1
-        base.slots = torch.cat([base.slots, here])
-        base.bitmap = None
-        self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._upkeep_seconds += time.perf_counter() - started
+            yield
+        finally:
+            self._upkeep_seconds += time.perf_counter() - started
 
-    def _tune(self, base: _Base, rows: RowTable, keys: Tensor, query: Tensor | None) -> float:
-        """Raise the probes until a sample of queries finds the wanted recall; the recall reached."""
-        query = _tuning_queries(keys, base.slots, query)
-        k = min(TUNING_NEIGHBOURS, base.entries)
-        scan = Scan(
-            self._metric,
-            centre_of(query, self._metric),
-            select(rows, (len(query),), None, None),
-            compute_dtype(query, keys),
-        )
-        operand = prepare_query(query, self._metric, 1.0, scan.centre, scan.dtype)
-        worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
-        vectors = _vectors(query, self._metric)
-
-        def measure() -> float:
-            entries = torch.from_numpy(_search(base.index, vectors, k, None))
-            slots = base.slots[entries.clamp(min=0)].to(keys.device)
-            found = scores_at(operand, keys, slots, scan)
-            # A row that ties with the k-th best is as good.
-            slack = 1e-5 * worst.abs()
-            hits = (found >= worst - slack) & (entries.to(keys.device) >= 0)
-            return float(hits.sum() / hits.numel())
-
-        knob, name, limit = _knob(base.index)
-        if knob is None:
-            return measure()
-        setattr(knob, name, min(8, limit))
-        while (recall := measure()) < self.config.recall and getattr(knob, name) < limit:
-            setattr(knob, name, min(2 * getattr(knob, name), limit))
-        return recall
-
-    def stats(self, rows: RowTable) -> IndexStats:
+    def stats(self, rows: RowTable, keys: Tensor) -> IndexStats:
         """What the index is and what it has cost."""
         base = self._base
-        ivf = None if base is None else _ivf(base.index)
+        pending = 0
+        if base is not None and self._asleep:
+            pending = len(rows)
+        elif base is not None:
+            pending = len(self._pending_with(self._outdated(base, rows, keys)[0], rows))
         return IndexStats(
             rows=len(rows),
-            pending=0 if base is None else len(self._pending_with(rows.changed_since(self._version, keys=True), rows)),
+            pending=pending,
             factory="Flat" if base is None else base.factory,
-            nprobe=None if ivf is None else ivf.nprobe,
+            nprobe=None if base is None else base.probes,
             recall=1.0 if base is None else base.recall,
             builds=self._builds,
             search_seconds=self._search_seconds,
@@ -432,31 +861,77 @@ def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -
     return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
 
 
+def _tuning_queries(query: Tensor | None, rows: Tensor, count: int) -> list[Tensor]:  # (B, d), (n, d) -> (m, d) each
+    """Queries to tune on: those of the read that wants the index, and, where they are few, some rows moved a little."""
+    given = rows[:0] if query is None else query.detach().to(rows.dtype)
+    given = given[:: max(1, len(given) // count)][:count]
+    generator = torch.Generator("cpu").manual_seed(0)
+    chosen = torch.randint(max(1, len(rows)), (count - len(given),), generator=generator, device="cpu")
+    sample = rows[chosen.to(rows.device)]
+    noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
+    spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
+    made = sample + noise.mul_(0.5 * spread)
+    groups = [given, made] if len(given) >= TELLING_QUERIES else [torch.cat([given, made])]
+    return [group for group in groups if len(group)]
+
+
 # -- FAISS -----------------------------------------------------------------------------------------------
 
 
-def _vectors(keys: Tensor, metric: str) -> Any:  # (N, d) -> float32 array
-    """``keys`` as FAISS takes them."""
-    vectors = keys.detach().float()
+def _faiss_metric(metric: str) -> int:
+    return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
+
+
+def _prepared(keys: Tensor, metric: str) -> Tensor:  # (n, d) -> (n, d) float32
+    """``keys`` as FAISS compares them."""
+    vectors: Tensor = keys.detach().float()
     if metric == "cosine":
         vectors = F.normalize(vectors, dim=-1)
-    return np.ascontiguousarray(vectors.cpu().numpy())
+    return vectors
 
 
-def _search(index: Any, vectors: Any, k: int, selector: Any) -> Any:  # -> (B, k) int64 array
-    parameters = None
-    if selector is not None:
-        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
-    return index.search(vectors, k, params=parameters)[1]
+def _array(rows: Tensor) -> Any:
+    """``rows`` as FAISS takes them."""
+    return np.ascontiguousarray(rows.cpu().numpy())
 
 
-def _selector(entries: Tensor) -> Any:
-    return faiss.IDSelectorBitmap(np.packbits(entries.numpy(), bitorder="little"))
+def _distance(left: Tensor, right: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,)
+    distance: Tensor = torch.linalg.vector_norm(left - right, dim=-1)
+    return distance
 
 
 def _ivf(index: Any) -> Any:
     """The IVF index within ``index``, or None."""
     return faiss.try_extract_index_ivf(index)
+
+
+def _movable(index: Any) -> Any:
+    """The inverted file within ``index`` whose entries can be moved in place, under its own type; else None."""
+    inner = index
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(index.index)
+    # Other kinds keep more than lists of codes, or refuse.
+    kinds = (faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+    return inner if type(inner) in kinds else None
+
+
+def _within(index: Any, vectors: Any) -> Any:
+    """``vectors`` as the inverted file within ``index`` sees them."""
+    if isinstance(index, faiss.IndexPreTransform):
+        for place in range(index.chain.size()):
+            vectors = faiss.downcast_VectorTransform(index.chain.at(place)).apply(vectors)
+    return np.ascontiguousarray(vectors)
+
+
+def _fill(index: Any, vectors: Any, lists: Any) -> None:
+    """Add ``vectors`` to a trained index without entries, to the ``lists`` given, or the nearest where that is -1."""
+    ivf, inside = _movable(index), _within(index, vectors)
+    unknown = lists < 0
+    if unknown.any():
+        lists[unknown] = ivf.quantizer.search(inside[unknown], 1)[1].ravel()
+    ivf.set_direct_map_type(faiss.DirectMap.Array)
+    ivf.add_core(len(inside), faiss.swig_ptr(inside), None, faiss.swig_ptr(lists))
+    index.ntotal = ivf.ntotal
 
 
 def _knob(index: Any) -> tuple[Any, str, int]:
@@ -498,15 +973,3 @@ def _reason(error: Exception) -> str:
     """What a FAISS error says, without the place in FAISS's source."""
     text = " ".join(str(error).split())
     return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: )?", "", text) or type(error).__name__
-
-
-def _tuning_queries(keys: Tensor, slots: Tensor, query: Tensor | None) -> Tensor:  # -> (TUNING_QUERIES, d)
-    """Queries to tune on: those of the read that wants the index, filled up with some rows' keys moved a little."""
-    given = keys[:0].float() if query is None else query.to(compute_dtype(query))
-    given = given[:: max(1, len(given) // TUNING_QUERIES)][:TUNING_QUERIES]
-    generator = torch.Generator("cpu").manual_seed(0)
-    chosen = torch.randint(len(slots), (TUNING_QUERIES - len(given),), generator=generator, device="cpu")
-    sample = keys[slots[chosen].to(keys.device)].to(given.dtype)
-    noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
-    spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
-    return torch.cat([given, sample + 0.5 * spread * noise])

@@ -71,6 +71,7 @@ class RowTable(nn.Module):
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
         self._journal = _Journal()
+        self._known: dict[str, tuple[int, int, int]] = {}
         self._next_id = 0
         self._free: list[int] = []  # a heap: the holes below `used`
         self._slots = SlotTable()
@@ -174,6 +175,19 @@ class RowTable(nn.Module):
             self.keys_changed_at[slots] = self.version
         self._journal.write(self.version, slots, keys, limit=max(JOURNAL_SLOTS, int(JOURNAL_SHARE * self.used)))
         return slots
+
+    def know(self, tables: Mapping[str, Tensor]) -> None:
+        """Every write to ``tables``, as far as torch counts them, has been noted."""
+        self._known = {name: _state(table) for name, table in tables.items()}
+
+    def knows(self, name: str, table: Tensor) -> bool:
+        """Whether no write to the table ``name`` has come since."""
+        return self._known.get(name) == _state(table)
+
+    def know_step(self, name: str, before: tuple[int, int, int], table: Tensor) -> None:
+        """The writes of an optimiser's step from state ``before`` on have been noted, and there were no others."""
+        if self._known.get(name) == before:
+            self._known[name] = _state(table)
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
@@ -301,13 +315,13 @@ class RowTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal"):
+        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal", "_known"):
             del state[derived]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._live, self._live_slots = (-1, None), None
+        self._live, self._live_slots, self._known = (-1, None), None, {}
         self.rebuild()
 
 
@@ -415,6 +429,11 @@ class SlotTable:
             self._array[number] = self._dict.pop(number)
 
 
+def _state(table: Tensor) -> tuple[int, int, int]:
+    """What changes when torch writes to a table."""
+    return id(table), table.data_ptr(), 0 if table.is_inference() else table._version
+
+
 class _Journal:
     """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
 
@@ -480,8 +499,8 @@ class Snapshot:
 
 # -- optimisers ------------------------------------------------------------------------------------------
 
-# Which table's rows a Parameter holds, and whether it holds the keys. Written tensors' version counters do not betray
-# fused optimisers, whose step hooks do fire; the hooks are registered with the first trainable table.
+# Which table's rows a Parameter holds, and what of them: "keys" or "values". Written tensors' version counters do not
+# betray fused optimisers, whose step hooks do fire; the hooks are registered with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameters whose sparse gradients are kept coalesced
 _hooked = False
@@ -492,17 +511,18 @@ _moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Move]] = weakref
 
 
 class _Move(NamedTuple):
-    """A Parameter that a step moves: whose rows it holds, and which of them a trusted optimiser moves (None: all)."""
+    """A Parameter that a step moves: whose rows it holds, which of them a trusted optimiser moves (None: all)."""
 
     parameter: nn.Parameter
     table: RowTable
-    keys: bool
+    name: str
     slots: Tensor | None
+    state: tuple[int, int, int]
 
 
 def of(parameter: Tensor) -> RowTable | None:
     """The table whose keys or values ``parameter`` holds."""
-    reference, _ = _tables.get(parameter, (None, False))
+    reference, _ = _tables.get(parameter, (None, ""))
     return None if reference is None else reference()
 
 
@@ -512,13 +532,13 @@ def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     return kind
 
 
-def watch(parameter: nn.Parameter, table: RowTable, *, keys: bool) -> None:
-    """Have ``table`` note every optimiser step that moves ``parameter``, which holds its keys or its values."""
+def watch(parameter: nn.Parameter, table: RowTable, name: str) -> None:
+    """Have ``table`` note every optimiser step that moves ``parameter``, which holds its "keys" or its "values"."""
     global _hooked
     if parameter.requires_grad and parameter not in _coalescing:
         parameter.register_post_accumulate_grad_hook(_keep_coalesced)
         _coalescing[parameter] = True
-    _tables[parameter] = weakref.ref(table), keys
+    _tables[parameter] = weakref.ref(table), name
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
@@ -540,15 +560,18 @@ def _keep_coalesced(parameter: Tensor) -> None:
 def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            reference, keys = _tables.get(parameter, (None, False))
+            reference, name = _tables.get(parameter, (None, ""))
             table = None if reference is None or parameter.grad is None else reference()
             if table is not None:
                 sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
-                yield _Move(parameter, table, keys, parameter.grad._indices()[0].clone() if sparse else None)
+                slots = parameter.grad._indices()[0].clone() if sparse else None
+                yield _Move(parameter, table, name, slots, _state(parameter))
 
 
 def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Whether a step leaves every row alone that a sparse gradient does not name."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False  # they may write to anything
     kind = type(optimizer)
     if kind is torch.optim.SGD:
         return bool(group["momentum"] == 0)
@@ -584,7 +607,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         # Only what was there on both sides of the step, or came with it, is known to be what the step used.
         first, last = before.get(number, move).slots, after[number].slots if number in after else None
         if first is None or last is None:
-            move.table.mark_moved(keys=move.keys)
+            move.table.mark_moved(keys=move.name == "keys")
         else:
             slots = last if torch.equal(first, last) else torch.cat([first, last]).unique()
-            move.table.mark_moved(slots, keys=move.keys)
+            move.table.mark_moved(slots, keys=move.name == "keys")
+        if number in before:
+            move.table.know_step(move.name, before[number].state, move.parameter)

@@ -173,14 +173,15 @@ class SoftKVStore(nn.Module):
             else:
                 self.register_buffer(name, table)
         self.rows = RowTable(fields, device=device)
-        self._index = Index(IndexConfig(index) if isinstance(index, str) else index, metric, self.key_dim)
+        config = IndexConfig(index) if isinstance(index, str) else index
+        self._index = Index(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
         self._stamp = (-1, torch.empty(0))  # and the version itself, as reads that wait for their backward hold it
-        self._seen = self._written()
         self._watch()
+        self.rows.know(self._tables())
 
     # -- the table -------------------------------------------------------------------------------------------
 
@@ -495,10 +496,14 @@ class SoftKVStore(nn.Module):
         self._notice_writes()
         self._index.build(self.rows, self.keys.detach())
 
-    def refresh(self) -> None:
-        """Take the pending rows into the index, so that no search has to go through them."""
+    def refresh(self, *, wait: bool = False) -> None:
+        """Take the pending rows into the index, so that no search has to go through them.
+
+        Args:
+            wait: With ``IndexConfig(background=True)``, whether to wait for a build under way, and use it.
+        """
         self._notice_writes()
-        self._index.refresh(self.rows, self.keys.detach())
+        self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
     @torch.inference_mode(False)
     def touch(self, ids: Ids) -> None:
@@ -521,7 +526,8 @@ class SoftKVStore(nn.Module):
 
         ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
         """
-        return self._index.stats(self.rows)
+        self._notice_writes()
+        return self._index.stats(self.rows, self.keys.detach())
 
     # -- storage ---------------------------------------------------------------------------------------------
 
@@ -597,7 +603,7 @@ class SoftKVStore(nn.Module):
                 parameter.grad = gradients[name]
             else:
                 setattr(self, name, table)
-        self._seen = self._written()
+        self.rows.know(self._tables())
 
     def _check_growth(self, needed: int) -> None:
         if not self.trainable:
@@ -642,22 +648,21 @@ class SoftKVStore(nn.Module):
         That torch counts, unless it is done through ``.data``, by numpy or by a fused optimiser: for those there are
         `touch` and the optimisers' hook.
         """
-        written = self._written()
-        if written != self._seen:
-            self.rows.mark_moved(keys=written[0] != self._seen[0])
-            self._seen = written
+        tables = self._tables()
+        written = [name for name, table in tables.items() if not self.rows.knows(name, table)]
+        if written:
+            self.rows.mark_moved(keys="keys" in written)
+            self.rows.know(tables)
             self._watch()
 
-    def _written(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """What changes when torch writes to ``keys`` and ``values``."""
-        return _state(self.keys), _state(self.values)
+    def _tables(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
 
     def _watch(self) -> None:
         if self.trainable:
-            for name in ("keys", "values"):
-                table = getattr(self, name)
+            for name, table in self._tables().items():
                 if isinstance(table, nn.Parameter):  # not while torch.func lends another tensor
-                    watch(table, self.rows, keys=name == "keys")
+                    watch(table, self.rows, name)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
@@ -683,7 +688,7 @@ class SoftKVStore(nn.Module):
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
-        self._seen = self._written()
+        self.rows.know(self._tables())
         self._watch()
         return self
 
@@ -718,11 +723,11 @@ class SoftKVStore(nn.Module):
             self._resize(capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open_reads": [], "_seen": None, "_everything": (0, None)}
+        return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._seen = self._written()
+        self.rows.know(self._tables())
         self._watch()
 
 
@@ -746,10 +751,6 @@ class _Guard(torch.autograd.Function):
             )
         ctx.snapshot.check()
         return None, None, *grads
-
-
-def _state(table: Tensor) -> tuple[int, int, int]:
-    return id(table), table.data_ptr(), 0 if table.is_inference() else table._version
 
 
 def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:

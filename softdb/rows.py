@@ -382,8 +382,8 @@ class SlotTable:
             return self._array[ids]
         slots = torch.empty_like(ids)
         slots[small] = self._array[ids[small]]
-        for place, number in zip((~small).nonzero().flatten().tolist(), ids[~small].tolist(), strict=True):
-            slots[place] = self._dict.get(number, -1)
+        found = [self._dict.get(number, -1) for number in ids[~small].tolist()]
+        slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:

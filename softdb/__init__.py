@@ -21,7 +21,7 @@ from softdb.errors import (
 )
 from softdb.functional import Read
 from softdb.index import IndexConfig, IndexStats
-from softdb.store import Rows, SoftKVStore
+from softdb.store import Rows, SoftKVStore, Usage
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "SoftKVStore",
     "StaleReadError",
     "UnknownIdError",
+    "Usage",
     "__version__",
     "errors",
     "functional",

@@ -11,7 +11,7 @@
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
-    ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first
+    ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     └── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
 
@@ -88,7 +88,7 @@ class FieldError(_LookupFailure):
 
 
 class GrowthError(SoftDBError, RuntimeError):
-    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP."""
+    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity."""
 
 
 class StaleReadError(SoftDBError, RuntimeError):

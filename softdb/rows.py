@@ -1,4 +1,4 @@
-"""Which row lies where: ids, slots, fields, and what changed when.
+"""Which row lies where: ids, slots, fields, what changed when, and what was used.
 
 A *slot* is a row's place in the tensors. Slots never move, since optimiser state and gradients are laid out by slot;
 a deleted row leaves a hole that a later row fills, lowest slot first. Ids are the user's names for rows: an int64
@@ -40,6 +40,10 @@ MAX_ID = 2**63 - 2
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
 # The journal of recent changes names at most this share of the rows, or as many.
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
+# By which buffer the next row to evict is found: the one with the lowest entry goes first.
+TURNS = {"lru": "used_at", "oldest": "added_at"}
+# Of the rows, this share is lined up for eviction at a time, found by the turns of about so many of them.
+QUEUE_SHARE, QUEUE_SAMPLE = 1 / 8, 4096
 
 
 class RowTable(nn.Module):
@@ -48,6 +52,9 @@ class RowTable(nn.Module):
     Args:
         fields: Names of the integer fields that every row carries.
         device: Where the buffers lie: beside the keys and values that they describe.
+        evict: Which rows `to_evict` names: those whose last use ("lru") or whose placing ("oldest") is longest ago.
+            Without it neither is noted.
+        track_usage: Whether reads are counted, row by row.
     """
 
     ids: Tensor  # (capacity,) int64, -1 at a free slot
@@ -56,15 +63,34 @@ class RowTable(nn.Module):
     changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
     keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
     keys_written_at: Tensor  # (capacity,) int64: the same, but not by an optimiser
+    # With an option each, and no part of a version: a read is no write.
+    used_at: Tensor  # (capacity,) int64: the turn at which a row was last used; rows used together share one
+    added_at: Tensor  # (capacity,) int64: the turn at which it was placed, each its own
+    reads: Tensor  # (capacity,) int64: how many queries were told of the row
+    weight: Tensor  # (capacity,) float64: the sum of its weights there
 
-    def __init__(self, fields: Sequence[str], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        fields: Sequence[str],
+        device: torch.device | str | None = None,
+        *,
+        evict: str | None = None,
+        track_usage: bool = False,
+    ) -> None:
         super().__init__()
         self.fields = check_field_names(fields)
+        self.evict = evict
+        self.track_usage = track_usage
         self.register_buffer("ids", torch.empty(0, dtype=torch.int64, device=device))
         for name in self.fields:
             self.register_buffer(f"field_{name}", torch.empty(0, dtype=torch.int64, device=device))
         self.register_buffer("next_id", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("generation", torch.empty(0, dtype=torch.int64, device=device))
+        if evict is not None:
+            self.register_buffer(TURNS[evict], torch.empty(0, dtype=torch.int64, device=device))
+        if track_usage:
+            self.register_buffer("reads", torch.empty(0, dtype=torch.int64, device=device))
+            self.register_buffer("weight", torch.empty(0, dtype=torch.float64, device=device))
         for name in STAMPS:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
         self.version = 0
@@ -73,6 +99,8 @@ class RowTable(nn.Module):
         self._journal = _Journal()
         self._known: dict[str, tuple[int, int, int]] = {}
         self._next_id = 0
+        self._next_turn = 0  # above every turn there is
+        self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
         self._free: list[int] = []  # a heap: the holes below `used`
         self._slots = SlotTable()
         self._live: tuple[int, Tensor | None] = (0, None)
@@ -84,6 +112,13 @@ class RowTable(nn.Module):
     def capacity(self) -> int:
         """How many slots there are."""
         return len(self.ids)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the buffers that are saved with an entry for every slot, beside ``ids``."""
+        optional = [] if self.evict is None else [TURNS[self.evict]]
+        optional += ["reads", "weight"] if self.track_usage else []
+        return ["generation", *(f"field_{name}" for name in self.fields), *optional]
 
     def __len__(self) -> int:
         return self.used - len(self._free)
@@ -224,6 +259,10 @@ class RowTable(nn.Module):
         self._slots.put(ids, placed)
         self.ids[placed.to(self.ids.device)] = ids.to(self.ids.device)
         self.start_afresh(placed)
+        if self.evict == "oldest":
+            turns = torch.arange(self._next_turn, self._next_turn + count, device=self.ids.device)
+            self.added_at[placed.to(self.ids.device)] = turns
+            self._next_turn += count
         if count:
             self._set_next_id(max(self._next_id, int(ids.max()) + 1))
         self.mark_changed(placed)
@@ -235,8 +274,10 @@ class RowTable(nn.Module):
             self.field(name)[slots.to(self.ids.device)] = column.to(self.ids.device)
 
     def start_afresh(self, slots: Tensor) -> None:
-        """Let optimisers know that what they remember of ``slots`` is no longer true."""
-        self.generation[slots.to(self.ids.device)] += 1
+        """Count the uses of ``slots`` from 0, and let optimisers know that what they remember of them is untrue."""
+        slots = slots.to(self.ids.device)
+        self.generation[slots] += 1
+        self.forget_usage(slots)
 
     def remove(self, ids: Tensor, slots: Tensor) -> None:
         """Forget the rows ``ids`` at ``slots``."""
@@ -254,8 +295,7 @@ class RowTable(nn.Module):
     def resize(self, capacity: int) -> None:
         """Make room for ``capacity`` rows, at least those in use."""
         # All are made before any is set: memory may run out in between.
-        names = [*STAMPS, "generation", *(f"field_{name}" for name in self.fields)]
-        buffers = {name: resized(getattr(self, name), capacity) for name in names}
+        buffers = {name: resized(getattr(self, name), capacity) for name in (*STAMPS, *self.columns)}
         buffers["ids"] = resized(self.ids, capacity, fill=-1)
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
@@ -270,12 +310,90 @@ class RowTable(nn.Module):
         self._slots.put(ids[live], live)
         self._set_next_id(max(int(self.next_id), int(ids[live].max()) + 1 if len(live) else 0))
         self._journal = _Journal()
+        self._queue = None
+        if self.evict is not None:
+            turns = self._turns
+            self._next_turn = int(turns.max()) + 1 if len(turns) else 0
         self.mark_moved()
 
     def _set_next_id(self, value: int) -> None:
         if value != self._next_id or value != int(self.next_id):
             self._next_id = value
             self.next_id.fill_(value)
+
+    # -- use and eviction ------------------------------------------------------------------------------------
+
+    def note_use(self, slots: Tensor) -> None:
+        """Note that the rows at ``slots``, on the table's device, are used now, all at the same turn."""
+        if self.evict == "lru":
+            self.used_at[slots] = self._next_turn
+            self._next_turn += 1
+
+    def note_read(self, slots: Tensor, weights: Tensor) -> None:  # of one shape
+        """Note that a read reports ``slots``, -1 for none, with ``weights``."""
+        if self.evict != "lru" and not self.track_usage:
+            return
+        reported = slots >= 0
+        slots = slots[reported]
+        self.note_use(slots)
+        if self.track_usage:
+            self.reads.index_add_(0, slots, torch.ones_like(slots))
+            self.weight.index_add_(0, slots, weights.detach()[reported].to(self.weight.dtype))
+
+    def forget_usage(self, slots: slice | Tensor) -> None:
+        """Count the uses of ``slots`` from 0."""
+        if self.track_usage:
+            self.reads[slots] = 0
+            self.weight[slots] = 0.0
+
+    def to_evict(self, count: int, spared: Tensor) -> Tensor:
+        """The slots of the ``count`` rows to go first, of equals the lowest; ``spared`` slots stay.
+
+        There must be as many. Costs a look at every slot only once in a while: whatever happens to a row gives it a
+        later turn than all that are lined up have, or makes its slot a hole, so the line needs no more than a glance
+        at its front.
+        """
+        spared = spared.to(self.ids.device)
+        chosen = None if self._queue is None else self._take(count, spared)
+        while chosen is None:
+            self._line_up(count + len(spared))
+            chosen = self._take(count, spared)
+        return chosen
+
+    @property
+    def _turns(self) -> Tensor:  # (capacity,)
+        turns: Tensor = getattr(self, TURNS[self.evict or ""])
+        return turns
+
+    def _line_up(self, least: int) -> None:
+        """Sort the rows of the lowest turns into a queue, ``least`` of them or more."""
+        turns = self._turns[: self.used]
+        sample = turns[:: max(1, len(turns) // QUEUE_SAMPLE)].sort().values
+        waiting = turns <= sample[int(QUEUE_SHARE * len(sample))]
+        slots = (waiting & (self.ids[: self.used] >= 0)).nonzero().squeeze(-1)
+        if len(slots) < least:
+            slots = self.live_slots()
+        turns, order = turns[slots].sort(stable=True)
+        self._queue = slots[order], turns
+
+    def _take(self, count: int, spared: Tensor) -> Tensor | None:
+        """The first ``count`` of the queue that still wait there and are not ``spared``; None if there are fewer."""
+        if self._queue is None:
+            return None
+        queue, turns = self._queue
+        width = 2 * (count + len(spared))
+        while True:
+            front = queue[:width]
+            waiting = (self._turns[front] == turns[:width]) & (self.ids[front] >= 0)
+            chosen = (waiting & ~torch.isin(front, spared)).nonzero().squeeze(-1)[:count]
+            if len(chosen) == count or width >= len(queue):
+                break
+            width *= 4
+        if len(chosen) < count:
+            return None
+        gone = int(waiting.nonzero()[0])
+        self._queue = queue[gone:], turns[gone:]
+        return front[chosen]
 
     # -- fields ----------------------------------------------------------------------------------------------
 
@@ -303,8 +421,12 @@ class RowTable(nn.Module):
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
         device = self.ids.device
+        weight = self.weight if self.track_usage else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None and self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.ids.device)  # a sum over many reads: narrow numbers would stop rising
         if self.ids.device != device:
+            self._queue = None
             self.mark_moved()
         return self
 
@@ -315,7 +437,7 @@ class RowTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal", "_known"):
+        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal", "_known", "_queue"):
             del state[derived]
         return state
 
@@ -396,8 +518,8 @@ class SlotTable:
             return self._array[ids]
         slots = torch.empty_like(ids)
         slots[small] = self._array[ids[small]]
-        for place, number in zip((~small).nonzero().flatten().tolist(), ids[~small].tolist(), strict=True):
-            slots[place] = self._dict.get(number, -1)
+        found = [self._dict.get(number, -1) for number in ids[~small].tolist()]
+        slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:

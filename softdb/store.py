@@ -36,10 +36,12 @@ from softdb.normalizers import check_normalizer
 from softdb.rows import RowTable, Snapshot, resized, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
-__all__ = ["Mode", "Rows", "SoftKVStore"]
+__all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
 Mode = Literal["exact", "topk", "hard"]
 MODES = ("exact", "topk", "hard")
+Evict = Literal["lru", "oldest"]
+EVICTIONS = ("lru", "oldest")
 Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
@@ -84,6 +86,19 @@ class Rows:
     fields: dict[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """How the rows have been read, as `SoftKVStore.usage` returns it: copies, in the order of ``store.ids``.
+
+    Attributes:
+        reads: (n,) int64: how many times a row's id stood in ``read.ids``.
+        weight: (n,) float64: the sum of its ``read.weights`` there.
+    """
+
+    reads: Tensor
+    weight: Tensor
+
+
 class SoftKVStore(nn.Module):
     """A soft database: rows of keys and values, answered by a blend of the values.
 
@@ -109,7 +124,20 @@ class SoftKVStore(nn.Module):
             give dense ones in any case.
         fields: Names of int64 fields that every row carries, for ``where``.
         index: How top-k reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
+        capacity: The most rows that the store ever holds. Storage for them is laid out at once and never grows, so
+            that optimisers and DistributedDataParallel may be built around it. Else it grows as rows come.
+        evict: Which rows make room when there are more than ``capacity``; else that is an error. "oldest": those that
+            `add` or `put` brought in first; replacing, updating or reviving a row makes it no younger. "lru": those
+            whose last use is longest ago, of equals the one in the lowest slot. A row is used when it is added, put,
+            revived, updated in key or value, and when a read reports it in ``read.ids``: an exact read without ``k``
+            reports none and counts for none. Rows of one call never evict each other, nor those it replaces. An
+            evicted row is gone as if by `delete`: its id is not handed out again, a read that used it cannot go
+            backward, and its pending gradient is dropped.
+        track_usage: Whether to count, for `usage`, how often and with which weight reads report each row.
         device, dtype: Of the stored tensors, as for any module.
+
+    What ``evict`` and ``track_usage`` need to know is in ``state_dict``: a store that loads it evicts and counts on as
+    the saved one would have. Activation checkpointing repeats reads, and repeated ones count again.
 
     Attributes:
         keys: (capacity, key_dim), in slot order.
@@ -147,6 +175,9 @@ class SoftKVStore(nn.Module):
         sparse_grad: bool = True,
         fields: Sequence[str] = (),
         index: str | IndexConfig = "auto",
+        capacity: int | None = None,
+        evict: Evict | None = None,
+        track_usage: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -164,15 +195,23 @@ class SoftKVStore(nn.Module):
             raise DtypeError(
                 f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
             )
+        self.capacity = None if capacity is None else check_positive("capacity", capacity)
+        if evict is not None:
+            check_choice("evict", evict, EVICTIONS)
+            if capacity is None:
+                raise ArgumentError(f"evict: expected a capacity beside {evict!r}, got none; pass capacity=...")
+        self.evict = evict
         self.trainable = bool(trainable)
         self.sparse_grad = bool(sparse_grad)
         for name, width in (("keys", self.key_dim), ("values", self.value_dim)):
-            table = torch.zeros(0, width, device=device, dtype=dtype)
+            table = torch.zeros(self.capacity or 0, width, device=device, dtype=dtype)
             if self.trainable:
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        self.rows = RowTable(fields, device=device)
+        self.rows = RowTable(fields, device=device, evict=evict, track_usage=bool(track_usage))
+        if self.capacity is not None:
+            self.rows.resize(self.capacity)
         config = IndexConfig(index) if isinstance(index, str) else index
         self._index = Index(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
@@ -209,9 +248,40 @@ class SoftKVStore(nn.Module):
         """The names of the fields that every row carries."""
         return self.rows.fields
 
+    @property
+    def usage(self) -> Usage:
+        """How often, and with which weight, reads have reported each row since it came, or since `reset_usage`.
+
+        Only rows in ``read.ids`` count: exact reads without ``k`` name none. Hard reads count with weight 1. Whether
+        gradients are recorded makes no difference.
+
+        Raises:
+            ArgumentError: The store was made without ``track_usage=True``.
+        """
+        self._check_tracking()
+        slots = self.rows.live_slots()
+        return Usage(self.rows.reads[slots], self.rows.weight[slots])
+
+    def reset_usage(self) -> None:
+        """Count from 0 again. Which rows are evicted next stays as it is.
+
+        Raises:
+            ArgumentError: The store was made without ``track_usage=True``.
+        """
+        self._check_tracking()
+        self.rows.forget_usage(slice(None))
+
+    def _check_tracking(self) -> None:
+        if not self.rows.track_usage:
+            raise ArgumentError(
+                "track_usage: expected True to know how rows are used, got False; make the store with track_usage=True"
+            )
+
     @torch.inference_mode(False)
     def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:
         """Append rows, copying them: what is stored is cut from the graph that made it.
+
+        In a store with ``evict``, as many rows go as have no room beside the new ones, and these take their slots.
 
         For gradients into the encoder that made keys and values, read the in-graph tensors with
         `softdb.functional.soft_read` and `softdb.functional.merge` that with the store's read.
@@ -228,7 +298,9 @@ class SoftKVStore(nn.Module):
 
         Raises:
             DuplicateIdError: An id is in the store, or is given twice.
-            GrowthError: The storage would have to grow while it cannot; call `reserve` beforehand.
+            GrowthError: The storage would have to grow while it cannot; call `reserve` beforehand. Or past its
+                ``capacity``, and there is no ``evict``.
+            ArgumentError: There are more rows than the ``capacity``.
             ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError: An argument is not as above.
         """
         stored_keys, stored_values = self._check_rows(keys, values)
@@ -239,7 +311,7 @@ class SoftKVStore(nn.Module):
             self._check_count(new, len(keys))
             self.rows.check_new(new)
         columns = self.rows.check_fields(fields, len(keys), complete=True)
-        self._make_room(self.rows.slots_needed(len(new)))
+        self._admit(len(new))
         self._write(self.rows.place(new), stored_keys, stored_values, columns)
         return new.to(self.keys.device)
 
@@ -263,7 +335,7 @@ class SoftKVStore(nn.Module):
         slots = self.rows.find(given)
         new = slots < 0
         self.rows.check_new(given[new])
-        self._make_room(self.rows.slots_needed(int(new.sum())))
+        self._admit(int(new.sum()), slots[~new])
         self.rows.mark_changed(slots[~new])
         slots[new] = self.rows.place(given[new])
         self._write(slots, stored_keys, stored_values, columns)
@@ -299,6 +371,32 @@ class SoftKVStore(nn.Module):
         self._write(slots, stored_keys, stored_values, columns)
 
     @torch.inference_mode(False)
+    def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
+        """Let rows begin anew as other rows, under their old ids: for those that nobody reads any more.
+
+        As `update`, and besides: their pending gradients are dropped, their `usage` starts from 0, and
+        `softdb.optim.RowAdam` forgets what it remembered of them. torch's own optimisers do not: their momentum moves
+        the new rows too.
+
+        Args:
+            ids: (m,), each once and in the store.
+            keys: (m, key_dim); copies, as `add` makes them.
+            values: (m, value_dim).
+
+        Raises:
+            UnknownIdError: An id is not in the store.
+            ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError: An argument is not as above.
+        """
+        given = check_ids("ids", ids)
+        stored_keys, stored_values = self._check_rows(keys, values)
+        self._check_count(given, len(keys))
+        slots = self.rows.slots_of("ids", given)
+        self.rows.mark_changed(slots)
+        self.rows.start_afresh(slots)
+        self._forget_gradients(slots)
+        self._write(slots, stored_keys, stored_values, {})
+
+    @torch.inference_mode(False)
     def delete(self, ids: Ids) -> None:
         """Remove rows. Their ids are never handed out again, though they may be added explicitly.
 
@@ -310,8 +408,7 @@ class SoftKVStore(nn.Module):
         """
         given = check_ids("ids", ids)
         slots = self.rows.slots_of("ids", given)
-        self.rows.remove(given, slots)
-        self._forget_gradients(slots)
+        self._remove(given, slots)
         # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
         zeros = torch.zeros((), dtype=self.keys.dtype, device=self.keys.device)
         self._write(slots, zeros, zeros.to(self.values.dtype), {})
@@ -340,7 +437,8 @@ class SoftKVStore(nn.Module):
         optimisers: they lay out their state by the size of ``keys`` and ``values``.
 
         Raises:
-            GrowthError: A graph over the present storage is alive, or the process group is up.
+            GrowthError: A graph over the present storage is alive, or the process group is up, or ``n`` is more than
+                the store's ``capacity``.
         """
         self._make_room(check_positive("n", n), exactly=True)
 
@@ -402,7 +500,8 @@ class SoftKVStore(nn.Module):
             ArgumentError: A mode does not use an argument that was given, or it is out of range.
             ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
             NotImplementedError: A normalizer, ``tail_samples`` or ``tolerance`` that is planned.
-            StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine.
+            StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
+                unless it evicts one of those.
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
@@ -441,7 +540,10 @@ class SoftKVStore(nn.Module):
         if len(leading) != 1:
             read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
         read = self._guard(finish(read, query), used)
-        return read if read.ids is None else replace(read, ids=self.rows.ids_at(read.ids))
+        if read.ids is None or read.weights is None:
+            return read
+        self.rows.note_read(read.ids, read.weights)
+        return replace(read, ids=self.rows.ids_at(read.ids))
 
     def _select(self, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
         if where is not None or exclude is not None:
@@ -562,6 +664,12 @@ class SoftKVStore(nn.Module):
             if rows is not None:
                 table.data[place] = rows
         self.rows.set_fields(slots, fields)
+        if keys is not None or values is not None:
+            self.rows.note_use(slots)
+
+    def _remove(self, ids: Tensor, slots: Tensor) -> None:
+        self.rows.remove(ids, slots)
+        self._forget_gradients(slots)
 
     def _forget_gradients(self, slots: Tensor) -> None:
         """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
@@ -576,8 +684,31 @@ class SoftKVStore(nn.Module):
             kept = ~torch.isin(gradient.indices()[0], slots.to(gradient.device))
             if not bool(kept.all()):
                 table.grad = torch.sparse_coo_tensor(
-                    gradient.indices()[:, kept], gradient.values()[kept], gradient.shape, is_coalesced=True
+                    gradient.indices()[:, kept],
+                    gradient.values()[kept],
+                    gradient.shape,
+                    is_coalesced=True,
+                    check_invariants=False,  # said in so many words, or torch warns
                 )
+
+    def _admit(self, count: int, replaced: Tensor | None = None) -> None:
+        """Make room for ``count`` new rows by growth or, in a full store that evicts, at the cost of others.
+
+        The rows in the slots ``replaced`` come in the same call, and stay.
+        """
+        beside = torch.empty(0, dtype=torch.int64, device="cpu") if replaced is None else replaced
+        together = count + len(beside)
+        if self.capacity is not None and together > self.capacity:
+            raise ArgumentError(
+                f"keys: expected at most {self.capacity} rows, the store's capacity, got {together}; write fewer at "
+                "a time, or make the store with a larger capacity"
+            )
+        needed = self.rows.slots_needed(count)
+        if self.evict is None or needed <= self.rows.capacity:
+            self._make_room(needed)
+            return
+        slots = self.rows.to_evict(needed - self.rows.capacity, beside)
+        self._remove(self.rows.ids[slots].cpu(), slots.cpu())
 
     def _make_room(self, needed: int, *, exactly: bool = False) -> None:
         """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
@@ -606,6 +737,11 @@ class SoftKVStore(nn.Module):
         self.rows.know(self._tables())
 
     def _check_growth(self, needed: int) -> None:
+        if self.capacity is not None:
+            raise GrowthError(
+                f"the store would have to hold {needed} rows, but was made with capacity={self.capacity}: delete rows "
+                "first, or make it with evict='lru' or evict='oldest', or with a larger capacity"
+            )
         if not self.trainable:
             return
         remedy = f"call store.reserve({needed}) or more beforehand"
@@ -678,6 +814,10 @@ class SoftKVStore(nn.Module):
             parts.append(f"temperature={self.temperature}")
         if self.fields:
             parts.append(f"fields={self.fields}")
+        if self.capacity is not None:
+            parts.append(f"capacity={self.capacity}")
+        if self.evict is not None:
+            parts.append(f"evict={self.evict!r}")
         parts += [f"trainable={self.trainable}", f"index={self._index.config.factory!r}"]
         return ", ".join(parts)
 
@@ -701,13 +841,13 @@ class SoftKVStore(nn.Module):
 
     def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Check what is to be loaded and take its size."""
-        columns = ["rows.generation", *(f"rows.field_{name}" for name in self.fields)]
+        columns = [f"rows.{name}" for name in self.rows.columns]
         names = ["keys", "values", "rows.ids", "rows.next_id", *columns]
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if len(found) < len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             return  # torch reports what is missing
         keys, values, ids = found["keys"], found["values"], found["rows.ids"]
-        capacity = ids.numel()
+        capacity = ids.numel() if self.capacity is None else self.capacity
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows.ids", *columns), (capacity,))
         shapes |= {"keys": (capacity, self.key_dim), "values": (capacity, self.value_dim), "rows.next_id": ()}
         for name, shape in shapes.items():

@@ -682,6 +682,23 @@ def test_a_sparse_gradient_survives_growth() -> None:
     assert store.values.grad.shape == (60, 3)
 
 
+def test_deleting_a_row_with_a_sparse_gradient_warns_of_nothing() -> None:
+    problem = Problem.random(rows=30)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "topk", k=3)
+    read.values.sum().backward()
+    gone = int(read.ids[0, 0])
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not once in a process
+    try:
+        store.delete([gone])
+    finally:
+        torch.set_warn_always(always)
+    for table in (store.keys, store.values):
+        assert gone not in table.grad.indices()[0]
+        assert table.grad.is_coalesced()
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
 def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, bool]) -> None:
     problem = Problem.random(rows=20)

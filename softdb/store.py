@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
+from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
     ArgumentError,
     DtypeError,
@@ -48,27 +48,6 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def _outside_compiled_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function``, run as it is when torch.compile comes across it: the graph breaks before and goes on after.
-
-    What `torch.compiler.disable` does, but without importing torch's compiler (two seconds) where nobody compiles.
-    """
-    disabled: list[Callable[Arguments, Result]] = []
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not torch.compiler.is_dynamo_compiling():
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +194,7 @@ class SoftKVStore(nn.Module):
         config = IndexConfig(index) if isinstance(index, str) else index
         self._index = Index(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
+        self._handle = new_handle(self)
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
@@ -448,7 +428,6 @@ class SoftKVStore(nn.Module):
         """``read(query, **options).values``."""
         return self.read(query, **options).values
 
-    @_outside_compiled_graphs
     def read(
         self,
         query: Tensor,  # (..., key_dim)
@@ -475,6 +454,9 @@ class SoftKVStore(nn.Module):
         values are 0, ids -1, lse -inf and mass 0, and gradients are 0.
 
         Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query.
+
+        Under torch.compile a read is one operator of the graph; a callable ``where`` breaks the graph. Rows are written
+        outside of graphs. Gradients of the rows are dense where a graph reads one store more than once.
 
         Args:
             query: What is looked for, (..., key_dim), floating point.
@@ -505,6 +487,20 @@ class SoftKVStore(nn.Module):
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
+        if torch.compiler.is_dynamo_compiling():
+            return read_in_graph(
+                self,
+                query,
+                mode=mode,
+                k=k,
+                where=where,
+                exclude=exclude,
+                temperature=temperature,
+                normalizer=normalizer,
+                tail_samples=tail_samples,
+                tolerance=tolerance,
+                generator=generator,
+            )
         k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         keys, values = self.keys, self.values
         check_float_tensor("query", query, (-1, self.key_dim), keys.device)
@@ -868,6 +864,7 @@ class SoftKVStore(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rows.know(self._tables())
+        self._handle = new_handle(self)
         self._watch()
 
 

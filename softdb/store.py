@@ -570,7 +570,11 @@ class SoftKVStore(nn.Module):
             kept = ~torch.isin(gradient.indices()[0], slots.to(gradient.device))
             if not bool(kept.all()):
                 table.grad = torch.sparse_coo_tensor(
-                    gradient.indices()[:, kept], gradient.values()[kept], gradient.shape, is_coalesced=True
+                    gradient.indices()[:, kept],
+                    gradient.values()[kept],
+                    gradient.shape,
+                    is_coalesced=True,
+                    check_invariants=False,
                 )
 
     def _make_room(self, needed: int, *, exactly: bool = False) -> None:

@@ -118,6 +118,19 @@ def check_positive(name: str, value: object) -> int:
     return number
 
 
+def check_number(name: str, value: object, *, below: float = math.inf) -> float:
+    """``value`` as a float that is at least 0 and under ``below``; a tensor with one entry will do."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise DtypeError(f"{name}: expected a number, got {describe(value)}")
+    number = float(value)
+    if not 0 <= number < below:
+        wanted = "a finite number of at least 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ArgumentError(f"{name}: expected {wanted}, got {number}")
+    return number
+
+
 def check_float_tensor(
     name: str, value: object, shape: Sequence[int | None], device: torch.device | None = None
 ) -> Tensor:

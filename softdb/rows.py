@@ -483,7 +483,7 @@ def check_largest(ids: Tensor) -> None:
         raise ArgumentError(f"ids: expected ids of at most {MAX_ID}, got {int(ids.max())}")
 
 
-def resized(tensor: Tensor, capacity: int, fill: int = 0) -> Tensor:
+def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
     """A copy of ``tensor`` with ``capacity`` rows: cut, or filled up with ``fill``."""
     kept = min(len(tensor), capacity)
     larger = tensor.new_empty(capacity, *tensor.shape[1:])

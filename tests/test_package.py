@@ -30,7 +30,7 @@ def test_all_is_exactly_what_is_public() -> None:
     declared = {name for name in softdb.__all__ if name != "__version__"} - set(MODULES)
     assert visible == declared
     assert softdb.__all__ == sorted(softdb.__all__)
-    assert {"SoftKVStore", "IndexConfig", "Read", "functional", "errors"} <= set(softdb.__all__)
+    assert {"SoftKVStore", "IndexConfig", "Read", "functional", "optim", "errors"} <= set(softdb.__all__)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,0 +1,591 @@
+"""Optimisers that know rows: they move only those that a gradient names, and follow a store as its rows come and go.
+
+Any Parameter will do; a row is an index of its first dimension. Where the Parameter holds the keys or values of a
+`SoftKVStore`, a row that is new in its slot starts afresh, and state grows with the storage.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from softdb.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError, check_number
+from softdb.rows import RowTable, of, resized, trust
+
+__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
+
+# As many numbers of a table are worked on at a time. On a CPU they stay in its cache, and are enough for two threads.
+CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24
+
+State = dict[str, Any]
+
+
+class _RowOptimizer(Optimizer):
+    """What optimisers of rows share: which rows a step moves, and what is remembered of each.
+
+    State of a Parameter: ``step``, the number of its steps; a tensor for each name of `_initial`; for a store's also
+    ``generation`` (n,), which row of each slot is known, and ``born`` (n,), the step after which it began; once there
+    was weight decay also ``log_decay``, the logarithm of the product of all factors so far, and ``decayed`` (n,), what
+    that was when each row was last moved.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+
+    # -- what an optimiser adds ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
+        """What is remembered of every row, and what a new row begins with."""
+
+    @abstractmethod
+    def _state_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of each of them, for a Parameter of ``shape``."""
+
+    @abstractmethod
+    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
+        """By what a step is multiplied when a row takes its ``age``-th."""
+
+    @abstractmethod
+    def _direction(
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Remember the gradient of a block of rows; where to move them, as numerator and denominator."""
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise unless the options of a group are in range."""
+        check_number("lr", options["lr"])
+        check_number("eps", options["eps"])
+        check_number("weight_decay", options["weight_decay"])
+
+    # -- as every optimiser ----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of Parameters with options of its own, as in torch."""
+        self._check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for parameter in param_group["params"]:
+            if not parameter.is_floating_point() or parameter.layout != torch.strided:
+                self.param_groups.pop()
+                raise DtypeError(
+                    f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
+                    "give others to an optimiser of torch"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the rows that the gradients name.
+
+        Args:
+            closure: Computes the gradients anew and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            ArgumentError: ``lr * weight_decay`` is 1 or more.
+            DtypeError, ShapeError: A gradient is neither dense nor row-sparse, or has another shape than its Parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, group in due:
+            _check_gradient(parameter)
+            if float(group["lr"]) * group["weight_decay"] >= 1:
+                raise ArgumentError(
+                    f"weight_decay: expected lr * weight_decay below 1, got {float(group['lr'])} * "
+                    f"{group['weight_decay']}, which turns rows around; lower one of them"
+                )
+        for parameter, group in due:
+            self._update(parameter, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``, as in torch; load the store before the next step.
+
+        Tensors keep their dtype, and are copied.
+        """
+        # torch casts state to the Parameter's dtype, which would round moments, and the numbers of generations. What
+        # the other hooks make of the dictionary is what counts, so this one comes last.
+        loaded: list[dict[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved = [number for group in loaded[0]["param_groups"] for number in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, own, strict=True):
+            for name, value in loaded[0]["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        table = of(parameter)
+        # torch need not count a write to a store's rows: the hooks of `rows` note which rows moved, where a count
+        # would say that any may have.
+        rows = parameter if table is None else parameter.data
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if rows.dim() == 0:
+            rows, gradient = rows.view(1), gradient.view(1)
+        state = self._fitted_state(parameter, rows, table, group)
+        slots: Tensor | None = None  # None: every row
+        values = gradient
+        if gradient.layout == torch.sparse_coo:
+            gradient = coalesced(gradient)
+            slots, values = gradient._indices()[0], gradient._values()
+            if table is not None:
+                live = table.ids.index_select(0, slots) >= 0
+                if not bool(live.all()):
+                    slots, values = slots[live], values[live]
+        state["step"] += 1
+        if table is not None:
+            self._welcome(state, table, table.live_slots() if slots is None else slots, group)
+        size = self._step_size(_ages(state, slots), group)
+        factor = _decay(state, slots, group)
+
+        moments = [state[name] for name in self._initial(group)]
+        count = max(1, (CHUNK if rows.device.type == "cpu" else CHUNK_ELSEWHERE) // max(1, rows[:1].numel()))
+        count = min(count, len(rows) if slots is None else len(slots))
+        dtype = _state_dtype(rows.dtype)
+        buffers: dict[int, Tensor] = {}
+        for part, place in _parts(slots, table, len(rows), count):
+            block = _Block(part, count, buffers)
+            numerator, denominator = self._direction(block, values[place].to(dtype), moments, group)
+            stored = block.take(rows)
+            working = stored.to(dtype)  # itself, unless it is of low precision
+            if factor is not None:
+                working.mul_(_column(factor, place, working))
+            if isinstance(size, float):
+                working.addcdiv_(numerator, denominator, value=-size)
+            else:  # rounded as the line above would
+                working.addcdiv_(numerator * _column(size, place, working), denominator, value=-1)
+            block.put(rows, stored if working is stored else stored.copy_(working))
+
+    def _fitted_state(self, parameter: Tensor, rows: Tensor, table: RowTable | None, group: dict[str, Any]) -> State:
+        """What is remembered of ``parameter``, for as many rows as it now has."""
+        state: State = self.state[parameter]
+        count, device, dtype = len(rows), rows.device, _state_dtype(rows.dtype)
+        initial = self._initial(group)
+        state.setdefault("step", 0)
+        for name, start in initial.items():
+            if name not in state:
+                state[name] = torch.full(self._state_shape(rows.shape), start, dtype=dtype, device=device)
+        if table is not None and "generation" not in state:
+            state["generation"] = table.generation.clone()
+            state["born"] = torch.zeros(count, dtype=torch.int64, device=device)
+        if group["weight_decay"] != 0 and "decayed" not in state:
+            state["log_decay"] = 0.0
+            state["decayed"] = torch.zeros(count, dtype=torch.float64, device=device)
+        # No row has been in a slot -1 times, so that one that comes into the new slots is not known.
+        fills = initial | {"generation": -1, "born": 0, "decayed": state.get("log_decay", 0.0)}
+        for name, fill in fills.items():
+            if name not in state:
+                continue
+            if len(state[name]) != count:
+                state[name] = resized(state[name], count, fill=fill)
+            if name in initial and state[name].dtype != dtype:  # the Parameter was converted
+                state[name] = state[name].to(dtype)
+            if state[name].device != device:
+                state[name] = state[name].to(device)
+        return state
+
+    def _welcome(self, state: State, table: RowTable, slots: Tensor, group: dict[str, Any]) -> None:
+        """Start those of the rows at ``slots`` afresh that are not the ones known."""
+        generation = table.generation.index_select(0, slots)
+        new = state["generation"].index_select(0, slots) != generation
+        if not bool(new.any()):
+            return
+        slots = slots[new]
+        for name, start in self._initial(group).items():
+            state[name].index_fill_(0, slots, start)
+        state["generation"].index_copy_(0, slots, generation[new])
+        state["born"].index_fill_(0, slots, state["step"] - 1)
+        if "decayed" in state:
+            state["decayed"].index_fill_(0, slots, state["log_decay"])
+
+
+@trust
+class RowAdam(_RowOptimizer):
+    r"""Adam of the rows that a gradient names; the others, and what is remembered of them, are left alone.
+
+    For each of those rows, at the Parameter's t-th step, s = t − born::
+
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
+        m   = beta1 * m + (1 - beta1) * g
+        v   = beta2 * v + (1 - beta2) * g**2
+        p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
+
+    which is `torch.optim.SparseAdam`, with weight decay. ``born`` is 0, and s the Parameter's count of steps, but for
+    rows that came into a store later: their first step is a fresh optimiser's. Nothing is read, written or allocated
+    for rows without gradient; a dense gradient moves every row, a block of them at a time.
+
+    A row of a store starts clean when its slot holds another row than at its last step, and when the store says that
+    it starts afresh. State grows with the storage. Slots that hold no row are left alone.
+
+    Weight decay is AdamW's, so independent of the gradient, and independent of how often a row is read: what a row
+    missed while it was not moved is made up when it is, also where ``lr`` or ``weight_decay`` changed in between. If
+    it were applied only when a row is moved, rarely read rows would be hardly regularised, and the strength would
+    depend on the size of the batch. A read in between sees the row as it was left. The decay of a row that came into
+    a store later begins with its first step.
+
+    Args:
+        params: Parameters, or groups of them with options of their own, as for any optimiser.
+        lr: The step size, at least 0.
+        betas: How much the means of g and g² keep at each step, each in [0, 1).
+        eps: Added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
+        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
+
+    Memory: two numbers for each of a row's, in the Parameter's dtype but at least float32; for a store 16 bytes a row
+    besides; with weight decay another 8.
+
+    Raises:
+        ArgumentError, DtypeError: An argument is not as above.
+
+    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for the decay; the lazy
+    variant is that of `torch.optim.SparseAdam`.
+
+    Example:
+        >>> import torch
+        >>> from softdb import SoftKVStore
+        >>> from softdb.optim import RowAdam
+        >>> store = SoftKVStore(8, 4, trainable=True)
+        >>> ids = store.add(torch.eye(8), torch.zeros(8, 4))
+        >>> optimizer = RowAdam(store.parameters(), lr=0.1)
+        >>> loss = (store.read(torch.eye(8)[:1], "topk", k=2).values - 1).square().sum()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> store.values.abs().sum(1) > 0
+        tensor([ True,  True, False, False, False, False, False, False])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        betas = options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise DtypeError(f"betas: expected two numbers, got {betas!r}")
+        for number, beta in enumerate(betas):
+            check_number(f"betas[{number}]", beta, below=1.0)
+
+    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    def _state_shape(self, shape: torch.Size) -> torch.Size:
+        return shape
+
+    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
+        lr, beta1, beta2 = float(group["lr"]), float(group["betas"][0]), float(group["betas"][1])
+        if isinstance(age, int):
+            return lr * math.sqrt(1 - beta2**age) / (1 - beta1**age)
+        exponent = age.to(torch.float64)
+        return torch.sqrt(1 - torch.pow(beta2, exponent)).mul_(lr).div_(1 - torch.pow(beta1, exponent))
+
+    def _direction(
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        means, squares = moments
+        beta1, beta2 = group["betas"]
+        mean = block.take(means)
+        block.put(means, mean.lerp_(gradient, 1 - beta1))
+        square = block.take(squares)
+        block.put(squares, square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2))
+        return mean, torch.sqrt(square, out=block.spare(square)).add_(group["eps"])
+
+
+@trust
+class RowAdagrad(_RowOptimizer):
+    r"""Adagrad with one accumulator a row, of the rows that a gradient names.
+
+    For each of those rows::
+
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
+        a   = a + mean(g**2)
+        p   = p - lr * g / (sqrt(a) + eps)
+
+    It needs hardly any memory beside the rows, which is why large embedding tables are trained so. Rows, growth and
+    weight decay are as for `RowAdam`. Nothing is read, written or allocated for rows without gradient.
+
+    Args:
+        params: Parameters, or groups of them with options of their own, as for any optimiser.
+        lr: The step size, at least 0.
+        eps: Added to the denominator, at least 0.
+        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
+        initial_accumulator_value: What a begins with, at least 0.
+
+    Memory: one number a row, in the Parameter's dtype but at least float32; for a store 16 bytes a row besides; with
+    weight decay another 8.
+
+    Raises:
+        ArgumentError, DtypeError: An argument is not as above.
+
+    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158).
+
+    Example:
+        >>> import torch
+        >>> from softdb.optim import RowAdagrad
+        >>> table = torch.nn.Embedding(5, 2, sparse=True)
+        >>> _ = table.weight.data.fill_(1.0)
+        >>> optimizer = RowAdagrad(table.parameters(), lr=0.5)
+        >>> table(torch.tensor([3])).sum().backward()
+        >>> optimizer.step()
+        >>> table.weight.data[2:4]
+        tensor([[1.0000, 1.0000],
+                [0.5000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+        }
+        super().__init__(params, defaults)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_number("initial_accumulator_value", options["initial_accumulator_value"])
+
+    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"sum": float(group["initial_accumulator_value"])}
+
+    def _state_shape(self, shape: torch.Size) -> torch.Size:
+        return shape[:1]
+
+    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
+        return float(group["lr"])
+
+    def _direction(
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        (totals,) = moments
+        squares = torch.mul(gradient, gradient, out=block.spare(gradient))
+        total = block.take(totals)
+        block.put(totals, total.add_(squares.flatten(1).mean(1) if squares.dim() > 1 else squares))
+        return gradient, total.sqrt().add_(group["eps"]).view(-1, *[1] * (gradient.dim() - 1))
+
+
+@torch.no_grad()
+def clip_row_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients, row-sparse or dense, in place, so that their norm is at most ``max_norm``.
+
+    `torch.nn.utils.clip_grad_norm_` of the same gradients made dense, without making them so: with g all of them as
+    one vector, ``g *= min(1, max_norm / (norm(g) + 1e-6))``.
+
+    Args:
+        parameters: Whose gradients; those without one are passed over. A sparse gradient that names a row twice is
+            replaced by its coalesced self.
+        max_norm: The largest norm to leave, at least 0.
+        norm_type: Which norm, above 0; ``inf`` is the largest entry.
+        error_if_nonfinite: Whether to raise where the norm is NaN or infinite.
+
+    Returns:
+        The norm before, a tensor without dimensions.
+
+    Raises:
+        NonFiniteError: The norm is not finite and ``error_if_nonfinite``; no gradient has been scaled.
+        ArgumentError, DtypeError: An argument is not as above, or a gradient is neither dense nor row-sparse.
+
+    Example:
+        >>> import torch
+        >>> from softdb.optim import clip_row_grad_norm_
+        >>> table = torch.nn.Embedding(5, 2, sparse=True)
+        >>> (3 * table(torch.tensor([3, 3]))).sum().backward()
+        >>> clip_row_grad_norm_(table.parameters(), max_norm=1.0)
+        tensor(8.4853)
+        >>> table.weight.grad.to_dense()[3]
+        tensor([0.7071, 0.7071])
+    """
+    check_number("max_norm", max_norm)
+    if norm_type != math.inf:
+        check_number("norm_type", norm_type)
+    if norm_type == 0:
+        raise ArgumentError("norm_type: expected a number above 0, got 0; use 2.0 for the Euclidean norm")
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    owners = [parameter for parameter in given if parameter.grad is not None]
+    for parameter in owners:
+        _check_gradient(parameter)
+    gradients: list[Tensor] = []
+    for parameter in owners:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            whole = coalesced(gradient)
+            if whole is not gradient:
+                parameter.grad = whole
+            gradients.append(whole._values())
+        elif gradient is not None:
+            gradients.append(gradient)
+    filled = [gradient for gradient in gradients if gradient.numel()]  # nothing has no largest entry
+    if not filled:
+        return torch.zeros((), device=gradients[0].device if gradients else None)
+    norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise NonFiniteError(
+            f"parameters: expected gradients with a finite norm, got one that is {float(total)}; skip the step, or "
+            "pass error_if_nonfinite=False to scale them all the same"
+        )
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in filled:
+        gradient.mul_(factor.to(gradient.device))
+    return total
+
+
+# -- gradients and rows ------------------------------------------------------------------------------------------------
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A row-sparse gradient that names each row once: itself if it does so already."""
+    if gradient.is_coalesced():
+        return gradient
+    slots = gradient._indices()[0]
+    if bool((slots[1:] > slots[:-1]).all()):
+        gradient._coalesced_(True)
+    whole: Tensor = gradient.coalesce()  # itself, once it says that it is
+    return whole
+
+
+def _check_gradient(parameter: Tensor) -> None:
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    rows = gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1
+    if not rows and gradient.layout != torch.strided:
+        found = f"{gradient.layout}"
+        if gradient.layout == torch.sparse_coo:
+            found += f" with {gradient.sparse_dim()} sparse dimensions"
+        raise DtypeError(
+            "gradient: expected a dense one, or a COO tensor that is sparse in its first dimension only, got "
+            f"{found}; convert it with .to_dense()"
+        )
+    if not gradient.is_floating_point():
+        raise DtypeError(f"gradient: expected a floating-point one, got {gradient.dtype}; take its real part")
+    if gradient.shape != parameter.shape:
+        raise ShapeError(
+            f"gradient: expected shape {tuple(parameter.shape)}, as its Parameter, got {tuple(gradient.shape)}; "
+            "call zero_grad() and go backward again"
+        )
+
+
+def _parts(
+    slots: Tensor | None, table: RowTable | None, length: int, count: int
+) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
+    """The rows to move, ``count`` at a time: where they lie in the Parameter, and where in what belongs to the step."""
+    if slots is not None:
+        for first in range(0, len(slots), max(1, count)):
+            place = slice(first, first + count)
+            yield slots[place], place
+        return
+    live = None if table is None else table.live()
+    used = length if table is None else table.used
+    for first in range(0, used, max(1, count)):
+        block = slice(first, min(first + count, used))
+        if live is None or bool(live[block].all()):
+            yield block, block
+        else:
+            some = live[block].nonzero().squeeze(-1) + first
+            yield some, some
+
+
+class _Block:
+    """Some rows, which are taken out of tables to be worked on, and put back.
+
+    Put back a table's rows before the next table's are taken: their memory is at hand as long as little else is used.
+    """
+
+    def __init__(self, part: slice | Tensor, count: int, buffers: dict[int, Tensor]) -> None:
+        self._part = part
+        self._count = count
+        # By table. Each block uses the same, since new memory would first have to be mapped.
+        self._buffers = buffers
+
+    def take(self, table: Tensor) -> Tensor:
+        """The rows themselves where they lie together, else a copy of them."""
+        if isinstance(self._part, slice):
+            return table[self._part]
+        return torch.index_select(table, 0, self._part, out=self._buffer(id(table), table, len(self._part)))
+
+    def put(self, table: Tensor, rows: Tensor) -> None:
+        """Write the rows that were taken from ``table``."""
+        if not isinstance(self._part, slice):
+            table.index_copy_(0, self._part, rows)
+
+    def spare(self, like: Tensor) -> Tensor:
+        """Memory to work in, as large as ``like``: the same for every block."""
+        return self._buffer(0, like, len(like))
+
+    def _buffer(self, key: int, like: Tensor, length: int) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = like.new_empty(self._count, *like.shape[1:])
+        return self._buffers[key][:length]
+
+
+def _ages(state: State, slots: Tensor | None) -> int | Tensor:
+    """Which step of its life each row takes: one number where all are equally old."""
+    step: int = state["step"]
+    if "born" not in state:
+        return step
+    born = state["born"] if slots is None else state["born"].index_select(0, slots)
+    if len(born) == 0:
+        return step
+    lowest, highest = (int(number) for number in born.aminmax())
+    return step - lowest if lowest == highest else step - born
+
+
+def _decay(state: State, slots: Tensor | None, group: dict[str, Any]) -> Tensor | None:
+    """By what each row is multiplied to make up for the decay since it last moved, this step's included."""
+    if "decayed" not in state:
+        return None
+    state["log_decay"] += math.log1p(-float(group["lr"]) * group["weight_decay"])
+    decayed: Tensor = state["decayed"]
+    before = decayed if slots is None else decayed.index_select(0, slots)
+    factor = torch.sub(torch.tensor(state["log_decay"], dtype=torch.float64), before).exp_()
+    if slots is None:
+        decayed.fill_(state["log_decay"])
+    else:
+        decayed.index_fill_(0, slots, state["log_decay"])
+    return factor
+
+
+def _column(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:
+    """One number for each of ``rows``, shaped to multiply them."""
+    return numbers[place].to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,573 @@
+"""Optimisers of rows, against torch's own and against a few lines of torch."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import softdb
+from softdb import SoftKVStore
+from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
+
+KINDS = [RowAdam, RowAdagrad]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameter_of(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=seeded()).to(dtype))
+
+
+def row_gradient(shape: tuple[int, ...], count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = seeded(seed)
+    slots = torch.randperm(shape[0], generator=generator)[:count].sort().values
+    values = torch.randn(count, *shape[1:], generator=generator).to(dtype)
+    return torch.sparse_coo_tensor(slots[None], values, shape, is_coalesced=True, check_invariants=True)
+
+
+def store_of(count: int = 8, capacity: int | None = None, **options: Any) -> SoftKVStore:
+    store = SoftKVStore(4, 3, trainable=True, **options)
+    store.reserve(capacity or count)
+    generator = seeded()
+    store.add(torch.randn(count, 4, generator=generator), torch.randn(count, 3, generator=generator))
+    return store
+
+
+def give_gradient(store: SoftKVStore, slots: list[int], seed: int) -> None:
+    """A row-sparse gradient of the values and the keys at ``slots``."""
+    generator = seeded(seed)
+    for table in (store.keys, store.values):
+        values = torch.randn(len(slots), table.shape[1], generator=generator)
+        places = torch.tensor([sorted(slots)])
+        table.grad = torch.sparse_coo_tensor(places, values, table.shape, is_coalesced=True, check_invariants=True)
+
+
+def backward_of_read(store: SoftKVStore, query: Tensor, k: int = 2) -> None:
+    store.read(query, "topk", k=k).values.square().sum().backward()
+
+
+# -- the equations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (40,), (40, 2, 3)])
+def test_row_adam_is_sparse_adam(shape: tuple[int, ...]) -> None:
+    own, other = parameter_of(*shape), parameter_of(*shape)
+    options = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}
+    optimizers = [RowAdam([own], **options), torch.optim.SparseAdam([other], **options)]
+    for step in range(50):
+        for parameter, optimizer in zip((own, other), optimizers, strict=True):
+            parameter.grad = row_gradient(shape, 7, seed=step)
+            optimizer.step()
+    assert torch.allclose(own, other, rtol=0, atol=1e-6)
+
+
+def test_row_adam_is_sparse_adam_where_rows_fill_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softdb.optim.CHUNK", 3 * 6)
+    test_row_adam_is_sparse_adam((40, 6))
+    test_dense_gradients_are_adamw(0.1)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_dense_gradients_are_adamw(weight_decay: float) -> None:
+    own, other = parameter_of(30, 4), parameter_of(30, 4)
+    options = {"lr": 0.05, "eps": 1e-12, "weight_decay": weight_decay}
+    optimizers = [RowAdam([own], **options), torch.optim.AdamW([other], **options)]
+    for step in range(20):
+        for parameter, optimizer in zip((own, other), optimizers, strict=True):
+            parameter.grad = torch.randn(30, 4, generator=seeded(step))
+            optimizer.step()
+    assert torch.allclose(own, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_parameters_of_any_shape(kind: type, shape: tuple[int, ...]) -> None:
+    parameter = parameter_of(*shape)
+    before = parameter.detach().clone()
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.1)
+    parameter.grad = torch.full(shape, 2.0)
+    optimizer.step()
+    # The first step of either is lr in the direction of the sign where all gradients are equal.
+    assert torch.allclose(parameter, before * (1 - 0.01) - 0.1, atol=1e-6)
+
+
+def test_row_adagrad_is_its_equation() -> None:
+    parameter = parameter_of(20, 4)
+    expected, total = parameter.detach().double(), torch.full((20,), 0.5, dtype=torch.float64)
+    optimizer = RowAdagrad([parameter], lr=0.3, eps=1e-4, initial_accumulator_value=0.5)
+    for step in range(30):
+        gradient = row_gradient((20, 4), 5, seed=step)
+        parameter.grad = gradient if step % 3 else gradient.to_dense()
+        optimizer.step()
+        dense = gradient.to_dense().double()
+        total += dense.square().mean(1)
+        expected -= 0.3 * dense / (total.sqrt() + 1e-4)[:, None]
+    assert torch.allclose(parameter.double(), expected, atol=1e-6)
+    assert optimizer.state[parameter]["sum"].shape == (20,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_names_rows_twice_or_in_disorder_is_summed(kind: type) -> None:
+    results = []
+    for coalesced in (False, True):
+        parameter = parameter_of(6, 2)
+        values = torch.arange(8.0).view(4, 2) - 3
+        places = torch.tensor([[5, 1, 5, 2]])
+        gradient = torch.sparse_coo_tensor(places, values, (6, 2), check_invariants=True)
+        parameter.grad = gradient.coalesce() if coalesced else gradient
+        kind([parameter], lr=0.1).step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+def test_ordered_rows_without_the_word_that_they_are() -> None:
+    parameter = parameter_of(6, 2)
+    gradient = torch.sparse_coo_tensor(torch.tensor([[1, 4]]), torch.ones(2, 2), (6, 2), check_invariants=True)
+    assert not gradient.is_coalesced()
+    parameter.grad = gradient
+    before = parameter.detach().clone()
+    RowAdam([parameter], lr=0.1).step()
+    assert (parameter != before).any(1).tolist() == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_gradient_moves_nothing_and_counts_as_a_step(kind: type) -> None:
+    parameter = parameter_of(6, 2)
+    before = parameter.detach().clone()
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.5)
+    parameter.grad = row_gradient((6, 2), 0, seed=0)
+    optimizer.step()
+    assert torch.equal(parameter, before)
+    assert optimizer.state[parameter]["step"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_state_of_narrow_parameters_is_float32(dtype: torch.dtype, sparse: bool) -> None:
+    narrow, wide = parameter_of(10, 4, dtype=dtype), nn.Parameter(parameter_of(10, 4, dtype=dtype).detach().float())
+    optimizers = [RowAdam([p], lr=0.01, weight_decay=0.1) for p in (narrow, wide)]
+    for step in range(5):
+        wide.data.copy_(narrow.data)
+        gradient = row_gradient((10, 4), 4, seed=step, dtype=dtype)
+        gradient = gradient if sparse else gradient.to_dense()
+        for parameter, optimizer in zip((narrow, wide), optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+        assert torch.equal(narrow, wide.to(dtype))
+    moments = [optimizer.state[p]["exp_avg"] for p, optimizer in zip((narrow, wide), optimizers, strict=True)]
+    assert moments[0].dtype == torch.float32
+    assert torch.equal(*moments)
+
+
+# -- weight decay ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_does_not_depend_on_how_often_a_row_is_read(kind: type) -> None:
+    parameter = parameter_of(3, 2)
+    before = parameter.detach().clone()
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.5, eps=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    reads = [[0], [0, 1], [0], [0], [0, 1, 2]]
+    for rows in reads:
+        gradient = torch.zeros(len(rows), 2)
+        parameter.grad = torch.sparse_coo_tensor(torch.tensor([rows]), gradient, (3, 2), check_invariants=True)
+        optimizer.step()
+        schedule.step()
+    factor = math.prod(1 - 0.1 * 0.9**step * 0.5 for step in range(5))
+    assert torch.allclose(parameter, before * factor, atol=1e-6)
+
+
+def test_decay_equals_that_of_dense_adamw_under_a_schedule() -> None:
+    own, other = parameter_of(12, 3), parameter_of(12, 3)
+    optimizers = [RowAdam([own], lr=0.1, weight_decay=0.3), torch.optim.AdamW([other], lr=0.1, weight_decay=0.3)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40) for optimizer in optimizers]
+    for step in range(30):
+        gradient = row_gradient((12, 3), 3, seed=step) * 0
+        own.grad, other.grad = gradient, gradient.to_dense()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    own.grad = other.grad = torch.zeros(12, 3)  # every row catches up
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.allclose(own, other, atol=1e-6)
+
+
+def test_decay_that_begins_or_ends_later() -> None:
+    parameter = parameter_of(2, 2)
+    before = parameter.detach().clone()
+    optimizer = RowAdam([parameter], lr=0.1)
+    for weight_decay, rows in [(0.0, [0]), (0.5, [0]), (0.5, [0]), (0.0, [0]), (0.0, [0, 1])]:
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        gradient = torch.zeros(len(rows), 2)
+        parameter.grad = torch.sparse_coo_tensor(torch.tensor([rows]), gradient, (2, 2), check_invariants=True)
+        optimizer.step()
+    assert torch.allclose(parameter, before * 0.95**2, atol=1e-6)
+
+
+# -- rows that come and go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_growth_in_mid_training_equals_reserved_room(kind: type, weight_decay: float) -> None:
+    def train(capacity: int) -> SoftKVStore:
+        store = store_of(8, capacity)
+        optimizer = kind(store.parameters(), lr=0.05, weight_decay=weight_decay)
+        generator = seeded(7)
+        for step in range(12):
+            if step in (4, 7):
+                store.add(torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator))
+            optimizer.zero_grad()
+            backward_of_read(store, torch.randn(2, 4, generator=generator), k=3)
+            optimizer.step()
+        return store
+
+    grown, reserved = train(8), train(64)
+    assert len(grown.keys) < 64
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(grown, name)[:20], getattr(reserved, name)[:20])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("event", ["deleted and added", "told"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_starts_afresh_takes_a_fresh_first_step(
+    kind: type, weight_decay: float, event: str, sparse: bool
+) -> None:
+    store, peer = store_of(6), store_of(6)
+    optimizer, other = (kind(each.parameters(), lr=0.05, weight_decay=weight_decay) for each in (store, peer))
+    for step in range(5):
+        for each, one in ((store, optimizer), (peer, other)):
+            give_gradient(each, [1, 2, 4], seed=step)
+            one.step()
+    if event == "told":
+        store.rows.start_afresh(torch.tensor([2]))
+        key, value = store.keys.data[2:3].clone(), store.values.data[2:3].clone()
+    else:
+        store.delete([2])
+        key, value = torch.randn(1, 4, generator=seeded(3)), torch.randn(1, 3, generator=seeded(4))
+        store.add(key, value)
+        assert store.ids.tolist() == [0, 1, 6, 3, 4, 5]  # in the slot that became free
+    lone = SoftKVStore(4, 3, trainable=True)
+    lone.add(key, value)
+    fresh = kind(lone.parameters(), lr=0.05, weight_decay=weight_decay)
+    for step in range(3):
+        for each, one in ((store, optimizer), (peer, other)):
+            give_gradient(each, [1, 2, 4], seed=10 + step)
+            for own, table in ((lone.keys, each.keys), (lone.values, each.values)):
+                gradient = table.grad.to_dense()
+                own.grad = gradient[2:3].clone()
+                if not sparse:
+                    table.grad = gradient
+            one.step()
+        fresh.step()
+        assert torch.equal(store.values[2], lone.values[0])
+        assert torch.equal(store.keys[2], lone.keys[0])
+        assert torch.equal(store.values[[0, 1, 3, 4, 5]], peer.values[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_slots_without_a_row_are_left_alone(kind: type, sparse: bool) -> None:
+    store = store_of(6, 9)
+    optimizer = kind(store.parameters(), lr=0.1, weight_decay=0.1)
+    store.delete([1, 4])
+    store.values.data[[1, 4]] = 7.0
+    before = store.values.detach().clone()
+    gradient = torch.ones_like(store.values)
+    store.values.grad = gradient.to_sparse(1) if sparse else gradient
+    optimizer.step()
+    moved = (store.values != before).any(1)
+    assert moved.tolist() == [True, False, True, True, False, True, False, False, False]
+    assert bool((optimizer.state[store.values][next(iter(optimizer._initial(optimizer.defaults)))][[1, 4]] == 0).all())
+
+
+def test_state_follows_a_store_that_was_made_smaller() -> None:
+    store, small = store_of(20), store_of(5)
+    optimizer = RowAdam(store.parameters(), lr=0.1)
+    give_gradient(store, [0, 3, 19], seed=0)
+    optimizer.step()
+    optimizer.zero_grad()
+    store.load_state_dict(small.state_dict())
+    give_gradient(store, [0, 3], seed=1)
+    optimizer.step()
+    assert optimizer.state[store.keys]["exp_avg"].shape == (5, 4)
+    store.add(torch.randn(15, 4), torch.randn(15, 3))
+    give_gradient(store, [19], seed=2)
+    optimizer.step()
+    expected = store.values.grad.to_dense()[19] * (1 - 0.9)
+    assert torch.allclose(optimizer.state[store.values]["exp_avg"][19], expected)
+
+
+def test_state_follows_a_store_that_changes_its_dtype() -> None:
+    store = store_of(4)
+    optimizer = RowAdam(store.parameters(), lr=0.1)
+    give_gradient(store, [0, 3], seed=0)
+    optimizer.step()
+    optimizer.zero_grad()
+    store.double()
+    backward_of_read(store, torch.ones(1, 4, dtype=torch.float64))
+    optimizer.step()
+    assert optimizer.state[store.keys]["exp_avg"].dtype == torch.float64
+
+
+def test_only_the_rows_of_the_gradient_count_as_moved() -> None:
+    store = SoftKVStore(4, 3, trainable=True)
+    store.add(torch.eye(4), torch.ones(4, 3))
+    optimizer = RowAdam(store.parameters(), lr=0.1)
+    first = store.read(torch.tensor([9.0, 9, 0, 0]), "topk", k=2)
+    second = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
+    first.values.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    store.read(torch.ones(4), "topk", k=1)  # here the store looks for writes
+    second.values.sum().backward()
+    optimizer.step()
+    assert store.rows.moved_at == 0 or store.rows.moved_at < store.rows.version - 1
+
+    third = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
+    optimizer.step()  # moves the second's rows again
+    with pytest.raises(softdb.StaleReadError):
+        third.values.sum().backward()
+
+
+def test_a_trained_store_is_found_by_its_moved_keys() -> None:
+    store = store_of(50, index="Flat")
+    optimizer = RowAdam(store.parameters(), lr=0.5)
+    query = torch.randn(3, 4, generator=seeded(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        read = store.read(query, "topk", k=4)
+        assert torch.equal(read.ids, (query @ store.keys.T).topk(4).indices)
+        read.values.square().sum().backward()
+        optimizer.step()
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_from_a_file_goes_on_as_if_never_interrupted(kind: type, dtype: torch.dtype) -> None:
+    def advance(store: SoftKVStore, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            generator = seeded(step)
+            if step % 4 == 3:
+                store.delete(store.ids[:1])
+                rows = torch.randn(3, 7, generator=generator).to(dtype)
+                store.add(rows[:, :4], rows[:, 4:])
+            optimizer.zero_grad()
+            backward_of_read(store, torch.randn(2, 4, generator=generator).to(dtype), k=3)
+            optimizer.step()
+
+    def make(count: int) -> tuple[SoftKVStore, torch.optim.Optimizer]:
+        store = SoftKVStore(4, 3, trainable=True, dtype=dtype)
+        rows = torch.randn(count, 7, generator=seeded()).to(dtype)
+        store.add(rows[:, :4], rows[:, 4:])
+        return store, kind(store.parameters(), lr=0.05, weight_decay=0.1)
+
+    store, optimizer = make(8)
+    advance(store, optimizer, range(10))
+    file = io.BytesIO()
+    torch.save({"store": store.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, other = make(2)
+    resumed.load_state_dict(saved["store"])
+    other.load_state_dict(saved["optimizer"])
+    for own, its in ((store.keys, resumed.keys), (store.values, resumed.values)):
+        assert optimizer.state[own].keys() == other.state[its].keys()
+        for name, value in optimizer.state[own].items():
+            loaded = other.state[its][name]
+            if isinstance(value, Tensor):
+                assert loaded.dtype == value.dtype
+                assert torch.equal(loaded, value)
+            else:
+                assert loaded == value
+    advance(store, optimizer, range(10, 20))
+    advance(resumed, other, range(10, 20))
+    assert torch.equal(store.ids, resumed.ids)
+    assert torch.equal(store.keys, resumed.keys)
+    assert torch.equal(store.values, resumed.values)
+
+
+def test_loaded_state_is_a_copy_of_what_hooks_let_through() -> None:
+    parameter = parameter_of(4, 2)
+    optimizer = RowAdam([parameter])
+    parameter.grad = torch.ones(4, 2)
+    optimizer.step()
+    other = RowAdam([parameter_of(4, 2)])
+    kept = optimizer.state_dict()
+    other.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": {0: {**given["state"][0], "step": 5}}})
+    other.load_state_dict(kept)
+    (state,) = other.state.values()
+    assert state["step"] == 5
+    state["exp_avg"].zero_()
+    assert bool((optimizer.state[parameter]["exp_avg"] != 0).all())
+    assert len(other._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_trains_on_by_itself(kind: type, copied: Callable[[Any], Any]) -> None:
+    store = store_of(6)
+    optimizer = kind(store.parameters(), lr=0.1, weight_decay=0.1)
+    give_gradient(store, [1, 2], seed=0)
+    optimizer.step()
+    twin, other = copied((store, optimizer))
+    for each, one in ((store, optimizer), (twin, other)):
+        each.delete([2])
+        each.add(torch.ones(9, 4), torch.ones(9, 3))
+        give_gradient(each, [1, 2, 9], seed=1)
+        one.step()
+    assert torch.equal(store.keys[:14], twin.keys[:14])
+    assert torch.equal(store.values[:14], twin.values[:14])
+
+
+# -- as every optimiser ------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_options_of_their_own() -> None:
+    store = store_of(4)
+    before = [table.detach().clone() for table in (store.keys, store.values)]
+    optimizer = RowAdam([{"params": [store.keys], "lr": 0.0}, {"params": [store.values]}], lr=0.1)
+    give_gradient(store, [0, 1], seed=0)
+    optimizer.step()
+    assert torch.equal(store.keys, before[0])
+    assert not torch.equal(store.values, before[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_makes_the_gradients(kind: type) -> None:
+    parameter = parameter_of(3, 2)
+    optimizer = kind([parameter], lr=torch.tensor(0.1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_graph_over_a_parameter_of_your_own_notices_the_step() -> None:
+    parameter = parameter_of(3, 2)
+    loss = parameter.square().sum()
+    parameter.grad = torch.ones(3, 2)
+    RowAdam([parameter]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -0.1}, softdb.ArgumentError, "lr: expected a finite number of at least 0, got -0.1"),
+    ({"lr": math.nan}, softdb.ArgumentError, "lr: expected"),
+    ({"lr": "fast"}, softdb.DtypeError, "lr: expected a number, got str 'fast'"),
+    ({"eps": -1e-8}, softdb.ArgumentError, "eps: expected"),
+    ({"weight_decay": -1}, softdb.ArgumentError, "weight_decay: expected"),
+    ({"weight_decay": math.inf}, softdb.ArgumentError, "weight_decay: expected"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_options(kind: type, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        kind([parameter_of(2, 2)], **options)
+    optimizer = kind([parameter_of(2, 2)])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [parameter_of(2, 2)], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_bad_options_of_one_kind() -> None:
+    for betas in ((1.0, 0.9), (0.9, -0.1)):
+        with pytest.raises(softdb.ArgumentError, match=r"betas\[[01]\]: expected a number in \[0, 1\)"):
+            RowAdam([parameter_of(2, 2)], betas=betas)
+    with pytest.raises(softdb.DtypeError, match="betas: expected two numbers"):
+        RowAdam([parameter_of(2, 2)], betas=0.9)
+    with pytest.raises(softdb.ArgumentError, match="initial_accumulator_value"):
+        RowAdagrad([parameter_of(2, 2)], initial_accumulator_value=-1.0)
+    with pytest.raises(softdb.DtypeError, match="params: expected dense floating-point Parameters"):
+        RowAdam([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_gradients_change_nothing(kind: type) -> None:
+    first, second = parameter_of(4, 2), parameter_of(4, 2)
+    before = first.detach().clone()
+    optimizer = kind([first, second])
+    first.grad = torch.ones(4, 2)
+    second.grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(softdb.DtypeError, match="2 sparse dimensions; convert it"):
+        optimizer.step()
+    second.grad = None
+    second.grad = torch.ones(4, 2)
+    second.data = torch.ones(5, 2)
+    with pytest.raises(softdb.ShapeError, match=r"expected shape \(5, 2\).* got \(4, 2\)"):
+        optimizer.step()
+    second.data = torch.ones(4, 2)
+    optimizer.param_groups[0].update(lr=2.0, weight_decay=0.5)
+    with pytest.raises(softdb.ArgumentError, match=r"expected lr \* weight_decay below 1, got 2.0 \* 0.5"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert not optimizer.state[first]
+
+
+# -- clipping ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_is_torchs_of_the_dense_gradients(max_norm: float, norm_type: float) -> None:
+    own, other = ([parameter_of(9, 2), parameter_of(7), parameter_of(3), parameter_of(4, 2)] for _ in range(2))
+    values = torch.randn(4, 2, generator=seeded(1))
+    twice = torch.sparse_coo_tensor(torch.tensor([[5, 1, 5, 2]]), values, (9, 2), check_invariants=True)
+    given = [twice, torch.randn(7, generator=seeded(2)), None, row_gradient((4, 2), 0, seed=0)]
+    for parameter, peer, gradient in zip(own, other, given, strict=True):
+        parameter.grad = gradient
+        peer.grad = None if gradient is None else gradient.to_dense().clone()
+    total = clip_row_grad_norm_(iter(own), max_norm, norm_type)
+    assert torch.allclose(total, torch.nn.utils.clip_grad_norm_(other, max_norm, norm_type))
+    for parameter, peer in zip(own, other, strict=True):
+        if peer.grad is not None:
+            assert torch.allclose(parameter.grad.to_dense(), peer.grad)
+    assert own[0].grad.is_coalesced()
+
+
+def test_clipping_nothing_and_what_is_not_finite() -> None:
+    parameter = parameter_of(3, 2)
+    assert float(clip_row_grad_norm_(parameter, 1.0)) == 0.0
+    parameter.grad = row_gradient((3, 2), 0, seed=0)
+    assert float(clip_row_grad_norm_(parameter, 1.0)) == 0.0
+    parameter.grad = torch.full((3, 2), math.inf)
+    with pytest.raises(softdb.NonFiniteError, match="finite norm, got one that is inf"):
+        clip_row_grad_norm_(parameter, 1.0, error_if_nonfinite=True)
+    assert bool((parameter.grad == math.inf).all())
+    assert float(clip_row_grad_norm_(parameter, 1.0)) == math.inf
+
+
+def test_clipping_with_bad_arguments() -> None:
+    parameter = parameter_of(3, 2)
+    with pytest.raises(softdb.ArgumentError, match="max_norm"):
+        clip_row_grad_norm_(parameter, -1.0)
+    with pytest.raises(softdb.ArgumentError, match="norm_type: expected a number above 0"):
+        clip_row_grad_norm_(parameter, 1.0, 0)
+    parameter.grad = torch.ones(3, 2).to_sparse()
+    with pytest.raises(softdb.DtypeError, match="sparse dimensions"):
+        clip_row_grad_norm_(parameter, 1.0)

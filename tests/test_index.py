@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import os
+import pickle
 import random
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from torch import Tensor
 import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb import index as index_module
+from softdb.optim import RowAdagrad, RowAdam
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 
@@ -23,7 +29,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few hundred rows go the ways of a million."""
     monkeypatch.setattr(index_module, "EXACT_ROWS", 500)
     monkeypatch.setattr(index_module, "PENDING_ROWS", 40)
-    monkeypatch.setattr(index_module, "PENDING_SHARE", 0.0)
 
 
 def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
@@ -33,7 +38,7 @@ def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
     return centres[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
 
 
-def make(factory: str, rows: int = 1000, metric: str = "scaled_dot", **options: object) -> SoftKVStore:
+def make(factory: str | IndexConfig, rows: int = 1000, metric: str = "scaled_dot", **options: object) -> SoftKVStore:
     store = SoftKVStore(16, 2, metric=metric, index=factory, **options)  # type: ignore[arg-type]
     fields = {"group": torch.arange(rows) % 10} if "fields" in options else None
     store.add(clustered(rows), torch.randn(rows, 2, generator=torch.Generator().manual_seed(1)), fields=fields)
@@ -217,22 +222,258 @@ def test_rules_and_exclusions_for_each_query(factory: str) -> None:
     assert (read.mass == 1).all()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "auto"])
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW fused"])
-def test_an_optimiser_step_is_seen(factory: str, kind: str) -> None:
-    store = make(factory, trainable=True)
+# Whatever moves keys: how it is made, and whether it takes row-sparse gradients.
+MOVERS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], bool]] = {
+    "SGD": (lambda tables: torch.optim.SGD(tables, lr=3.0), True),
+    "SGD with momentum": (lambda tables: torch.optim.SGD(tables, lr=1.0, momentum=0.9), True),
+    "SGD fused": (lambda tables: torch.optim.SGD(tables, lr=3.0, fused=True), False),
+    "SparseAdam": (lambda tables: torch.optim.SparseAdam(tables, lr=0.5), True),
+    "Adagrad": (lambda tables: torch.optim.Adagrad(tables, lr=0.5), True),
+    "Adam": (lambda tables: torch.optim.Adam(tables, lr=0.5, foreach=True), False),
+    "AdamW fused": (lambda tables: torch.optim.AdamW(tables, lr=0.5, fused=True), False),
+    "RowAdam": (lambda tables: RowAdam(tables, lr=0.5), True),
+    "RowAdagrad": (lambda tables: RowAdagrad(tables, lr=0.5), True),
+}
+
+
+def never_stale(store: SoftKVStore) -> None:
+    """Every row is where the base saw it, or near, or hidden in the base and searched exactly."""
+    index = store._index
+    base = index._base
+    assert index._version == store.rows.version
+    if base is None or index._asleep:
+        return
+    slots = store.rows.live_slots()
+    seen = base.sees(slots)
+    apart = (store.keys.detach()[slots[seen]] - base.copy[slots[seen]]).norm(dim=-1)
+    assert (apart <= index.config.tolerance * base.spread).all()
+    assert torch.equal(index._pending, slots[~seen])
+    for slot, entry in zip(slots[seen].tolist(), base.entry_of[slots[seen]].tolist(), strict=True):
+        assert base.slots[entry] == slot
+    assert base.visible.hidden == base.entries - len(slots[seen])
+    assert base.visible.at(base.entry_of[slots[seen]]).all()
+
+
+@pytest.mark.parametrize(
+    ("factory", "tolerance"),
+    [("IVF16,Flat", 0.0), ("IVF16,Flat", 0.02), ("IVF16,Flat", 0.5), ("PCA15,IVF8,Flat", 0.02), ("HNSW16", 0.02)],
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
+@pytest.mark.parametrize("mover", MOVERS)
+def test_the_index_follows_whatever_moves_the_keys(mover: str, factory: str, tolerance: float) -> None:
+    make_optimiser, sparse = MOVERS[mover]
+    store = make(IndexConfig(factory, tolerance=tolerance), trainable=True, sparse_grad=sparse)
+    query = clustered(8, seed=2)
+    store.read(query, "topk", k=4)
+    optimiser = make_optimiser([store.keys, store.values])
+    found = []
+    for step in range(8):
+        optimiser.zero_grad()
+        read = store.read(clustered(8, seed=10 + step), "topk", k=4)
+        (read.values.square().sum() - read.lse.sum()).backward()
+        optimiser.step()
+        found.append(recall(store, query))
+        never_stale(store)
+        if step == 4:
+            store.delete(store.ids[:30])
+            store.add(clustered(20, seed=50), torch.randn(20, 2))
+    assert sum(found) / len(found) > (0.8 if tolerance < 0.1 and "PCA" not in factory else 0.6)
+    assert store.index_stats().error is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
+@pytest.mark.parametrize("mover", MOVERS)
+def test_a_row_that_moved_far_is_found_where_it_is(mover: str) -> None:
+    make_optimiser, sparse = MOVERS[mover]
+    store = make("IVF16,Flat", trainable=True, sparse_grad=sparse, metric="l2")
+    far = torch.full((1, 16), 30.0)
+    store.read(far, "topk", k=3)
+    optimiser = make_optimiser([store.keys])
+    for _ in range(300):
+        optimiser.zero_grad()
+        distance = (store.keys[7] - far).square().sum()
+        gradient = torch.autograd.grad(distance, store.keys)[0] / 10
+        store.keys.grad = gradient.to_sparse(1).coalesce() if sparse else gradient
+        optimiser.step()
+        if float(distance.detach()) < 300:
+            break
+    wanted = store.read(far, k=1).ids
+    assert wanted.tolist() == [[7]]
+    assert torch.equal(store.read(far, "topk", k=1).ids, wanted)
+    never_stale(store)
+
+
+def test_an_optimiser_that_moves_everything_puts_the_index_to_sleep() -> None:
+    store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     assert recall(store, query) > 0.9
-    fused = {"fused": True} if "fused" in kind else {}
-    optimiser = getattr(torch.optim, kind.split()[0])(store.parameters(), lr=0.5, **fused)
+    optimiser = torch.optim.AdamW(store.parameters(), lr=0.5)
     for _ in range(3):
         optimiser.zero_grad()
         store.read(query).values.square().sum().backward()
+        store.keys.grad = torch.randn_like(store.keys)
         optimiser.step()
+        assert store.index_stats().pending == 1000
         assert recall(store, query) == 1.0
-    store.build_index()
+        assert store.index_stats().pending == 1000
+    assert store.index_stats().builds == 1
+    store.refresh()
+    assert store.index_stats().builds == 2
+    assert store.index_stats().pending == 0
     assert recall(store, query) > 0.9
-    assert store.index_stats().factory.startswith("IVF")
+    assert store.index_stats().factory == "IVF16,Flat"
+
+
+def test_a_sleeping_index_wakes_up_when_searching_exactly_has_cost_as_much() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=3)
+    store.keys.grad = 50 * torch.randn_like(store.keys)
+    torch.optim.SGD([store.keys], lr=1.0).step()
+    waits = []
+    for _ in range(2):
+        builds, waited = store.index_stats().builds, 0
+        while store.index_stats().builds == builds:
+            store.read(clustered(200, seed=waited), "topk", k=3)
+            store.update([1], keys=clustered(1, seed=waited))
+            waited += 1
+        waits.append(waited)
+        assert store.index_stats().pending <= 1
+        torch.optim.SGD([store.keys], lr=1.0).step()
+        store.read(query, "topk", k=3)
+    assert waits[1] > waits[0]  # the first time was in vain
+
+
+def test_small_moves_leave_the_index_alone() -> None:
+    store = make(IndexConfig("IVF16,Flat", tolerance=0.1), trainable=True)
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=3)
+    spread = (store.keys.detach() - store.keys.detach().mean(0)).norm(dim=-1).square().mean().sqrt()
+    way = torch.nn.functional.normalize(torch.randn(1000, 16), dim=-1)
+    way[:40] *= 3
+    for pending in (0, 0, 40, 40, 40, 40, 1000):
+        store.keys.grad = -0.015 * spread * way
+        torch.optim.SGD([store.keys], lr=1.0, fused=True).step()
+        assert store.index_stats().pending == pending
+        store.read(query, "topk", k=3)
+        assert store.index_stats().pending == pending
+        never_stale(store)
+        if pending == 40:
+            way[:40] = 0
+
+
+def test_a_row_that_is_no_longer_finite_is_never_taken_in() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(5, seed=2)
+    store.read(query, "topk", k=3)
+    store.keys.data[3] = math.nan
+    store.keys.data[4] = math.inf
+    store.touch([3, 4])
+    store.update(torch.arange(10, 200), keys=clustered(190, seed=3))
+    store.refresh()
+    assert store.index_stats().pending == 2
+    with pytest.raises(softdb.NonFiniteError):
+        store.read(query, "topk", k=3)
+    store.build_index()
+    assert store.index_stats().pending == 2
+    store.update([3, 4], keys=clustered(2, seed=4))
+    assert recall(store, query) > 0.8
+    store.refresh()
+    assert store.index_stats().pending == 0
+
+
+def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make("IVF16,Flat", trainable=True)
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=3)
+    base = store._index._base
+    assert base is not None
+    centroids = base.index.quantizer.reconstruct_n(0, 16)
+    for turn in range(30):
+        store.update(torch.arange(turn * 10, turn * 10 + 60), keys=clustered(60, seed=turn))
+        assert recall(store, query) > 0.8
+        never_stale(store)
+    assert store._index._base is base
+    assert base.entries == 1000  # every row under its own entry
+    assert base.index.ntotal == 1000
+    store.delete(torch.arange(600))
+    assert recall(store, query) > 0.8
+    never_stale(store)
+    assert store.index_stats().builds == 2
+    again = store._index._base
+    assert again is not None
+    assert again is not base
+    assert again.entries == 400
+    assert (again.index.quantizer.reconstruct_n(0, 16) == centroids).all()
+    # Rows far from the lists as they were trained leave most of them empty.
+    store.update(store.ids, keys=0.1 * clustered(400, seed=8) + 20)
+    assert recall(store, clustered(20, seed=8) * 0.1 + 20) > 0.5
+    assert store.index_stats().builds == 3
+    store.update(store.ids[:100], keys=0.1 * clustered(100, seed=9) + 20)
+    store.refresh()
+    assert (store._index._base.index.quantizer.reconstruct_n(0, 16) != centroids).any()  # type: ignore[union-attr]
+
+
+def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:
+    store = make(IndexConfig("IVF16,Flat", background=True))
+    query = clustered(50, seed=2)
+    assert recall(store, query) == 1.0  # exact meanwhile
+    aside = store._index._aside
+    assert aside is not None
+    aside.result()
+    for _ in range(3):
+        assert recall(store, query) == 1.0
+    assert store.index_stats().builds == 0
+    far = torch.full((1, 16), 30.0)
+    store.update([5], keys=far)  # after the build had begun
+    store.delete([7])
+    assert store.read(far, "topk", k=1).ids.tolist() == [[5]]
+    assert store.index_stats().builds == 1
+    assert store.index_stats().pending == 1
+    assert recall(store, query) > 0.9
+    store.delete(store.ids[:600])
+    store.read(query, "topk", k=3)
+    store.refresh(wait=True)
+    assert store.index_stats().builds == 2
+    assert store.index_stats().pending == 0
+    assert store._index._aside is None
+    assert recall(store, query) > 0.9
+
+
+def test_a_copy_does_not_take_a_build_along() -> None:
+    store = make(IndexConfig("IVF16,Flat", background=True), trainable=True)
+    query = clustered(50, seed=2)
+    store.read(query, "topk", k=3)
+    copied = copy.deepcopy(store)
+    store.refresh(wait=True)
+    copied.refresh(wait=True)
+    for each in (store, copied, pickle.loads(pickle.dumps(store))):
+        assert recall(each, query) > 0.8
+        each.refresh(wait=True)
+        never_stale(each)
+        assert each.index_stats().factory == "IVF16,Flat"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_drops_a_build_under_way() -> None:
+    store = make(IndexConfig("IVF64,Flat", background=True), 20_000)
+    query = clustered(5, seed=2)
+    store.read(query, "topk", k=3)
+    assert store._index._aside is not None
+    child = os.fork()
+    if child == 0:
+        right = store._index._aside is None and recall(store, query) == 1.0
+        os._exit(0 if right else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if done == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done[1] == 0
+    store.refresh(wait=True)
+    assert store.index_stats().builds == 1
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -250,23 +491,47 @@ def test_a_write_in_place_is_seen(trainable: bool) -> None:
     assert store.index_stats().factory == "IVF16,Flat"
 
 
-def zeroing(store: SoftKVStore) -> torch.optim.Optimizer:
-    optimiser = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
-    optimiser.register_step_post_hook(lambda *_: optimiser.zero_grad())
-    return optimiser
-
-
 def test_a_step_that_clears_its_gradients_is_seen() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
-    optimiser = zeroing(store)
+    optimiser = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
+    optimiser.register_step_post_hook(lambda *_: optimiser.zero_grad())
     read = store.read(query)
     store.keys.grad = 5 * torch.randn_like(store.keys)
     optimiser.step()
     assert recall(store, query) == 1.0
     with pytest.raises(softdb.StaleReadError):
         read.lse.sum().backward()
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_what_a_hook_of_an_optimiser_does_is_seen(when: str) -> None:
+    store = make("IVF16,Flat", trainable=True)
+    far = torch.full((1, 16), 30.0)
+    store.read(far, "topk", k=3)
+    optimiser = torch.optim.SGD(store.parameters(), lr=0.1)
+
+    def write(*_: object) -> None:
+        with torch.no_grad():
+            store.keys[9] = far[0]
+
+    getattr(optimiser, f"register_step_{when}_hook")(write)
+    store.read(clustered(5, seed=2), "topk", k=3).lse.sum().backward()
+    optimiser.step()
+    assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
+
+
+def test_a_write_between_two_steps_is_seen() -> None:
+    store = make("IVF16,Flat", trainable=True)
+    far = torch.full((1, 16), 30.0)
+    store.read(far, "topk", k=3)
+    optimiser = torch.optim.SGD(store.parameters(), lr=0.1)
+    store.read(clustered(5, seed=2), "topk", k=3).lse.sum().backward()
+    with torch.no_grad():
+        store.keys[9] = far[0]
+    optimiser.step()
+    assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
 
 
 def test_reads_within_a_step_are_right() -> None:
@@ -392,6 +657,10 @@ def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
         (dict(recall=1.5), softdb.ArgumentError, "recall: .* got 1.5"),
         (dict(recall="high"), softdb.DtypeError, "recall: expected a number, got str 'high'"),
         (dict(recall=math.nan), softdb.ArgumentError, "recall: .* got nan"),
+        (dict(tolerance=-1), softdb.ArgumentError, "tolerance: expected a finite number of at least 0, got -1"),
+        (dict(tolerance=math.inf), softdb.ArgumentError, "tolerance: .* got inf"),
+        (dict(garbage=0), softdb.ArgumentError, "garbage: expected a number above 0 and at most 1, got 0"),
+        (dict(background=1), softdb.DtypeError, "background: expected True or False, got int 1"),
         (dict(factory=3), softdb.DtypeError, "factory: expected 'auto', 'Flat' or a FAISS factory string, got int 3"),
     ],
 )

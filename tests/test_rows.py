@@ -78,7 +78,7 @@ def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
 
 def test_optimisers_are_seen_without_keeping_anything_alive() -> None:
     rows, parameter = table_of(3), torch.nn.Parameter(torch.ones(3))
-    watch(parameter, rows, keys=False)
+    watch(parameter, rows, "values")
     other = torch.nn.Parameter(torch.ones(3))
     optimiser = torch.optim.SGD([parameter, other], lr=0.1)
     before = rows.version

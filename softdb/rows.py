@@ -702,7 +702,7 @@ def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any])
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     moves = list(_moved_by(optimizer))
-    if type(optimizer) not in _row_optimizers:
+    if not isinstance(optimizer, tuple(_row_optimizers)):
         for move in moves:
             _check_state(move.parameter, optimizer.state.get(move.parameter, {}))
     _moving[optimizer] = moves

@@ -10,6 +10,9 @@ A row written by `add`, `put`, `update` or `touch` is pending. One that an optim
 key is further from where the base saw it than a tolerance. So the base keeps a copy of the keys as it saw them, and a
 row-sparse step costs a look at its rows, any other step a look at all.
 
+Training makes some keys much longer than others. By dot product these are among the best of queries all over the
+place, which no list of neighbours can tell: the longest few, the *crown*, are searched exactly, too.
+
 The index changes only when rows have changed, at the first search or refresh after it: between two writes every
 search sees the same one.
 
@@ -18,12 +21,13 @@ This is the only module that imports faiss.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,16 +61,29 @@ MASS = 1 / 4
 # What a build costs, beside finding lists: as many products with a query for each row.
 BUILD_PRODUCTS = 1024
 # A row that has come this far, relative to the keys' spread, since its list was chosen, has it chosen again.
-LIST_TOLERANCE = 0.15
-# An IVF base is trained anew when it holds this many times the rows that its lists were trained for, its lists are this
-# much less even than they were, or as many times the probes are needed.
-OUTGROWN, UNBALANCED, PROBES = 4, 2, 4
+LIST_TOLERANCE = 0.75
+# An IVF base is trained anew when it holds this many times the rows that its lists were trained for, or its lists are
+# this much less even than they were.
+OUTGROWN, UNBALANCED = 4, 2
 # Queries, and neighbours of each, that the probes are tuned on; how many of a read's own tell a recall of theirs; and
-# how many when it is checked again, after the base has taken in this share of its rows.
+# how many when it is checked again, after the base has taken in so many times its rows, at the least and the most.
 TUNING_QUERIES, TUNING_NEIGHBOURS = 256, 32
 TELLING_QUERIES = 8
-CHECKING_QUERIES, CHECKING_SHARE = 64, 1 / 4
+CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 8, 1 / 2)
 FEWEST_PROBES = 4
+# A recall as near to the wanted one is left alone when it is checked: the sample is small.
+NEAR_ENOUGH = 0.01
+# For dot products, in a base of some size, the longest rows may be searched exactly beside it: up to this share of all,
+# if the least of them is this much longer than the median.
+CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
+# Rows that grow until they are among this share of the longest join the crown by themselves.
+GROWING_SHARE = 1 / 1024
+# Rows that have moved by less than the tolerance come in a slightly wrong order: this share more of them are asked for.
+SLACK = 0.5
+UNBOUNDED = ("dot", "scaled_dot")
+# A row visited in a list costs as much as this many in an exact search, which for a single query costs as much as for
+# this many more.
+VISIT_COST, FIRST_QUERY_COST = 10, 40
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
 
@@ -108,7 +125,7 @@ class IndexConfig:
         for name in ("recall", "garbage"):
             if not 0 < getattr(self, name) <= 1:
                 raise ArgumentError(f"{name}: expected a number above 0 and at most 1, got {getattr(self, name)}")
-        if not 0 <= self.tolerance < float("inf"):
+        if not 0 <= self.tolerance < math.inf:
             raise ArgumentError(f"tolerance: expected a finite number of at least 0, got {self.tolerance}")
         if not isinstance(self.background, bool):
             raise DtypeError(f"background: expected True or False, got {describe(self.background)}")
@@ -213,6 +230,8 @@ class _Base:
     entry, which moves to another list or stays; any other index under a new one, and the old is garbage.
 
     Attributes:
+        crown: The slots of the longest rows, which the owner searches exactly: they are hidden.
+        crown_norm: From which norm on rows belong there.
         copy: The rows as taken in, (capacity, d) float32, beside the keys; None if nobody moves them.
         spread: The root mean square distance of the rows from their mean.
     """
@@ -225,10 +244,11 @@ class _Base:
         self.entry_of[slots] = torch.arange(len(slots), device="cpu")
         self.visible = _Visible(len(slots))
         self.in_order = len(slots) == 0 or int(slots[-1]) == len(slots) - 1  # entry e is slot e, since they ascend
+        self.crown, self.crowned, self.crown_norm = slots[:0], 0, math.inf
+        self.check_after = CHECKING_SHARES[0]
         self.taken = 0  # rows taken in since the recall was checked
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
-        self.first_probes = 0
         sample = rows[:: max(1, len(rows) // 2**16)]
         self.spread = float(sample.std(dim=0, correction=0).norm()) if len(sample) else 0.0
         self.copy: Tensor | None = None
@@ -260,14 +280,25 @@ class _Base:
         ivf = _ivf(self.index)
         return None if ivf is None else int(ivf.nprobe)
 
+    @property
+    def share(self) -> float:
+        """The share of the lists that each query visits; 0 where there are none."""
+        ivf = _ivf(self.index)
+        return 0.0 if ivf is None else ivf.nprobe / ivf.nlist
+
     def sees(self, slots: Tensor) -> Tensor:
         """At which of ``slots`` there is a row that searches may find."""
         entries = self.entry_of[slots]
         return (entries >= 0) & self.visible.at(entries.clamp(min=0))
 
-    def search(self, queries: Any, k: int, allowed: Tensor | None = None) -> Tensor:  # (B, d), (used,) bool -> (B, k)
-        """Slots, -1 where fewer were found; those that are not ``allowed`` too where FAISS cannot leave them out."""
+    def search(self, queries: Any, k: int, allowed: Tensor | None = None) -> Tensor:  # (B, d), (used,) bool -> (B, c)
+        """Slots of ``k`` or more rows, -1 where fewer were found.
+
+        Among them may be some that are not ``allowed``, where FAISS cannot leave them out.
+        """
         index = self.index
+        if self.copy is not None:
+            k += round(SLACK * k)
         parameters, hidden = None, self.visible.hidden > 0
         if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None):
             selector = self.visible.selector()
@@ -305,14 +336,13 @@ class _Base:
         """Take rows in as they are now, and show them."""
         self.taken += len(slots)
         entries = self.entry_of[slots]
-        known = entries >= 0
-        if _movable(self.index) is None:
-            known[:] = False
-        fresh = ~known
-        if bool(known.any()):
-            self._move(entries[known], slots[known], rows[known.to(rows.device)])
-        if bool(fresh.any()):
-            self._append(slots[fresh], rows[fresh.to(rows.device)])
+        known = (entries >= 0) & bool(self.lists)
+        if bool(known.all()):
+            self._move(entries, slots, rows)
+        else:
+            if bool(known.any()):
+                self._move(entries[known], slots[known], rows[known.to(rows.device)])
+            self._append(slots[~known], rows[~known.to(rows.device)])
         if self.copy is not None:
             self.copy[slots.to(rows.device)] = rows
 
@@ -363,79 +393,105 @@ class _Base:
 
     def inherit(self, old: _Base) -> None:
         """Take over what is known of the lists that were trained for ``old``."""
-        self.trained_rows, self.imbalance, self.first_probes = old.trained_rows, old.imbalance, old.first_probes
+        self.trained_rows, self.imbalance = old.trained_rows, old.imbalance
 
     def is_outworn(self, rows: int) -> bool:
         """Whether lists trained anew would serve ``rows`` rows better."""
         if _ivf(self.index) is None:
             return False
-        crowded = rows > OUTGROWN * self.trained_rows or self._imbalance() > UNBALANCED * self.imbalance
-        return crowded or (self.probes or 0) > PROBES * self.first_probes
+        return rows > OUTGROWN * self.trained_rows or self._imbalance() > UNBALANCED * self.imbalance
 
     def tune(
         self,
         groups: list[Tensor],  # of queries, (m, d)
-        keys: Tensor,  # (n, d)
+        keys: Tensor,  # (capacity, d)
         metric: str,
         selection: Selection,
         wanted: float,
-        number: Callable[[Tensor], Tensor],
     ) -> None:
-        """Find how much to probe until each group of queries finds the ``wanted`` share of its best rows.
+        """Find how much to probe, and how many rows to crown, until each group finds ``wanted`` of its best rows.
+
+        There is no crown when it begins: what is in none has to be visible.
 
         Args:
             groups: Queries.
             keys: The rows as they are.
             metric: How they meet.
-            selection: Which of ``keys`` are rows.
+            selection: In which slots there are rows.
             wanted: The recall.
-            number: Gives, for slots, the rows of ``keys``.
         """
-        self.taken = 0
+        self.taken, self.crown = 0, self.crown[:0]
         k = min(TUNING_NEIGHBOURS, self.entries)
         queries = torch.cat(groups)
         scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
         operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
-        worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
-        worst = worst - 1e-5 * worst.abs()  # a row that ties with the k-th best is as good
-        vectors = _array(_prepared(queries, metric))
-        sizes = [len(group) for group in groups]
-
-        def measure() -> float:
-            slots = self.search(vectors, k)[:, :k]
-            rows = torch.where(slots < 0, slots, number(slots.clamp(min=0))).to(keys.device)
-            hits = (scores_at(operand, keys, rows, scan) >= worst) & (rows >= 0)
-            return min(float(part.sum() / part.numel()) for part in hits.split(sizes))
-
+        scores, best = exact_top_k(operand, keys, scan, k)
+        worst = scores[:, -1:] - 1e-5 * scores[:, -1:].abs()  # a row that ties with the k-th best is as good
+        crowning = metric in UNBOUNDED and self.entries >= CROWNED_ENTRIES
+        longest = _longest(keys, selection) if crowning else best.new_empty(0)
+        rank = best.new_full((len(keys),), len(keys))
+        rank[longest] = torch.arange(len(longest), device=rank.device)
+        vectors, sizes = _array(_prepared(queries, metric)), [len(group) for group in groups]
         knob, name, limit = _knob(self.index)
-        if knob is None:
-            self.recall = measure()
-            return
 
-        def reaches(probes: int) -> bool:
-            setattr(knob, name, probes)
-            recall = measure()
-            if recall >= wanted or probes == limit:
-                self.recall = recall
-                return True
-            return False
+        def measure(probes: int, crown: int) -> float:
+            if knob is not None:
+                setattr(knob, name, probes)
+            found = self.search(vectors, k).to(keys.device)
+            hits = (scores_at(operand, keys, found, scan) >= worst) & (found >= 0)
+            hits &= rank[found.clamp(min=0)] >= crown  # not twice
+            held = (rank[best.clamp(min=0)] < crown) & (best >= 0)
+            shares = (hits.sum(-1) + held.sum(-1)).clamp(max=k) / k
+            return min(float(part.mean()) for part in shares.split(sizes))
 
-        # From what there is up, doubling, or down, halving, to where it is just enough; then between the last two.
-        fewest = min(FEWEST_PROBES, limit)
-        enough = min(max(fewest, getattr(knob, name) if self.first_probes else fewest), limit)
-        few = fewest - 1
-        while not reaches(enough):
-            few, enough = enough, min(2 * enough, limit)
-        best = self.recall
-        while enough - few > max(1, enough // 8):
-            middle = max(few + 1, enough // 2) if few < fewest else (few + enough) // 2
-            if reaches(middle):
-                enough, best = middle, self.recall
+        levels = self._levels(limit if knob is not None else 0, len(longest))
+        level, again, now = 0, self.recall is not None, (0, 0)
+        if again:
+            now = (0 if knob is None else getattr(knob, name), self.crowned)
+            level = sum(probes < now[0] or crown < now[1] for probes, crown in levels[:-1])
+        probes, crown = levels[level]
+        recall = measure(probes, crown)
+        if recall < wanted - (NEAR_ENOUGH if again else 0.0):
+            while recall < wanted and level < len(levels) - 1:
+                level += 1
+                probes, crown = levels[level]
+                recall = measure(probes, crown)
+        elif recall > wanted + NEAR_ENOUGH:
+            if level > 0 and (lower := measure(*levels[level - 1])) >= wanted:
+                level, recall = level - 1, lower
+            probes, crown = levels[level]
+        few = levels[level - 1][0] if level else probes
+        while probes - few > max(1, probes // 8):
+            middle = (few + probes) // 2
+            if (lower := measure(middle, crown)) >= wanted:
+                probes, recall = middle, lower
             else:
                 few = middle
-        setattr(knob, name, enough)
-        self.recall = best
-        self.first_probes = self.first_probes or enough
+        if knob is not None:
+            setattr(knob, name, probes)
+        self.recall = recall
+        if again:  # the more often, the more there is to be changed
+            shorter = (probes, crown) != now
+            self.check_after = min(
+                max(self.check_after * (0.5 if shorter else 2), CHECKING_SHARES[0]), CHECKING_SHARES[1]
+            )
+        last = longest[crown - 1 : crown] if crown else longest[:1]
+        self.crown_norm = float(torch.linalg.vector_norm(keys[last], dtype=torch.float32)) if len(last) else math.inf
+        self.crown, self.crowned = longest[:crown].sort().values.cpu(), crown
+        self.hide(self.crown)
+
+    def _levels(self, limit: int, longest: int) -> list[tuple[int, int]]:
+        """Probes up to ``limit`` and sizes of a crown up to ``longest``, from the cheapest on, in doublings."""
+        probes, crown = min(FEWEST_PROBES, limit), 0
+        visited = self.entries / max(1, self.lists)  # rows a probe, in lists
+        levels = [(probes, crown)]
+        while probes < limit or crown < longest:
+            if crown < longest and (probes == limit or crown < VISIT_COST * probes * visited):
+                crown = min(longest, max(64, 2 * crown))
+            else:
+                probes = min(limit, 2 * probes)
+            levels.append((probes, crown))
+        return levels
 
 
 @dataclass
@@ -445,7 +501,8 @@ class _Plan:
     Attributes:
         version: Of the rows.
         slots: (n,) ascending, on the CPU.
-        rows: (n, d) as FAISS takes them; nobody writes to them.
+        rows: (n, d) as FAISS takes them.
+        keys: (capacity, d); None if ``rows`` are copied, so that nobody writes to them.
         left_out: The slots of rows that are not finite.
         capacity: How many slots there are.
         factory: FAISS's factory string.
@@ -453,12 +510,13 @@ class _Plan:
         empty: An index with those lists.
         lists: Which of them each row is in, int64, -1 where that is to be found.
         queries: To tune on.
-        metric, recall, copied: As in the configuration.
+        metric, recall: As in the configuration.
     """
 
     version: int
     slots: Tensor
     rows: Tensor
+    keys: Tensor | None
     left_out: Tensor
     capacity: int
     factory: str
@@ -468,7 +526,6 @@ class _Plan:
     queries: list[Tensor]
     metric: str
     recall: float
-    copied: bool
 
     def carry_out(self) -> _Built:
         """Build."""
@@ -494,11 +551,13 @@ class _Plan:
             index.add(vectors)
         else:
             _fill(index, vectors, self.lists)
-        base = _Base(index, self.factory, self.slots, self.rows, self.capacity, copied=self.copied)
+        base = _Base(index, self.factory, self.slots, self.rows, self.capacity, copied=self.keys is None)
         if self.old is not None:
             base.inherit(self.old)
-        everything = Selection(len(self.rows))
-        base.tune(self.queries, self.rows, self.metric, everything, self.recall, lambda slots: base.entry_of[slots])
+        keys = self.keys if base.copy is None else base.copy
+        held = base.entry_of.to(self.rows.device) >= 0
+        everything = Selection(len(held), shared=None if bool(held.all()) else held)
+        base.tune(self.queries, self.rows if keys is None else keys, self.metric, everything, self.recall)
         return base
 
 
@@ -578,6 +637,7 @@ class Index:
         self._base: _Base | None = None
         self._aside = None
         self._pending: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._beside = self._pending  # with the crown
         self._version = -1
         self._queries: Tensor | None = None  # some that were asked when rows had last changed
         self._failed_at = 0  # how many rows there were when a build failed
@@ -617,13 +677,13 @@ class Index:
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
             self._follow(rows, keys, query)
-            base, pending = None if self._asleep else self._base, self._pending
+            base, pending = None if self._asleep else self._base, self._beside
             if self._asleep:
                 self._searched += len(query)
         started = time.perf_counter()
         try:
             few = selection.shared_count <= max(4 * k, FEW * len(rows))
-            if base is None or few or len(query) == 0:
+            if base is None or few or len(query) == 0 or _costs_more(base, len(query)):
                 return exact_top_k(operand, keys, scan, k)[1]
             found = self._search_base(base, query, rows, scan, k)  # (B, c)
             if len(pending):
@@ -671,6 +731,14 @@ class Index:
                     self._note_changes(self._base, rows, keys)
         self._version = rows.version
         self._settle(rows, keys)
+        self._list_beside()
+
+    def _list_beside(self) -> None:
+        """What searches go through beside the base."""
+        self._beside = self._pending
+        if self._base is not None and len(self._base.crown):
+            crown = self._base.crown.to(self._pending.device)
+            self._beside = torch.cat([self._pending, crown]).sort().values
 
     def _note_changes(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
         outdated, moved = self._outdated(base, rows, keys)
@@ -680,7 +748,7 @@ class Index:
             return
         self._patience = max(1, self._patience // 2)
         base.hide(outdated.cpu())
-        self._pending = self._pending_with(outdated, rows)
+        self._pending = self._pending_with(outdated, base, rows)
 
     def _outdated(self, base: _Base, rows: RowTable, keys: Tensor) -> tuple[Tensor, int]:
         """The slots that the base shows as they no longer are, and how many of them have been moved, not written."""
@@ -691,10 +759,11 @@ class Index:
         moved = base.moved(moving[base.sees(moving.cpu()).to(moving.device)], keys, self._metric, self.config.tolerance)
         return torch.cat([changed[written], moved]), len(moved)
 
-    def _pending_with(self, changed: Tensor, rows: RowTable) -> Tensor:
-        """The pending slots once ``changed`` ones are, too; a slot without a row is not."""
+    def _pending_with(self, changed: Tensor, base: _Base, rows: RowTable) -> Tensor:
+        """The pending slots once ``changed`` ones are, too; a slot without a row is not, nor one of the crown."""
         pending: Tensor = torch.cat([self._pending.to(changed.device), changed]).unique()
-        return pending[rows.ids[pending] >= 0]
+        pending = pending[rows.ids[pending] >= 0]
+        return pending[~torch.isin(pending, base.crown.to(pending.device))] if len(base.crown) else pending
 
     def _settle(self, rows: RowTable, keys: Tensor, *, now: bool = False) -> None:
         """Build, or take pending rows in, if it is due; ``now`` if there is any reason to."""
@@ -723,17 +792,26 @@ class Index:
         self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _take(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
-        """Let the base take the pending rows in, but those that training has led to infinity."""
+        """Let the base take the pending rows in, or the crown; not those that training has led to infinity."""
         with self._upkeep():
+            check = base.taken + len(self._pending) > base.check_after * base.entries
+            if check:  # whether a row belongs to the crown is to be found out, so none does
+                crown, base.crown = base.crown, base.crown[:0]
+                self._pending = self._pending_with(crown.to(self._pending.device), base, rows)
             vectors = _prepared(keys.index_select(0, self._pending), self._metric)
-            finite = vectors.isfinite().all(-1)
+            norms = torch.linalg.vector_norm(vectors, dim=-1)
+            inside = norms < (math.inf if check else base.crown_norm)
             try:
-                base.take(self._pending[finite].cpu(), vectors[finite])
+                if bool(inside.all()):
+                    base.take(self._pending.cpu(), vectors)
+                else:
+                    base.take(self._pending[inside].cpu(), vectors[inside])
             except RuntimeError:  # some indexes can only be built at once
                 base.recall = None
             else:
-                self._pending = self._pending[~finite]
-                if base.taken > CHECKING_SHARE * base.entries:
+                base.crown = torch.cat([base.crown, self._pending[~inside & norms.isfinite()].cpu()])
+                self._pending = self._pending[~norms.isfinite()]
+                if check:
                     self._check_recall(base, rows, keys)
         if base.recall is None:
             self._renew(rows, keys, None)
@@ -743,8 +821,7 @@ class Index:
         live = rows.live_slots()
         sample = _prepared(keys[live[:: max(1, len(live) // 2**12)]], self._metric)
         queries = _tuning_queries(self._queries, sample, CHECKING_QUERIES)
-        everything = select(rows, (), None, None)
-        base.tune(queries, keys, self._metric, everything, self.config.recall, lambda slots: slots)
+        base.tune(queries, keys, self._metric, select(rows, (), None, None), self.config.recall)
 
     def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
@@ -755,6 +832,7 @@ class Index:
                 self._adopt(self._aside)
                 self._follow(rows, keys)
                 self._settle(rows, keys, now=True)
+            self._list_beside()
 
     def build(self, rows: RowTable, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
@@ -764,6 +842,7 @@ class Index:
             self._version, self._queries = rows.version, queries
             if self.config.factory != "Flat" and len(rows) >= _rows_to_train(self.config.factory):
                 self._install(self._plan(rows, keys, None).carry_out())
+            self._list_beside()
 
     # -- building --------------------------------------------------------------------------------------------
 
@@ -781,7 +860,8 @@ class Index:
         if not bool(vectors.sum().isfinite()):
             finite = vectors.isfinite().all(-1)
             slots, left_out, vectors = slots[finite], slots[~finite], vectors[finite]
-        if vectors.data_ptr() == keys.data_ptr() and (self._moving or self.config.background):
+        copied = self._moving or self.config.background
+        if copied and vectors.data_ptr() == keys.data_ptr():
             vectors = vectors.clone()
         here = slots.cpu()
         factory = self.config.factory
@@ -798,6 +878,7 @@ class Index:
             rows.version,
             here,
             vectors,
+            None if copied else keys,
             left_out,
             rows.capacity,
             factory,
@@ -807,7 +888,6 @@ class Index:
             _tuning_queries(self._queries, vectors, TUNING_QUERIES),
             self._metric,
             self.config.recall,
-            self._moving,
         )
 
     def _adopt(self, aside: _Aside) -> None:
@@ -841,7 +921,7 @@ class Index:
         if base is not None and self._asleep:
             pending = len(rows)
         elif base is not None:
-            pending = len(self._pending_with(self._outdated(base, rows, keys)[0], rows))
+            pending = len(self._pending_with(self._outdated(base, rows, keys)[0], base, rows))
         return IndexStats(
             rows=len(rows),
             pending=pending,
@@ -856,9 +936,27 @@ class Index:
         )
 
 
+def _costs_more(base: _Base, queries: int) -> bool:
+    """Whether so many lists have to be visited that an exact search is cheaper."""
+    return base.share * VISIT_COST * queries > queries + FIRST_QUERY_COST
+
+
 def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)
     """The k best of each query's candidates by their live keys."""
     return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
+
+
+def _longest(keys: Tensor, selection: Selection) -> Tensor:
+    """The slots of the rows whose norm stands out, the longest first."""
+    norms = torch.linalg.vector_norm(keys[: selection.size], dim=-1, dtype=torch.float32)
+    if selection.shared is not None:
+        norms[~selection.shared] = 0.0
+        usual = norms[selection.shared][:: max(1, selection.shared_count // 2**14)].median()
+    else:
+        usual = norms[:: max(1, len(norms) // 2**14)].median()
+    norms, slots = norms.topk(int(CROWN_SHARE * selection.shared_count))
+    longest: Tensor = slots[norms > CROWN_RATIO * usual]
+    return longest
 
 
 def _tuning_queries(query: Tensor | None, rows: Tensor, count: int) -> list[Tensor]:  # (B, d), (n, d) -> (m, d) each

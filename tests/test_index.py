@@ -247,7 +247,9 @@ def never_stale(store: SoftKVStore) -> None:
     seen = base.sees(slots)
     apart = (store.keys.detach()[slots[seen]] - base.copy[slots[seen]]).norm(dim=-1)
     assert (apart <= index.config.tolerance * base.spread).all()
-    assert torch.equal(index._pending, slots[~seen])
+    beside = torch.cat([index._pending, base.crown]).sort().values
+    assert torch.equal(index._beside, beside)
+    assert torch.equal(beside[store.rows.ids[beside] >= 0], slots[~seen])
     for slot, entry in zip(slots[seen].tolist(), base.entry_of[slots[seen]].tolist(), strict=True):
         assert base.slots[entry] == slot
     assert base.visible.hidden == base.entries - len(slots[seen])
@@ -412,6 +414,39 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
     store.update(store.ids[:100], keys=0.1 * clustered(100, seed=9) + 20)
     store.refresh()
     assert (store._index._base.index.quantizer.reconstruct_n(0, 16) != centroids).any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16"])
+def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dot product the longest rows are among the best of queries far from them."""
+    monkeypatch.setattr(index_module, "CROWNED_ENTRIES", 1000)
+    store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True)
+    query = clustered(64, seed=0)
+    store.read(query, "topk", k=8)
+    optimiser = RowAdam([store.keys], lr=0.1)
+    generator = torch.Generator().manual_seed(3)
+    longest = torch.randperm(4000, generator=generator)[:200].sort().values
+    found = []
+    for step in range(40):
+        store.keys.grad = torch.sparse_coo_tensor(
+            longest[None], -store.keys.detach()[longest], store.keys.shape, is_coalesced=True, check_invariants=False
+        )
+        optimiser.step()
+        some = torch.arange(100 * step, 100 * step + 100)
+        store.update(some, keys=store.keys.detach()[some])
+        found.append(recall(store, query))
+        never_stale(store)
+    base = store._index._base
+    assert base is not None
+    assert len(base.crown) > 50
+    assert torch.isin(base.crown, longest).float().mean() > 0.7
+    assert min(found) > 0.9
+    gone = base.crown[:3].tolist()
+    store.delete(gone)
+    assert recall(store, query) > 0.9
+    store.add(clustered(3), torch.randn(3, 2))
+    assert recall(store, query) > 0.9
+    never_stale(store)
 
 
 def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:

@@ -60,8 +60,14 @@ PENDING_ROWS, PENDING_SHARE = 4096, 1 / 8
 MASS = 1 / 4
 # What a build costs, beside finding lists: as many products with a query for each row.
 BUILD_PRODUCTS = 1024
-# A row that has come this far, relative to the keys' spread, since its list was chosen, has it chosen again.
-LIST_TOLERANCE = 0.75
+# A row has its list chosen again when it has come this far since, relative to the scale of the keys, and when it comes
+# this far at once.
+LIST_TOLERANCE, JUMP_TOLERANCE = 0.75, 0.15
+# Keys this long overflow when they are compared, and FAISS aborts the process: they are left out.
+LONGEST = 1e18
+# How far a row is from the nearest in a sample tells whether rows lie in clusters: below this part of the distance from
+# their middle.
+CLUSTERED = 4
 # An IVF base is trained anew when it holds this many times the rows that its lists were trained for, or its lists are
 # this much less even than they were.
 OUTGROWN, UNBALANCED = 4, 2
@@ -98,10 +104,10 @@ class IndexConfig:
         recall: The fraction of the true k best rows that the search is to find. IVF probes and HNSW's efSearch are
             raised, when the index is built, until a sample of queries finds as many, and checked again after a
             quarter of the rows has moved.
-        tolerance: How far a key may be moved by an optimiser before the index takes note, relative to the keys'
-            spread: the root mean square distance from their mean, for keys about the origin that is their norm (of
-            normalised keys, for metric="cosine"). Scores come from the keys as they are in any case. 0 takes note of
-            every move. To know, the index keeps a float32 copy of a trainable store's keys.
+        tolerance: How far a key may be moved by an optimiser before the index takes note, relative to the keys' median
+            distance from their middle: for keys about the origin that is their norm (of normalised keys, for
+            metric="cosine"), and less where they lie in clusters far apart. Scores come from the keys as they are in
+            any case. 0 takes note of every move. To know, the index keeps a float32 copy of a trainable store's keys.
         garbage: The share of the index's entries that may be of rows changed or deleted before it is built anew.
         background: Whether to build in a thread of its own: until it is done, and rows change the next time, searches
             go on with what is there. Off, so that results never depend on timing.
@@ -233,7 +239,8 @@ class _Base:
         crown: The slots of the longest rows, which the owner searches exactly: they are hidden.
         crown_norm: From which norm on rows belong there.
         copy: The rows as taken in, (capacity, d) float32, beside the keys; None if nobody moves them.
-        spread: The root mean square distance of the rows from their mean.
+        scale: What a move is far beside: the median distance of the rows from their middle, or, where they lie in
+            clusters, a few times that from the nearest of a sample.
     """
 
     def __init__(self, owner: Any, factory: str, slots: Tensor, rows: Tensor, capacity: int, *, copied: bool) -> None:
@@ -249,8 +256,7 @@ class _Base:
         self.taken = 0  # rows taken in since the recall was checked
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
-        sample = rows[:: max(1, len(rows) // 2**16)]
-        self.spread = float(sample.std(dim=0, correction=0).norm()) if len(sample) else 0.0
+        self.scale = _scale(rows)
         self.copy: Tensor | None = None
         self._drift: Tensor | None = None  # (capacity,): how far rows have come since their list was chosen
         if copied:
@@ -325,7 +331,7 @@ class _Base:
         for part in slots.split(max(1, COMPARED_ELEMENTS // keys.shape[1])):
             apart.append(_distance(_prepared(keys.index_select(0, part), metric), self.copy.index_select(0, part)))
         distance = torch.cat(apart) if apart else slots.new_zeros(0)
-        return slots[~(distance <= tolerance * self.spread)]  # so that NaN has moved
+        return slots[~(distance <= tolerance * self.scale)]  # so that NaN has moved
 
     def hide(self, slots: Tensor) -> None:
         """Keep searches from finding ``slots``."""
@@ -334,6 +340,8 @@ class _Base:
 
     def take(self, slots: Tensor, rows: Tensor) -> None:  # (m,) ascending, on the CPU; (m, d) finite
         """Take rows in as they are now, and show them."""
+        if len(slots) == 0:
+            return
         self.taken += len(slots)
         entries = self.entry_of[slots]
         known = (entries >= 0) & bool(self.lists)
@@ -352,8 +360,9 @@ class _Base:
         lists = self.lists_of(entries)
         astray = torch.ones(len(slots), dtype=torch.bool, device="cpu")
         if self.copy is not None and self._drift is not None:
-            drift = self._drift[slots] + _distance(rows, self.copy[slots.to(rows.device)]).cpu()
-            astray = ~(drift <= LIST_TOLERANCE * self.spread)
+            moved = _distance(rows, self.copy[slots.to(rows.device)]).cpu()
+            drift = self._drift[slots] + moved
+            astray = ~((drift <= LIST_TOLERANCE * self.scale) & (moved <= JUMP_TOLERANCE * self.scale))
             self._drift[slots] = drift.masked_fill_(astray, 0.0)
         if bool(astray.any()):
             lists[astray.numpy()] = ivf.quantizer.search(vectors[astray.numpy()], 1)[1].ravel()
@@ -753,9 +762,8 @@ class Index:
     def _outdated(self, base: _Base, rows: RowTable, keys: Tensor) -> tuple[Tensor, int]:
         """The slots that the base shows as they no longer are, and how many of them have been moved, not written."""
         changed = rows.changed_since(self._version, keys=True)
-        changed = changed[changed < len(base.entry_of)]
         written = rows.keys_written_at[changed] > self._version
-        moving = changed[~written]
+        moving = changed[~written & (changed < len(base.entry_of))]
         moved = base.moved(moving[base.sees(moving.cpu()).to(moving.device)], keys, self._metric, self.config.tolerance)
         return torch.cat([changed[written], moved]), len(moved)
 
@@ -800,7 +808,8 @@ class Index:
                 self._pending = self._pending_with(crown.to(self._pending.device), base, rows)
             vectors = _prepared(keys.index_select(0, self._pending), self._metric)
             norms = torch.linalg.vector_norm(vectors, dim=-1)
-            inside = norms < (math.inf if check else base.crown_norm)
+            sane = norms < LONGEST
+            inside = sane if check else norms < min(LONGEST, base.crown_norm)
             try:
                 if bool(inside.all()):
                     base.take(self._pending.cpu(), vectors)
@@ -809,8 +818,8 @@ class Index:
             except RuntimeError:  # some indexes can only be built at once
                 base.recall = None
             else:
-                base.crown = torch.cat([base.crown, self._pending[~inside & norms.isfinite()].cpu()])
-                self._pending = self._pending[~norms.isfinite()]
+                base.crown = torch.cat([base.crown, self._pending[~inside & sane].cpu()])
+                self._pending = self._pending[~sane]
                 if check:
                     self._check_recall(base, rows, keys)
         if base.recall is None:
@@ -857,8 +866,8 @@ class Index:
         slots = rows.live_slots()
         vectors = _prepared(keys if len(slots) == len(keys) else keys.index_select(0, slots), self._metric)
         left_out = slots[:0]
-        if not bool(vectors.sum().isfinite()):
-            finite = vectors.isfinite().all(-1)
+        finite = torch.linalg.vector_norm(vectors, dim=-1) < LONGEST
+        if not bool(finite.all()):
             slots, left_out, vectors = slots[finite], slots[~finite], vectors[finite]
         copied = self._moving or self.config.background
         if copied and vectors.data_ptr() == keys.data_ptr():
@@ -944,6 +953,17 @@ def _costs_more(base: _Base, queries: int) -> bool:
 def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)
     """The k best of each query's candidates by their live keys."""
     return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
+
+
+def _scale(rows: Tensor) -> float:  # (n, d)
+    """What a move of a row is far beside, such that neither outliers nor distances between clusters count."""
+    if len(rows) < 2:
+        return 0.0
+    sample = rows[:: max(1, len(rows) // 2**14)]
+    apart = float(_distance(sample, sample.median(dim=0).values).median())
+    some = sample[:: max(1, len(sample) // 256)]
+    nearest = torch.cdist(some.double(), sample.double()).topk(2, dim=1, largest=False).values[:, 1]
+    return min(apart, CLUSTERED * float(nearest.median())) or apart
 
 
 def _longest(keys: Tensor, selection: Selection) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from softdb.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError, check_number
-from softdb.rows import RowTable, of, trust
+from softdb.rows import RowTable, note_move, of, trust
 
 __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
 
@@ -101,6 +101,7 @@ class _RowOptimizer(Optimizer):
         due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in due:
             _check_gradient(parameter)
+            self._check_options(group)
             if float(group["lr"]) * group["weight_decay"] >= 1:
                 raise ArgumentError(
                     f"weight_decay: expected lr * weight_decay below 1, got {float(group['lr'])} * "
@@ -164,18 +165,21 @@ class _RowOptimizer(Optimizer):
         count = min(count, len(rows) if slots is None else len(slots))
         dtype = _state_dtype(rows.dtype)
         buffers: dict[int, Tensor] = {}
-        for part, place in _parts(slots, table, len(rows), count):
-            block = _Block(part, count, buffers)
-            numerator, denominator = self._direction(block, values[place].to(dtype), moments, group)
-            stored = block.take(rows)
-            working = stored.to(dtype)  # itself, unless it is of low precision
-            if factor is not None:
-                working.mul_(_column(factor, place, working))
-            if isinstance(size, float):
-                working.addcdiv_(numerator, denominator, value=-size)
-            else:  # rounded as the line above would
-                working.addcdiv_(numerator * _column(size, place, working), denominator, value=-1)
-            block.put(rows, stored if working is stored else stored.copy_(working))
+        try:
+            for part, place in _parts(slots, table, len(rows), count):
+                block = _Block(part, count, buffers)
+                numerator, denominator = self._direction(block, values[place].to(dtype), moments, group)
+                stored = block.take(rows)
+                working = stored.to(dtype)  # itself, unless it is of low precision
+                if factor is not None:
+                    working.mul_(_column(factor, place, working))
+                if isinstance(size, float):
+                    working.addcdiv_(numerator, denominator, value=-size)
+                else:  # rounded as the line above would
+                    working.addcdiv_(numerator * _column(size, place, working), denominator, value=-1)
+                block.put(rows, stored if working is stored else stored.copy_(working))
+        finally:  # whatever happens: some rows may have moved
+            note_move(parameter, slots)
 
     def _fitted_state(self, parameter: Tensor, rows: Tensor, table: RowTable | None, group: dict[str, Any]) -> State:
         """What is remembered of ``parameter``, for as many rows as it now has."""

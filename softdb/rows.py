@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import (
@@ -97,7 +102,7 @@ class RowTable(nn.Module):
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
         self._journal = _Journal()
-        self._known: dict[str, tuple[int, int, int]] = {}
+        self._known: dict[str, _State] = {}
         self._next_id = 0
         self._next_turn = 0  # above every turn there is
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
@@ -217,11 +222,11 @@ class RowTable(nn.Module):
 
     def knows(self, name: str, table: Tensor) -> bool:
         """Whether no write to the table ``name`` has come since."""
-        return self._known.get(name) == _state(table)
+        return _state(table).equals(self._known.get(name))
 
-    def know_step(self, name: str, before: tuple[int, int, int], table: Tensor) -> None:
+    def know_step(self, name: str, before: _State, table: Tensor) -> None:
         """The writes of an optimiser's step from state ``before`` on have been noted, and there were no others."""
-        if self._known.get(name) == before:
+        if before.equals(self._known.get(name)):
             self._known[name] = _state(table)
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
@@ -551,9 +556,20 @@ class SlotTable:
             self._array[number] = self._dict.pop(number)
 
 
-def _state(table: Tensor) -> tuple[int, int, int]:
-    """What changes when torch writes to a table."""
-    return id(table), table.data_ptr(), 0 if table.is_inference() else table._version
+class _State(NamedTuple):
+    """What changes when torch writes to a table; by reference, since another table may get the number of a dead one."""
+
+    table: weakref.ref[Tensor]
+    place: int
+    version: int
+
+    def equals(self, other: _State | None) -> bool:
+        """Whether it is that of the same table, not written to in between."""
+        return other is not None and self.table() is other.table() is not None and self[1:] == other[1:]
+
+
+def _state(table: Tensor) -> _State:
+    return _State(weakref.ref(table), table.data_ptr(), 0 if table.is_inference() else table._version)
 
 
 class _Journal:
@@ -639,7 +655,7 @@ class _Move(NamedTuple):
     table: RowTable
     name: str
     slots: Tensor | None
-    state: tuple[int, int, int]
+    state: _State
 
 
 def of(parameter: Tensor) -> RowTable | None:
@@ -648,8 +664,15 @@ def of(parameter: Tensor) -> RowTable | None:
     return None if reference is None else reference()
 
 
+def note_move(parameter: Tensor, slots: Tensor | None) -> None:
+    """Have the table of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
+    table, (_, name) = of(parameter), _tables.get(parameter, (None, ""))
+    if table is not None:
+        table.mark_moved(slots, keys=name == "keys")
+
+
 def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Take the word of an optimiser class that it moves only a row-sparse gradient's rows, and follows growth."""
+    """Take the word of an optimiser class that it follows growth and notes by itself which rows it moves."""
     _row_optimizers.add(kind)
     return kind
 
@@ -692,7 +715,10 @@ def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
 
 def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Whether a step leaves every row alone that a sparse gradient does not name."""
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    everybodys = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    hooks: list[object] = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
+    if any(hook not in (_before_step, _after_step) for hook in hooks):
         return False  # they may write to anything
     kind = type(optimizer)
     if kind is torch.optim.SGD:
@@ -728,7 +754,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for number, move in (before | after).items():
         # Only what was there on both sides of the step, or came with it, is known to be what the step used.
         first, last = before.get(number, move).slots, after[number].slots if number in after else None
-        if first is None or last is None:
+        if type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {}):
+            pass  # it has noted what it moved
+        elif first is None or last is None:
             move.table.mark_moved(keys=move.name == "keys")
         else:
             slots = last if torch.equal(first, last) else torch.cat([first, last]).unique()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -503,6 +503,8 @@ class SoftKVStore(nn.Module):
             )
         k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         keys, values = self.keys, self.values
+        if self.trainable and self.sparse_grad and _within_ddp():
+            keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
         check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         self._notice_writes()
         leading = query.shape[:-1]
@@ -710,7 +712,7 @@ class SoftKVStore(nn.Module):
         """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
         capacity = self.rows.capacity
         if needed > capacity:
-            self._check_growth(needed)
+            self._check_growth(needed, asked=exactly)
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
@@ -732,7 +734,7 @@ class SoftKVStore(nn.Module):
                 setattr(self, name, table)
         self.rows.know(self._tables())
 
-    def _check_growth(self, needed: int) -> None:
+    def _check_growth(self, needed: int, *, asked: bool = False) -> None:
         if self.capacity is not None:
             raise GrowthError(
                 f"the store would have to hold {needed} rows, but was made with capacity={self.capacity}: delete rows "
@@ -747,8 +749,8 @@ class SoftKVStore(nn.Module):
                 f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
                 "first, or read under torch.no_grad()"
             )
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # `reserve` is called before wrapping, and nobody wraps an empty store.
+        if not asked and self.rows.capacity > 0 and _has_company():
             raise GrowthError(
                 f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
                 f"cannot follow: {remedy}, before wrapping"
@@ -795,6 +797,14 @@ class SoftKVStore(nn.Module):
             for name, table in self._tables().items():
                 if isinstance(table, nn.Parameter):  # not while torch.func lends another tensor
                     watch(table, self.rows, name)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; among several processes a stand-in goes before, which owns the same Parameters."""
+        if self.trainable and self.sparse_grad and _has_company():
+            yield prefix, _SparseTables(self)
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
@@ -866,6 +876,55 @@ class SoftKVStore(nn.Module):
         self.rows.know(self._tables())
         self._handle = new_handle(self)
         self._watch()
+
+
+class _SparseTables(nn.Embedding):
+    """A store's tables as DistributedDataParallel understands them: it asks nobody but an embedding for its layout."""
+
+    def __init__(self, store: SoftKVStore) -> None:
+        nn.Module.__init__(self)
+        self.sparse = True
+        self._parameters = store._parameters
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        return "keys, values"
+
+
+def _has_company() -> bool:
+    """Whether this is one of several processes."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _within_ddp() -> bool:
+    """Whether DistributedDataParallel is going forward: it takes no dense gradient where it expects a sparse one."""
+    return _has_company() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def _with_sparse_gradient(table: Tensor) -> Tensor:
+    if not table.requires_grad:
+        return table
+    same: Tensor = _Sparse.apply(table)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _Sparse(torch.autograd.Function):
+    """The identity; the gradient goes back as a row-sparse one of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradient = grads[0]
+        if gradient.layout != torch.strided:
+            return gradient
+        rows = torch.arange(len(gradient), device=gradient.device)
+        return torch.sparse_coo_tensor(
+            rows.unsqueeze(0), gradient.contiguous(), gradient.shape, is_coalesced=True, check_invariants=False
+        )
 
 
 class _Guard(torch.autograd.Function):

@@ -636,9 +636,12 @@ def test_growth_among_several_processes(monkeypatch: pytest.MonkeyPatch) -> None
     fixed = store_of(problem)
     fixed.add(torch.ones(5, 8), torch.ones(5, 3))
     store = SoftKVStore(8, 3, trainable=True)
+    store.add(problem.keys, problem.values)  # an empty store is not wrapped yet
     with pytest.raises(softdb.GrowthError, match=r"which DistributedDataParallel cannot follow: call store.reserve"):
         store.add(problem.keys, problem.values)
-    assert len(store) == 0
+    assert len(store) == 30
+    store.reserve(60)
+    store.add(problem.keys, problem.values)
 
 
 def test_growth_keeps_a_dense_gradient() -> None:

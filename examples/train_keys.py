@@ -45,9 +45,9 @@ def quality(store: SoftKVStore) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the keys and values of a store.")
-    parser.add_argument("--small", action="store_true", help="a quick try: 5,000 rows, 60 steps")
+    parser.add_argument("--small", action="store_true", help="a quick try: 20,000 rows, 120 steps")
     small = parser.parse_args().small
-    rows, steps, lists = (5_000, 60, 32) if small else (100_000, 1_500, 1024)
+    rows, steps, lists = (20_000, 120, 64) if small else (100_000, 1_500, 1024)
     torch.manual_seed(0)
     index = IndexConfig(f"IVF{lists},Flat", recall=0.97)
     store = SoftKVStore(KEY_DIM, VALUE_DIM, trainable=True, index=index, **MATCH)

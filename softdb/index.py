@@ -62,7 +62,7 @@ MASS = 1 / 4
 BUILD_PRODUCTS = 1024
 # A row has its list chosen again when it has come this far since, relative to the scale of the keys, and when it comes
 # this far at once.
-LIST_TOLERANCE, JUMP_TOLERANCE = 0.75, 0.15
+LIST_TOLERANCE, JUMP_TOLERANCE = 1.0, 0.25
 # Keys this long overflow when they are compared, and FAISS aborts the process: they are left out.
 LONGEST = 1e18
 # How far a row is from the nearest in a sample tells whether rows lie in clusters: below this part of the distance from

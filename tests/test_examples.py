@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_an_example_is_short(example: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert [path.name for path in EXAMPLES] == ["quickstart.py", "retrieval_in_training.py"]
+    assert [path.name for path in EXAMPLES] == ["quickstart.py", "retrieval_in_training.py", "train_keys.py"]
 
 
 def test_quickstart() -> None:
@@ -56,3 +57,13 @@ def test_retrieval_in_training_beats_the_linear_classifier() -> None:
     for read in ("exact read", "top-k read (k=10)", "hard read"):
         assert accuracy[f"softdb, {read}"] > 90
     assert accuracy["softdb, exact read"] > linear
+
+
+def test_train_keys_learns_with_an_index_that_keeps_up() -> None:
+    pytest.importorskip("tqdm")
+    said = run("train_keys.py", "--small").splitlines()
+    assert said[0].split() == ["step", "loss", "recall", "mass", "pending"]
+    table = [[float(cell) for cell in line.split()] for line in said[1:7]]
+    assert all(recall > 0.9 and 0 < mass <= 1 for _, _, recall, mass, _ in table)
+    before, after = re.findall(r"[0-9.]+", said[7])[:2]
+    assert float(after) < 0.7 * float(before)

@@ -75,7 +75,7 @@ OUTGROWN, UNBALANCED = 4, 2
 # how many when it is checked again, after the base has taken in so many times its rows, at the least and the most.
 TUNING_QUERIES, TUNING_NEIGHBOURS = 256, 32
 TELLING_QUERIES = 8
-CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 8, 1 / 2)
+CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 4, 1 / 2)
 FEWEST_PROBES = 4
 # A recall as near to the wanted one is left alone when it is checked: the sample is small.
 NEAR_ENOUGH = 0.01
@@ -85,11 +85,11 @@ CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
 # Rows that grow until they are among this share of the longest join the crown by themselves.
 GROWING_SHARE = 1 / 1024
 # Rows that have moved by less than the tolerance come in a slightly wrong order: this share more of them are asked for.
-SLACK = 0.5
+SLACK = 0.25
 UNBOUNDED = ("dot", "scaled_dot")
-# A row visited in a list costs as much as this many in an exact search, which for a single query costs as much as for
-# this many more.
-VISIT_COST, FIRST_QUERY_COST = 10, 40
+# A row visited in a list costs as much as this many in an exact search of all, and one of the crown as much as this many;
+# an exact search costs as much as if there were this many queries more.
+VISIT_COST, CROWN_COST, FIRST_QUERY_COST = 10, 2, 40
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
 
@@ -352,7 +352,7 @@ class _Base:
                 self._move(entries[known], slots[known], rows[known.to(rows.device)])
             self._append(slots[~known], rows[~known.to(rows.device)])
         if self.copy is not None:
-            self.copy[slots.to(rows.device)] = rows
+            self.copy.index_copy_(0, slots.to(rows.device), rows)
 
     def _move(self, entries: Tensor, slots: Tensor, rows: Tensor) -> None:
         """Put entries of an inverted file where they belong now."""
@@ -360,7 +360,7 @@ class _Base:
         lists = self.lists_of(entries)
         astray = torch.ones(len(slots), dtype=torch.bool, device="cpu")
         if self.copy is not None and self._drift is not None:
-            moved = _distance(rows, self.copy[slots.to(rows.device)]).cpu()
+            moved = _distance(rows, self.copy.index_select(0, slots.to(rows.device))).cpu()
             drift = self._drift[slots] + moved
             astray = ~((drift <= LIST_TOLERANCE * self.scale) & (moved <= JUMP_TOLERANCE * self.scale))
             self._drift[slots] = drift.masked_fill_(astray, 0.0)
@@ -461,7 +461,8 @@ class _Base:
         probes, crown = levels[level]
         recall = measure(probes, crown)
         if recall < wanted - (NEAR_ENOUGH if again else 0.0):
-            while recall < wanted and level < len(levels) - 1:
+            # The sample is small, and the same for all levels: where it is a hard one, the wanted recall is far off.
+            while recall < (wanted - NEAR_ENOUGH / 2 if again else wanted) and level < len(levels) - 1:
                 level += 1
                 probes, crown = levels[level]
                 recall = measure(probes, crown)
@@ -495,7 +496,7 @@ class _Base:
         visited = self.entries / max(1, self.lists)  # rows a probe, in lists
         levels = [(probes, crown)]
         while probes < limit or crown < longest:
-            if crown < longest and (probes == limit or crown < VISIT_COST * probes * visited):
+            if crown < longest and (probes == limit or CROWN_COST * crown < VISIT_COST * probes * visited):
                 crown = min(longest, max(64, 2 * crown))
             else:
                 probes = min(limit, 2 * probes)

@@ -87,8 +87,8 @@ GROWING_SHARE = 1 / 1024
 # Rows that have moved by less than the tolerance come in a slightly wrong order: this share more of them are asked for.
 SLACK = 0.25
 UNBOUNDED = ("dot", "scaled_dot")
-# A row visited in a list costs as much as this many in an exact search of all, and one of the crown as much as this many;
-# an exact search costs as much as if there were this many queries more.
+# A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; an
+# exact search costs as much as if there were this many queries more.
 VISIT_COST, CROWN_COST, FIRST_QUERY_COST = 10, 2, 40
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22

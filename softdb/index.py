@@ -82,8 +82,6 @@ NEAR_ENOUGH = 0.01
 # For dot products, in a base of some size, the longest rows may be searched exactly beside it: up to this share of all,
 # if the least of them is this much longer than the median.
 CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
-# Rows that grow until they are among this share of the longest join the crown by themselves.
-GROWING_SHARE = 1 / 1024
 # Rows that have moved by less than the tolerance come in a slightly wrong order: this share more of them are asked for.
 SLACK = 0.25
 UNBOUNDED = ("dot", "scaled_dot")
@@ -481,10 +479,8 @@ class _Base:
             setattr(knob, name, probes)
         self.recall = recall
         if again:  # the more often, the more there is to be changed
-            shorter = (probes, crown) != now
-            self.check_after = min(
-                max(self.check_after * (0.5 if shorter else 2), CHECKING_SHARES[0]), CHECKING_SHARES[1]
-            )
+            interval = self.check_after * (0.5 if (probes, crown) != now else 2)
+            self.check_after = min(max(interval, CHECKING_SHARES[0]), CHECKING_SHARES[1])
         last = longest[crown - 1 : crown] if crown else longest[:1]
         self.crown_norm = float(torch.linalg.vector_norm(keys[last], dtype=torch.float32)) if len(last) else math.inf
         self.crown, self.crowned = longest[:crown].sort().values.cpu(), crown

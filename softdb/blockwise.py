@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.filters import Block, Selection
+from softdb.rows import row_sparse
 from softdb.scores import prepare_keys, prepare_keys_backward
 
 __all__ = [
@@ -1056,14 +1057,7 @@ class _GatherRows(torch.autograd.Function):
         rows, place = places.distinct
         grad = grads[0][~places.missing] if places.padded else grads[0].flatten(0, -2)
         summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, place, grad)
-        sparse = torch.sparse_coo_tensor(
-            rows.unsqueeze(0),
-            summed.to(ctx.table_dtype),
-            ctx.table_shape,
-            is_coalesced=True,  # unique() sorts
-            check_invariants=False,
-        )
-        return sparse, None, None
+        return row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
 
 
 def _gather(table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from softdb.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError, check_number
-from softdb.rows import RowTable, note_move, of, trust
+from softdb.rows import RowTable, coalesced, note_move, of, trust
 
 __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
 
@@ -473,17 +473,6 @@ def clip_row_grad_norm_(
 
 
 # -- gradients and rows ------------------------------------------------------------------------------------------------
-
-
-def coalesced(gradient: Tensor) -> Tensor:
-    """A row-sparse gradient that names each row once: itself if it does so already."""
-    if gradient.is_coalesced():
-        return gradient
-    slots = gradient._indices()[0]
-    if bool((slots[1:] > slots[:-1]).all()):
-        gradient._coalesced_(True)
-    whole: Tensor = gradient.coalesce()  # itself, once it says that it is
-    return whole
 
 
 def _check_gradient(parameter: Tensor) -> None:

@@ -658,15 +658,42 @@ class _Move(NamedTuple):
     state: _State
 
 
+def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
+    """A gradient of ``shape`` that is 0 but in ``rows``: coalesced COO."""
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0),
+        values,
+        shape,
+        is_coalesced=True,
+        check_invariants=False,  # said in so many words, or torch warns
+    )
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A row-sparse gradient that names each row once, in order: itself if it does so already."""
+    if gradient.is_coalesced():
+        return gradient
+    slots = gradient._indices()[0]
+    if bool((slots[1:] > slots[:-1]).all()):
+        gradient._coalesced_(True)
+    whole: Tensor = gradient.coalesce()  # itself, once it says that it is
+    return whole
+
+
 def of(parameter: Tensor) -> RowTable | None:
     """The table whose keys or values ``parameter`` holds."""
-    reference, _ = _tables.get(parameter, (None, ""))
-    return None if reference is None else reference()
+    return _owner(parameter)[0]
+
+
+def _owner(parameter: Tensor) -> tuple[RowTable | None, str]:
+    """The table whose rows ``parameter`` holds, and what of them."""
+    reference, name = _tables.get(parameter, (None, ""))
+    return (None if reference is None else reference()), name
 
 
 def note_move(parameter: Tensor, slots: Tensor | None) -> None:
     """Have the table of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
-    table, (_, name) = of(parameter), _tables.get(parameter, (None, ""))
+    table, name = _owner(parameter)
     if table is not None:
         table.mark_moved(slots, keys=name == "keys")
 
@@ -693,21 +720,17 @@ def watch(parameter: nn.Parameter, table: RowTable, name: str) -> None:
 def _keep_coalesced(parameter: Tensor) -> None:
     """Say again that a sparse gradient is coalesced: on its way to ``.grad`` it forgets, and its reader would sort."""
     gradient = parameter.grad
-    if gradient is None or gradient.layout != torch.sparse_coo or gradient.is_coalesced():
-        return
-    slots = gradient._indices()[0]
-    if bool((slots[1:] > slots[:-1]).all()):
-        gradient._coalesced_(True)
-    else:
-        parameter.grad = gradient.coalesce()
+    if gradient is not None and gradient.layout == torch.sparse_coo:
+        whole = coalesced(gradient)
+        if whole is not gradient:
+            parameter.grad = whole
 
 
 def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            reference, name = _tables.get(parameter, (None, ""))
-            table = None if reference is None or parameter.grad is None else reference()
-            if table is not None:
+            table, name = _owner(parameter)
+            if table is not None and parameter.grad is not None:
                 sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
                 slots = parameter.grad._indices()[0].clone() if sparse else None
                 yield _Move(parameter, table, name, slots, _state(parameter))
@@ -749,17 +772,15 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    noted = type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {})  # by the optimiser itself
     before = {id(move.parameter): move for move in _moving.pop(optimizer, [])}
     after = {id(move.parameter): move for move in _moved_by(optimizer)}  # a closure may have made the gradients
     for number, move in (before | after).items():
-        # Only what was there on both sides of the step, or came with it, is known to be what the step used.
-        first, last = before.get(number, move).slots, after[number].slots if number in after else None
-        if type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {}):
-            pass  # it has noted what it moved
-        elif first is None or last is None:
-            move.table.mark_moved(keys=move.name == "keys")
-        else:
-            slots = last if torch.equal(first, last) else torch.cat([first, last]).unique()
-            move.table.mark_moved(slots, keys=move.name == "keys")
+        if not noted:
+            # Only what was there on both sides of the step, or came with it, is known to be what the step used.
+            first, last = before.get(number, move).slots, after[number].slots if number in after else None
+            if first is not None and last is not None and not torch.equal(first, last):
+                last = torch.cat([first, last]).unique()
+            move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
         if number in before:
             move.table.know_step(move.name, before[number].state, move.parameter)

@@ -33,7 +33,7 @@ from softdb.filters import Selection, Where, select
 from softdb.functional import Read, Tables, answer_dtype, finish, read_candidates, read_exactly, transform
 from softdb.index import Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer
-from softdb.rows import RowTable, Snapshot, resized, watch
+from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
 __all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
@@ -417,8 +417,7 @@ class SoftKVStore(nn.Module):
         optimisers: they lay out their state by the size of ``keys`` and ``values``.
 
         Raises:
-            GrowthError: A graph over the present storage is alive, or the process group is up, or ``n`` is more than
-                the store's ``capacity``.
+            GrowthError: A graph over the present storage is alive, or ``n`` is more than the store's ``capacity``.
         """
         self._make_room(check_positive("n", n), exactly=True)
 
@@ -678,16 +677,11 @@ class SoftKVStore(nn.Module):
             if gradient.layout == torch.strided:
                 gradient.detach()[slots.to(gradient.device)] = 0.0
                 continue
-            gradient = gradient.detach().coalesce()
-            kept = ~torch.isin(gradient.indices()[0], slots.to(gradient.device))
+            gradient = coalesced(gradient.detach())
+            rows = gradient.indices()[0]
+            kept = ~torch.isin(rows, slots.to(gradient.device))
             if not bool(kept.all()):
-                table.grad = torch.sparse_coo_tensor(
-                    gradient.indices()[:, kept],
-                    gradient.values()[kept],
-                    gradient.shape,
-                    is_coalesced=True,
-                    check_invariants=False,  # said in so many words, or torch warns
-                )
+                table.grad = row_sparse(rows[kept], gradient.values()[kept], gradient.shape)
 
     def _admit(self, count: int, replaced: Tensor | None = None) -> None:
         """Make room for ``count`` new rows by growth or, in a full store that evicts, at the cost of others.
@@ -922,9 +916,7 @@ class _Sparse(torch.autograd.Function):
         if gradient.layout != torch.strided:
             return gradient
         rows = torch.arange(len(gradient), device=gradient.device)
-        return torch.sparse_coo_tensor(
-            rows.unsqueeze(0), gradient.contiguous(), gradient.shape, is_coalesced=True, check_invariants=False
-        )
+        return row_sparse(rows, gradient.contiguous(), gradient.shape)
 
 
 class _Guard(torch.autograd.Function):
@@ -954,8 +946,8 @@ def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
         return None
     if gradient.layout == torch.strided:
         return resized(gradient, capacity)
-    shape = (capacity, *gradient.shape[1:])
-    return torch.sparse_coo_tensor(gradient._indices(), gradient._values(), shape, check_invariants=False)
+    gradient = coalesced(gradient)
+    return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))
 
 
 def _check_options(

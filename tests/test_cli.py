@@ -133,7 +133,14 @@ def test_a_full_disk_is_said_plainly() -> None:
 def test_ctrl_c_ends_it_quietly() -> None:
     # All sentences keep it busy for long enough to be interrupted.
     command = [*COMMAND, "demo", "the", "a", "bank"]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell has what it runs in the background ignore interrupts, and the children of that too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline()

@@ -37,6 +37,7 @@ __all__ = [
     "Places",
     "Scan",
     "blend_at",
+    "blend_back",
     "check_scores",
     "exact_read",
     "exact_top_k",
@@ -44,6 +45,7 @@ __all__ = [
     "gather_rows",
     "gathered_scores",
     "is_narrow",
+    "products_at",
     "scores_at",
     "top_k",
 ]
@@ -1081,22 +1083,61 @@ def gathered_scores(query: Tensor, keys: Tensor, scan: Scan) -> Tensor:  # (M, w
 
 def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, scan: Scan) -> Tensor:  # (M, w), (N, d) -> (M, k)
     """Scores of prepared queries with the keys at (M, k) ``numbers``, -inf at -1; no gradient, and no (M, k, d)."""
-    valid = numbers.clamp(min=0)
-    width = keys.shape[-1]
-    step = max(1, GATHER_ELEMENTS // max(1, numbers.shape[1] * width))
-    if len(numbers) <= step:
-        rows = keys.index_select(0, valid.flatten()).view(*numbers.shape, width)
-        return gathered_scores(query, rows, scan).masked_fill_(numbers < 0, -torch.inf)
     scores = query.new_empty(numbers.shape, dtype=scan.dtype)
-    buffer = keys.new_empty(min(step, len(numbers)) * numbers.shape[1], width)
-    for start in range(0, len(numbers), step):
-        part = slice(start, start + step)
-        wanted = valid[part].flatten()
-        rows = torch.index_select(keys, 0, wanted, out=buffer[: len(wanted)])
-        scores[part] = gathered_scores(query[part], rows.view(-1, numbers.shape[1], width), scan)
+    for part, rows in _gathered(keys, numbers.clamp(min=0)):
+        scores[part] = gathered_scores(query[part], rows, scan)
     return scores.masked_fill_(numbers < 0, -torch.inf)
+
+
+def products_at(query: Tensor, table: Tensor, numbers: Tensor) -> Tensor:  # (M, d), (N, d), (M, k) -> (M, k)
+    """Products of queries with the rows at ``numbers``, none of them -1; no gradient, and no (M, k, d)."""
+    products = query.new_empty(numbers.shape)
+    for part, rows in _gathered(table, numbers):
+        products[part] = torch.bmm(rows.to(query.dtype), query[part].unsqueeze(-1)).squeeze(-1)
+    return products
+
+
+def _gathered(table: Tensor, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:  # (N, d), (M, k)
+    """``table[numbers]``, a few queries' (m, k, d) at a time, in memory that is used again."""
+    count, k = numbers.shape
+    step = max(1, GATHER_ELEMENTS // max(1, k * table.shape[-1]))
+    buffer = table.new_empty(min(step, count) * k, table.shape[-1])
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        wanted = numbers[part].flatten()
+        rows = torch.index_select(table, 0, wanted, out=buffer[: len(wanted)])
+        yield part, rows.view(-1, k, table.shape[-1])
 
 
 def blend_at(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
     """The weighted sum of the values at ``numbers``, none of them -1; no gradient, and no (M, k, dv)."""
-    return F.embedding_bag(numbers, values, per_sample_weights=weights, mode="sum")
+    if values.dtype == weights.dtype:
+        return F.embedding_bag(numbers, values, per_sample_weights=weights, mode="sum")
+    blend = weights.new_empty(len(numbers), values.shape[-1])
+    for part, rows in _gathered(values, numbers):
+        blend[part] = torch.bmm(weights[part].unsqueeze(1), rows.to(weights.dtype)).squeeze(1)
+    return blend
+
+
+def blend_back(
+    gradient: Tensor,  # (M, dv)
+    weights: Tensor,  # (M, k)
+    values: Tensor,  # (N, dv)
+    numbers: Tensor,  # (M, k)
+    *,
+    sparse: bool,
+) -> Tensor:
+    """The gradient of ``values`` in `blend_at`; no (M, k, dv). With ``sparse``, of the rows in ``numbers`` alone."""
+    ordered, order = numbers.flatten().sort()
+    rows, counts = torch.unique_consecutive(ordered, return_counts=True)
+    # Each row's gradient is a blend in turn, of what has come back to the queries that saw it.
+    summed = F.embedding_bag(
+        order // numbers.shape[1],
+        gradient.contiguous(),
+        counts.cumsum(0) - counts,
+        per_sample_weights=weights.flatten()[order],
+        mode="sum",
+    ).to(values.dtype)
+    if sparse:
+        return row_sparse(rows, summed, values.shape)
+    return torch.zeros_like(values, memory_format=torch.contiguous_format).index_copy_(0, rows, summed)

@@ -1,4 +1,6 @@
-"""Reads in graphs of torch.compile: one opaque operator whose body is the eager read.
+"""Operators of their own in graphs of torch.compile: the reads of a store, and blends of a table's rows.
+
+A read is one opaque operator whose body is the eager read.
 
 Every contract of a read (checks, errors, upkeep of the index, what is stale) lies in Python that depends on data, so
 nothing of it is traced. ``softdb::read`` runs it when the graph runs; where gradients are wanted, it keeps the eager
@@ -11,23 +13,27 @@ Stores enter a graph as a tensor too, the *handle* that each has: as a constant 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from softdb.blockwise import blend_at, blend_back, products_at
 from softdb.errors import ArgumentError, StaleReadError
 from softdb.functional import Read, answer_dtype
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
 
-__all__ = ["new_handle", "read_in_graph"]
+__all__ = ["blend", "new_handle", "outside_of_graphs", "read_in_graph"]
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -56,7 +62,7 @@ UNTRACED = (
 _numbers = itertools.count(1)
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 _kept: dict[int, _Kept] = {}
-# Stand-ins of stores' keys in graphs that are being traced, if a read of them gives row-sparse gradients.
+# Stand-ins of tables in graphs that are being traced, if something there gives them row-sparse gradients.
 _traced: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # At which version of its rows a store was last read for a backward.
 _last_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary()
@@ -141,22 +147,36 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     return Read(answer, ids, weights, scores, lse, mass, normalizer=name)
 
 
-def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
-    """The eager read, which breaks a graph that is being traced."""
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_call))
-    read: Read = _disabled[0](store.read, query, **options)
-    return read
+def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Have a function run eagerly where a graph that is being traced calls it, which breaks that graph; say why."""
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> T:
+            if not _disabled:
+                _disabled.append(torch.compiler.disable(_call))
+            result: T = _disabled[0](function, *args, **kwargs)
+            return result
+
+        # What torch.compiler.disable would note, but it imports torch's compiler, two seconds: that may wait.
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
-# What torch.compiler.disable would note, but it imports torch's compiler, two seconds: that may wait.
-_read_outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-_read_outside._torchdynamo_disable_msg = UNTRACED  # type: ignore[attr-defined]
 _disabled: list[Callable[..., Any]] = []
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
+
+
+@outside_of_graphs(UNTRACED)
+def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
+    """The eager read, which breaks a graph that is being traced."""
+    return store.read(query, **options)
 
 
 # -- while it runs ---------------------------------------------------------------------------------------
@@ -373,15 +393,15 @@ def _laid_out(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
     return gradient.to_dense() if gradient.layout != torch.strided else gradient.contiguous()
 
 
-def _alone(keys: Tensor) -> bool:
-    """Whether this is the first read of these keys in the graph that is being traced.
+def _alone(table: Tensor) -> bool:
+    """Whether this is the first row-sparse gradient of ``table`` in the graph that is being traced.
 
     Inductor cannot add row-sparse gradients to each other, only to dense ones: all others have to be dense.
     """
-    if type(keys) in (Tensor, torch.nn.Parameter):  # no tracing
+    if type(table) in (Tensor, torch.nn.Parameter):  # no tracing
         return True
-    first = keys not in _traced
-    _traced[keys] = True
+    first = table not in _traced
+    _traced[table] = True
     return first
 
 
@@ -414,3 +434,70 @@ def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
     if answer == query.dtype:
         return torch.autocast(query.device.type, enabled=False)
     return torch.autocast(query.device.type, dtype=answer)
+
+
+# -- blends of rows --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("softdb::blend", mutates_args=())
+def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    return blend_at(weights, values, numbers)
+
+
+@_blend.register_fake
+def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    return weights.new_empty(len(weights), values.shape[1])
+
+
+@torch.library.custom_op("softdb::blend_backward", mutates_args=())
+def _blend_backward(
+    gradient: Tensor,  # (M, dv)
+    weights: Tensor,  # (M, k)
+    values: Tensor,  # (N, dv)
+    numbers: Tensor,  # (M, k)
+    wanted: Sequence[bool],
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weights and values."""
+    nothing = weights.new_empty(0)
+    products = products_at(gradient, values, numbers) if wanted[0] else nothing
+    return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
+
+
+@_blend_backward.register_fake
+def _(
+    gradient: Tensor, weights: Tensor, values: Tensor, numbers: Tensor, wanted: Sequence[bool], sparse: bool
+) -> tuple[Tensor, Tensor]:
+    layout = torch.sparse_coo if sparse else torch.strided
+    return (
+        torch.empty_like(weights, memory_format=torch.contiguous_format) if wanted[0] else weights.new_empty(0),
+        torch.empty(values.shape, dtype=values.dtype, device=values.device, layout=layout)
+        if wanted[1]
+        else weights.new_empty(0),
+    )
+
+
+def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, values, numbers, sparse = inputs
+    ctx.save_for_backward(weights, values, numbers)
+    ctx.sparse = sparse and _alone(values)
+
+
+def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weights, values, numbers = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, ctx.sparse)
+    return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
+
+
+_blend.register_autograd(_differentiate_blend, setup_context=_save_blend)
+
+
+def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> Tensor:  # (M, k), (N, dv), (M, k)
+    """``(weights[..., None] * values[numbers]).sum(1)``, (M, dv), in the dtype of the weights.
+
+    The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
+    of the rows in ``numbers``, none of which is -1.
+    """
+    result: Tensor = torch.ops.softdb.blend.default(weights, values, numbers, sparse)
+    return result

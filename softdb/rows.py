@@ -430,10 +430,18 @@ class RowTable(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None and self.weight.dtype != weight.dtype:
             self.weight = weight.to(self.ids.device)  # a sum over many reads: narrow numbers would stop rising
-        if self.ids.device != device:
+        if device.type == "meta" and not self.ids.is_meta:
+            self._clear()  # there was nothing, and what is there now means nothing
+        elif self.ids.device != device:
             self._queue = None
             self.mark_moved()
         return self
+
+    def _clear(self) -> None:
+        for name in (*STAMPS, *self.columns, "next_id"):
+            getattr(self, name).zero_()
+        self.ids.fill_(-1)
+        self.rebuild()
 
     @torch.inference_mode(False)
     def _load_from_state_dict(self, *args: Any) -> None:

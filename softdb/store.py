@@ -500,7 +500,7 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
-        k = _check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         keys, values = self.keys, self.values
         if self.trainable and self.sparse_grad and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
@@ -950,13 +950,13 @@ def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
     return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))
 
 
-def _check_options(
+def check_options(
     mode: object,
     k: int | None,
     normalizer: str,
-    tail_samples: int,
-    tolerance: float | None,
-    generator: torch.Generator | None,
+    tail_samples: int = 0,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> int | None:
     """The arguments of a read that depend on its mode; the checked k."""
     check_choice("mode", mode, MODES)

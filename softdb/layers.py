@@ -1,0 +1,966 @@
+"""Layers that give a model a memory: `MemoryLayer`, `ContextMemory` and `ProductKeyMemory`.
+
+Each projects its input to queries, one a head, looks them up in rows of keys and values, and adds up what the heads
+were told. They differ in where the rows come from: a `MemoryLayer` learns them; a `ContextMemory` writes them as the
+model runs; a `ProductKeyMemory` learns a value for every pair of two short lists of keys, so that a million rows are
+searched at the cost of two thousand.
+
+They are modules like any other: ``device`` and ``dtype``, construction on the meta device, ``reset_parameters``,
+``state_dict``, ``deepcopy``, autocast and torch.compile behave as for torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softdb.blockwise import full_precision
+from softdb.compiled import blend, outside_of_graphs
+from softdb.errors import (
+    ArgumentError,
+    DtypeError,
+    ShapeError,
+    StaleReadError,
+    check_choice,
+    check_float_tensor,
+    check_positive,
+    check_shape,
+    describe,
+)
+from softdb.filters import Where
+from softdb.functional import Read, answer_dtype, merge, soft_read, topk_read
+from softdb.normalizers import softmax
+from softdb.scores import compute_dtype
+from softdb.store import Mode, SoftKVStore, Usage, check_options
+
+__all__ = ["ContextMemory", "MemoryLayer", "ProductKeyMemory"]
+
+QueryNorm = Literal["layer", "batch"]
+QUERY_NORMS = ("layer", "batch")
+MEMBERS = [field.name for field in fields(Read)]
+# With so many columns for each that is wanted, the best are sought by the maxima of groups, of so many columns each.
+COLUMNS_PER_BEST, GROUP = 8, 4
+# As many scores of product keys are held at a time.
+SCORES = 2**22
+
+
+class _Queries(nn.Module):
+    """A query for each head: ``norm(x @ W.T)``, (..., dim) -> (..., heads, parts, width)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        width: int,
+        norm: QueryNorm | None,
+        *,
+        parts: int = 1,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if norm is not None:
+            check_choice("query_norm", norm, QUERY_NORMS)
+        self.shape = (heads, parts, width)
+        self.projection = nn.Linear(dim, heads * parts * width, bias=False, device=device, dtype=dtype)
+        self.norm: nn.Module | None = None
+        if norm == "layer":
+            self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+        elif norm == "batch":
+            self.norm = nn.BatchNorm1d(heads * parts * width, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Start anew: each number of a query has variance 1 where those of x have."""
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+        if isinstance(self.norm, (nn.LayerNorm, nn.BatchNorm1d)):
+            self.norm.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries: Tensor = self.projection(x)
+        if isinstance(self.norm, nn.BatchNorm1d):
+            queries = self.norm(queries.flatten(0, -2)).view_as(queries)
+        queries = queries.unflatten(-1, self.shape)
+        return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
+
+
+def _output(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
+    return nn.Linear(heads * value_dim, dim, bias=False, device=device, dtype=dtype)
+
+
+def _reset_output(output: nn.Linear) -> None:
+    nn.init.normal_(output.weight, std=output.in_features**-0.5)
+
+
+def _stack(reads: Sequence[Read], dimension: int) -> Read:
+    """Reads of several stores as one, along a new dimension."""
+    members: dict[str, Any] = {}
+    for name in MEMBERS:
+        given = [getattr(read, name) for read in reads]
+        members[name] = torch.stack(given, dim=dimension) if isinstance(given[0], Tensor) else given[0]
+    return Read(**members)
+
+
+# -- rows that are learned -------------------------------------------------------------------------------
+
+
+class MemoryLayer(nn.Module):
+    r"""A lookup in learned rows: every head asks, and the answers are projected back.
+
+    With the store's ``keys`` and ``values``, equal for the mode "exact" to::
+
+        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # what each head looks for
+        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # what it is told, (..., heads, value_dim)
+        y = a.flatten(-2) @ W_O.T
+
+    and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. Memory is that of the store's reads: the
+    weights over all rows are never held.
+
+    Queries have a projection of their own, so that what a token looks for and what a row advertises need not be alike:
+    with one for both, every token would match itself best.
+
+    At the start answers are small beside x (random values of norm about 1 are blended, where x has norm √dim), so that
+    ``x + layer(x)`` is nearly x.
+
+    Args:
+        dim: Width of input and output.
+        rows: How many rows; random at the start.
+        heads: How many queries are made of each input.
+        key_dim: Width of queries and keys.
+        value_dim: Width of values; ``key_dim`` unless given.
+        mode: "exact", "topk" or "hard", as in `softdb.SoftKVStore.read`. A hard read trains values only: for queries
+            and keys too take ``normalizer="straight_through"`` with another mode.
+        k: In topk mode the number of candidates; in exact mode how many of the best rows ``return_read`` reports.
+        normalizer: As in `softdb.SoftKVStore.read`.
+        shared: Whether the heads read one store; else each has its own, of ``rows`` rows.
+        query_norm: "layer" normalises each query by itself, "batch" each of its numbers over the batch; None neither.
+        gate: Whether x decides, number by number, what is let through.
+        store: Rows to read instead of new ones: another layer's ``store``, to share it, or one of yours, whatever is
+            written to it. It has ``rows`` rows when the layer is made and keeps its own options.
+        device, dtype: Of the parameters, as for any module.
+        **store_options: For the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``, ``track_usage``,
+            as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse unless
+            ``sparse_grad=False``: train them with `softdb.optim.RowAdam`.
+
+    Attributes:
+        stores: The store that all heads read, or one for each.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError: An argument is not as above.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; learned rows in place of a context as in
+    Sukhbaatar et al. 2019 (arXiv 1907.01470); the gate is that of Berges et al. 2024 (arXiv 2412.09764).
+
+    Example:
+        >>> import torch
+        >>> from softdb.layers import MemoryLayer
+        >>> layer = MemoryLayer(32, rows=1000, heads=4, key_dim=16)
+        >>> x = torch.randn(2, 10, 32)
+        >>> y = x + layer(x)
+        >>> y, read = layer(x, return_read=True)
+        >>> read.lse.shape
+        torch.Size([2, 10, 4])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        *,
+        heads: int = 4,
+        key_dim: int = 64,
+        value_dim: int | None = None,
+        mode: Mode = "exact",
+        k: int | None = None,
+        normalizer: str = "softmax",
+        shared: bool = True,
+        query_norm: QueryNorm | None = None,
+        gate: bool = False,
+        store: SoftKVStore | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **store_options: Any,
+    ) -> None:
+        super().__init__()
+        self.dim, rows = check_positive("dim", dim), check_positive("rows", rows)
+        self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
+        self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
+        self.mode, self.normalizer, self.k = mode, normalizer, check_options(mode, k, normalizer)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.queries = _Queries(self.dim, self.heads, self.key_dim, query_norm, **made)
+        if store is None:
+            number = 1 if shared else self.heads
+            self.stores = nn.ModuleList(
+                SoftKVStore(self.key_dim, self.value_dim, trainable=True, **made, **store_options)
+                for _ in range(number)
+            )
+            for own in self.stores:
+                own.reserve(rows)  # type: ignore[operator]
+        else:
+            self._check_store(store, rows, shared, store_options)
+            self.stores = nn.ModuleList([store])
+        self._own = store is None
+        width = self.heads * self.value_dim
+        self.gate = nn.Linear(self.dim, width, bias=False, **made) if gate else None
+        self.output = _output(self.heads, self.value_dim, self.dim, **made)
+        self.reset_parameters()
+
+    def _check_store(self, store: object, rows: int, shared: bool, options: Mapping[str, Any]) -> None:
+        if not isinstance(store, SoftKVStore):
+            raise DtypeError(f"store: expected a SoftKVStore, got {describe(store)}")
+        if not shared:
+            raise ArgumentError("shared: expected True, since the heads share the store that was given")
+        if options:
+            raise ArgumentError(f"{next(iter(options))}: expected nothing, since the store has options of its own")
+        wanted, found = (rows, self.key_dim, self.value_dim), (len(store), store.key_dim, store.value_dim)
+        if wanted != found:
+            raise ShapeError(
+                f"store: expected {rows} rows with key_dim={self.key_dim} and value_dim={self.value_dim}, got "
+                f"{found[0]} with key_dim={found[1]} and value_dim={found[2]}"
+            )
+
+    @property
+    def store(self) -> SoftKVStore:
+        """The store that all heads read.
+
+        Raises:
+            ArgumentError: Each head has its own; see ``stores``.
+        """
+        if len(self.stores) > 1:
+            raise ArgumentError(f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores")
+        (store,) = self.stores
+        return store  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, with random rows; a store that was given stays as it is."""
+        self.queries.reset_parameters()
+        for store in self.stores if self._own else []:
+            _fill(store)  # type: ignore[arg-type]
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=self.dim**-0.5)
+        _reset_output(self.output)
+
+    def forward(
+        self, x: Tensor, *, where: Where | None = None, return_read: bool = False
+    ) -> Tensor | tuple[Tensor, Read]:
+        """Look up what ``x`` asks for.
+
+        Args:
+            x: (..., dim).
+            where: Which rows may be seen, as in `softdb.SoftKVStore.read`. A callable meets the queries of all heads,
+                flattened: B is the number of inputs times ``heads``, or that of inputs where each head has a store.
+            return_read: Whether to return the read as well, its leading shape (..., heads).
+
+        Returns:
+            (..., dim), or that and a `softdb.Read`.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError, NonFiniteError: An argument is not as above.
+        """
+        check_float_tensor("x", x, (-1, self.dim))
+        queries = self.queries(x).squeeze(-2)  # (..., heads, key_dim)
+        options: dict[str, Any] = {"mode": self.mode, "k": self.k, "where": where, "normalizer": self.normalizer}
+        if len(self.stores) == 1:
+            read = self.stores[0].read(queries, **options)  # type: ignore[operator]
+        else:
+            heads = zip(self.stores, queries.unbind(-2), strict=True)
+            read = _stack([store.read(query, **options) for store, query in heads], queries.dim() - 2)  # type: ignore[operator]
+        answer = read.values.flatten(-2)
+        if self.gate is not None:
+            answer = F.silu(self.gate(x)) * answer
+        y: Tensor = self.output(answer)
+        return (y, read) if return_read else y
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        k = "" if self.k is None else f", k={self.k}"
+        return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
+
+
+def _fill(store: SoftKVStore) -> None:
+    """Random rows in place of whatever is there."""
+    if store.keys.is_meta:
+        return
+    if len(store) == 0:
+        count = store.rows.capacity
+        store.add(
+            store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
+        )
+    store.keys.normal_()
+    store.values.normal_(std=store.value_dim**-0.5)
+
+
+# -- rows that are written as the model runs -------------------------------------------------------------
+
+
+class ContextMemory(nn.Module):
+    r"""Causal attention that remembers: over the segment at hand, and over past segments of the same sequence.
+
+    A sequence comes in segments, one call each. With K and V the keys and values of the last ``rows`` tokens before
+    this segment, and k, v those of the tokens of this one::
+
+        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim));  k = x @ W_K.T;  v = x @ W_V.T
+        a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim)) @ cat([V, v[: t + 1]])
+        y = a.flatten(-2) @ W_O.T
+
+    So a sequence that fits gives, in whatever segments it comes, what full causal attention gives. All heads share one
+    key and one value a token, which are normalised as the queries are (with learned gains), so that those stored some
+    steps ago still fit queries of today. There is no notion of place: give x one if it matters within a segment.
+
+    What is stored is cut from the graph: gradients reach W_Q through both parts, and W_K and W_V through the segment.
+    Nothing is wiped or built anew: when the memory is full, each new token takes the place of the oldest. Tokens enter
+    at the next call, so that ``backward`` may come after the segment's forward; after another one it raises
+    `softdb.StaleReadError` where rows it needs are gone. The weights over all tokens are never held.
+
+    The memory is part of ``state_dict`` (a run that is resumed goes on exactly) and follows ``.to``; it is no buffer,
+    since DistributedDataParallel would overwrite each process's with the first one's.
+
+    Args:
+        dim: Width of input and output.
+        rows: How many past tokens each sequence remembers. Storage for them is laid out at the first call:
+            ``rows * (key_dim + value_dim)`` numbers a sequence.
+        heads: How many queries are made of each token.
+        key_dim: Width of queries and keys.
+        value_dim: Width of values; ``key_dim`` unless given.
+        k: How many of the past tokens each query sees, the best; all unless given. The search is exact.
+        device, dtype: Of the parameters and of what is stored, as for any module.
+
+    Raises:
+        ArgumentError, DtypeError: An argument is not as above.
+
+    Source: Wu et al. 2022 (arXiv 2203.08913); one key for all heads: Shazeer 2019 (arXiv 1911.02150); normalised
+    queries and keys: Henry et al. 2020 (arXiv 2010.04245); the parts are merged by log-sum-exp, as in FlashAttention
+    (Dao et al. 2022, arXiv 2205.14135).
+
+    Example:
+        >>> import torch
+        >>> from softdb.layers import ContextMemory
+        >>> layer = ContextMemory(32, rows=512, heads=2, key_dim=16)
+        >>> text = torch.randn(3, 100, 32)                       # three sequences
+        >>> parts = [layer(segment) for segment in text.split(25, dim=1)]
+        >>> layer.reset()
+        >>> torch.allclose(torch.cat(parts, dim=1), layer(text), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        *,
+        heads: int = 4,
+        key_dim: int = 64,
+        value_dim: int | None = None,
+        k: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.rows = check_positive("dim", dim), check_positive("rows", rows)
+        self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
+        self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
+        self.k = None if k is None else check_positive("k", k)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.queries = _Queries(self.dim, self.heads, self.key_dim, "layer", **made)
+        self.keys = _Queries(self.dim, 1, self.key_dim, "layer", **made)
+        self.values = nn.Linear(self.dim, self.value_dim, bias=False, **made)
+        self.output = _output(self.heads, self.value_dim, self.dim, **made)
+        self._past = _Past(self.rows, self.key_dim, self.value_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew, with an empty memory."""
+        self.queries.reset_parameters()
+        self.keys.reset_parameters()
+        nn.init.normal_(self.values.weight, std=self.dim**-0.5)
+        _reset_output(self.output)
+        self.reset()
+
+    def reset(self, sequences: Tensor | Sequence[int] | None = None) -> None:
+        """Forget: all sequences, after which another number of them may come, or those at some places in the batch.
+
+        Args:
+            sequences: Their places, (m,) int64; None for all.
+
+        Raises:
+            ArgumentError: There is no such sequence.
+        """
+        if sequences is None:
+            self._past.clear()
+            return
+        places = torch.as_tensor(sequences, dtype=torch.int64, device="cpu").reshape(-1)
+        if len(places) and not (int(places.min()) >= 0 and int(places.max()) < self._past.batch):
+            raise ArgumentError(
+                f"sequences: expected places in a batch of {self._past.batch}, got {places.tolist()[:5]}"
+            )
+        self._past.forget(places)
+
+    def forward(
+        self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool = False
+    ) -> Tensor | tuple[Tensor, Read]:
+        """Attend to the segment so far and to the past, and remember the segment.
+
+        Args:
+            x: A segment of every sequence, (batch, n, dim).
+            documents: Which document each sequence, or each token, belongs to: whole numbers, (batch,) or (batch, n).
+                Tokens see only those of their own document; -1 is padding, which sees nothing and is never seen. All
+                are of document 0 unless given.
+            write: Whether to remember the segment.
+            return_read: Whether to return the read as well, its leading shape (batch, heads, n).
+
+        Returns:
+            (batch, n, dim), or that and a `softdb.Read`.
+
+        Raises:
+            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first.
+            DtypeError, DeviceError, NonFiniteError: An argument is not as above.
+            StaleReadError: In backward, where tokens that were seen have been evicted since; and where activation
+                checkpointing repeats another segment than the last.
+        """
+        check_float_tensor("x", x, (None, None, self.dim))
+        queries = self.queries(x).squeeze(-2).transpose(1, 2)  # (batch, heads, n, key_dim)
+        keys = self.keys(x)[..., 0, 0, :]  # (batch, n, key_dim)
+        values = self.values(x)
+        dtype = self.values.weight.dtype if write else None
+        attend = _attend_outside if torch.compiler.is_dynamo_compiling() else _attend
+        read: Read = attend(self._past, queries, keys, values, documents, self.k, dtype)
+        y: Tensor = self.output(read.values.transpose(1, 2).flatten(-2))
+        return (y, read) if return_read else y
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        k = "" if self.k is None else f", k={self.k}"
+        return f"dim={self.dim}, rows={self.rows}, heads={self.heads}{k}, sequences={self._past.batch}"
+
+    # -- module conventions ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ContextMemory:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._past.apply(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._past.state(self.values.weight).items():
+            destination[f"{prefix}past.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        start = f"{prefix}past."
+        given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
+        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(start)}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        names = self._past.state(self.values.weight)
+        missing_keys += [start + name for name in names if name not in given]
+        unexpected_keys += [start + name for name in given if name not in names]
+        if given.keys() >= names.keys():
+            self._past.load({name: given[name] for name in names}, start, self.values.weight)
+
+
+class _Past:
+    """The last tokens of every sequence: a ring of rows, and the segment that enters it next.
+
+    Token number t of a sequence, from 0, lies in row ``t % rows``.
+
+    Attributes:
+        keys, values: (batch, rows, width).
+        documents: (batch, rows) int64; -1 where nothing is to be seen.
+        written: How many tokens of each sequence have entered.
+        recent: Keys, values and documents, (batch, n, ...), of the segment that waits. Were it to enter at once, it
+            would take the place of rows that the backward of its own forward still needs.
+        mixed: Whether some row may be of another document than 0.
+    """
+
+    def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
+        self.rows, self.widths = rows, (key_dim, value_dim)
+        self.clear()
+
+    def clear(self) -> None:
+        self.tables: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, documents
+        self.recent: tuple[Tensor, Tensor, Tensor] | None = None
+        self.written, self.mixed = 0, False
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are; 0 before the first segment."""
+        given = self.tables or self.recent
+        return 0 if given is None else len(given[0])
+
+    @property
+    def filled(self) -> int:
+        """How many rows of the ring hold a token."""
+        return min(self.written, self.rows)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def forget(self, places: Tensor) -> None:
+        for tables in (self.tables, self.recent):
+            if tables is not None:
+                tables[2][places.to(tables[2].device)] = -1
+        self.mixed = True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def remember(self, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype) -> None:
+        """Keep a segment for later, cut from the graph."""
+        count = min(keys.shape[1], self.rows)
+        batch, start = len(keys), keys.shape[1] - count
+        if documents is None:
+            documents = torch.zeros(batch, count, dtype=torch.int64, device=keys.device)
+        else:
+            documents = documents.expand(batch, keys.shape[1])[:, start:].clone()
+            self.mixed = self.mixed or bool((documents != 0).any())
+        kept = [table[:, start:].to(dtype, copy=True) for table in (keys, values)]
+        self.recent = kept[0], kept[1], documents
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the segment that waits enter."""
+        if self.recent is None:
+            return
+        recent, self.recent = self.recent, None
+        batch, count = recent[2].shape
+        if self.tables is None:
+            self.tables = tuple(part.new_zeros(batch, self.rows, *part.shape[2:]) for part in recent)  # type: ignore[assignment]
+        first = self.written % self.rows
+        before_end = min(count, self.rows - first)
+        for table, part in zip(self.tables or (), recent, strict=True):
+            # By .data, which torch does not count: `_Intact` knows better which backward it concerns.
+            table.data[:, first : first + before_end] = part[:, :before_end]
+            table.data[:, : count - before_end] = part[:, before_end:]
+        self.written += count
+
+    def awaits(self, keys: Tensor) -> bool:
+        """Whether these are the keys of the segment that waits."""
+        if self.recent is None:
+            return False
+        kept = self.recent[0]
+        return torch.equal(kept, keys[:, keys.shape[1] - kept.shape[1] :].to(kept.dtype))
+
+    def read(self, queries: Tensor, documents: Tensor | None, k: int | None) -> Read | None:
+        """What the ring tells queries (batch, heads, n, key_dim), each of its own document; None if it is empty."""
+        if self.tables is None or self.filled == 0:
+            return None
+        keys, values, stored = (table[:, None, : self.filled] for table in self.tables)
+        mask = None
+        if self.mixed or documents is not None:
+            wanted = documents[:, None, :, None] if documents is not None else 0
+            mask = (stored.unsqueeze(-2) == wanted) & (stored.unsqueeze(-2) >= 0)
+        if k is not None and k < self.filled:
+            with torch.no_grad():
+                found = soft_read(queries, keys, values[..., :0], mask=mask, k=k).ids
+            if found is not None:
+                return topk_read(queries, keys, values, found)
+        return _guarded(soft_read(queries, keys, values, mask=mask), self)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.tables is not None:
+            self.tables = tuple(function(table) for table in self.tables)  # type: ignore[assignment]
+        if self.recent is not None:
+            self.recent = tuple(function(part) for part in self.recent)  # type: ignore[assignment]
+
+    def state(self, like: Tensor) -> dict[str, Tensor]:
+        """Everything, as tensors; of no sequence if there is nothing."""
+        found = {"written": torch.tensor(self.written, dtype=torch.int64, device=like.device)}
+        for prefix, count, tables in (("", self.rows, self.tables), ("recent_", 0, self.recent)):
+            if tables is None:
+                batch = self.batch if prefix else 0
+                floats = [like.detach().new_zeros(batch, count, width) for width in self.widths]
+                tables = floats[0], floats[1], torch.zeros(batch, count, dtype=torch.int64, device=like.device)
+            found |= {prefix + name: table for name, table in zip(("keys", "values", "documents"), tables, strict=True)}
+        return found
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load(self, given: Mapping[str, Tensor], prefix: str, like: Tensor) -> None:
+        """Take over copies of a `state`."""
+        check_shape(f"state_dict[{prefix + 'written'!r}]", given["written"], ())
+        groups = []
+        for start, rows in (("", self.rows), ("recent_", given["recent_documents"].shape[-1])):
+            batch = len(given[f"{start}documents"])
+            shapes = {"keys": (batch, rows, self.widths[0]), "values": (batch, rows, self.widths[1])}
+            for name, shape in (shapes | {"documents": (batch, rows)}).items():
+                check_shape(f"state_dict[{prefix + start + name!r}]", given[start + name], shape)
+            floats = [given[start + name].to(like.device, like.dtype, copy=True) for name in shapes]
+            documents = given[f"{start}documents"].to(like.device, torch.int64, copy=True)
+            groups.append((floats[0], floats[1], documents) if batch and rows else None)
+        self.tables, self.recent = groups
+        self.written = int(given["written"]) if self.tables is not None else 0
+        self.mixed = any(bool((tables[2] != 0).any()) for tables in groups if tables is not None)
+
+
+def _attend(
+    past: _Past,
+    queries: Tensor,  # (batch, heads, n, key_dim)
+    keys: Tensor,  # (batch, n, key_dim)
+    values: Tensor,  # (batch, n, value_dim)
+    documents: Tensor | None,
+    k: int | None,
+    dtype: torch.dtype | None,
+) -> Read:
+    """What a segment and the past tell its queries; with ``dtype``, remember it in that."""
+    batch, count = keys.shape[:2]
+    if past.batch not in (0, batch):
+        raise ShapeError(
+            f"x: expected {past.batch} sequences, as the memory holds, got {batch}; call reset() before others come"
+        )
+    documents = _check_documents(documents, batch, count, keys.device)
+    repeats = torch._C._current_graph_task_id() != -1  # within a backward: activation checkpointing
+    if repeats and not past.awaits(keys):
+        raise StaleReadError(
+            "activation checkpointing repeats a segment that is not the last one the memory has seen, so its read "
+            "would be another; call backward() before the next segment"
+        )
+    if not repeats:
+        past.settle()
+    mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
+    if documents is not None:
+        own = documents[:, None, :, None]
+        mask = mask & (own == documents[:, None, None, :]) & (own >= 0)
+    read = soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
+    before = past.read(queries, documents, k)
+    if before is not None:
+        read = merge([before, read])
+    if dtype is not None and not repeats:
+        past.remember(keys, values, documents, dtype)
+    return read
+
+
+_attend_outside = outside_of_graphs(
+    "softdb: a ContextMemory writes to itself as it runs, which cannot be part of a compiled graph; leave out "
+    "fullgraph=True"
+)(_attend)
+
+
+def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
+    """``documents`` as (batch, 1 or n)."""
+    if documents is None:
+        return None
+    if not isinstance(documents, Tensor) or documents.is_floating_point() or documents.dtype == torch.bool:
+        raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
+    if documents.shape not in ((batch,), (batch, count)):
+        raise ShapeError(
+            f"documents: expected shape ({batch},) or ({batch}, {count}), a number for each sequence or each token, "
+            f"got {tuple(documents.shape)}"
+        )
+    given = documents.to(device, torch.int64).reshape(batch, -1)
+    if given.numel() and int(given.min()) < -1:
+        raise ArgumentError(f"documents: expected numbers of at least 0, or -1 for padding, got {int(given.min())}")
+    return given
+
+
+def _guarded(read: Read, past: _Past) -> Read:
+    """``read``, such that its backward first checks that the rows it used are still there."""
+    if not read.lse.requires_grad:
+        return read
+    values, lse = _Intact.apply(past, past.tables, read.values, read.lse)  # type: ignore[no-untyped-call]
+    return replace(read, values=values, lse=lse)
+
+
+class _Intact(torch.autograd.Function):
+    """The identity on a read's tensors; in backward, rows that it used must not have been overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, past: _Past, tables: object, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.past, ctx.tables, ctx.limit = past, tables, max(past.written, past.rows)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.past.tables is ctx.tables and ctx.past.written > ctx.limit:
+            raise StaleReadError(
+                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
+                "before the segment after next, or make the layer with more rows"
+            )
+        return None, None, *grads
+
+
+# -- values for pairs of keys ----------------------------------------------------------------------------
+
+
+class ValueTable(nn.Embedding):
+    """The values of a `ProductKeyMemory`, ``weight`` (rows, value_dim), and how they have been used.
+
+    An embedding, so that torch knows that its gradient is row-sparse: DistributedDataParallel asks for that.
+    """
+
+    reads: Tensor
+    total: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        value_dim: int,
+        *,
+        sparse_grad: bool,
+        track_usage: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(rows, value_dim, sparse=sparse_grad, device=device, dtype=dtype)
+        self.track_usage = track_usage
+        if track_usage:
+            self.register_buffer("reads", torch.zeros(rows, dtype=torch.int64, device=device))
+            self.register_buffer("total", torch.zeros(rows, dtype=torch.float64, device=device))
+
+    def reset_parameters(self) -> None:
+        """Start anew, with values of norm about 1 and nothing counted."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+        if getattr(self, "track_usage", False):  # not within the constructor of an embedding
+            self.reset_usage()
+
+    @property
+    def usage(self) -> Usage:
+        """How often, and with which weight, each row has been read since the start, or since `reset_usage`.
+
+        Raises:
+            ArgumentError: The layer was made without ``track_usage=True``.
+        """
+        self._check_tracking()
+        return Usage(self.reads.clone(), self.total.clone())
+
+    def reset_usage(self) -> None:
+        """Count from 0 again.
+
+        Raises:
+            ArgumentError: The layer was made without ``track_usage=True``.
+        """
+        self._check_tracking()
+        self.reads.zero_()
+        self.total.zero_()
+
+    def _check_tracking(self) -> None:
+        if not self.track_usage:
+            raise ArgumentError(
+                "track_usage: expected True to know how rows are used, got False; make the layer with track_usage=True"
+            )
+
+    def blend(self, weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, value_dim)
+        """``(weights[..., None] * weight[rows]).sum(1)``."""
+        if self.track_usage:
+            with torch.no_grad():
+                self.reads.index_add_(0, rows.flatten(), torch.ones_like(rows).flatten())
+                self.total.index_add_(0, rows.flatten(), weights.detach().flatten().to(self.total.dtype))
+        return blend(weights, self.weight, rows, sparse=self.sparse)
+
+
+class ProductKeyMemory(nn.Module):
+    r"""A lookup in n² learned values whose keys are all pairs of two lists of n.
+
+    Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``, for each head its own K1 and K2. With q1 and q2 the halves
+    of a head's query, equal to::
+
+        q1, q2 = norm((x @ W_Q.T).unflatten(-1, (heads, 2, key_dim / 2)))
+        scores = (q1 @ K1.T)[..., :, None] + (q2 @ K2.T)[..., None, :]     # (..., heads, n, n)
+        best, rows = topk(scores.flatten(-2), k)
+        y = (softmax(best)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
+
+    but exact with two searches among n: the k best sums lie among the pairs of the k best of either half, and of those
+    pairs only where ``(rank1 + 1) * (rank2 + 1) <= k``. Neither the n² scores nor the (..., heads, k, value_dim) rows
+    are held. Which rows are read among equal scores is undefined.
+
+    The gradient of the values is row-sparse: train them with `softdb.optim.RowAdam` (or `RowAdagrad`, or SparseAdam),
+    whose step touches only the rows that were read, and the rest with any optimiser. See the example.
+
+    Args:
+        dim: Width of input and output.
+        rows: How many values: n * n.
+        heads: How many queries are made of each input.
+        k: How many rows each query reads.
+        key_dim: Width of queries, both halves together.
+        value_dim: Width of values; ``dim`` unless given. If it is not ``dim``, a projection comes after.
+        query_norm: "layer" normalises each half of a query by itself, "batch" each of its numbers over the batch;
+            None neither.
+        store: Another layer's ``store``, to share its values; ``sparse_grad`` and ``track_usage`` are its own.
+        sparse_grad: Whether the gradient of the values is row-sparse; a dense one is as large as the values.
+        track_usage: Whether to count, for ``store.usage``, how often and with which weight each row is read.
+        device, dtype: Of the parameters, as for any module.
+
+    Attributes:
+        keys: (heads, 2, n, key_dim / 2).
+        store: The values, ``store.weight`` (rows, value_dim), and their ``usage``, a `softdb.Usage`: that of all the
+            layers which share it.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError: An argument is not as above.
+
+    Source: Lample et al. 2019 (arXiv 1907.05242); values shared between layers: Berges et al. 2024 (arXiv 2412.09764).
+
+    Example:
+        >>> import torch
+        >>> from softdb.layers import ProductKeyMemory
+        >>> from softdb.optim import RowAdam
+        >>> layer = ProductKeyMemory(64, rows=128 * 128, key_dim=32, k=8, track_usage=True)
+        >>> values = set(layer.store.parameters())
+        >>> rest = [parameter for parameter in layer.parameters() if parameter not in values]
+        >>> optimizers = RowAdam(values, lr=1e-2), torch.optim.AdamW(rest)
+        >>> layer(torch.randn(2, 10, 64)).square().sum().backward()
+        >>> for optimizer in optimizers:
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> int(layer.store.usage.reads.sum())                   # 20 inputs, 4 heads, 8 rows each
+        640
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        rows: int,
+        *,
+        heads: int = 4,
+        k: int = 32,
+        key_dim: int = 256,
+        value_dim: int | None = None,
+        query_norm: QueryNorm | None = "layer",
+        store: ValueTable | None = None,
+        sparse_grad: bool = True,
+        track_usage: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.rows = check_positive("dim", dim), check_positive("rows", rows)
+        self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
+        self.k = check_positive("k", k)
+        self.value_dim = self.dim if value_dim is None else check_positive("value_dim", value_dim)
+        self.count = math.isqrt(self.rows)  # n
+        if self.count**2 != self.rows:
+            raise ArgumentError(
+                f"rows: expected a square number, since every pair of keys has a row, got {rows}; take "
+                f"{self.count**2} or {(self.count + 1) ** 2}"
+            )
+        if self.key_dim % 2:
+            raise ArgumentError(f"key_dim: expected an even number, both halves together, got {key_dim}")
+        if self.k > self.rows:
+            raise ArgumentError(f"k: expected at most the {rows} rows, got {k}")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        half = self.key_dim // 2
+        self.queries = _Queries(self.dim, self.heads, half, query_norm, parts=2, **made)
+        self.keys = nn.Parameter(torch.empty(self.heads, 2, self.count, half, **made))
+        self._own = store is None
+        if store is None:
+            store = ValueTable(
+                self.rows, self.value_dim, sparse_grad=bool(sparse_grad), track_usage=bool(track_usage), **made
+            )
+        elif not isinstance(store, ValueTable):
+            raise DtypeError(f"store: expected the store of another ProductKeyMemory, got {describe(store)}")
+        elif tuple(store.weight.shape) != (self.rows, self.value_dim):
+            raise ShapeError(
+                f"store: expected {rows} values of width {self.value_dim}, got {tuple(store.weight.shape)}"
+            )
+        self.store = store
+        self.output = None if self.value_dim == self.dim else nn.Linear(self.value_dim, self.dim, bias=False, **made)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew; a store that was given stays as it is."""
+        self.queries.reset_parameters()
+        nn.init.normal_(self.keys, std=(self.key_dim // 2) ** -0.5)
+        if self._own:
+            self.store.reset_parameters()
+        if self.output is not None:
+            _reset_output(self.output)
+
+    def forward(self, x: Tensor, *, return_read: bool = False) -> Tensor | tuple[Tensor, Read]:
+        """Look up what ``x`` asks for.
+
+        Args:
+            x: (..., dim).
+            return_read: Whether to return the read as well, its leading shape (..., heads); ``ids`` are rows of
+                ``store.weight``, ``mass`` is NaN: what the other rows hold is unknown.
+
+        Returns:
+            (..., dim), or that and a `softdb.Read`.
+
+        Raises:
+            ShapeError, DtypeError: ``x`` is not as above.
+        """
+        check_float_tensor("x", x, (-1, self.dim))
+        queries = self.queries(x)  # (..., heads, 2, half)
+        leading = queries.shape[:-2]
+        with full_precision(x.device):
+            dtype = compute_dtype(queries, self.keys)
+            scores, rows = _best_pairs(queries.reshape(-1, *queries.shape[-3:]).to(dtype), self.keys.to(dtype), self.k)
+            weights, lse = softmax(scores)  # (M, heads, k)
+            values = self.store.blend(weights.flatten(0, 1), rows.flatten(0, 1))  # (M heads, value_dim)
+        values = values.view(*leading, self.value_dim).to(answer_dtype(x))
+        y = values.sum(-2)
+        if self.output is not None:
+            y = self.output(y)
+        if not return_read:
+            return y
+        scores, rows, weights = (tensor.view(*leading, self.k) for tensor in (scores, rows, weights))
+        unknown = torch.full(leading, torch.nan if self.k < self.rows else 1.0, dtype=lse.dtype, device=lse.device)
+        return y, Read(values, rows, weights, scores, lse.view(leading), unknown)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        return f"dim={self.dim}, rows={self.rows}, heads={self.heads}, k={self.k}, key_dim={self.key_dim}"
+
+
+def _best_pairs(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best sums of two products, and the rows i * n + j that they belong to.
+
+    Args:
+        queries: (M, heads, 2, half).
+        keys: (heads, 2, n, half).
+        k: How many, at most n².
+
+    Returns:
+        (M, heads, k) and (M, heads, k), best first.
+    """
+    heads, n = queries.shape[1], keys.shape[2]
+    first, second = _ranks(k, min(k, n), queries.device)
+    found = []
+    for part in queries.split(max(1, SCORES // (2 * heads * n))):
+        # Products of these queries with a list at a time, (2 heads, m, n).
+        halves = torch.bmm(part.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, 2))
+        with torch.no_grad():
+            best, columns = _best(halves, min(k, n))  # (heads, 2, m, k)
+            place = (best[:, 0, :, first] + best[:, 1, :, second]).topk(k).indices  # (heads, m, k)
+            columns = columns.gather(-1, torch.stack([first[place], second[place]], dim=1))
+            rows = columns[:, 0] * n + columns[:, 1]
+        scores = halves.gather(-1, columns).sum(1)
+        found.append((scores.transpose(0, 1), rows.transpose(0, 1)))
+    scores, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scores, rows
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
+    """``topk(scores, k)``: the k groups with the best maxima hold the k best columns."""
+    width = scores.shape[-1]
+    groups = width // GROUP
+    if width % GROUP or width < COLUMNS_PER_BEST * k:
+        values, columns = scores.topk(k)
+        return values, columns
+    # Column c is in group c % groups: maxima of whole slices are faster than those of neighbours.
+    chosen = scores.unflatten(-1, (GROUP, groups)).amax(-2).topk(k, sorted=False).indices
+    columns = (chosen.unsqueeze(-1) + torch.arange(0, width, groups, device=scores.device)).flatten(-2)
+    values, place = scores.gather(-1, columns).topk(k)
+    return values, columns.gather(-1, place)
+
+
+def _ranks(k: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs of ranks, each below ``most``, that can be among the k best sums.
+
+    A pair of ranks (i, j), from 0, has (i + 1)(j + 1) - 1 others that are at least as good.
+    """
+    pairs = [(i, j) for i in range(most) for j in range(min(most, k // (i + 1)))]
+    first, second = torch.tensor(pairs, device=device).unbind(-1)
+    return first, second

@@ -34,7 +34,7 @@ from softdb.errors import (
     describe,
 )
 from softdb.filters import Where
-from softdb.functional import Read, answer_dtype, merge, soft_read, topk_read
+from softdb.functional import Read, answer_dtype, merge, soft_read
 from softdb.normalizers import softmax
 from softdb.scores import compute_dtype
 from softdb.store import Mode, SoftKVStore, Usage, check_options
@@ -43,7 +43,11 @@ __all__ = ["ContextMemory", "MemoryLayer", "ProductKeyMemory"]
 
 QueryNorm = Literal["layer", "batch"]
 QUERY_NORMS = ("layer", "batch")
+Segment = tuple[Tensor, Tensor, Tensor]  # keys, values and documents, (batch, n, ...)
+SEGMENT = ("keys", "values", "documents")
 MEMBERS = [field.name for field in fields(Read)]
+# From so many tokens a sequence on, the k best are found by an index.
+INDEXED_ROWS = 4096
 # With so many columns for each that is wanted, the best are sought by the maxima of groups, of so many columns each.
 COLUMNS_PER_BEST, GROUP = 8, 4
 # As many scores of product keys are held at a time.
@@ -124,8 +128,8 @@ class MemoryLayer(nn.Module):
     Queries have a projection of their own, so that what a token looks for and what a row advertises need not be alike:
     with one for both, every token would match itself best.
 
-    At the start answers are small beside x (random values of norm about 1 are blended, where x has norm √dim), so that
-    ``x + layer(x)`` is nearly x.
+    At the start answers have a norm of at most about 1, where that of x is about √dim, so that ``x + layer(x)`` is
+    nearly x.
 
     Args:
         dim: Width of input and output.
@@ -241,7 +245,7 @@ class MemoryLayer(nn.Module):
         """Start anew, with random rows; a store that was given stays as it is."""
         self.queries.reset_parameters()
         for store in self.stores if self._own else []:
-            _fill(store)  # type: ignore[arg-type]
+            _fill(store, self.dim**-0.5)  # type: ignore[arg-type]
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=self.dim**-0.5)
         _reset_output(self.output)
@@ -283,8 +287,8 @@ class MemoryLayer(nn.Module):
         return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
 
 
-def _fill(store: SoftKVStore) -> None:
-    """Random rows in place of whatever is there."""
+def _fill(store: SoftKVStore, deviation: float) -> None:
+    """Random rows in place of whatever is there, values of that standard deviation."""
     if store.keys.is_meta:
         return
     if len(store) == 0:
@@ -293,7 +297,7 @@ def _fill(store: SoftKVStore) -> None:
             store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
         )
     store.keys.normal_()
-    store.values.normal_(std=store.value_dim**-0.5)
+    store.values.normal_(std=deviation)
 
 
 # -- rows that are written as the model runs -------------------------------------------------------------
@@ -328,7 +332,9 @@ class ContextMemory(nn.Module):
         heads: How many queries are made of each token.
         key_dim: Width of queries and keys.
         value_dim: Width of values; ``key_dim`` unless given.
-        k: How many of the past tokens each query sees, the best; all unless given. The search is exact.
+        k: How many of the past tokens each query sees, the best, found by an index for each sequence; all unless given.
+            With all of them a segment costs as much as the memory is long: up to some ten thousand tokens that is
+            the faster of the two.
         device, dtype: Of the parameters and of what is stored, as for any module.
 
     Raises:
@@ -371,7 +377,8 @@ class ContextMemory(nn.Module):
         self.keys = _Queries(self.dim, 1, self.key_dim, "layer", **made)
         self.values = nn.Linear(self.dim, self.value_dim, bias=False, **made)
         self.output = _output(self.heads, self.value_dim, self.dim, **made)
-        self._past = _Past(self.rows, self.key_dim, self.value_dim)
+        shape = self.rows, self.key_dim, self.value_dim
+        self._past = _Past(_Ring(*shape) if self.k is None else _Stores(*shape, self.k))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -429,7 +436,7 @@ class ContextMemory(nn.Module):
         values = self.values(x)
         dtype = self.values.weight.dtype if write else None
         attend = _attend_outside if torch.compiler.is_dynamo_compiling() else _attend
-        read: Read = attend(self._past, queries, keys, values, documents, self.k, dtype)
+        read: Read = attend(self._past, queries, keys, values, documents, dtype)
         y: Tensor = self.output(read.values.transpose(1, 2).flatten(-2))
         return (y, read) if return_read else y
 
@@ -464,86 +471,57 @@ class ContextMemory(nn.Module):
         given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
         rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(start)}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        names = self._past.state(self.values.weight)
-        missing_keys += [start + name for name in names if name not in given]
-        unexpected_keys += [start + name for name in given if name not in names]
-        if given.keys() >= names.keys():
-            self._past.load({name: given[name] for name in names}, start, self.values.weight)
+        missing = self._past.needed - given.keys()
+        missing_keys += [start + name for name in sorted(missing)]
+        unexpected = {name for name in given if not self._past.knows(name)}
+        unexpected_keys += [start + name for name in sorted(unexpected)]
+        if not missing:
+            self._past.load({name: given[name] for name in given if name not in unexpected}, start, self.values.weight)
 
 
 class _Past:
-    """The last tokens of every sequence: a ring of rows, and the segment that enters it next.
-
-    Token number t of a sequence, from 0, lies in row ``t % rows``.
+    """What a `ContextMemory` remembers: the tokens of every sequence, and the segment that enters next.
 
     Attributes:
-        keys, values: (batch, rows, width).
-        documents: (batch, rows) int64; -1 where nothing is to be seen.
-        written: How many tokens of each sequence have entered.
+        tokens: Those that have entered.
         recent: Keys, values and documents, (batch, n, ...), of the segment that waits. Were it to enter at once, it
             would take the place of rows that the backward of its own forward still needs.
-        mixed: Whether some row may be of another document than 0.
+        mixed: Whether some token may be of another document than 0.
     """
 
-    def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
-        self.rows, self.widths = rows, (key_dim, value_dim)
+    def __init__(self, tokens: _Ring | _Stores) -> None:
+        self.tokens = tokens
         self.clear()
 
     def clear(self) -> None:
-        self.tables: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, documents
-        self.recent: tuple[Tensor, Tensor, Tensor] | None = None
-        self.written, self.mixed = 0, False
+        self.tokens.clear()
+        self.recent: Segment | None = None
+        self.mixed = False
 
     @property
     def batch(self) -> int:
         """How many sequences there are; 0 before the first segment."""
-        given = self.tables or self.recent
-        return 0 if given is None else len(given[0])
-
-    @property
-    def filled(self) -> int:
-        """How many rows of the ring hold a token."""
-        return min(self.written, self.rows)
+        return self.tokens.batch if self.recent is None else len(self.recent[0])
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def forget(self, places: Tensor) -> None:
-        for tables in (self.tables, self.recent):
-            if tables is not None:
-                tables[2][places.to(tables[2].device)] = -1
+        self.settle()
+        self.tokens.forget(places)
         self.mixed = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def remember(self, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype) -> None:
         """Keep a segment for later, cut from the graph."""
-        count = min(keys.shape[1], self.rows)
-        batch, start = len(keys), keys.shape[1] - count
+        batch, count = keys.shape[:2]
+        last = slice(max(0, count - self.tokens.rows), count)
         if documents is None:
-            documents = torch.zeros(batch, count, dtype=torch.int64, device=keys.device)
+            documents = torch.zeros(batch, 1, dtype=torch.int64, device=keys.device)
         else:
-            documents = documents.expand(batch, keys.shape[1])[:, start:].clone()
             self.mixed = self.mixed or bool((documents != 0).any())
-        kept = [table[:, start:].to(dtype, copy=True) for table in (keys, values)]
-        self.recent = kept[0], kept[1], documents
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Let the segment that waits enter."""
-        if self.recent is None:
-            return
-        recent, self.recent = self.recent, None
-        batch, count = recent[2].shape
-        if self.tables is None:
-            self.tables = tuple(part.new_zeros(batch, self.rows, *part.shape[2:]) for part in recent)  # type: ignore[assignment]
-        first = self.written % self.rows
-        before_end = min(count, self.rows - first)
-        for table, part in zip(self.tables or (), recent, strict=True):
-            # By .data, which torch does not count: `_Intact` knows better which backward it concerns.
-            table.data[:, first : first + before_end] = part[:, :before_end]
-            table.data[:, : count - before_end] = part[:, before_end:]
-        self.written += count
+        documents = documents.expand(batch, count)[:, last].clone()
+        self.recent = keys[:, last].to(dtype, copy=True), values[:, last].to(dtype, copy=True), documents
 
     def awaits(self, keys: Tensor) -> bool:
         """Whether these are the keys of the segment that waits."""
@@ -552,56 +530,253 @@ class _Past:
         kept = self.recent[0]
         return torch.equal(kept, keys[:, keys.shape[1] - kept.shape[1] :].to(kept.dtype))
 
-    def read(self, queries: Tensor, documents: Tensor | None, k: int | None) -> Read | None:
-        """What the ring tells queries (batch, heads, n, key_dim), each of its own document; None if it is empty."""
-        if self.tables is None or self.filled == 0:
-            return None
-        keys, values, stored = (table[:, None, : self.filled] for table in self.tables)
-        mask = None
-        if self.mixed or documents is not None:
-            wanted = documents[:, None, :, None] if documents is not None else 0
-            mask = (stored.unsqueeze(-2) == wanted) & (stored.unsqueeze(-2) >= 0)
-        if k is not None and k < self.filled:
-            with torch.no_grad():
-                found = soft_read(queries, keys, values[..., :0], mask=mask, k=k).ids
-            if found is not None:
-                return topk_read(queries, keys, values, found)
-        return _guarded(soft_read(queries, keys, values, mask=mask), self)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the segment that waits enter."""
+        if self.recent is not None:
+            self.tokens.write(self.recent)
+            self.recent = None
+
+    def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
+        """What the tokens tell queries (batch, heads, n, key_dim), each of its own document; None if there are none."""
+        if documents is None and self.mixed:
+            documents = torch.zeros(len(queries), 1, dtype=torch.int64, device=queries.device)
+        return self.tokens.read(queries, documents)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.tables is not None:
-            self.tables = tuple(function(table) for table in self.tables)  # type: ignore[assignment]
+        self.tokens.apply(function)
         if self.recent is not None:
-            self.recent = tuple(function(part) for part in self.recent)  # type: ignore[assignment]
+            self.recent = _each(function, self.recent)
+
+    @property
+    def needed(self) -> set[str]:
+        """What every `state` has."""
+        return {f"recent_{name}" for name in SEGMENT} | self.tokens.needed
+
+    def knows(self, name: str) -> bool:
+        """Whether a `state` may have this."""
+        return name in self.needed or self.tokens.knows(name)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        """Everything, as tensors; of no sequence if there is nothing."""
-        found = {"written": torch.tensor(self.written, dtype=torch.int64, device=like.device)}
-        for prefix, count, tables in (("", self.rows, self.tables), ("recent_", 0, self.recent)):
-            if tables is None:
-                batch = self.batch if prefix else 0
-                floats = [like.detach().new_zeros(batch, count, width) for width in self.widths]
-                tables = floats[0], floats[1], torch.zeros(batch, count, dtype=torch.int64, device=like.device)
-            found |= {prefix + name: table for name, table in zip(("keys", "values", "documents"), tables, strict=True)}
-        return found
+        """Everything, as tensors; ``like`` says of which dtype and where if there is nothing."""
+        recent = self.recent or _segment(self.tokens.batch, 0, self.tokens.widths, like)
+        found = {f"recent_{name}": part for name, part in zip(SEGMENT, recent, strict=True)}
+        return found | self.tokens.state(like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load(self, given: Mapping[str, Tensor], prefix: str, like: Tensor) -> None:
-        """Take over copies of a `state`."""
-        check_shape(f"state_dict[{prefix + 'written'!r}]", given["written"], ())
-        groups = []
-        for start, rows in (("", self.rows), ("recent_", given["recent_documents"].shape[-1])):
-            batch = len(given[f"{start}documents"])
-            shapes = {"keys": (batch, rows, self.widths[0]), "values": (batch, rows, self.widths[1])}
-            for name, shape in (shapes | {"documents": (batch, rows)}).items():
-                check_shape(f"state_dict[{prefix + start + name!r}]", given[start + name], shape)
-            floats = [given[start + name].to(like.device, like.dtype, copy=True) for name in shapes]
-            documents = given[f"{start}documents"].to(like.device, torch.int64, copy=True)
-            groups.append((floats[0], floats[1], documents) if batch and rows else None)
-        self.tables, self.recent = groups
-        self.written = int(given["written"]) if self.tables is not None else 0
-        self.mixed = any(bool((tables[2] != 0).any()) for tables in groups if tables is not None)
+    def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> None:
+        """Take over copies of a `state`, which errors call ``name``."""
+        given = {part: state[f"recent_{part}"] for part in SEGMENT}
+        _check_segment(given, f"{name}recent_", None, self.tokens.widths)
+        rest = {key: tensor for key, tensor in state.items() if not key.startswith("recent_")}
+        mixed = self.tokens.load(rest, name, like)
+        recent = _copied(given, like)
+        self.recent = recent if recent[2].numel() else None
+        self.mixed = mixed or bool((recent[2] != 0).any())
+
+
+class _Ring:
+    """The last tokens of every sequence, all of which are read. Token number t, from 0, lies in row ``t % rows``.
+
+    Attributes:
+        tables: Keys, values and documents, (batch, rows, ...); of document -1 is what is not to be seen.
+        written: How many tokens of each sequence have entered.
+    """
+
+    needed = frozenset((*SEGMENT, "written"))
+
+    def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
+        self.rows, self.widths = rows, (key_dim, value_dim)
+        self.clear()
+
+    def knows(self, name: str) -> bool:
+        return name in self.needed
+
+    def clear(self) -> None:
+        self.tables: Segment | None = None
+        self.written = 0
+
+    @property
+    def batch(self) -> int:
+        return 0 if self.tables is None else len(self.tables[0])
+
+    def forget(self, places: Tensor) -> None:
+        if self.tables is not None:
+            self.tables[2][places.to(self.tables[2].device)] = -1
+
+    def write(self, segment: Segment) -> None:
+        batch, count = segment[2].shape
+        if self.tables is None:
+            self.tables = _segment(batch, self.rows, self.widths, segment[0])
+        first = self.written % self.rows
+        before_end = min(count, self.rows - first)
+        for table, part in zip(self.tables, segment, strict=True):
+            # By .data, which torch does not count: `_Intact` knows better which backward it concerns.
+            table.data[:, first : first + before_end] = part[:, :before_end]
+            table.data[:, : count - before_end] = part[:, before_end:]
+        self.written += count
+
+    def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
+        if self.tables is None or self.written == 0:
+            return None
+        keys, values, stored = (table[:, None, : self.written] for table in self.tables)
+        mask = None
+        if documents is not None:
+            mask = (stored.unsqueeze(-2) == documents[:, None, :, None]) & (stored.unsqueeze(-2) >= 0)
+        read = soft_read(queries, keys, values, mask=mask)
+        if not read.lse.requires_grad:
+            return read
+        guarded = _Intact.apply(self, self.tables, read.values, read.lse)  # type: ignore[no-untyped-call]
+        return replace(read, values=guarded[0], lse=guarded[1])
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.tables is not None:
+            self.tables = _each(function, self.tables)
+
+    def state(self, like: Tensor) -> dict[str, Tensor]:
+        tables = self.tables or _segment(0, self.rows, self.widths, like)
+        found = dict(zip(SEGMENT, tables, strict=True))
+        return found | {"written": torch.tensor(self.written, dtype=torch.int64, device=tables[0].device)}
+
+    def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
+        """Whether some token is of another document than 0."""
+        check_shape(f"state_dict[{name + 'written'!r}]", state["written"], ())
+        _check_segment(state, name, self.rows, self.widths)
+        tables = _copied(state, like)
+        self.written = int(state["written"])
+        self.tables = tables if len(tables[0]) else None
+        return bool((tables[2] != 0).any())
+
+
+class _Intact(torch.autograd.Function):
+    """The identity on a read's tensors; in backward, rows that it used must not have been overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, ring: _Ring, tables: Segment, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.ring, ctx.tables, ctx.limit = ring, tables, max(ring.written, ring.rows)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.ring.tables is ctx.tables and ctx.ring.written > ctx.limit:
+            raise StaleReadError(
+                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
+                "before the next segment, or make the layer with more rows"
+            )
+        return None, None, *grads
+
+
+class _Stores:
+    """The last tokens of every sequence in a store of its own, whose index finds the k best.
+
+    Tokens of document -1 do not enter: what is not to be seen takes no place.
+    """
+
+    needed: frozenset[str] = frozenset()
+
+    def __init__(self, rows: int, key_dim: int, value_dim: int, k: int) -> None:
+        self.rows, self.widths, self.k = rows, (key_dim, value_dim), k
+        self.clear()
+
+    def knows(self, name: str) -> bool:
+        return name.split(".")[0].isdigit()
+
+    def clear(self) -> None:
+        self.stores: list[SoftKVStore] = []
+
+    @property
+    def batch(self) -> int:
+        return len(self.stores)
+
+    def _made(self, batch: int, like: Tensor) -> list[SoftKVStore]:
+        # An index that is built while a sequence goes on has to be cheap; it pays early, for it is asked at once.
+        lists = 2 ** round(math.log2(2 * self.rows) / 2)
+        index = f"IVF{lists},Flat" if self.rows >= INDEXED_ROWS else "Flat"
+        return [
+            SoftKVStore(
+                *self.widths,
+                fields=("document",),
+                index=index,
+                capacity=self.rows,
+                evict="oldest",
+                device=like.device,
+                dtype=like.dtype,
+            )
+            for _ in range(batch)
+        ]
+
+    def forget(self, places: Tensor) -> None:
+        for place in places.unique().tolist():
+            if self.stores:
+                self.stores[place].delete(self.stores[place].ids)
+
+    def write(self, segment: Segment) -> None:
+        if not self.stores:
+            self.stores = self._made(len(segment[0]), segment[0])
+        for store, keys, values, documents in zip(self.stores, *segment, strict=True):
+            seen = documents >= 0
+            store.add(keys[seen], values[seen], fields={"document": documents[seen]})
+
+    def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
+        if not any(map(len, self.stores)):
+            return None
+        reads = []
+        for number, store in enumerate(self.stores):
+            where = None
+            if documents is not None:
+                wanted = documents[number].expand(queries.shape[2]).repeat(queries.shape[1]).unsqueeze(-1)
+                where = _of_document(wanted)
+            reads.append(store.read(queries[number], "topk", k=self.k, where=where))
+        return _stack(reads, 0)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores:
+            store._apply(function)
+
+    def state(self, like: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for number, store in enumerate(self.stores):
+            store.state_dict(destination=found, prefix=f"{number}.")
+        return found
+
+    def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
+        """Whether some token is of another document than 0."""
+        numbers = {int(key.split(".")[0]) for key in state}
+        stores = self._made(len(numbers), like)
+        for number, store in enumerate(stores):
+            start = f"{number}."
+            store.load_state_dict({key[len(start) :]: state[key] for key in state if key.startswith(start)})
+        self.stores = stores
+        return any(bool((store.rows.field("document")[store.rows.live_slots()] != 0).any()) for store in stores)
+
+
+def _of_document(wanted: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (B, 1)
+    return lambda row: row["document"] == wanted
+
+
+def _segment(batch: int, count: int, widths: tuple[int, int], like: Tensor) -> Segment:
+    """Keys, values and documents of nothing yet."""
+    keys, values = (torch.zeros(batch, count, width, dtype=like.dtype, device=like.device) for width in widths)
+    return keys, values, torch.zeros(batch, count, dtype=torch.int64, device=like.device)
+
+
+def _each(function: Callable[[Tensor], Tensor], segment: Segment) -> Segment:
+    keys, values, documents = segment
+    return function(keys), function(values), function(documents)
+
+
+def _copied(state: Mapping[str, Tensor], like: Tensor) -> Segment:
+    keys, values = (state[name].to(like.device, like.dtype, copy=True) for name in SEGMENT[:2])
+    return keys, values, state["documents"].to(like.device, torch.int64, copy=True)
+
+
+def _check_segment(state: Mapping[str, Tensor], name: str, count: int | None, widths: tuple[int, int]) -> None:
+    documents = state["documents"]
+    check_shape(f"state_dict[{name + 'documents'!r}]", documents, (None, count))
+    for part, width in zip(SEGMENT, widths, strict=False):
+        check_shape(f"state_dict[{name + part!r}]", state[part], (*documents.shape, width))
 
 
 def _attend(
@@ -610,7 +785,6 @@ def _attend(
     keys: Tensor,  # (batch, n, key_dim)
     values: Tensor,  # (batch, n, value_dim)
     documents: Tensor | None,
-    k: int | None,
     dtype: torch.dtype | None,
 ) -> Read:
     """What a segment and the past tell its queries; with ``dtype``, remember it in that."""
@@ -633,7 +807,7 @@ def _attend(
         own = documents[:, None, :, None]
         mask = mask & (own == documents[:, None, None, :]) & (own >= 0)
     read = soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
-    before = past.read(queries, documents, k)
+    before = past.read(queries, documents)
     if before is not None:
         read = merge([before, read])
     if dtype is not None and not repeats:
@@ -662,32 +836,6 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
     if given.numel() and int(given.min()) < -1:
         raise ArgumentError(f"documents: expected numbers of at least 0, or -1 for padding, got {int(given.min())}")
     return given
-
-
-def _guarded(read: Read, past: _Past) -> Read:
-    """``read``, such that its backward first checks that the rows it used are still there."""
-    if not read.lse.requires_grad:
-        return read
-    values, lse = _Intact.apply(past, past.tables, read.values, read.lse)  # type: ignore[no-untyped-call]
-    return replace(read, values=values, lse=lse)
-
-
-class _Intact(torch.autograd.Function):
-    """The identity on a read's tensors; in backward, rows that it used must not have been overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, past: _Past, tables: object, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.past, ctx.tables, ctx.limit = past, tables, max(past.written, past.rows)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        if ctx.past.tables is ctx.tables and ctx.past.written > ctx.limit:
-            raise StaleReadError(
-                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
-                "before the segment after next, or make the layer with more rows"
-            )
-        return None, None, *grads
 
 
 # -- values for pairs of keys ----------------------------------------------------------------------------
@@ -723,6 +871,13 @@ class ValueTable(nn.Embedding):
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
         if getattr(self, "track_usage", False):  # not within the constructor of an embedding
             self.reset_usage()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ValueTable:
+        total = self.total if self.track_usage else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if total is not None and self.total.dtype != total.dtype:
+            self.total = total.to(self.total.device)  # a sum over many reads: narrow numbers would stop rising
+        return self
 
     @property
     def usage(self) -> Usage:

@@ -67,8 +67,7 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, words)
         x = self.embedding(tokens)
         x = x + self.convolution(x.mT)[..., :-1].mT
-        scores: Tensor = self.scores(x + self.memory(x, write=self.remember))
-        return scores
+        return self.scores(x + self.memory(x, write=self.remember))
 
 
 def train(task: Task, remember: bool, steps: int) -> Model:
@@ -79,7 +78,7 @@ def train(task: Task, remember: bool, steps: int) -> Model:
         model.memory.reset()
         optimizer.zero_grad()
         for tokens, answers, _ in task.sequences():
-            loss = cross_entropy(model(tokens).flatten(0, 1), answers.flatten(), ignore_index=UNASKED)
+            loss = cross_entropy(model(tokens).mT, answers, ignore_index=UNASKED)
             loss.backward()  # before the next segment, so that no graph but that of one is held
         optimizer.step()
         schedule.step()

@@ -38,6 +38,7 @@ def test_an_example_is_short(example: Path) -> None:
 def test_every_example_is_run_here() -> None:
     assert [path.name for path in EXAMPLES] == [
         "associative_recall.py",
+        "digits_memory.py",
         "quickstart.py",
         "retrieval_in_training.py",
         "train_keys.py",
@@ -87,3 +88,16 @@ def test_associative_recall_needs_the_memory() -> None:
     assert earlier_without < 10
     assert every - every_without > 25
     assert right["16 segments, with memory"][0] - right["16 segments, without"][0] > 30
+
+
+def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    said = run("digits_memory.py", "--small").splitlines()
+    table = {line[:32].strip(): [float(cell) for cell in re.findall(r"[0-9.]+", line[32:])] for line in said[1:6]}
+    in_turn = {name: cells[2] for name, cells in table.items()}
+    assert table["hidden layer"][0] > 90
+    assert table["values trained, keys of all"][0] > 90
+    assert in_turn["values trained, keys of all"] > 85
+    assert in_turn["values trained, keys of all"] > in_turn["hidden layer"] + 30
+    assert in_turn["values trained, keys of 0 and 1"] > in_turn["hidden layer"] + 10

@@ -36,7 +36,13 @@ def test_an_example_is_short(example: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert [path.name for path in EXAMPLES] == ["quickstart.py", "retrieval_in_training.py", "train_keys.py"]
+    assert [path.name for path in EXAMPLES] == [
+        "associative_recall.py",
+        "digits_memory.py",
+        "quickstart.py",
+        "retrieval_in_training.py",
+        "train_keys.py",
+    ]
 
 
 def test_quickstart() -> None:
@@ -67,3 +73,31 @@ def test_train_keys_learns_with_an_index_that_keeps_up() -> None:
     assert all(recall > 0.9 and 0 < mass <= 1 for _, _, recall, mass, _ in table)
     before, after = re.findall(r"[0-9.]+", said[7])[:2]
     assert float(after) < 0.7 * float(before)
+
+
+def test_associative_recall_needs_the_memory() -> None:
+    pytest.importorskip("tqdm")
+    said = run("associative_recall.py", "--small").splitlines()
+    right = {line[:32].strip(): [float(cell) for cell in line[32:].split()] for line in said[1:5]}
+    (every, _, earlier), (every_without, same_without, earlier_without) = (
+        right[f"4 segments, {name}"] for name in ("with memory", "without")
+    )
+    assert every > 80
+    assert earlier > 80
+    assert same_without > 70  # it learned what it can
+    assert earlier_without < 10
+    assert every - every_without > 25
+    assert right["16 segments, with memory"][0] - right["16 segments, without"][0] > 30
+
+
+def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    said = run("digits_memory.py", "--small").splitlines()
+    table = {line[:32].strip(): [float(cell) for cell in re.findall(r"[0-9.]+", line[32:])] for line in said[1:6]}
+    in_turn = {name: cells[2] for name, cells in table.items()}
+    assert table["hidden layer"][0] > 90
+    assert table["values trained, keys of all"][0] > 90
+    assert in_turn["values trained, keys of all"] > 85
+    assert in_turn["values trained, keys of all"] > in_turn["hidden layer"] + 30
+    assert in_turn["values trained, keys of 0 and 1"] > in_turn["hidden layer"] + 10

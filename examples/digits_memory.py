@@ -1,10 +1,10 @@
 """Learn digits two classes at a time, never seeing the earlier ones again, and see what is left of them.
 
 A network that learns the digits 0 and 1, then 2 and 3, and so on, forgets what it learned first: each new image moves
-weights that all images use. A lookup in a memory with fixed keys moves only the values of the few rows that an image
-finds, and images of other digits find other rows. So it is in Träuble et al. 2023 (arXiv 2207.11240). That takes keys
-that cover the images: here they are random, or made of images of the first two digits, or of all, always without the
-labels. The last needs the images in advance: it is for tasks where labels come late, and images are at hand.
+weights that all images use. A memory with fixed keys moves only the values of the few rows that an image finds (as in
+Träuble et al. 2023, arXiv 2207.11240). How much that keeps is a matter of the keys, whether different digits find
+different rows: here they are random, or made of images of the first two digits, or of all, always without the labels.
+The last needs the images in advance: it is for tasks where labels come late and images are at hand.
 
 Beside it are the same memory with every part trained, and a network with one hidden layer and as many parameters.
 Needs scikit-learn; no download.

@@ -418,7 +418,7 @@ class ContextMemory(nn.Module):
             documents: Which document each sequence, or each token, belongs to: whole numbers, (batch,) or (batch, n).
                 Tokens see only those of their own document; -1 is padding, which sees nothing and is never seen. All
                 are of document 0 unless given.
-            write: Whether to remember the segment.
+            write: Whether to remember the segment. If none ever is, this is causal attention within segments alone.
             return_read: Whether to return the read as well, its leading shape (batch, heads, n).
 
         Returns:

@@ -39,6 +39,7 @@ def test_every_example_is_run_here() -> None:
     assert [path.name for path in EXAMPLES] == [
         "associative_recall.py",
         "digits_memory.py",
+        "memory_lm.py",
         "quickstart.py",
         "retrieval_in_training.py",
         "train_keys.py",
@@ -88,6 +89,19 @@ def test_associative_recall_needs_the_memory() -> None:
     assert earlier_without < 10
     assert every - every_without > 25
     assert right["16 segments, with memory"][0] - right["16 segments, without"][0] > 30
+
+
+def test_memory_lm_foretells_better_with_memories_at_equal_steps() -> None:
+    pytest.importorskip("tqdm")
+    header, *lines = run("memory_lm.py", "--small").splitlines()
+    assert header.split()[-6:] == ["80", "steps", "s", "3", "s", "steps"]
+    table = {line[:18].strip(): [float(cell.replace(",", "")) for cell in line[18:].split()] for line in lines}
+    parameters, read, after_steps = ({name: cells[column] for name, cells in table.items()} for column in range(3))
+    assert list(table) == ["no memory", "ContextMemory", "ProductKeyMemory", "both"]
+    assert parameters["ContextMemory"] == parameters["no memory"] < parameters["ProductKeyMemory"] / 4
+    assert read["no memory"] * 0.99 < read["both"] <= read["no memory"]
+    assert after_steps["both"] < 0.95 * after_steps["no memory"]
+    assert after_steps["ContextMemory"] < 0.97 * after_steps["no memory"]
 
 
 def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:

@@ -30,10 +30,12 @@ from torch.nn import functional as F
 
 from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.filters import Block, Selection
+from softdb.normalizers import GumbelNoise
 from softdb.rows import row_sparse
 from softdb.scores import prepare_keys, prepare_keys_backward
 
 __all__ = [
+    "BestRows",
     "Places",
     "Scan",
     "blend_at",
@@ -46,6 +48,7 @@ __all__ = [
     "gathered_scores",
     "is_narrow",
     "products_at",
+    "query_numbers",
     "scores_at",
     "top_k",
 ]
@@ -90,6 +93,7 @@ class Scan:
         dtype: The dtype to compute in.
         key_norm: Tells the largest norm of a key, for a bound on scores; None where it is to be found block by block.
         narrow: Whether the blend, not the scores, may be multiplied in the dtype of the values: see `is_narrow`.
+        noise: What is added to the scores.
     """
 
     metric: str
@@ -98,6 +102,7 @@ class Scan:
     dtype: torch.dtype
     key_norm: Callable[[], float] | None = None
     narrow: bool = False
+    noise: GumbelNoise | None = None
 
     def tiles(
         self, groups: int, queries: int, copied: int, k: int = 0, lanes: int = 1
@@ -140,7 +145,8 @@ class Scan:
 
         A thread that multiplies a part of the rows by itself shares no operand and no result with the others.
         """
-        return torch.get_num_threads() if query.shape[0] == 1 and query.device.type == "cpu" else 1
+        alone = query.shape[0] == 1 and query.device.type == "cpu" and self.noise is None
+        return torch.get_num_threads() if alone else 1
 
     def bound(self, query: Tensor) -> Callable[[Tensor], float]:  # (G, B, w)
         """A function that tells how large a score with the prepared keys of a block (g, C, w) can be.
@@ -148,7 +154,12 @@ class Scan:
         By Cauchy and Schwarz, so it is the product of the largest norms; infinity where looking for it does not pay.
         """
         known = self.metric == "cosine" or self.key_norm is not None
-        if self.metric == "l2" or not (known or 4 * query.shape[1] >= query.shape[2]) or query.numel() == 0:
+        if (
+            self.noise is not None
+            or self.metric == "l2"
+            or not (known or 4 * query.shape[1] >= query.shape[2])
+            or query.numel() == 0
+        ):
             return lambda operand: math.inf
         norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())
         if self.metric == "cosine":
@@ -171,9 +182,23 @@ class Scan:
         """The prepared keys of a block."""
         return prepare_keys(rows, self.metric, self.centre, self.dtype)
 
+    def disturb(self, scores: Tensor, block: Block, groups: slice, queries: slice) -> None:  # (g, b, C)
+        """Add the noise, if there is any, to scores of the ``queries`` of each of ``groups`` with a block's rows."""
+        if self.noise is not None:
+            device = scores.device
+            numbers = query_numbers(range(queries.start, queries.stop), range(groups.start, groups.stop), device)
+            slots = block.slots(torch.arange(block.count, device=device))
+            scores += self.noise.at(numbers, slots, scores.dtype)
+
     def operand_backward(self, grad: Tensor, rows: Tensor) -> Tensor:  # (g, C, operand width) -> (g, C, d)
         """The gradient of a block's keys, from that of its prepared keys."""
         return prepare_keys_backward(grad, rows, self.metric, self.centre)
+
+
+def query_numbers(queries: range, groups: range, device: torch.device) -> Tensor:  # -> (g, b)
+    """A number for each query of each group, by which its noise is told from that of others."""
+    within = torch.arange(queries.start, queries.stop, device=device)
+    return torch.arange(groups.start, groups.stop, device=device).unsqueeze(-1) * 2**40 + within
 
 
 class _Memory:
@@ -526,6 +551,7 @@ def _read_in_blocks(
         for queries in slices:
             part = query[groups, queries].expand(len(operand), -1, -1)
             scores = product(part, operand, even=best is not None)  # (g, b, C)
+            scan.disturb(scores, block, groups, queries)
             if not bound < LARGEST:  # an infinite key may give a score of -inf, which would pass for hidden
                 block.hide(scores, groups, queries, torch.inf)
                 lowest = torch.minimum(lowest, scores.amin())
@@ -715,6 +741,7 @@ def _gradients_in_blocks(
             fresh = 0.0 if queries.start == 0 else 1.0
             part = query[groups, queries].expand(len(operand), -1, -1)
             scores = product(part, operand)  # (g, b, C)
+            scan.disturb(scores, block, groups, queries)
             if shift is not None:
                 block.hide(scores, groups, queries, -torch.inf)
             weights = _exponentials(scores, None if shift is None else shift[groups, queries], scan.dtype)
@@ -880,6 +907,9 @@ def _read_densely(
         scores = scores[0] if groups == 1 else scores
     else:
         scores = _pairwise(query, operand)
+    if scan.noise is not None:
+        tiles = scores if groups > 1 else scores.unsqueeze(0)
+        scan.disturb(tiles, block, slice(0, groups), slice(0, tiles.shape[1]))
     if not is_finite(scores):
         _hide_all(scores, block, 0.0)
         check_scores(scores)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from softdb.blockwise import (
+    BestRows,
     Places,
     Scan,
     blend_at,
@@ -19,6 +21,7 @@ from softdb.blockwise import (
     gather_rows,
     gathered_scores,
     is_narrow,
+    query_numbers,
     scores_at,
 )
 from softdb.errors import (
@@ -38,10 +41,16 @@ from softdb.errors import (
     is_finite,
 )
 from softdb.filters import Selection
-from softdb.normalizers import check_normalizer, softmax, straight_through
+from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
 __all__ = ["Read", "merge", "soft_read", "topk_read"]
+
+# How many of the best rows are looked at for those that a sparse normalizer gives weight, and how many times as many
+# where that was not enough.
+FIRST_REACH, FURTHER = 32, 8
+# As many numbers of such rows are gathered: a GiB of float32.
+GATHERED_NUMBERS = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +134,9 @@ class Tables:
 
 def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
     """An exact read of prepared queries (M, w); everything in ``scan.dtype``."""
-    hard = normalizer == "straight_through"
+    if normalizer in SPARSE:
+        return _read_support(query, tables, scan, k, normalizer)
+    hard = is_hard(normalizer)
     values, lse, best = exact_read(query, tables.keys, tables.values, scan, tables.groups, k or int(hard))
     mass = torch.ones_like(lse) if scan.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
     if best is None:
@@ -138,29 +149,80 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
         return Read(values, None, None, None, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
-        again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
+        again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)  # noise has no gradient
         scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
-    total = weights.sum(-1)
-    mass = straight_through(total.clamp(max=1.0), total)
+    mass = _share(weights)
     if hard:
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     return Read(values, rows, weights, scores, lse, mass, normalizer=normalizer)
 
 
+def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
+    """An exact read that gives weight to some of the best rows only: they are found first, and then gathered."""
+    count = scan.selection.count
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
+    width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
+    reach = max(k or 1, min(FIRST_REACH, count))
+    lse, scores, rows = _best_rows(query, tables, scan, reach)
+    while True:
+        support = int((SPARSE[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
+        if len(query) * support * width > GATHERED_NUMBERS:
+            raise ArgumentError(
+                f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
+                f"{GATHERED_NUMBERS:,} numbers in all, got {len(query):,} queries with at least {support:,} rows of "
+                f"{width:,} numbers; lower the temperature, or read fewer queries at once"
+            )
+        # No row that was not found scores better than the last that was: if that has no weight, they have none.
+        if support < reach or reach >= count:
+            break
+        reach = min(FURTHER * reach, count)
+        with torch.no_grad():
+            _, scores, rows = _best_rows(query, tables, scan, reach)
+    rows = rows[:, : max(k or 1, support)]
+    everything = torch.ones(len(query), dtype=torch.bool, device=query.device)
+    # As of every exact read, gradients of the rows are dense.
+    read = read_candidates(query, replace(tables, sparse=False), scan, rows, normalizer, complete=everything)
+    if k is None or read.ids is None or read.weights is None or read.scores is None:
+        return Read(read.values, None, None, None, lse, read.mass, normalizer=normalizer)
+    ids, weights, scores = read.ids[:, :k], read.weights[:, :k], read.scores[:, :k]
+    return Read(read.values, ids, weights, scores, lse, _share(weights), normalizer=normalizer)
+
+
+def _best_rows(query: Tensor, tables: Tables, scan: Scan, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-sum-exp over all rows, and scores and numbers of the k best."""
+    _, lse, best = exact_read(query, tables.keys, tables.values.detach()[:, :0], scan, tables.groups, k)
+    scores, _, rows = cast(BestRows, best)
+    return lse, scores, rows
+
+
+def _share(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
+    """What weights come to, no more than 1."""
+    total = weights.sum(-1)
+    return straight_through(total.clamp(max=1.0), total)
+
+
 def read_candidates(
-    query: Tensor, tables: Tables, scan: Scan, rows: Tensor, normalizer: str, *, complete: Tensor
+    query: Tensor,
+    tables: Tables,
+    scan: Scan,
+    rows: Tensor,
+    normalizer: str,
+    *,
+    complete: Tensor,
+    best: bool = False,
 ) -> Read:
     """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
 
-    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen.
+    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
+    they are known to be the best of those: then no row with weight is missing where one of them has none.
     """
     places = Places(tables.place(rows))
     width = tables.values.shape[-1]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     lean = (
-        not wanted and not places.padded and tables.values.dtype == scan.dtype and normalizer == "softmax" and width > 0
+        not wanted and not places.padded and tables.values.dtype == scan.dtype and not is_hard(normalizer) and width > 0
     )
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
@@ -170,8 +232,15 @@ def read_candidates(
         scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
     else:
         scores = scores_at(query, tables.keys, places.numbers, scan)
+    if scan.noise is not None:
+        numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
+        scores = scores + scan.noise.at(numbers.flatten().unsqueeze(-1), rows, scan.dtype).squeeze(-2)
     weights, lse = softmax(scores)
     check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
+    if normalizer in SPARSE:
+        weights = SPARSE[normalizer](scores)
+        if best:
+            complete = complete | (weights.detach() == 0).any(-1)
     if lean:
         blend = blend_at(weights, tables.values, places.numbers)
     else:
@@ -183,7 +252,7 @@ def read_candidates(
     order = _best_first(scores.detach(), rows)
     rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
-    if normalizer == "straight_through":
+    if is_hard(normalizer):
         first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)  # 0 at padding
         blend = straight_through(first, blend)
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
@@ -235,6 +304,7 @@ def soft_read(
     mask: Tensor | None = None,  # (*batch, B, N)
     k: int | None = None,
     normalizer: str = "softmax",
+    generator: torch.Generator | None = None,
 ) -> Read:
     """Read in-graph keys and values exactly.
 
@@ -258,7 +328,11 @@ def soft_read(
         temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
         mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen.
         k: How many of the best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
-        normalizer: "softmax", or "straight_through": the best row's value forward, the blend's gradient backward.
+        normalizer: "softmax"; "straight_through": the best row's value forward, the blend's gradient backward;
+            "gumbel": the same for scores with noise, so that a row is drawn by its weight, and ``scores`` and ``lse``
+            are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but some of the best rows, which
+            are gathered. See `softdb.normalizers`.
+        generator: What "gumbel" draws from; torch's own if None.
 
     Returns:
         A `Read` whose ids are row numbers.
@@ -276,7 +350,7 @@ def soft_read(
         >>> soft_read(heads, heads, heads, mask=causal).values.shape
         torch.Size([2, 4, 10, 8])
     """
-    batch = _check_operands(query, keys, values, metric, temperature, normalizer)
+    batch = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
     if mask is not None:
@@ -288,7 +362,7 @@ def soft_read(
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
-        scan = Scan(metric, centre, selection, dtype, narrow=narrow)
+        scan = Scan(metric, centre, selection, dtype, narrow=narrow, noise=noise_for(normalizer, generator))
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         if not selection.shows_some_to_all:
             check_finite("query", query)  # else scores tell; but a hidden key still meets the gradient of its score
@@ -313,6 +387,7 @@ def topk_read(
     metric: Metric = "scaled_dot",
     temperature: float | Tensor = 1.0,
     normalizer: str = "softmax",
+    generator: torch.Generator | None = None,
 ) -> Read:
     """Read, for each query, only its own candidate rows.
 
@@ -331,7 +406,8 @@ def topk_read(
         candidates: Row numbers, (*batch, B, k) int64, each at most once per query; -1 is padding.
         metric: "dot", "scaled_dot", "cosine" or "l2".
         temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
-        normalizer: "softmax" or "straight_through".
+        normalizer: As for `soft_read`.
+        generator: What "gumbel" draws from; torch's own if None.
 
     Returns:
         A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate, else NaN: what the
@@ -349,7 +425,7 @@ def topk_read(
         >>> read.ids
         tensor([[ 0,  2, -1]])
     """
-    batch = _check_operands(query, keys, values, metric, temperature, normalizer)
+    batch = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     check_finite("query", query)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with full_precision(query.device):
@@ -357,7 +433,8 @@ def topk_read(
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
-        scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype)
+        noise = noise_for(normalizer, generator)
+        scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype, noise=noise)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         rows = fold.queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
@@ -507,11 +584,17 @@ def finish(read: Read, query: Tensor) -> Read:
 
 
 def _check_operands(
-    query: Tensor, keys: Tensor, values: Tensor, metric: str, temperature: float | Tensor, normalizer: str
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    metric: str,
+    temperature: float | Tensor,
+    normalizer: str,
+    generator: torch.Generator | None,
 ) -> tuple[int, ...]:
     """The batch shape of operands that pass."""
     check_choice("metric", metric, METRICS)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, generator)
     check_float_tensor("query", query, (-1, None, None))
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)

@@ -677,8 +677,11 @@ class Index:
         rows: RowTable,
         scan: Scan,
         k: int,
-    ) -> Tensor:  # (B, k)
-        """The slots of the k best rows of each query, as far as the index finds them; -1 where fewer may be seen."""
+    ) -> tuple[Tensor, bool]:  # (B, k)
+        """The slots of the k best rows of each query, as far as the index finds them; -1 where fewer may be seen.
+
+        And whether they are the best for certain.
+        """
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
@@ -690,7 +693,7 @@ class Index:
         try:
             few = selection.shared_count <= max(4 * k, FEW * len(rows))
             if base is None or few or len(query) == 0 or _costs_more(base, len(query)):
-                return exact_top_k(operand, keys, scan, k)[1]
+                return exact_top_k(operand, keys, scan, k)[1], True
             found = self._search_base(base, query, rows, scan, k)  # (B, c)
             if len(pending):
                 visible = Scan(scan.metric, scan.centre, selection.among(pending), scan.dtype)
@@ -702,7 +705,7 @@ class Index:
                 short = ((~missing).sum(-1) < k).nonzero().squeeze(-1)
                 rest = Scan(scan.metric, scan.centre, selection.take(short), scan.dtype)
                 found[short] = exact_top_k(operand[short], keys, rest, k)[1]
-            return found
+            return found, False
         finally:
             self._search_seconds += time.perf_counter() - started
 

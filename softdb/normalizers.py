@@ -2,34 +2,52 @@
 
 ======================  ==========================================================================
 softmax                 exp(score) / sum of exp(score)
+sparsemax               max(score - t, 0), t such that they sum to 1: 0 for all but the best rows
+entmax15                max(score / 2 - t, 0) ** 2, likewise: between softmax and sparsemax
 straight_through        forward: 1 for the best row, 0 for the rest; backward: that of softmax
-gumbel, sparsemax,      not there yet: asking for one is a NotImplementedError
-entmax15
+gumbel                  straight_through, of scores with noise: a row drawn by its softmax weight
 ======================  ==========================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from softdb.errors import check_choice
+from softdb.errors import ArgumentError, check_choice
 
-__all__ = ["NORMALIZERS", "check_normalizer", "softmax", "straight_through"]
+__all__ = [
+    "NORMALIZERS",
+    "SPARSE",
+    "GumbelNoise",
+    "check_normalizer",
+    "entmax15",
+    "is_hard",
+    "noise_for",
+    "softmax",
+    "sparsemax",
+    "straight_through",
+]
 
 NORMALIZERS = ("softmax", "straight_through", "gumbel", "sparsemax", "entmax15")
 
 
-def check_normalizer(name: str) -> None:
-    """Raise unless ``name`` is a normalizer that exists."""
+def check_normalizer(name: str, generator: torch.Generator | None = None) -> None:
+    """Raise unless ``name`` is a normalizer that exists, and draws from a ``generator`` if there is one."""
     check_choice("normalizer", name, NORMALIZERS)
-    if name not in ("softmax", "straight_through"):
-        raise NotImplementedError(
-            f"normalizer: {name!r} is planned and not there yet; use 'softmax' or 'straight_through'"
-        )
+    if generator is None or name == "gumbel":
+        return
+    raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
+
+
+def is_hard(name: str) -> bool:
+    """Whether forward gives one row weight 1, and backward has the gradient of a softmax."""
+    return name in ("straight_through", "gumbel")
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:  # (..., k) -> (..., k), (...,)
@@ -64,3 +82,167 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """``hard`` forward, bit for bit; the gradient goes to ``soft`` (Bengio et al. 2013, arXiv 1308.3432)."""
     result: Tensor = _StraightThrough.apply(hard.detach(), soft)  # type: ignore[no-untyped-call]
     return result
+
+
+# -- sparse ----------------------------------------------------------------------------------------------
+
+
+def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
+    """The point of the probability simplex that is nearest to ``scores``: many of its weights are 0.
+
+    Equal to ``(scores - t).clamp(min=0)`` with the t for which that sums to 1. t lies less than 1 below the largest
+    score. A score of -inf gets weight 0; where every score is -inf all weights are 0. Twice differentiable.
+
+    Source: Martins & Astudillo 2016 (arXiv 1602.02068), equations 2 and 14, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from softdb.normalizers import sparsemax
+        >>> sparsemax(torch.tensor([2.0, 1.5, 0.0, -torch.inf]))
+        tensor([0.7500, 0.2500, 0.0000, 0.0000])
+    """
+    weights: Tensor = _Sparsemax.apply(scores)  # type: ignore[no-untyped-call]
+    return weights
+
+
+def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
+    """Between `softmax` and `sparsemax`: weights fall off smoothly, and are 0 from some score on.
+
+    Equal to ``(scores / 2 - t).clamp(min=0) ** 2`` with the t for which that sums to 1: the 1.5-entmax. A score that
+    lies 2 or more below the largest has weight 0, as has one of -inf; where every score is -inf all weights are 0.
+    Twice differentiable.
+
+    Source: Peters, Niculae & Martins 2019 (arXiv 1905.05702), equation 7, algorithm 2.
+
+    Example:
+        >>> import torch
+        >>> from softdb.normalizers import entmax15
+        >>> entmax15(torch.tensor([2.0, 2.0, -1.0, -torch.inf]))
+        tensor([0.5000, 0.5000, 0.0000, 0.0000])
+    """
+    weights: Tensor = _Entmax15.apply(scores)  # type: ignore[no-untyped-call]
+    return weights
+
+
+SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"sparsemax": sparsemax, "entmax15": entmax15}
+
+
+def _below_largest(scores: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Scores less their largest, no further below than ``reach``, from where weights are 0; and where all are -inf."""
+    largest = scores.amax(-1, keepdim=True)
+    empty = largest == -torch.inf
+    return (scores - largest.masked_fill(empty, 0.0)).clamp(min=-reach), empty
+
+
+class _Sparsemax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor) -> Tensor:
+        if scores.shape[-1] == 0:
+            weights = scores.clone()
+        else:
+            z, empty = _below_largest(scores, 1.0)
+            ordered = z.sort(dim=-1, descending=True).values
+            count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+            excess = ordered.cumsum(-1) - 1
+            support = (count * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # no NaN is to be an index
+            threshold = excess.gather(-1, support - 1) / support
+            weights = (z - threshold).clamp_(min=0).masked_fill_(empty, 0.0)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return _through(grads[0], (weights > 0).to(weights.dtype))
+
+
+class _Entmax15(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor) -> Tensor:
+        if scores.shape[-1] == 0:
+            weights = scores.clone()
+        else:
+            z, empty = _below_largest(scores, 2.0)
+            z = z / 2
+            ordered = z.sort(dim=-1, descending=True).values
+            count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+            mean = ordered.cumsum(-1) / count
+            scatter = count * (ordered.square().cumsum(-1) / count - mean.square())
+            thresholds = mean - ((1 - scatter) / count).clamp(min=0).sqrt()
+            support = (thresholds <= ordered).sum(-1, keepdim=True).clamp(min=1)
+            weights = (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_().masked_fill_(empty, 0.0)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        seen = weights > 0
+        slopes = torch.where(seen, weights, 1.0).sqrt()  # so that a second derivative meets no root of 0
+        return _through(grads[0], torch.where(seen, slopes, 0.0))
+
+
+def _through(gradient: Tensor, slopes: Tensor) -> Tensor:
+    """Of weights ``f(score - t)`` that sum to 1, back to the scores; ``slopes`` are those of f."""
+    total = slopes.sum(-1, keepdim=True)
+    mean = (gradient * slopes).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    return slopes * (gradient - mean)
+
+
+# -- chance ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GumbelNoise:
+    """Noise for the score of each query with each row: of scores with it, the largest is a draw from their softmax.
+
+    ``-log(-log(u))`` of a uniform u that is a hash of seed, query and row. So it is the same in every block, forward
+    and backward, and never held.
+
+    Attributes:
+        seed: What it is drawn by, an int64.
+
+    Source: Gumbel 1954; Maddison, Tarlow & Minka 2014 (arXiv 1411.0030). The hash is SplitMix64 (Steele, Lea & Flood
+    2014, doi 10.1145/2660193.2660195).
+    """
+
+    seed: int
+
+    @classmethod
+    def draw(cls, generator: torch.Generator | None) -> GumbelNoise:
+        """Noise whose seed comes from ``generator``, or from torch's own."""
+        device = "cpu" if generator is None else generator.device
+        return cls(int(torch.randint(2**62, (), generator=generator, device=device)))
+
+    def at(self, queries: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:  # (..., b), (..., C) -> (..., b, C)
+        """The noise of queries with rows, each given by its number; an own list of rows for each query is (b, 1, k)."""
+        query_hash = _mixed(queries * _GOLDEN + self.seed).unsqueeze(-1)
+        row_hash = _mixed(rows * _GOLDEN + ~self.seed).unsqueeze(-2)
+        bits = _mixed(query_hash + row_hash)
+        uniform = (bits >> 11).bitwise_and_(2**53 - 1).to(dtype).mul_(2.0**-53)
+        # The large ones come of u near 1, so it is 1 - u that is exact there.
+        uniform.clamp_(min=2.0**-54, max=1 - torch.finfo(dtype).eps / 2)
+        return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FACTORS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Numbers whose bits all depend on all bits of those given: the last steps of SplitMix64."""
+    for shift, factor in _FACTORS:
+        high = (numbers >> shift).bitwise_and_(2 ** (64 - shift) - 1)  # torch repeats the sign where it shifts
+        numbers = high.bitwise_xor_(numbers)
+        if factor != 1:
+            numbers = numbers.mul_(factor)
+    return numbers
+
+
+def noise_for(normalizer: str, generator: torch.Generator | None) -> GumbelNoise | None:
+    """The noise of a read, if its normalizer has any."""
+    return GumbelNoise.draw(generator) if normalizer == "gumbel" else None

@@ -32,7 +32,7 @@ from softdb.errors import (
 from softdb.filters import Selection, Where, select
 from softdb.functional import Read, Tables, answer_dtype, finish, read_candidates, read_exactly, transform
 from softdb.index import Index, IndexConfig, IndexStats
-from softdb.normalizers import check_normalizer
+from softdb.normalizers import check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
@@ -469,10 +469,14 @@ class SoftKVStore(nn.Module):
                 hides nothing.
             temperature: Divides the scores instead of the store's: a number above 0, or a tensor, with gradient,
                 broadcastable to the query's leading shape.
-            normalizer: "softmax", or "straight_through": hard forward, soft backward over the rows considered.
+            normalizer: From scores to weights, over the rows considered: "softmax"; "straight_through": hard forward,
+                soft backward; "gumbel": the same for scores with noise, so that a row is drawn by its weight, and
+                ``scores`` and ``lse`` are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but
+                some of the best rows. In topk mode ``mass`` is 1 where those are known to be among the candidates; in
+                exact mode they are found and gathered, and too many are an ArgumentError. See `softdb.normalizers`.
             tail_samples: How many rows outside the candidates to sample; not there yet.
             tolerance: The relative error that ``values`` may have; not there yet.
-            generator: The source of what is random; nothing is yet.
+            generator: What "gumbel" draws from; torch's own if None.
 
         Returns:
             A `Read`.
@@ -480,7 +484,7 @@ class SoftKVStore(nn.Module):
         Raises:
             ArgumentError: A mode does not use an argument that was given, or it is out of range.
             ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
-            NotImplementedError: A normalizer, ``tail_samples`` or ``tolerance`` that is planned.
+            NotImplementedError: ``tail_samples`` or ``tolerance``, which are planned.
             StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
                 unless it evicts one of those.
 
@@ -518,7 +522,8 @@ class SoftKVStore(nn.Module):
             operand = prepare_query(query, self.metric, chosen, centre, dtype)
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
-            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow)
+            noise = noise_for(normalizer, generator)
+            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow, noise)
             tables = Tables(keys, values, sparse=self.trainable and self.sparse_grad)
             if mode == "exact":
                 try:
@@ -528,9 +533,9 @@ class SoftKVStore(nn.Module):
                     raise
                 used = selection.shared
             else:
-                slots = self._candidates(query, operand, scan, k)
+                slots, best = self._candidates(query, operand, scan, k)
                 complete = self._complete(slots, selection)
-                read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete)
+                read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete, best=best)
                 used = slots.flatten()
         if mode == "hard":
             read = replace(read, normalizer="hard")
@@ -569,13 +574,14 @@ class SoftKVStore(nn.Module):
             self._key_norm = (self.rows.version, norm)
         return norm
 
-    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> Tensor:  # (B, k) slots
+    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> tuple[Tensor, bool]:
+        """Slots (B, k), and whether they are known to be the best."""
         keys = self.keys.detach()
         if k is None:
-            return exact_top_k(operand, keys, scan, 1)[1]
+            return exact_top_k(operand, keys, scan, 1)[1], True
         wanted = max(1, min(k, len(self.rows)))
-        slots = self._index.search(query.reshape(-1, self.key_dim), operand, keys, self.rows, scan, wanted)
-        return nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1)
+        slots, best = self._index.search(query.reshape(-1, self.key_dim), operand, keys, self.rows, scan, wanted)
+        return nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1), best
 
     def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)
         """For which queries the candidates are all the rows that may be seen, as far as is known."""
@@ -966,11 +972,10 @@ def check_options(
     if mode != "topk":
         _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail")
         _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing")
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, generator)
     if tail_samples != 0 or tolerance is not None:
         name = "tail_samples" if tail_samples != 0 else "tolerance"
         raise NotImplementedError(f"{name}: planned and not there yet; use a larger k, or mode='exact'")
-    _refuse(generator is not None, "generator", f"nothing is random in {mode} mode with {normalizer!r}")
     if mode == "topk" and k is None:
         raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it")
     return None if k is None else check_positive("k", k)

@@ -106,6 +106,8 @@ HOW = {
     "exact, hard forward": {"k": 3, "normalizer": "straight_through"},
     "topk": {"mode": "topk", "k": 4},
     "topk, hard forward": {"mode": "topk", "k": 4, "normalizer": "straight_through"},
+    "exact, sparse": {"k": 3, "normalizer": "sparsemax"},
+    "topk, sparse": {"mode": "topk", "k": 4, "normalizer": "entmax15"},
     "more than rows": {"mode": "topk", "k": 40},
     "hard": {"mode": "hard"},
     "temperature": {"temperature": torch.tensor([0.5, 1.0, 2.0, 0.7])},
@@ -359,8 +361,8 @@ def test_errors_are_those_of_the_read() -> None:
         run(temperature=-1.0)
     with pytest.raises(UnknownIdError, match="where: expected ids of rows in the store"):
         run(where=torch.tensor([99]))
-    with pytest.raises(NotImplementedError, match="gumbel"):
-        run(normalizer="gumbel")
+    with pytest.raises(ArgumentError, match="normalizer: expected one of"):
+        run(normalizer="relu")
 
 
 # What Dynamo does with a tensor that crosses a graph break.

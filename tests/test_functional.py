@@ -13,8 +13,9 @@ from contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, l
 from torch import Tensor
 
 import softdb
-from softdb import blockwise
+from softdb import blockwise, functional
 from softdb.functional import merge, soft_read, topk_read
+from softdb.normalizers import SPARSE, GumbelNoise
 
 
 def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:
@@ -323,6 +324,150 @@ def test_straight_through_is_hard_forward_and_soft_backward() -> None:
         assert torch.allclose(mine, other)
 
 
+# -- other normalizers -----------------------------------------------------------------------------------
+
+
+def dense_read(problem: Problem, normalizer: str) -> tuple[Tensor, Tensor]:
+    """Values and weights of a sparse normalizer over all rows."""
+    found = reference.scores(problem.query, problem.keys, problem.metric, problem.temperature)
+    if problem.visible is not None:
+        found = found.masked_fill(~problem.visible, -math.inf)
+    weights = SPARSE[normalizer](found)
+    return weights @ problem.values, weights
+
+
+@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("rows", [1, 31, 123, 1000])
+@pytest.mark.parametrize("metric", METRICS)
+def test_sparse_reads_equal_the_dense_ones(metric: str, rows: int, scale: float, normalizer: str) -> None:
+    problem = Problem.random(rows=rows, metric=metric, scale=scale, dtype=torch.float64)
+    torch.manual_seed(0)
+    problem.visible = torch.rand(5, rows) < 0.7
+    problem.visible[1] = False
+    how = {"metric": metric, "temperature": problem.temperature, "mask": problem.visible, "normalizer": normalizer}
+    read = soft_read(problem.query, problem.keys, problem.values, **how)
+    values, weights = dense_read(problem, normalizer)
+    leaves = [problem.query, problem.keys, problem.values, problem.temperature]
+    upstream = torch.randn_like(values)
+    assert largest_error(read.values, values) < 1e-8
+    assert largest_error(read.lse, problem.answer().lse) < 1e-8
+    ours = torch.autograd.grad((read.values * upstream).sum(), leaves, allow_unused=True)
+    wanted = torch.autograd.grad((values * upstream).sum(), leaves, allow_unused=True)
+    for mine, other in zip(ours, wanted, strict=True):
+        assert largest_error(mine, other) < 1e-6 * max(1.0, float(other.abs().max()))
+    assert read.ids is read.weights is None
+    some = soft_read(problem.query, problem.keys, problem.values, k=4, **how)
+    assert largest_error(some.values, values) < 1e-8
+    assert some.ids.shape == some.weights.shape == some.scores.shape == (5, 4)
+    picked = weights.gather(1, some.ids.clamp(min=0)).masked_fill(some.ids < 0, 0.0)
+    assert largest_error(some.weights, picked) < 1e-8
+    assert largest_error(some.mass, weights.sort(-1, descending=True).values[:, :4].sum(-1)) < 1e-8
+    assert some.values[1].abs().max() == some.mass[1] == 0
+    assert some.lse[1] == -math.inf
+
+
+@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+def test_sparse_reads_of_groups(normalizer: str) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 300, 8), torch.randn(2, 1, 300, 2)
+    weights = SPARSE[normalizer](3 * query @ keys.mT / math.sqrt(8))
+    read = soft_read(query, keys, values, temperature=1 / 3, normalizer=normalizer, k=2)
+    assert largest_error(read.values, weights @ values) < 1e-5
+    assert largest_error(read.weights, weights.topk(2).values) < 1e-5
+
+
+@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "GATHERED_NUMBERS", 10_500)
+    problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
+    with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
+        soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
+    with torch.no_grad():  # then keys and values need not be held
+        soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
+    soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer, temperature=1e-3)
+
+
+def test_topk_read_knows_the_mass_of_sparse_weights_only_where_all_rows_are_candidates() -> None:
+    problem = Problem.random(rows=50, scale=100.0)
+    best = reference.best(problem.answer().scores, 20)
+    some = topk_read(problem.query, problem.keys, problem.values, best, normalizer="sparsemax")
+    assert some.mass.isnan().all()
+    wanted, _ = dense_read(problem, "sparsemax")
+    assert largest_error(some.values, wanted) < 1e-5
+    every = torch.arange(50).expand(5, -1)
+    assert (topk_read(problem.query, problem.keys, problem.values, every, normalizer="entmax15").mass == 1).all()
+
+
+@pytest.mark.parametrize("rows", [7, 5001])
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_gumbel_is_straight_through_of_scores_with_noise(metric: str, k: int | None, rows: int) -> None:
+    problem = Problem.random(queries=40, rows=rows, metric=metric, dtype=torch.float64)
+    operands = problem.query, problem.keys, problem.values
+    how = {"metric": metric, "normalizer": "gumbel", "k": k}
+    read = soft_read(*operands, generator=torch.Generator().manual_seed(1), **how)
+    noise = GumbelNoise.draw(torch.Generator().manual_seed(1)).at(torch.arange(40), torch.arange(rows), torch.float64)
+    found = reference.scores(problem.query, problem.keys, metric) + noise
+    soft = torch.softmax(found, -1)
+    assert torch.equal(read.values, problem.values[found.argmax(-1)])
+    assert largest_error(read.lse, found.logsumexp(-1)) < 1e-9
+    wanted = torch.autograd.grad((soft @ problem.values).sin().sum() + found.logsumexp(-1).sum(), operands)
+    upstream = (soft @ problem.values).cos().detach()
+    ours = torch.autograd.grad((read.values * upstream).sum() + read.lse.sum(), operands)
+    for mine, other in zip(ours, wanted, strict=True):
+        assert largest_error(mine, other) < 1e-8
+    if k is not None:
+        assert torch.equal(read.ids, reference.best(found, k))
+        assert largest_error(read.scores, found.gather(1, read.ids)) < 1e-9
+        assert torch.equal(read.weights[:, 0], torch.ones(40))
+        assert largest_error(read.mass, soft.gather(1, read.ids).sum(-1)) < 1e-9
+    candidates = torch.arange(rows).expand(40, -1)
+    same = topk_read(
+        *operands, candidates, metric=metric, normalizer="gumbel", generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(same.values, read.values)
+    again = torch.autograd.grad((same.values * upstream).sum() + same.lse.sum(), operands)
+    for mine, other in zip(again, wanted, strict=True):
+        assert largest_error(mine, other) < 1e-8
+    other = soft_read(*operands, generator=torch.Generator().manual_seed(2), **how)
+    assert not torch.equal(other.values, read.values)
+
+
+def test_gumbel_in_groups_draws_for_each_query_anew() -> None:
+    keys, values = torch.zeros(3, 2, 50, 4), torch.arange(50.0).expand(3, 2, -1).unsqueeze(-1)
+    drawn = soft_read(torch.zeros(3, 2, 9, 4), keys, values, normalizer="gumbel").values.flatten()
+    assert drawn.unique().numel() > 20
+    assert not torch.equal(drawn[:9], drawn[9:18])
+
+
+@pytest.mark.parametrize("rows", [11, 1003])
+def test_gumbel_draws_rows_by_their_softmax_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "TILE_ELEMENTS", 2**16)
+    torch.manual_seed(0)
+    query, keys = torch.randn(1, 8), torch.randn(rows, 8)
+    wanted = 100_000 * torch.softmax(2 * query @ keys.mT / math.sqrt(8), -1)[0].double()
+    generator = torch.Generator().manual_seed(5)
+    counts = torch.zeros(rows, dtype=torch.float64)
+    for _ in range(10):
+        drawn = soft_read(
+            query.expand(10_000, -1),
+            keys,
+            torch.arange(rows, dtype=torch.float32).unsqueeze(-1),
+            temperature=0.5,
+            normalizer="gumbel",
+            generator=generator,
+        ).values
+        counts += torch.bincount(drawn.flatten().long(), minlength=rows)
+    often = wanted >= 5
+    observed, expected = counts[often], wanted[often]
+    if not bool(often.all()):
+        observed = torch.cat([observed, counts[~often].sum()[None]])
+        expected = torch.cat([expected, wanted[~often].sum()[None]])
+    chi_squared, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert abs(chi_squared - freedom) < 4 * math.sqrt(2 * freedom)
+
+
 def test_no_score_matrix_is_held() -> None:
     peak = 0
     query, keys, values = (torch.randn(n, 8, requires_grad=True) for n in (300, 20_000, 20_000))
@@ -445,7 +590,7 @@ BAD_READS = [
     (dict(k=0), softdb.ArgumentError, "k: expected an integer of at least 1, got 0"),
     (dict(k=1.5), softdb.DtypeError, "k: expected an integer, got float 1.5"),
     (dict(normalizer="relu"), softdb.ArgumentError, "normalizer: expected one of 'softmax'"),
-    (dict(normalizer="entmax15"), NotImplementedError, "normalizer: 'entmax15' is planned"),
+    (dict(normalizer="entmax15", generator=torch.Generator()), softdb.ArgumentError, "generator: expected nothing"),
 ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore
+from softdb.normalizers import SPARSE
 from softdb.rows import RowTable
 
 
@@ -188,6 +189,55 @@ def test_straight_through(mode: str) -> None:
     for mine, wanted in zip(ours, others, strict=True):
         assert torch.allclose(mine.to_dense(), wanted.to_dense())
     assert (hard.lse == soft.lse).all()
+
+
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "gumbel"])
+def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
+    problem = Problem.random(rows=50, dtype=torch.float64)
+    store = store_of(problem, trainable=True)
+    store.delete([3, 7])
+    leaves = [problem.query, store.keys, store.values]
+
+    def read(**how: object) -> tuple[softdb.Read, tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(1) if normalizer == "gumbel" else None
+        found = store.read(
+            problem.query, normalizer=normalizer, generator=generator, where=lambda row: row["id"] != 9, **how
+        )
+        gradients = torch.autograd.grad(found.values.square().sum() + found.lse.sum(), leaves)
+        return found, tuple(gradient.to_dense() for gradient in gradients)
+
+    exact, wanted = read(k=50)
+    topk, ours = read(mode="topk", k=50)
+    assert torch.allclose(exact.values, topk.values)
+    assert torch.equal(exact.ids, topk.ids)
+    assert not torch.isin(torch.tensor([3, 7, 9]), exact.ids).any()
+    assert torch.allclose(exact.weights, topk.weights)
+    assert torch.allclose(exact.lse, topk.lse)
+    assert (topk.mass == 1).all()
+    for mine, other in zip(ours, wanted, strict=True):
+        assert torch.allclose(mine, other)
+    assert exact.normalizer == topk.normalizer == normalizer
+
+
+def test_mass_tells_whether_the_candidates_hold_all_sparse_weight() -> None:
+    problem = Problem.random(rows=2000)
+    store = store_of(problem)
+    support = (SPARSE["sparsemax"](problem.answer().scores) > 0).sum(-1)
+    assert int(support.min()) < int(support.max())
+    k = int(support.max())  # one query's candidates all have weight, so there might be more
+    mass = store.read(problem.query, "topk", k=k, normalizer="sparsemax").mass
+    assert torch.equal(mass == 1, support < k)
+    assert mass[support >= k].isnan().all()
+    sure = store.read(problem.query, "topk", k=k + 1, normalizer="sparsemax")
+    assert (sure.mass == 1).all()
+    assert torch.allclose(sure.values, store.read(problem.query, normalizer="sparsemax").values, atol=1e-6)
+
+
+def test_an_approximate_index_does_not_vouch_for_sparse_weights() -> None:
+    problem = Problem.random(rows=5000, scale=1000.0)
+    store = store_of(problem, index="IVF32,Flat")
+    store.build_index()
+    assert store.read(problem.query, "topk", k=40, normalizer="sparsemax").mass.isnan().all()
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
@@ -463,7 +513,7 @@ BAD_READS = [
     (dict(generator=torch.Generator()), softdb.ArgumentError, "generator: expected nothing"),
     (dict(mode="topk", k=2, tail_samples=5), NotImplementedError, "tail_samples: planned"),
     (dict(mode="topk", tolerance=0.1), NotImplementedError, "tolerance: planned"),
-    (dict(normalizer="gumbel"), NotImplementedError, "normalizer: 'gumbel' is planned"),
+    (dict(mode="hard", normalizer="gumbel"), softdb.ArgumentError, "normalizer: expected nothing"),
     (dict(temperature=-1.0), softdb.ArgumentError, "temperature: expected a finite number above 0, got -1.0"),
     (dict(temperature=torch.ones(3)), softdb.ShapeError, "temperature: "),
     (dict(where=[0]), softdb.DtypeError, "where: expected a bool tensor in the order of store.ids"),

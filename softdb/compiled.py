@@ -23,10 +23,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.blockwise import blend_at, blend_back, products_at
-from softdb.errors import ArgumentError, StaleReadError
+from softdb.errors import ArgumentError, NonFiniteError, StaleReadError, is_finite
 from softdb.functional import Read, answer_dtype
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
@@ -442,6 +443,11 @@ def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
 
 @torch.library.custom_op("softdb::blend", mutates_args=())
 def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    if not is_finite(weights):
+        raise NonFiniteError(
+            "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "
+            "(did training diverge?)"
+        )
     return blend_at(weights, values, numbers)
 
 
@@ -500,5 +506,12 @@ def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> 
     The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
     of the rows in ``numbers``, none of which is -1.
     """
+    if not torch.compiler.is_compiling() and any(map(_has_tangent, (weights, values))):
+        # torch would go on without the tangent, as if nothing depended on its tensor.
+        raise NotImplementedError("x: expected no forward-mode tangent, since the layer has no forward-mode derivative")
     result: Tensor = torch.ops.softdb.blend.default(weights, values, numbers, sparse)
     return result
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None

@@ -26,9 +26,11 @@ from softdb.errors import (
     ArgumentError,
     DtypeError,
     ShapeError,
+    SoftDBError,
     StaleReadError,
     check_choice,
     check_float_tensor,
+    check_ids,
     check_positive,
     check_shape,
     describe,
@@ -88,7 +90,7 @@ class _Queries(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         queries: Tensor = self.projection(x)
         if isinstance(self.norm, nn.BatchNorm1d):
-            queries = self.norm(queries.flatten(0, -2)).view_as(queries)
+            queries = self.norm(queries.reshape(-1, queries.shape[-1])).view_as(queries)
         queries = queries.unflatten(-1, self.shape)
         return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
 
@@ -296,6 +298,9 @@ def _fill(store: SoftKVStore, deviation: float) -> None:
         store.add(
             store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
         )
+    else:
+        # Not the rows that were: nothing is to be remembered of those.
+        store.revive(store.ids, store.get(store.ids).keys, store.get(store.ids).values)
     store.keys.normal_()
     store.values.normal_(std=deviation)
 
@@ -393,16 +398,20 @@ class ContextMemory(nn.Module):
         """Forget: all sequences, after which another number of them may come, or those at some places in the batch.
 
         Args:
-            sequences: Their places, (m,) int64; None for all.
+            sequences: Their places, (m,) int64, or a mask of them, (batch,) bool; None for all.
 
         Raises:
             ArgumentError: There is no such sequence.
+            DtypeError, ShapeError: ``sequences`` is not as above.
         """
         if sequences is None:
             self._past.clear()
             return
-        places = torch.as_tensor(sequences, dtype=torch.int64, device="cpu").reshape(-1)
-        if len(places) and not (int(places.min()) >= 0 and int(places.max()) < self._past.batch):
+        if isinstance(sequences, Tensor) and sequences.dtype == torch.bool:
+            check_shape("sequences", sequences, (self._past.batch,))
+            sequences = sequences.nonzero().squeeze(-1)
+        places = check_ids("sequences", sequences, repeats=True).reshape(-1)
+        if len(places) and int(places.max()) >= self._past.batch:
             raise ArgumentError(
                 f"sequences: expected places in a batch of {self._past.batch}, got {places.tolist()[:5]}"
             )
@@ -417,7 +426,7 @@ class ContextMemory(nn.Module):
             x: A segment of every sequence, (batch, n, dim).
             documents: Which document each sequence, or each token, belongs to: whole numbers, (batch,) or (batch, n).
                 Tokens see only those of their own document; -1 is padding, which sees nothing and is never seen. All
-                are of document 0 unless given.
+                are of document 0 unless given. Padding takes the room of tokens, but in a memory with ``k``.
             write: Whether to remember the segment. If none ever is, this is causal attention within segments alone.
             return_read: Whether to return the read as well, its leading shape (batch, heads, n).
 
@@ -455,7 +464,8 @@ class ContextMemory(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._past.state(self.values.weight).items():
-            destination[f"{prefix}past.{name}"] = tensor
+            # A copy: what goes on is written over the same rows, and half of that would be in what was saved.
+            destination[f"{prefix}past.{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(
         self,
@@ -475,8 +485,18 @@ class ContextMemory(nn.Module):
         missing_keys += [start + name for name in sorted(missing)]
         unexpected = {name for name in given if not self._past.knows(name)}
         unexpected_keys += [start + name for name in sorted(unexpected)]
-        if not missing:
-            self._past.load({name: given[name] for name in given if name not in unexpected}, start, self.values.weight)
+        if missing:
+            return
+        # What torch assigns it assigns after this, so that the parameter to go by may still be the old one.
+        like = self.values.weight
+        if local_metadata.get("assign_to_params_buffers", False):
+            like = state_dict.get(f"{prefix}values.weight", like)
+        try:
+            self._past.load({name: given[name] for name in given if name not in unexpected}, start, like)
+        except (SoftDBError, RuntimeError) as error:
+            error_msgs.append(
+                f"{error}; to load weights alone, leave out what starts with {start!r}, with strict=False"
+            )
 
 
 class _Past:
@@ -487,13 +507,18 @@ class _Past:
         recent: Keys, values and documents, (batch, n, ...), of the segment that waits. Were it to enter at once, it
             would take the place of rows that the backward of its own forward still needs.
         mixed: Whether some token may be of another document than 0.
+        version: How often what has entered has changed.
+        asked: The keys of the last segment, and the version that it met.
     """
 
     def __init__(self, tokens: _Ring | _Stores) -> None:
         self.tokens = tokens
+        self.version = 0
+        self.asked: tuple[Tensor, int] | None = None
         self.clear()
 
     def clear(self) -> None:
+        self.version += 1
         self.tokens.clear()
         self.recent: Segment | None = None
         self.mixed = False
@@ -507,6 +532,7 @@ class _Past:
     @torch.no_grad()
     def forget(self, places: Tensor) -> None:
         self.settle()
+        self.version += 1
         self.tokens.forget(places)
         self.mixed = True
 
@@ -523,18 +549,20 @@ class _Past:
         documents = documents.expand(batch, count)[:, last].clone()
         self.recent = keys[:, last].to(dtype, copy=True), values[:, last].to(dtype, copy=True), documents
 
-    def awaits(self, keys: Tensor) -> bool:
-        """Whether these are the keys of the segment that waits."""
-        if self.recent is None:
-            return False
-        kept = self.recent[0]
-        return torch.equal(kept, keys[:, keys.shape[1] - kept.shape[1] :].to(kept.dtype))
+    def note(self, keys: Tensor) -> None:
+        """Know the segment of these keys again, as long as the past is what it is now."""
+        self.asked = keys.detach(), self.version
+
+    def knows_again(self, keys: Tensor) -> bool:
+        """Whether these are the keys of the last segment, and nothing has entered since."""
+        return self.asked is not None and self.asked[1] == self.version and torch.equal(self.asked[0], keys)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def settle(self) -> None:
         """Let the segment that waits enter."""
         if self.recent is not None:
+            self.version += 1
             self.tokens.write(self.recent)
             self.recent = None
 
@@ -548,6 +576,8 @@ class _Past:
         self.tokens.apply(function)
         if self.recent is not None:
             self.recent = _each(function, self.recent)
+        if self.asked is not None:
+            self.asked = function(self.asked[0]), self.asked[1]
 
     @property
     def needed(self) -> set[str]:
@@ -571,8 +601,14 @@ class _Past:
         given = {part: state[f"recent_{part}"] for part in SEGMENT}
         _check_segment(given, f"{name}recent_", None, self.tokens.widths)
         rest = {key: tensor for key, tensor in state.items() if not key.startswith("recent_")}
-        mixed = self.tokens.load(rest, name, like)
-        recent = _copied(given, like)
+        tokens, recent = self.tokens.like(), _copied(given, like)
+        mixed = tokens.load(rest, name, like)
+        if recent[2].numel() and tokens.batch not in (0, len(recent[0])):
+            raise ShapeError(
+                f"state_dict[{name + 'recent_documents'!r}]: expected {tokens.batch} sequences, as in the rest, got "
+                f"{len(recent[0])}"
+            )
+        self.tokens, self.version = tokens, self.version + 1
         self.recent = recent if recent[2].numel() else None
         self.mixed = mixed or bool((recent[2] != 0).any())
 
@@ -590,6 +626,10 @@ class _Ring:
     def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
         self.rows, self.widths = rows, (key_dim, value_dim)
         self.clear()
+
+    def like(self) -> _Ring:
+        """An empty one of the same shape."""
+        return _Ring(self.rows, *self.widths)
 
     def knows(self, name: str) -> bool:
         return name in self.needed
@@ -643,9 +683,12 @@ class _Ring:
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
         """Whether some token is of another document than 0."""
         check_shape(f"state_dict[{name + 'written'!r}]", state["written"], ())
-        _check_segment(state, name, self.rows, self.widths)
+        _check_segment(state, name, self.rows if len(state["documents"]) else None, self.widths)
+        written = int(state["written"])
+        if written < 0:
+            raise ArgumentError(f"state_dict[{name + 'written'!r}]: expected at least 0, got {written}")
         tables = _copied(state, like)
-        self.written = int(state["written"])
+        self.written = written
         self.tables = tables if len(tables[0]) else None
         return bool((tables[2] != 0).any())
 
@@ -660,7 +703,10 @@ class _Intact(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if ctx.ring.tables is ctx.tables and ctx.ring.written > ctx.limit:
+        tables = ctx.ring.tables
+        # A move makes new tables, and leaves those that were read alone; one that changes nothing makes none.
+        same = tables is not None and tables[2].data_ptr() == ctx.tables[2].data_ptr()
+        if same and ctx.ring.written > ctx.limit:
             raise StaleReadError(
                 "tokens that this read used have been evicted since, and its gradients need them; call backward() "
                 "before the next segment, or make the layer with more rows"
@@ -679,6 +725,10 @@ class _Stores:
     def __init__(self, rows: int, key_dim: int, value_dim: int, k: int) -> None:
         self.rows, self.widths, self.k = rows, (key_dim, value_dim), k
         self.clear()
+
+    def like(self) -> _Stores:
+        """An empty one of the same shape."""
+        return _Stores(self.rows, *self.widths, self.k)
 
     def knows(self, name: str) -> bool:
         return name.split(".")[0].isdigit()
@@ -774,6 +824,8 @@ def _copied(state: Mapping[str, Tensor], like: Tensor) -> Segment:
 
 def _check_segment(state: Mapping[str, Tensor], name: str, count: int | None, widths: tuple[int, int]) -> None:
     documents = state["documents"]
+    if documents.dtype != torch.int64:
+        raise DtypeError(f"state_dict[{name + 'documents'!r}]: expected int64, got {documents.dtype}")
     check_shape(f"state_dict[{name + 'documents'!r}]", documents, (None, count))
     for part, width in zip(SEGMENT, widths, strict=False):
         check_shape(f"state_dict[{name + part!r}]", state[part], (*documents.shape, width))
@@ -795,13 +847,14 @@ def _attend(
         )
     documents = _check_documents(documents, batch, count, keys.device)
     repeats = torch._C._current_graph_task_id() != -1  # within a backward: activation checkpointing
-    if repeats and not past.awaits(keys):
+    if repeats and not past.knows_again(keys):
         raise StaleReadError(
             "activation checkpointing repeats a segment that is not the last one the memory has seen, so its read "
             "would be another; call backward() before the next segment"
         )
     if not repeats:
         past.settle()
+        past.note(keys)
     mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
     if documents is not None:
         own = documents[:, None, :, None]
@@ -810,7 +863,7 @@ def _attend(
     before = past.read(queries, documents)
     if before is not None:
         read = merge([before, read])
-    if dtype is not None and not repeats:
+    if dtype is not None and not repeats and batch:
         past.remember(keys, values, documents, dtype)
     return read
 
@@ -907,11 +960,12 @@ class ValueTable(nn.Embedding):
 
     def blend(self, weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, value_dim)
         """``(weights[..., None] * weight[rows]).sum(1)``."""
+        values = blend(weights, self.weight, rows, sparse=self.sparse)
         if self.track_usage:
             with torch.no_grad():
                 self.reads.index_add_(0, rows.flatten(), torch.ones_like(rows).flatten())
                 self.total.index_add_(0, rows.flatten(), weights.detach().flatten().to(self.total.dtype))
-        return blend(weights, self.weight, rows, sparse=self.sparse)
+        return values
 
 
 class ProductKeyMemory(nn.Module):
@@ -930,7 +984,8 @@ class ProductKeyMemory(nn.Module):
     are held. Which rows are read among equal scores is undefined.
 
     The gradient of the values is row-sparse: train them with `softdb.optim.RowAdam` (or `RowAdagrad`, or SparseAdam),
-    whose step touches only the rows that were read, and the rest with any optimiser. See the example.
+    whose step touches only the rows that were read, and the rest with any optimiser. See the example. For clipping
+    there is `softdb.optim.clip_row_grad_norm_`; torch's own takes no sparse gradients.
 
     Args:
         dim: Width of input and output.
@@ -1045,6 +1100,7 @@ class ProductKeyMemory(nn.Module):
 
         Raises:
             ShapeError, DtypeError: ``x`` is not as above.
+            NonFiniteError: ``x`` holds NaN or infinity, or the parameters do.
         """
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x)  # (..., heads, 2, half)

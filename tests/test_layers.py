@@ -139,6 +139,27 @@ def test_at_the_start_a_residual_changes_little() -> None:
         assert layer(x).square().mean().sqrt() < 0.1 * x.square().mean().sqrt()
 
 
+def test_a_single_vector_is_looked_up_with_batch_norm() -> None:
+    for layer in (MemoryLayer(8, 20, query_norm="batch"), ProductKeyMemory(8, 64, k=4, key_dim=6, query_norm="batch")):
+        x = torch.randn(2, 8)
+        assert torch.allclose(layer.eval()(x[0]), layer(x)[0], atol=1e-6)
+
+
+def test_new_rows_are_not_taken_for_those_that_were() -> None:
+    layer = MemoryLayer(8, 30, mode="topk", k=4, track_usage=True)
+    optimizer = RowAdam(layer.store.parameters(), lr=0.1)
+    layer(torch.randn(50, 8)).square().sum().backward()
+    optimizer.step()
+    layer.reset_parameters()
+    assert int(layer.store.usage.reads.sum()) == 0
+    before = layer.store.values.detach().clone()
+    optimizer.zero_grad()
+    layer(torch.randn(50, 8)).square().sum().backward()
+    optimizer.step()
+    moved = (layer.store.values - before).abs()
+    assert torch.allclose(moved[moved > 1e-6], torch.tensor(0.1), atol=1e-3)  # every row's first step
+
+
 def test_row_sparse_gradients_train_the_rows_that_were_read() -> None:
     layer = MemoryLayer(8, 100, heads=2, key_dim=4, mode="topk", k=3)
     before = copy.deepcopy(layer)
@@ -398,9 +419,10 @@ def test_documents_are_resumed_too() -> None:
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
     layer = ContextMemory(12, 25, heads=2, key_dim=6)
-    layer(torch.randn(2, 5, 12))
+    for _ in range(2):
+        layer(torch.randn(2, 5, 12))
     state = layer.state_dict()
-    with pytest.raises(ShapeError, match=r"state_dict\['past\.documents'\]: expected shape \(any, 26\)"):
+    with pytest.raises(RuntimeError, match=r"state_dict\['past\.documents'\]: expected shape \(any, 26\)"):
         ContextMemory(12, 26, heads=2, key_dim=6).load_state_dict(state)
     missing = {name: tensor for name, tensor in state.items() if name != "past.written"}
     with pytest.raises(RuntimeError, match=r"Missing key.*past\.written"):
@@ -549,6 +571,128 @@ def test_within_a_segment_is_learned_what_holds_across_segments() -> None:
     assert float(right.float().mean()) > 0.95
 
 
+@pytest.mark.parametrize("move", [lambda layer: layer.to("cpu"), lambda layer: layer.double()], ids=["to", "double"])
+def test_a_move_that_changes_nothing_hides_no_eviction(move: Callable[[nn.Module], nn.Module]) -> None:
+    layer = ContextMemory(8, 8, dtype=torch.float64)
+    xs = torch.randn(4, 1, 6, 8, dtype=torch.float64)
+    layer(xs[0])
+    y = layer(xs[1]).sum()
+    move(layer)
+    layer(xs[2])
+    layer(xs[3])
+    with pytest.raises(StaleReadError, match="have been evicted"):
+        y.backward()
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_sequences_are_forgotten_by_a_mask(k: int | None) -> None:
+    masked, placed = (ContextMemory(8, 20, k=k) for _ in range(2))
+    placed.load_state_dict(masked.state_dict())
+    x = torch.randn(3, 2, 8)
+    for layer in (masked, placed):
+        layer(x)
+    masked.reset(torch.tensor([True, False, True]))
+    placed.reset([0, 2])
+    assert torch.equal(masked(x), placed(x))
+    with pytest.raises(DtypeError, match="sequences: expected int64"):
+        masked.reset([1.7])
+    with pytest.raises(ShapeError, match=r"sequences: expected shape \(3,\)"):
+        masked.reset(torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="sequences: expected places in a batch of 3"):
+        masked.reset([3])
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_state_is_assigned_to_a_layer_made_on_the_meta_device(k: int | None) -> None:
+    layer = ContextMemory(8, 20, k=k, dtype=torch.float64)
+    x = torch.randn(2, 4, 8, dtype=torch.float64)
+    layer(x)
+    layer(x)
+    state = layer.state_dict()
+    with torch.device("meta"):
+        made = ContextMemory(8, 20, k=k)
+    made.load_state_dict(state, assign=True)
+    assert torch.equal(made(x), layer(x))
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_a_saved_state_stays_what_it_was(k: int | None) -> None:
+    layer = ContextMemory(8, 4, heads=2, k=k)
+    xs = torch.randn(6, 1, 3, 8)
+    for x in xs[:3]:
+        layer(x)
+    wanted = copy.deepcopy(layer)(xs[5])
+    state = layer.state_dict()
+    layer(xs[3])
+    layer(xs[4])
+    layer.load_state_dict(state)
+    assert torch.equal(layer(xs[5]), wanted)
+
+
+def test_a_past_that_does_not_fit_does_not_keep_other_weights_from_loading() -> None:
+    ContextMemory(8, 16).load_state_dict(ContextMemory(8, 8).state_dict())  # nothing is remembered yet
+
+    def model(rows: int) -> nn.ModuleDict:
+        return nn.ModuleDict({"first": ContextMemory(8, rows), "second": nn.Linear(8, 8)})
+
+    saved, loaded = model(8), model(16)
+    for _ in range(2):
+        saved["first"](torch.randn(2, 3, 8))
+        loaded["first"](torch.randn(3, 3, 8))
+    before = copy.deepcopy(loaded["first"]._past.state(torch.zeros(())))
+    with pytest.raises(
+        RuntimeError, match=r"expected shape \(any, 16\), got \(2, 8\); to load weights alone, leave out"
+    ):
+        loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(saved["second"].weight, loaded["second"].weight)
+    for name, tensor in loaded["first"]._past.state(torch.zeros(())).items():
+        assert torch.equal(tensor, before[name])
+    weights = {name: tensor for name, tensor in saved.state_dict().items() if "past." not in name}
+    loaded.load_state_dict(weights, strict=False)
+    assert torch.equal(saved["first"].values.weight, loaded["first"].values.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"past.written": torch.tensor(-3)}, "written.*expected at least 0"),
+        ({"past.documents": torch.zeros(2, 8)}, "documents.*expected int64"),
+        ({f"past.recent_{name}": torch.zeros(1, 3, 2) for name in ("keys", "values")}, "recent_keys"),
+    ],
+)
+def test_a_broken_past_is_refused(change: dict[str, Tensor], message: str) -> None:
+    layer = ContextMemory(8, 8, key_dim=2, value_dim=2)
+    for _ in range(2):
+        layer(torch.randn(2, 3, 8))
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({**layer.state_dict(), **change})
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_activation_checkpointing_of_a_segment_that_is_not_remembered(write: bool) -> None:
+    layer, plain = ContextMemory(8, 40), ContextMemory(8, 40)
+    plain.load_state_dict(layer.state_dict())
+    first, x = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    found = []
+    for given, run in ((layer, lambda x: checkpoint(layer, x, write=write, use_reentrant=False)), (plain, plain)):
+        given(first)
+        y = x.clone().requires_grad_()
+        run(y).square().sum().backward()
+        found.append(y.grad)
+    assert torch.equal(*found)
+    y = checkpoint(layer, x.clone().requires_grad_(), write=False, use_reentrant=False)
+    layer(first)
+    with pytest.raises(StaleReadError, match="is not the last one"):
+        y.sum().backward()
+
+
+def test_no_sequences_leave_no_trace() -> None:
+    layer = ContextMemory(8, 16)
+    for _ in range(2):
+        assert layer(torch.randn(0, 3, 8)).shape == (0, 3, 8)
+    assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+
+
 # -- ProductKeyMemory ------------------------------------------------------------------------------------
 
 
@@ -695,6 +839,25 @@ def test_product_keys_refuse_what_they_cannot_use() -> None:
             ProductKeyMemory(12, **({"rows": 100} | options))  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"x: expected shape \(\.\.\., 12\)"):
         ProductKeyMemory(12, 100)(torch.randn(3, 11))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch itself does
+def test_there_is_no_forward_mode_derivative() -> None:
+    layer = ProductKeyMemory(8, 64, key_dim=6, k=4)
+    x, direction = torch.randn(2, 3, 8)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (direction,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jacfwd(layer)(x)
+
+
+def test_what_is_not_finite_is_neither_blended_nor_counted() -> None:
+    layer = ProductKeyMemory(8, 64, key_dim=6, k=4, track_usage=True)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(NonFiniteError, match="x: expected finite numbers"):
+            layer(torch.randn(3, 8).index_fill(0, torch.tensor([1]), bad))
+    assert int(layer.store.usage.reads.sum()) == 0
+    assert (layer.store.usage.weight == 0).all()
 
 
 def test_there_is_no_second_derivative() -> None:

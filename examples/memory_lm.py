@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 
@@ -85,18 +86,16 @@ def train(model: Model, text: list[Tensor], held_out: list[Tensor], steps: int, 
     reached, step, spent, progress = {}, 0, 0.0, tqdm(disable=None, leave=False)
     while len(reached) < 2:
         started = time.perf_counter()
-        if step % len(text) == 0:
-            model.attention.reset()  # one text is not the past of another
         model(text[step % len(text)]).backward()
         optimizer.step()
         optimizer.zero_grad()
         step, spent, _ = step + 1, spent + time.perf_counter() - started, progress.update()
         for goal, due, cost in (("steps", step >= steps, spent), ("seconds", spent >= seconds, step)):
             if due and goal not in reached:
-                model.attention.reset()
+                tested = deepcopy(model)  # with a past of its own
+                tested.attention.reset()
                 with torch.no_grad():
-                    perplexity = torch.stack([model(segment) for segment in held_out]).mean().exp().item()
-                model.attention.reset()
+                    perplexity = torch.stack([tested(segment) for segment in held_out]).mean().exp().item()
                 reached[goal] = f"{perplexity:>12.2f}{cost:>8.0f}"
     progress.close()
     return reached["steps"] + reached["seconds"]

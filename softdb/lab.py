@@ -759,7 +759,7 @@ class Explanation:
             for place, row in enumerate(ids):
                 if row in rows:
                     weights[rows.index(row), query] = self.weights[query, place]
-        image = axes.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=float(weights.max()) or 1.0)
+        image = axes.imshow(weights.tolist(), aspect="auto", cmap="Blues", vmin=0, vmax=float(weights.max()) or 1.0)
         axes.set_xticks(range(len(self.queries)), [_short(query, 40) for query in self.queries])
         axes.xaxis.tick_top()
         axes.set_yticks(range(len(rows)), [_short(self.labels[row], 60) for row in rows], fontsize="small")
@@ -838,8 +838,8 @@ def explain(
         >>> told = lab.explain(store, torch.tensor([1.0, 0.0]), ["east", "north"], query_labels=["where to?"])
         >>> print(told)
         where to?  (temperature 1)
-           94.4 %  #######################   adds    0.944  east
-            5.6 %  #                         adds    0.112  north
+           94.4 %  ###########   adds    0.944  east
+            5.6 %  #             adds    0.112  north
             0.0 %  in all other rows; 1.2 rows answer
           the best row's weight: 59 % at 8, 67 % at 4, 80 % at 2, 94 % at 1, 100 % at
           0.5, 100 % at 0.25

@@ -128,10 +128,13 @@ SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"sparsemax": sparsemax, "entmax
 
 
 def _below_largest(scores: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """Scores less their largest, no further below than ``reach``, from where weights are 0; and where all are -inf."""
+    """Scores less their largest, -inf cut to twice the ``reach`` below it, and where all are -inf.
+
+    From the reach on weights are 0; twice that, they are so to whatever the threshold is rounded.
+    """
     largest = scores.amax(-1, keepdim=True)
     empty = largest == -torch.inf
-    return (scores - largest.masked_fill(empty, 0.0)).clamp(min=-reach), empty
+    return (scores - largest.masked_fill(empty, 0.0)).clamp(min=-2 * reach), empty
 
 
 class _Sparsemax(torch.autograd.Function):

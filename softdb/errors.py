@@ -13,7 +13,8 @@
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
     ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
-    └── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+    ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+    └── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
 
 Whenever one of these is raised by a method that writes, nothing has been written.
 """
@@ -38,6 +39,7 @@ __all__ = [
     "DuplicateIdError",
     "FieldError",
     "GrowthError",
+    "MissingPackageError",
     "NonFiniteError",
     "SecondDerivativeError",
     "ShapeError",
@@ -97,6 +99,10 @@ class StaleReadError(SoftDBError, RuntimeError):
 
 class SecondDerivativeError(SoftDBError, RuntimeError):
     """An exact read was differentiated twice."""
+
+
+class MissingPackageError(SoftDBError, ImportError):
+    """A package is needed that only an extra of softdb installs."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -40,10 +40,18 @@ BUDGET = 200_000
 FEWEST_KEPT = 256
 BINS = 512
 TEMPERATURES = 61
+MOST_TICKS = 6
 
 MODES = ("exact", "topk", "hard")
-DASHES = {"softmax": "solid", "straight_through": "dash", "gumbel": "dot", "sparsemax": "dashdot", "entmax15": "longdash"}
-HARD_COLOUR, EXACT_COLOUR = "#d55e00", "#000000"
+DASHES = {
+    "softmax": "solid",
+    "straight_through": "dash",
+    "gumbel": "dot",
+    "sparsemax": "dashdot",
+    "entmax15": "longdash",
+}
+DRAWN_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
+HARD_COLOUR, EXACT_COLOUR, NEUTRAL_COLOUR = "#d55e00", "#000000", "#56616d"
 # Viridis without its bright end, which white paper swallows: in order also for who does not see colours.
 SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#6ece58")
 MEANINGS = {
@@ -110,13 +118,14 @@ def write_page(
     ids = store.ids
     if len(ids) == 0:
         raise ArgumentError("store: expected at least one row, got none; add rows first")
-    queries = _checked_queries(queries, store.get(ids[:1]).keys)
+    first = store.get(ids[:1])
+    queries = _checked_queries(queries, first.keys)
     names = _checked_labels(labels, ids.tolist())
     questions = _checked_names("query_labels", query_labels, len(queries), "query")
     if not isinstance(title, str):
         raise DtypeError(f"title: expected a string, got {describe(title)}")
     settings, metric = _checked_columns(columns, metric)
-    width = store.get(ids[:1]).values.shape[-1]
+    width = first.values.shape[-1]
     shown_width = width if width <= WIDEST_VALUE else 0
     entries = _checked_names("value_labels", value_labels, width, "value")[:shown_width]
     script = _plotly_script()
@@ -135,7 +144,7 @@ def write_page(
         "accuracy": ""
         if kept == len(ids)
         else f" The {kept:,} best rows are on this page one by one, the others summed up in {BINS} groups.",
-        "measured": "" if columns is None else _measured(columns, settings, metric),
+        "measured": "" if columns is None else _measured(columns, settings, metric, len(ids)),
         "data": _embedded(data),
         "plotly": script,
     }
@@ -153,7 +162,9 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     except TypeError as error:
         raise DtypeError(f"path: expected the name of a file, got {describe(path)}") from error
     if not target.parent.is_dir():
-        raise ArgumentError(f"path: expected a file in a folder that exists, got {str(target)!r}; make the folder first")
+        raise ArgumentError(
+            f"path: expected a file in a folder that exists, got {str(target)!r}; make the folder first"
+        )
     if target.is_dir():
         raise ArgumentError(f"path: expected the name of a file, got the folder {str(target)!r}; add a name")
     return target
@@ -217,6 +228,9 @@ def _checked_columns(columns: Mapping[str, Sequence[Any]] | None, metric: str | 
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ArgumentError(f"columns: expected {', '.join(map(repr, needed))}, got none named {missing[0]!r}")
+    for name, column in columns.items():
+        if isinstance(column, str) or not hasattr(column, "__len__") or not hasattr(column, "__getitem__"):
+            raise DtypeError(f"columns[{name!r}]: expected a list, got {describe(column)}")
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ArgumentError(f"columns: expected lists of one length, got {lengths}")
@@ -228,7 +242,9 @@ def _checked_columns(columns: Mapping[str, Sequence[Any]] | None, metric: str | 
         check_choice("columns['normalizer']", normalizer, tuple(DASHES))
         heat = _measurement("temperature", temperature)
         if mode != "hard" and not (heat is not None and heat > 0):
-            raise ArgumentError(f"columns['temperature']: expected numbers above 0 but for hard reads, got {temperature!r}")
+            raise ArgumentError(
+                f"columns['temperature']: expected numbers above 0 but for hard reads, got {temperature!r}"
+            )
         settings.append(
             Setting(
                 mode,
@@ -259,8 +275,9 @@ def _measurement(name: str, value: Any) -> float | None:
 def _explorer(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], entries: list[str]) -> dict[str, Any]:
     """What the page's script knows.
 
-    Scores are kept as gaps, best score - score, before any temperature. Rounded to five digits they give weights that
-    are right to about 1e-4 of themselves, at any temperature and however large the scores are.
+    Scores are kept as gaps, best score - score, before any temperature. Rounded to five digits, at most 5e-5 of a gap,
+    they give weights exp(-x) / sum, x = gap / T, that are wrong by 5e-5 x of themselves: next to nothing where a row
+    weighs much, at any temperature and however large the scores are.
     """
     ids = store.ids
     count, width = len(ids), len(entries)
@@ -276,7 +293,7 @@ def _explorer(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], ent
         widest = max(widest, float(gaps[-1]))
         seconds.append(float(gaps[1]) if count > 1 else 0.0)
         top = order[:kept].tolist()
-        rest = store.get(order[kept:]).values[:, :width].cpu().double() if kept < count else torch.zeros(0, width)
+        rest = store.get(order[kept:]).values.cpu() if width else torch.zeros(count - kept, 0)
         found.append(
             {
                 "best": best,
@@ -375,11 +392,11 @@ def _rounded(numbers: Tensor) -> Any:
 # -- what was measured -----------------------------------------------------------------------------------
 
 
-def _measured(columns: Mapping[str, Sequence[Any]], settings: list[Setting], metric: str) -> str:
+def _measured(columns: Mapping[str, Sequence[Any]], settings: list[Setting], metric: str, rows: int) -> str:
     """The part of the page about measurements."""
     notes = [f"<b>{html.escape(name)}</b>: {MEANINGS[name]}" for name in columns if name in MEANINGS]
     others = {setting.normalizer for setting in settings} - {"softmax"}
-    dashes = " Normalizers other than softmax have lines of another dash." if others else ""
+    dashes = "Normalizers other than softmax have lines of another dash." if others else ""
     header = "".join(f"<th{_alignment(columns[name])}>{html.escape(str(name))}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td{_alignment(column)}>{_cell(column[row])}</td>" for column in columns.values()) + "</tr>"
@@ -388,13 +405,32 @@ def _measured(columns: Mapping[str, Sequence[Any]], settings: list[Setting], met
     shown = html.escape(metric)
     return f"""<h2>Measured</h2>
 <p>Each point is one setting, measured over many queries: above the distance from the exact blend, below
-<b>{shown}</b>. The hard read and the exact one are the two ends.{dashes}</p>
-<div id="by-temperature" class="plot" role="img" aria-label="Distance and {shown} against temperature"></div>
-<div id="by-k" class="plot" role="img" aria-label="Distance and {shown} against k"></div>
+<b>{shown}</b>. The hard read and the exact one are the two ends. A distance of 0 is drawn at the lower edge.
+{dashes}</p>
+<div class="figures">
+<div><div id="by-temperature" class="plot" role="img" aria-label="Distance and {shown} against temperature"></div>
+{_key(_lines_by_temperature(settings))}</div>
+<div><div id="by-k" class="plot" role="img" aria-label="Distance and {shown} against k"></div>
+{_key(_lines_by_k(settings, rows))}</div>
+</div>
 <p class="quiet">{"; ".join(notes)}.</p>
 <div class="table" tabindex="0" role="region" aria-label="All measurements">
 <table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>
 </div>"""
+
+
+def _key(lines: list[Line]) -> str:
+    """What colours and dashes mean; an entry for each line would be their product."""
+    entries = {line.name: (line.colour, "solid") for line in lines}
+    normalizers = list(dict.fromkeys(line.normalizer for line in lines))
+    if normalizers != ["softmax"]:
+        entries |= {normalizer: (NEUTRAL_COLOUR, DASHES[normalizer]) for normalizer in normalizers}
+    drawn = [
+        '<li><svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="2.5" '
+        f'stroke="{colour}" stroke-dasharray="{DRAWN_DASHES[dash]}"/></svg>{name}</li>'
+        for name, (colour, dash) in entries.items()
+    ]
+    return f'<ul class="key">{"".join(drawn)}</ul>'
 
 
 def _alignment(column: Sequence[Any]) -> str:
@@ -404,9 +440,10 @@ def _alignment(column: Sequence[Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, str):
-        return html.escape(value)
-    number = float(value)
+    try:
+        number = float(value if not isinstance(value, (str, bool)) else "")
+    except (TypeError, ValueError):
+        return html.escape(str(value))
     if not math.isfinite(number):
         return "–"
     return f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.4g}"
@@ -463,7 +500,7 @@ def _lines_by_k(settings: list[Setting], rows: int) -> list[Line]:
                     if setting.temperature == heat or len(hard) == 1:
                         points.append((1, setting))
                 elif setting.temperature == heat:
-                    points.append((rows if setting.k is None else setting.k, setting))
+                    points.append((rows if setting.k is None else min(setting.k, rows), setting))
             if any(setting.mode != "hard" for _, setting in points):
                 name = f"temperature {heat:g}"
                 lines.append(Line(name, normalizer, colour, sorted(points, key=lambda point: point[0])))
@@ -488,8 +525,19 @@ def _scale(count: int) -> list[str]:
 
 
 def _ticks_of_k(settings: list[Setting], rows: int) -> dict[str, Any]:
-    ks = sorted({1, *(setting.k for setting in settings if setting.k is not None)})
-    return {"tickvals": [*(k for k in ks if k < rows), rows], "ticktext": [*(f"{k:,}" for k in ks if k < rows), "all"]}
+    ks = [min(setting.k, rows) for setting in settings if setting.k is not None]
+    shown = [k for k in _spread(sorted({1, *ks, rows})) if k != rows]
+    return {"tickvals": [*shown, rows], "ticktext": [*(f"{k:,}" for k in shown), "all"]}
+
+
+def _spread(stops: Sequence[float]) -> list[float]:
+    """Those of the ascending ``stops`` that leave each other room on a logarithmic axis; the last is among them."""
+    room = math.log(stops[-1] / stops[0]) / MOST_TICKS
+    shown = [stops[-1]]
+    for stop in reversed(stops[:-1]):
+        if math.log(shown[0] / stop) >= room * 0.99:
+            shown.insert(0, stop)
+    return shown
 
 
 def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) -> dict[str, Any]:
@@ -503,9 +551,7 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
-                    "name": line.name,
-                    "legendgroup": f"{line.normalizer} {line.name}",
-                    "showlegend": panel == "distance",
+                    "name": f"{line.name}, {line.normalizer}",
                     "x": [x for x, _ in line.points],
                     # A logarithmic axis has no place for 0, the distance of the exact read from itself.
                     "y": [
@@ -519,17 +565,20 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
                     "hovertext": [_hover(s, shown) for _, s in line.points],
                 }
             )
-            if line.normalizer != "softmax":
-                traces[-1]["name"] = f"{line.name}, {line.normalizer}"
-    bottom = {"title": {"text": across}, "type": "log", "fixedrange": True, "anchor": "y2", "domain": [0, 1]}
-    if not ticks:
-        heats = sorted({x for line in lines for x, _ in line.points})
+    bottom = {
+        "title": {"text": across, "standoff": 8},
+        "type": "log",
+        "fixedrange": True,
+        "anchor": "y2",
+        "domain": [0, 1],
+    }
+    if not ticks and lines:
+        heats = _spread(sorted({x for line in lines for x, _ in line.points}))
         ticks = {"tickvals": heats, "ticktext": [f"{heat:g}" for heat in heats]}
-    names = {trace["name"] for trace in traces}
     layout = {
-        # The legend lies below: about three entries to a line on a telephone.
-        "height": 560 + 22 * math.ceil(len(names) / 2),
-        "margin": {"l": 64, "r": 12, "t": 16, "b": 60},
+        "height": 520,
+        "margin": {"l": 64, "r": 12, "t": 8, "b": 48},
+        "showlegend": False,
         "xaxis": {**bottom, **ticks, "tickangle": 0},
         "yaxis": {
             "title": {"text": "distance from exact"},
@@ -540,7 +589,6 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
             "dtick": 1,
         },
         "yaxis2": {"title": {"text": shown}, "domain": [0, 0.46], "fixedrange": True},
-        "legend": {"orientation": "h", "x": 0, "y": -0.14, "yanchor": "top"},
         "hoverlabel": {"align": "left", "bgcolor": "#fff", "font": {"color": "#1d2733"}},
     }
     return {"data": traces, "layout": layout}
@@ -550,8 +598,7 @@ def _hover(setting: Setting, metric: str) -> str:
     which = f"k = {setting.k:,}" if setting.mode == "topk" else setting.mode
     heat = "" if setting.temperature is None else f", temperature {setting.temperature:g}"
     return (
-        f"{which}{heat}, {setting.normalizer}<br>"
-        f"distance {_cell(setting.distance)}<br>{metric} {_cell(setting.score)}"
+        f"{which}{heat}, {setting.normalizer}<br>distance {_cell(setting.distance)}<br>{metric} {_cell(setting.score)}"
     )
 
 
@@ -562,7 +609,9 @@ def _plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise MissingPackageError("write_page: expected plotly, got no such package; pip install 'softdb[page]'") from error
+        raise MissingPackageError(
+            "write_page: expected plotly, got no such package; pip install 'softdb[page]'"
+        ) from error
     # The same string to JavaScript; to HTML it would be the end of the script.
     return re.sub("</(?=script)", r"<\\/", str(get_plotlyjs()), flags=re.IGNORECASE)
 

@@ -182,7 +182,7 @@ def test_values_of_summed_up_rows_blend_as_they_should(tmp_path: Path, monkeypat
 
 def test_labels_are_shown_as_they_are(tmp_path: Path) -> None:
     store = make_store(4)
-    names = dict.fromkeys(store.ids.tolist(), NASTY)
+    names, entries = dict.fromkeys(store.ids.tolist(), NASTY), ["{{data}}", NASTY, "c"]
     write_page(
         tmp_path / "page.html",
         store,
@@ -412,8 +412,10 @@ def console(browser: webdriver.Chrome) -> list[Any]:
 
 
 def requested(browser: webdriver.Chrome) -> list[str]:
+    """What pages from files have asked for; the browser's own start page asks, too."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [parameters["request"]["url"] for parameters in sent if parameters["documentURL"].startswith("file:")]
 
 
 def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> None:
@@ -479,7 +481,9 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
 
     assert browser.execute_script("return document.querySelectorAll('#by-k .scatter').length") == 8
     assert console(browser) == []
-    assert {url.split(":")[0] for url in requested(browser)} <= {"file", "data"}
+    urls = requested(browser)
+    assert path.as_uri() in urls
+    assert all(url == path.as_uri() or url.startswith("data:") for url in urls), urls
 
 
 def test_labels_are_text_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:

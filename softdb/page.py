@@ -531,13 +531,13 @@ def _ticks_of_k(settings: list[Setting], rows: int) -> dict[str, Any]:
 
 
 def _spread(stops: Sequence[float]) -> list[float]:
-    """Those of the ascending ``stops`` that leave each other room on a logarithmic axis; the last is among them."""
-    room = math.log(stops[-1] / stops[0]) / MOST_TICKS
-    shown = [stops[-1]]
-    for stop in reversed(stops[:-1]):
-        if math.log(shown[0] / stop) >= room * 0.99:
-            shown.insert(0, stop)
-    return shown
+    """Those of the ascending ``stops`` that leave each other room on a logarithmic axis; both ends are among them."""
+    room = 0.99 * math.log(stops[-1] / stops[0]) / MOST_TICKS
+    shown = list(stops[:1])
+    for stop in stops[1:-1]:
+        if min(math.log(stop / shown[-1]), math.log(stops[-1] / stop)) >= room:
+            shown.append(stop)
+    return [*shown, *stops[1:][-1:]]
 
 
 def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Attention is a soft database lookup: a query says what is looked for, a key what
 delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
 """
 
-from softdb import errors, functional, layers, optim
+from softdb import errors, functional, lab, layers, optim, page
 from softdb.errors import (
     ArgumentError,
     DeviceError,
@@ -49,6 +49,8 @@ __all__ = [
     "__version__",
     "errors",
     "functional",
+    "lab",
     "layers",
     "optim",
+    "page",
 ]

@@ -16,11 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from softdb import lab
 from softdb.errors import ArgumentError
 from softdb.functional import Read
 from softdb.store import SoftKVStore
 
-__all__ = ["PARTS_OF_SPEECH", "Sense", "Senses", "choose", "load_senses", "tour"]
+__all__ = ["BANKS", "PARTS_OF_SPEECH", "Sense", "Senses", "choose", "explanation", "load_senses", "store_of", "tour"]
 
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective"}  # by the first letter of a synset
 FEATURED = (
@@ -29,6 +30,7 @@ FEATURED = (
     "a crane stood on one leg in the marsh",
     "water bubbled up from the spring",
 )
+BANKS = FEATURED[:2]  # the same word, of which each asks for another row
 CORRECTED = FEATURED[1]  # the table answers with a verb, and the row that one would rather have comes second
 TEMPERATURE = 0.05
 TEMPERATURES = (1.0, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02)
@@ -111,6 +113,22 @@ def load_senses() -> Senses:
     )
 
 
+def store_of(senses: Senses, *, trainable: bool = False) -> SoftKVStore:
+    """A store of the senses, each with its part of speech; its ids, 0, 1, 2, ..., are positions in ``senses.rows``."""
+    widths = senses.keys.shape[1], len(PARTS_OF_SPEECH)
+    store = SoftKVStore(*widths, metric="cosine", temperature=TEMPERATURE, trainable=trainable)
+    store.add(senses.keys, senses.parts_of_speech())
+    return store
+
+
+def explanation(sentences: Sequence[str]) -> lab.Explanation:
+    """Which senses answer some of the packaged sentences."""
+    senses = load_senses()
+    queries = torch.stack([senses.query(sentence) for sentence in sentences])
+    labels = [str(row) for row in senses.rows]
+    return lab.explain(store_of(senses), queries, labels, query_labels=sentences)
+
+
 def choose(words: Sequence[str]) -> tuple[str, ...]:
     """The packaged sentences that contain one of ``words``; a few telling ones if no words are given.
 
@@ -150,11 +168,7 @@ def tour(sentences: Sequence[str], *, blocks: bool = True) -> Iterator[str]:
     """
     started = time.perf_counter()
     senses = load_senses()
-    store = SoftKVStore(
-        senses.keys.shape[1], len(PARTS_OF_SPEECH), metric="cosine", temperature=TEMPERATURE, trainable=True
-    )
-    store.add(senses.keys, senses.parts_of_speech())  # the ids are 0, 1, 2, ...: positions in senses.rows
-
+    store = store_of(senses, trainable=True)
     yield from _introduction(senses)
     for sentence in sentences:
         yield from _answers(store, senses, sentence, blocks)

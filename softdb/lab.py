@@ -28,6 +28,7 @@ from torch import Tensor
 from softdb.errors import (
     ArgumentError,
     DtypeError,
+    MissingPackageError,
     ShapeError,
     check_choice,
     check_finite,
@@ -57,7 +58,8 @@ BAR_WIDTH = 12
 class Readable(Protocol):
     """What the lab needs of a store: a `softdb.SoftKVStore`, or anything that answers the same."""
 
-    def read(self, query: Tensor, mode: Any = "exact", k: int | None = None, **options: Any) -> Read:
+    @property
+    def read(self) -> Callable[..., Read]:
         """As `softdb.SoftKVStore.read`."""
 
 
@@ -157,7 +159,8 @@ class Comparison:
             path: The picture to write; its ending says of which kind.
 
         Raises:
-            ArgumentError: matplotlib is not installed.
+            MissingPackageError: matplotlib is not installed.
+            ArgumentError: Pictures of that kind are not known.
         """
         figure = _figure(path, (11, 8))
         shown = [("distance", "distance from the exact blend")]
@@ -544,7 +547,8 @@ class Annealing:
             path: The picture to write; its ending says of which kind.
 
         Raises:
-            ArgumentError: matplotlib is not installed.
+            MissingPackageError: matplotlib is not installed.
+            ArgumentError: Pictures of that kind are not known.
         """
         figure = _figure(path, (13, 4.2))
         names = list(dict.fromkeys(row.normalizer for row in self.gradients))
@@ -735,7 +739,8 @@ class Explanation:
             path: The picture to write; its ending says of which kind.
 
         Raises:
-            ArgumentError: matplotlib is not installed.
+            MissingPackageError: matplotlib is not installed.
+            ArgumentError: Pictures of that kind are not known.
         """
         count, shown = len(self.queries), min(self.ids.shape[1], 8)
         lines = count + (count > 1)
@@ -962,8 +967,8 @@ def _figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ArgumentError(
-            f"path: expected matplotlib to be installed, to draw {os.fspath(path)!r}; pip install 'softdb[plot]'"
+        raise MissingPackageError(
+            f"matplotlib: expected it to be installed, to draw {os.fspath(path)!r}; pip install 'softdb[plot]'"
         ) from error
     return Figure(figsize=size, layout="constrained")
 

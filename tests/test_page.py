@@ -16,6 +16,7 @@ import pytest
 import torch
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
@@ -500,8 +501,10 @@ def test_labels_are_text_in_a_browser(browser: webdriver.Chrome, tmp_path: Path)
     for tick in ticks:
         assert tick.text.startswith("</script><script>")
         assert tick.text.endswith("…")
-    # What Plotly shows over a bar is drawn as the ticks are, from the whole label.
-    browser.execute_script("Plotly.Fx.hover('weights', [{ curveNumber: 0, pointNumber: 0 }])")
+    # The whole label shows where one points at a bar's line, however short the bar is.
+    press(browser, "k", Keys.HOME)
+    ticks = browser.find_elements(By.CSS_SELECTOR, "#weights .ytick text")
+    ActionChains(browser).move_to_element(ticks[2]).move_by_offset(400, 0).perform()
     waiting = WebDriverWait(browser, SECONDS)
     hover = waiting.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#weights .hovertext text.nums"))[0]
     shown = str(hover.get_property("textContent"))

@@ -50,7 +50,6 @@ MODES = ("exact", "topk", "hard")
 # What a temperature is multiplied by where none are given: from nearly even weights to nearly one row.
 FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 BATCH = 512  # queries in a read
-REPEATS = 2  # the first read of a kind also warms caches up, so the faster of two counts
 WIDTH = 79
 BAR_WIDTH = 12
 
@@ -82,7 +81,7 @@ class Setting:
         entropy: Of its weights, on average, in nats.
         effective_rows: exp(entropy of a query's weights), on average: how many rows answer.
         metric: Accuracy, loss or whatever was asked for; None without targets.
-        time: What it takes, as a multiple of the exact soft read's: the median of those at all temperatures.
+        time: What it takes, as a multiple of the exact soft read's: of both the median over all temperatures.
     """
 
     mode: str
@@ -293,6 +292,8 @@ def compare(
         elif mode == "exact" or (mode, "softmax", None) not in ways:
             ways.append((mode, "softmax" if mode == "hard" else name, None))
     batches = queries.split(BATCH)
+    if candidates:
+        store.read(queries[:1], "topk", k=candidates[0])  # which may build an index
     found, seconds = [], []
     with _progress(len(cooling) * (1 + len(ways))) as advance:
         for temperature in cooling:
@@ -302,8 +303,9 @@ def compare(
             for mode, name, k in ways:
                 found.append(_measured(store, batches, reference, mode, name, k, generator, judge))
                 advance()
-    usual = statistics.median(seconds)
-    settings = tuple(dataclasses.replace(setting, time=setting.time / usual) for setting in found)
+    exact = statistics.median(seconds)
+    spent = {row.name: statistics.median(other.time for other in found if other.name == row.name) for row in found}
+    settings = tuple(dataclasses.replace(row, time=spent[row.name] / exact) for row in found)
     return Comparison(settings, judged, len(queries))
 
 
@@ -371,8 +373,7 @@ def _measured(
         entropy = reference.entropy
     else:
         values, seconds = _timed(answer, batches)
-        last = reads[-len(batches) :]
-        agreement, mass, entropy = _weighed(store, batches, reference, mode, normalizer, last, options)
+        agreement, mass, entropy = _weighed(store, batches, reference, mode, normalizer, reads, options)
     difference = torch.linalg.vector_norm((values - reference.values).double())
     size = torch.linalg.vector_norm(reference.values.double())
     return Setting(
@@ -439,14 +440,11 @@ def _score_of(store: Readable, batch: Tensor, ids: Tensor, temperature: float) -
 
 def _timed(answer: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> tuple[Tensor, float]:
     """What is answered, and how many seconds that takes."""
-    seconds = math.inf
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        values = [answer(batch) for batch in batches]
-        if values[0].is_cuda:
-            torch.cuda.synchronize(values[0].device)
-        seconds = min(seconds, time.perf_counter() - started)
-    return torch.cat(values), seconds
+    started = time.perf_counter()
+    values = torch.cat([answer(batch) for batch in batches])
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)
+    return values, time.perf_counter() - started
 
 
 def _judge(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import softdb
 from softdb.cli import main
@@ -148,3 +152,102 @@ def test_ctrl_c_ends_it_quietly() -> None:
         process.stdout.read()
         assert process.wait(120) == 130
         assert process.stderr.read() == b"\n"
+
+
+# -- compare ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a store, its queries and targets."""
+    torch.manual_seed(0)
+    keys, values, queries = torch.randn(40, 6), torch.randn(40, 3), torch.randn(7, 6)
+    np.savez(tmp_path / "store.npz", keys=keys, values=values)
+    safetensors.torch.save_file({"keys": keys, "values": values}, tmp_path / "store.safetensors")
+    np.save(tmp_path / "queries.npy", queries)
+    np.save(tmp_path / "classes.npy", np.arange(7) % 3)
+    np.save(tmp_path / "wanted.npy", np.zeros((7, 3), dtype=np.float32))
+    return tmp_path
+
+
+def table(out: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_compare_reads_a_file(files: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(files / f"store.{ending}"), str(files / "queries.npy"), "--ks", "2", "--temperatures", "1", "0.1"]
+    assert main(["compare", *arguments]) == 0
+    found = table(capsys.readouterr().out)
+    assert [line[0] for line in found] == ["read", "exact", "topk", "hard", "exact", "topk", "hard"]
+    with np.load(files / "store.npz") as arrays:
+        store = softdb.SoftKVStore(6, 3)
+        store.add(torch.from_numpy(arrays["keys"]), torch.from_numpy(arrays["values"]))
+    queries = torch.from_numpy(np.load(files / "queries.npy"))
+    wanted = softdb.lab.compare(store, queries, ks=(2,), temperatures=(1.0, 0.1))
+    assert [line[1:-1] for line in found[1:]] == [line[1:-1] for line in table(str(wanted))[1:]]
+
+
+def test_compare_has_targets_and_writes_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    start = ["compare", str(files / "store.npz"), str(files / "queries.npy"), "--temperatures", "1", "--metric", "l2"]
+    written = [str(files / name) for name in ("table.csv", "picture.png", "page.html")]
+    options = [part for pair in zip(("--csv", "--plot", "--html"), written, strict=True) for part in pair]
+    assert main([*start, "--targets", str(files / "classes.npy"), "--normalizers", "softmax", "gumbel", *options]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out.splitlines()[0]
+    assert out.splitlines()[-3:] == [f"wrote {path}" for path in written]
+    assert all(Path(path).stat().st_size > 500 for path in written)
+    assert main([*start, "--targets", str(files / "wanted.npy")]) == 0
+    assert "loss" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_compare_of_the_demo() -> None:
+    done = run("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line[0] for line in table(done.stdout)] == ["read", "exact", "topk", "hard"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "STORE, QUERIES: expected both, or --demo"),
+        (["store.npz"], "STORE, QUERIES: expected both, or --demo"),
+        (["store.npz", "--demo"], "--demo: expected no STORE"),
+        (["queries.npy", "queries.npy"], "STORE: expected a .safetensors or .npz file, got "),
+        (["bare.npz", "queries.npy"], "STORE: expected arrays 'keys' and 'values' in .*, got 'rows'"),
+        (["whole.npz", "queries.npy"], "STORE: expected keys of floating-point numbers"),
+        (["store.npz", "store.npz"], "expected one array of numbers in a .npy file"),
+        (["store.npz", "wide.npy"], "query: expected"),
+        (["store.npz", "queries.npy", "--targets", "short.npy"], "targets: expected a tensor with one entry for each"),
+        (["store.npz", "queries.npy", "--temperatures", "-1"], "temperature: expected a finite number above 0"),
+    ],
+)
+def test_compare_says_what_is_wrong(
+    files: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(files / "bare.npz", rows=np.zeros(3))
+    np.savez(files / "whole.npz", keys=np.zeros((3, 6), dtype=int), values=np.zeros((3, 2)))
+    np.save(files / "wide.npy", np.zeros((7, 5), dtype=np.float32))
+    np.save(files / "short.npy", np.zeros(3, dtype=int))
+    given = [str(files / part) if part.endswith((".npy", ".npz")) else part for part in arguments]
+    assert main(["compare", *given]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.match(rf"softdb: (.*: )?{message}", captured.err), captured.err
+
+
+def test_compare_of_a_file_that_is_not_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(files / "none.npz"), str(files / "queries.npy")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_demo_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bank.svg"
+    assert main(["demo", "--plot", str(path)]) == 0
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    assert path.stat().st_size > 20_000
+    assert main(["demo", "crane", "--plot", str(tmp_path / "crane.nothing")]) == 2
+    assert "expected the ending of a picture" in capsys.readouterr().err

@@ -1,0 +1,45 @@
+"""What the lab adds to the reads that it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from harness import Case, main
+
+from softdb import SoftKVStore, lab
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """A comparison at six temperatures and with five k, beside 24 of the exact reads in it."""
+    rows, queries = (256, 16) if small else (4096, 512)
+    for width, value_width in ((64, 64), (384, 32)):
+        yield _comparison(rows, queries, width, value_width)
+
+
+def _comparison(rows: int, queries: int, width: int, value_width: int) -> Case:
+    store = SoftKVStore(width, value_width)
+    store.add(torch.randn(rows, width), torch.randn(rows, value_width))
+    query = torch.randn(queries, width)
+    ways = {"compare": ("softmax",), "with straight_through": ("softmax", "straight_through")}
+
+    @torch.no_grad()
+    def reads() -> None:
+        for factor in 4 * lab.FACTORS:
+            store.read(query, temperature=factor)
+
+    return Case(
+        f"{rows:,} rows of {width} and {value_width}, {queries} queries",
+        softdb={
+            name: lambda normalizers=normalizers: lab.compare(  # type: ignore[misc]
+                store, query, ks=(1, 4, 16, 64, 256), normalizers=normalizers
+            )
+            for name, normalizers in ways.items()
+        },
+        peers={"24 exact reads": reads},
+        claims={("compare", "24 exact reads"): 10.0, ("with straight_through", "24 exact reads"): 10.0},
+    )
+
+
+if __name__ == "__main__":
+    main("lab", cases)

@@ -56,7 +56,8 @@ HARD_COLOUR, EXACT_COLOUR, NEUTRAL_COLOUR = "#d55e00", "#000000", "#56616d"
 SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#6ece58")
 MEANINGS = {
     "distance": "how far an answer lies from the exact blend, relative to it",
-    "mass": "the fraction of the exact softmax that the rows read hold",
+    "agreement": "the share of queries whose row of most weight is the best of all",
+    "mass": "the fraction of the exact softmax that the rows with weight hold",
     "entropy": "of the weights",
     "effective_rows": "exp of the entropy",
     "time": "of a read, relative to the exact one",
@@ -454,7 +455,7 @@ def _figures(settings: list[Setting], metric: str, rows: int) -> dict[str, Any]:
     if not settings:
         return {}
     return {
-        "by-temperature": _figure(_lines_by_temperature(settings), "temperature", metric, {}),
+        "by-temperature": _figure(_lines_by_temperature(settings), "temperature, soft to hard", metric, {}),
         "by-k": _figure(_lines_by_k(settings, rows), "k, the rows that count", metric, _ticks_of_k(settings, rows)),
     }
 
@@ -574,7 +575,7 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
     }
     if not ticks and lines:
         heats = _spread(sorted({x for line in lines for x, _ in line.points}))
-        ticks = {"tickvals": heats, "ticktext": [f"{heat:g}" for heat in heats]}
+        ticks = {"tickvals": heats, "ticktext": [f"{heat:g}" for heat in heats], "autorange": "reversed"}
     layout = {
         "height": 520,
         "margin": {"l": 64, "r": 12, "t": 8, "b": 48},

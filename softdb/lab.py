@@ -332,12 +332,14 @@ class _Reference:
                 read = store.read(batch.double(), k=1, temperature=divisor)
                 # The derivative of the log-sum-exp tells the mean score: d lse / d T = - (sum of weight * score) / T.
                 (slope,) = torch.autograd.grad(read.lse.sum(), divisor)
-            if read.ids is None or read.scores is None:
+            # In the dtype of the others: rows that are equal there need not be in float64.
+            best = store.read(batch, k=1, temperature=temperature)
+            if best.ids is None or read.scores is None:
                 raise DtypeError("store: expected read(query, k=1) to tell ids and scores, got none")
             lse = read.lse.detach()
             lses.append(lse)
             entropies.append(torch.where(lse > -torch.inf, lse + temperature * slope, 0.0).clamp(min=0))
-            ids.append(read.ids[:, 0])
+            ids.append(best.ids[:, 0])
             scores.append(read.scores[:, 0].detach())
         self.lse, self.entropy = torch.cat(lses), torch.cat(entropies)
         self.best, self.best_score = torch.cat(ids), torch.cat(scores)
@@ -812,12 +814,12 @@ def explain(
     k: int = 10,
     *,
     query_labels: Sequence[str] | None = None,
+    temperature: float | None = None,
     temperatures: Sequence[float] | None = None,
 ) -> Explanation:
     """Which rows a soft answer is made of, what each adds, and how their weights move with the temperature.
 
-    Of the exact read at the store's temperature; ``values = sum of contributions`` over all rows, of which the k best
-    are told.
+    Of the exact read; ``values = sum of contributions`` over all rows, of which the k best are told.
 
     Args:
         store: A `softdb.SoftKVStore`.
@@ -825,6 +827,7 @@ def explain(
         labels: What rows are called: one for each, in the order of ``store.ids``, or by id.
         k: How many of the best rows to tell.
         query_labels: What the queries are called.
+        temperature: What the scores are divided by; the store's own unless given.
         temperatures: For the weights' movement; from 8 times to a quarter of the store's own unless given.
 
     Returns:
@@ -854,12 +857,12 @@ def explain(
     queries = query.reshape(-1, query.shape[-1])
     count = check_positive("k", k)
     cooling = _temperatures(store, temperatures)
-    own = float(store.temperature)
+    own = float(store.temperature if temperature is None else check_temperature(temperature, ()))
     names = tuple(f"query {number}" for number in range(len(queries))) if query_labels is None else tuple(query_labels)
     if len(names) != len(queries):
         raise ShapeError(f"query_labels: expected one for each of {len(queries)} queries, got {len(names)}")
     reference = _Reference(store, [queries], own)
-    read = store.read(queries.double(), k=count)
+    read = store.read(queries.double(), k=count, temperature=own)
     seen = read.ids.clamp(min=0)
     known = read.ids >= 0
     values = torch.zeros(*read.ids.shape, reference.values.shape[-1], dtype=torch.float64, device=queries.device)
@@ -868,9 +871,8 @@ def explain(
             torch.searchsorted(read.ids[known].unique(), read.ids[known])
         ]
     moved = []
-    for temperature in cooling:
-        at = store.read(queries.double(), k=count, temperature=temperature)
-        moved.append(at.weights)
+    for step in cooling:
+        moved.append(store.read(queries.double(), k=count, temperature=step).weights)
     return Explanation(
         queries=names,
         labels=_labels(store, labels, seen[known]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -39,9 +40,11 @@ def test_every_example_is_run_here() -> None:
     assert [path.name for path in EXAMPLES] == [
         "associative_recall.py",
         "digits_memory.py",
+        "hard_vs_soft.py",
         "memory_lm.py",
         "quickstart.py",
         "retrieval_in_training.py",
+        "train_hard_lookup.py",
         "train_keys.py",
     ]
 
@@ -115,3 +118,51 @@ def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
     assert in_turn["values trained, keys of all"] > 85
     assert in_turn["values trained, keys of all"] > in_turn["hidden layer"] + 30
     assert in_turn["values trained, keys of 0 and 1"] > in_turn["hidden layer"] + 10
+
+
+def table(lines: list[str], title: str, width: int) -> dict[str, list[float]]:
+    """The numbers below a heading, up to an empty line, by what stands in the first ``width`` columns."""
+    first = next(number for number, line in enumerate(lines) if line.startswith(title)) + 1
+    rows = itertools.takewhile(lambda line: re.search(r"[0-9]$", line), lines[first:])
+    return {line[:width].strip(): [float(cell) for cell in re.findall(r"-?[0-9.]+", line[width:])] for line in rows}
+
+
+def test_hard_vs_soft_finds_broad_blends_worse_and_sharp_ones_near_the_exact() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    said = run("hard_vs_soft.py", "--small").splitlines()
+    right, distance = table(said, "right labels", 36), table(said, "distance", 36)
+    assert len(right) == 10
+    assert right["exact"][0] < right["hard"][0] - 2  # at the highest temperature
+    assert all(cells[-1] > 96 for cells in right.values())  # at the lowest
+    assert distance["exact"] == [0] * 6
+    for name in ("topk 4", "topk 16", "exact sparsemax", "exact entmax15", "hard"):
+        assert distance[name] == sorted(distance[name], reverse=True)
+    for hard, four, sixteen in zip(*(distance[name] for name in ("hard", "topk 4", "topk 16")), strict=True):
+        assert hard > four > sixteen
+    assert list(table(said, "temperature chosen", 36)) == list(right)
+    better, worse = (next(line for line in said if line.startswith(word)) for word in ("better", "worse"))
+    assert better.endswith("none")
+    assert "exact at 4" in worse
+    assert any("rows answer" in line for line in said)
+
+
+def test_hard_vs_soft_draws_where_asked(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "compared.png"
+    run("hard_vs_soft.py", "--small", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_hard_lookup_tells_a_good_blend_from_a_good_choice() -> None:
+    pytest.importorskip("tqdm")
+    found = table(run("train_hard_lookup.py", "--small").splitlines(), "trained by", 32)
+    right, hard, soft, apart, ahead = ({name: cells[2 * n] for name, cells in found.items()} for n in range(5))
+    for way in ("softmax, at 0.1", "softmax, lowered from 1 to 0.1"):
+        assert soft[way] < 0.75 * hard[way]  # a good blend, and a worse choice
+        assert apart["gumbel, at 0.1"] < 0.75 * apart[way]
+        assert hard["gumbel, at 0.1"] < hard[way]
+    assert right["softmax, at 0.1"] > 25  # chance is 6
+    assert ahead["gumbel, at 0.1"] > 3

@@ -124,6 +124,15 @@ def test_hard_reads_are_there_once_and_the_ends_meet() -> None:
     assert rows["hard"].entropy == 0
 
 
+def test_rows_that_are_equal_are_no_disagreement() -> None:
+    keys = torch.randn(20, DIM).repeat(2, 1)
+    for metric in ("l2", "cosine", "scaled_dot"):
+        store = SoftKVStore(DIM, WIDTH, metric=metric)
+        store.add(keys, torch.randn(40, WIDTH))
+        found = lab.compare(store, torch.randn(200, DIM), ks=(4,), normalizers=("softmax", "sparsemax"))
+        assert all(row.agreement == 1 for row in found.settings), metric
+
+
 def test_many_queries_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     store, queries = make()
     options = {"ks": (3,), "normalizers": ("softmax", "entmax15")}
@@ -329,6 +338,9 @@ def test_rows_are_called_by_their_labels() -> None:
     assert str(told).startswith("first  (temperature 0.4)\n")
     assert "\n\nsecond  (temperature 0.4)\n" in str(told)
     assert all(len(line) <= 79 for line in str(told).splitlines())
+    assert torch.equal(
+        lab.explain(store, queries, temperature=1.0).weights, store.read(queries, k=10, temperature=1.0).weights
+    )
     best = int(told.ids[0, 0])
     assert lab.explain(store, queries[0], {best: "the best"}, k=2).labels[best] == "the best"
     assert lab.explain(store, queries[0], k=2).labels[best] == f"row {best}"

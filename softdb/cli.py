@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from softdb import __version__, demo, lab, page
 from softdb.errors import ArgumentError, DtypeError, MissingPackageError, describe
@@ -25,6 +23,9 @@ __all__ = ["main"]
 # As shells report a process that a signal ended: 128 and the signal's number.
 INTERRUPTED = 130
 PIPE_CLOSED = 141
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Loaded = TypeVar("Loaded")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        _discard_output()
+        if not _can_print():
+            _discard_output()
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
         print(f"softdb: {error}", file=sys.stderr)
@@ -95,9 +97,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("queries", nargs="?", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
     parser.add_argument("--demo", action="store_true", help="take the word senses and sentences of softdb demo")
     parser.add_argument("--targets", metavar="FILE", help="classes or values that answers should be, in a .npy file")
-    parser.add_argument("--metric", choices=METRICS, default="scaled_dot", help="how keys are compared; scaled_dot")
-    parser.add_argument("--temperature", type=float, default=1.0, help="what scores are divided by; 1")
-    parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="8 times that to a quarter of it")
+    parser.add_argument("--metric", choices=METRICS, help="how keys are compared; scaled_dot")
+    parser.add_argument("--temperature", type=float, metavar="T", help="what scores are divided by; 1")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="T", help="those to compare; 8 times that to a quarter of it"
+    )
     parser.add_argument("--modes", nargs="+", choices=lab.MODES, default=lab.MODES, help="all three")
     parser.add_argument("--ks", type=int, nargs="+", metavar="K", default=(1, 4, 16, 64), help="of top-k; 1 4 16 64")
     others = ", ".join(NORMALIZERS[1:])
@@ -124,10 +128,16 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    written = [path for path in (options.csv, options.plot, options.html) if path is not None]
+    for path in written:
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ArgumentError(f"{path}: expected a file in a folder that exists; make it first")
     labels = sentences = value_labels = None
     if options.demo:
-        if options.store is not None or options.targets is not None:
-            raise ArgumentError("--demo: expected no STORE, QUERIES or --targets beside it; leave them out")
+        if any(x is not None for x in (options.store, options.targets, options.metric, options.temperature)):
+            raise ArgumentError(
+                "--demo: expected no STORE, QUERIES, --targets, --metric or --temperature beside it; leave them out"
+            )
         senses = demo.load_senses()
         store, queries, targets = demo.store_of(senses), senses.queries, None
         labels, sentences = [str(row) for row in senses.rows], senses.sentences
@@ -135,8 +145,10 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
-        store = _read_store(options.store, options.metric, options.temperature)
+        store = _read_store(options.store, options.metric or "scaled_dot", options.temperature)
         queries = _read_array(options.queries)
+        if queries.dim() != 2:
+            raise ArgumentError(f"QUERIES: expected shape (B, key_dim), got {tuple(queries.shape)}")
         targets = None if options.targets is None else _read_array(options.targets)
     found = lab.compare(
         store,
@@ -163,48 +175,68 @@ def _compare(options: argparse.Namespace) -> None:
             columns=found.to_dict(),
             metric=found.metric,
         )
-    for path in filter(None, (options.csv, options.plot, options.html)):
+    for path in written:
         print(f"wrote {path}", flush=True)
 
 
-def _read_store(path: str, metric: Any, temperature: float) -> SoftKVStore:
+def _read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStore:
     """A store of the ``keys`` and ``values`` in a file."""
-    try:
-        tensors = _read_npz(path) if path.endswith(".npz") else safetensors.torch.load_file(path)
-    except (SafetensorError, ValueError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"STORE: expected a .safetensors or .npz file, got {path!r}: {error}") from error
+    tensors = _read(path, _load_npz if path.endswith(".npz") else safetensors.torch.load_file)
     if not {"keys", "values"} <= tensors.keys():
         found = ", ".join(map(repr, sorted(tensors))) or "none"
         raise ArgumentError(f"STORE: expected arrays 'keys' and 'values' in {path!r}, got {found}")
-    keys, values = tensors["keys"], tensors["values"]
+    keys, values = (_tensor(path, tensors[name]) for name in ("keys", "values"))
     for name, rows in (("keys", keys), ("values", values)):
-        if rows.dim() != 2 or not rows.is_floating_point():
+        if rows.dim() != 2 or rows.dtype not in FLOATS:
             raise ArgumentError(f"STORE: expected {name} of floating-point numbers, (rows, n), got {describe(rows)}")
     dtype = torch.promote_types(keys.dtype, values.dtype)
-    store = SoftKVStore(keys.shape[1], values.shape[1], metric=metric, temperature=temperature, dtype=dtype)
+    divisor = 1.0 if temperature is None else temperature
+    store = SoftKVStore(keys.shape[1], values.shape[1], metric=metric, temperature=divisor, dtype=dtype)
     store.add(keys, values)
     return store
 
 
-def _read_npz(path: str) -> dict[str, torch.Tensor]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+def _load_npz(path: str) -> dict[str, Any]:
+    arrays = np.load(path, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array, as in a .npy file")
+    with arrays:
+        return {name: arrays[name] if name in ("keys", "values") else None for name in arrays.files}
 
 
 def _read_array(path: str) -> torch.Tensor:
+    return _tensor(path, _read(path, lambda path: np.load(path, allow_pickle=False)))
+
+
+def _read(path: str, load: Callable[[str], Loaded]) -> Loaded:
     try:
-        array = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ArgumentError(f"{path}: expected a .npy file of numbers: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ArgumentError(f"{path}: expected one array of numbers in a .npy file")
-    return torch.from_numpy(array)
+        return load(path)
+    except OSError:
+        raise
+    except Exception as error:  # of whatever kind a broken file is to numpy, zipfile, zlib, tokenize or safetensors
+        raise ArgumentError(f"{path}: expected arrays as numpy or safetensors write them: {error}") from error
+
+
+def _tensor(path: str, array: object) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+        raise ArgumentError(f"{path}: expected one array of numbers of at most 64 bits, got {describe(array)}")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def _draws_blocks(stream: TextIO) -> bool:
     try:
         (demo.FULL + demo.EIGHTHS).encode(stream.encoding or "ascii")
     except (AttributeError, LookupError, UnicodeEncodeError):  # no stream, or one that is no terminal or file
+        return False
+    return True
+
+
+def _can_print() -> bool:
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):
         return False
     return True
 

@@ -66,8 +66,9 @@ class Read:
         weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
         scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
         lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
-        mass: The fraction of the softmax over all allowed rows that the rows in ``ids`` hold, (...,); 1 for an exact
-            read without ``k``, 0 where there was nothing to read, NaN when unknown.
+        mass: The fraction of the weight of all allowed rows that the rows in ``ids`` hold, (...,): by ``normalizer``
+            if it is sparse, else by softmax. 1 for an exact read without ``k``, 0 where there was nothing to read, NaN
+            when unknown.
         error: The estimated relative error of ``values``, (...,), where a tail or a tolerance was asked for.
         normalizer: How scores became weights; "hard" for a hard read.
     """
@@ -164,11 +165,12 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
     count = scan.selection.count
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
+    most = GATHERED_NUMBERS // max(1, len(query) * width)
     reach = max(k or 1, min(FIRST_REACH, count))
     lse, scores, rows = _best_rows(query, tables, scan, reach)
     while True:
         support = int((SPARSE[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
-        if len(query) * support * width > GATHERED_NUMBERS:
+        if support > most:
             raise ArgumentError(
                 f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
                 f"{GATHERED_NUMBERS:,} numbers in all, got {len(query):,} queries with at least {support:,} rows of "
@@ -177,7 +179,7 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
         # No row that was not found scores better than the last that was: if that has no weight, they have none.
         if support < reach or reach >= count:
             break
-        reach = min(FURTHER * reach, count)
+        reach = min(FURTHER * reach, count, most + 1)
         with torch.no_grad():
             _, scores, rows = _best_rows(query, tables, scan, reach)
     rows = rows[:, : max(k or 1, support)]
@@ -315,7 +317,8 @@ def soft_read(
 
     but no more than a few megabytes of the (B, N) scores and weights are held, forward or backward, a query that may
     see no row gets zeros instead of NaN, and the log-sum-exp comes with it. Gradients reach every floating-point input.
-    There are no second derivatives: asking for one is a `SecondDerivativeError`.
+    There are no second derivatives: asking for one is a `SecondDerivativeError`. With a sparse normalizer, the rows
+    with weight are held, for every query its own.
 
     Batch dimensions broadcast: tensors of a multi-head layer, (batch, heads, n, d), are read as they are, and so are
     keys that several heads share, (batch, 1, n, d).

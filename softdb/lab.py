@@ -50,6 +50,7 @@ MODES = ("exact", "topk", "hard")
 # What a temperature is multiplied by where none are given: from nearly even weights to nearly one row.
 FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 BATCH = 512  # queries in a read
+TIE = 1e-5  # relative difference of scores that rounding may make in float32
 WIDTH = 79
 BAR_WIDTH = 12
 
@@ -179,7 +180,7 @@ class Comparison:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", ncols=4, fontsize="small")
         figure.suptitle(f"Hard or soft? {self.queries:,} queries", fontsize="large")
-        _save(figure, path)
+        figure.savefig(path, dpi=120)
 
     def _against_temperature(self, axes: Any, field: str) -> None:
         ks = sorted({row.k for row in self.settings if row.k is not None})
@@ -278,9 +279,10 @@ def compare(
     check_finite("queries", queries)
     if len(queries) == 0:
         raise ShapeError("queries: expected at least one, got none")
-    for mode in _given("modes", modes):
+    modes, normalizers = _given("modes", modes), _given("normalizers", normalizers)
+    for mode in modes:
         check_choice("modes", mode, MODES)
-    for name in _given("normalizers", normalizers):
+    for name in normalizers:
         check_choice("normalizers", name, NORMALIZERS)
     candidates = [check_positive("ks", k) for k in (_given("ks", ks) if "topk" in modes else ())]
     cooling = _temperatures(store, temperatures)
@@ -322,27 +324,26 @@ class _Reference:
     def __init__(self, store: Readable, batches: Sequence[Tensor], temperature: float) -> None:
         self.temperature = temperature
         self.values, self.seconds = _timed(lambda query: store.read(query, temperature=temperature).values, batches)
-        lses, entropies, ids, scores = [], [], [], []
-        for batch in batches:
-            # In float64, since an entropy is a small difference of large numbers.
-            divisor = torch.full(
-                (len(batch),), temperature, dtype=torch.float64, device=batch.device, requires_grad=True
-            )
-            with torch.enable_grad():
-                read = store.read(batch.double(), k=1, temperature=divisor)
-                # The derivative of the log-sum-exp tells the mean score: d lse / d T = - (sum of weight * score) / T.
-                (slope,) = torch.autograd.grad(read.lse.sum(), divisor)
-            # In the dtype of the others: rows that are equal there need not be in float64.
-            best = store.read(batch, k=1, temperature=temperature)
-            if best.ids is None or read.scores is None:
-                raise DtypeError("store: expected read(query, k=1) to tell ids and scores, got none")
-            lse = read.lse.detach()
-            lses.append(lse)
-            entropies.append(torch.where(lse > -torch.inf, lse + temperature * slope, 0.0).clamp(min=0))
-            ids.append(best.ids[:, 0])
-            scores.append(read.scores[:, 0].detach())
-        self.lse, self.entropy = torch.cat(lses), torch.cat(entropies)
-        self.best, self.best_score = torch.cat(ids), torch.cat(scores)
+        parts = [self._of(store, batch) for batch in batches]
+        self.lse, self.entropy, self.best, self.best_score = map(torch.cat, zip(*parts, strict=True))
+        if bool((self.lse == -torch.inf).all()):
+            raise ArgumentError("store: expected at least one row, got none; add rows first")
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _of(self, store: Readable, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # In float64, since an entropy is a small difference of large numbers.
+        query, temperature = batch.detach().clone().double(), self.temperature
+        divisor = torch.full((len(query),), temperature, dtype=query.dtype, device=query.device, requires_grad=True)
+        read = store.read(query, k=1, temperature=divisor)
+        if read.ids is None or read.scores is None:
+            raise DtypeError("store: expected read(query, k=1) to tell ids and scores, got none")
+        # The derivative of the log-sum-exp tells the mean score: d lse / d T = - (sum of weight * score) / T.
+        (slope,) = torch.autograd.grad(read.lse.sum(), divisor)
+        lse, best_score = read.lse.detach(), read.scores[:, 0].detach()
+        # Where the best row holds all weight there is none, however large the numbers are.
+        entropy = torch.where(lse > best_score, lse + temperature * slope, 0.0).clamp(min=0)
+        return lse, entropy, read.ids[:, 0], best_score
 
 
 def _measured(
@@ -417,10 +418,17 @@ def _weighed(
         if normalizer == "gumbel":  # whose scores have noise
             scores = scores.new_full(scores.shape, -torch.inf)
             scores[:, 0] = _score_of(store, batch, read.ids[:, 0], reference.temperature)
-        share = (scores - reference.lse[place].unsqueeze(-1)).exp().nan_to_num(0.0)
+        best_score = reference.best_score[place]
+        # Where rows are equal but for rounding, either is the best.
+        rounding = TIE * (1 + best_score.abs())
+        agrees = (read.ids[:, 0] == reference.best[place]) | (scores[:, 0] >= best_score - rounding)
+        # Scores less that of the best row: what both are rounded by cancels.
+        top = torch.where(agrees, scores[:, 0], best_score)
+        held = (best_score - reference.lse[place]).exp().nan_to_num(0.0)
+        share = (scores - top.unsqueeze(-1)).exp().nan_to_num(0.0) * held.unsqueeze(-1)
         mass.append(torch.where(weights > 0, share, 0.0).sum(-1).clamp(max=1.0))
         entropy.append(torch.special.entr(weights).sum(-1))
-        agreement.append(read.ids[:, 0] == reference.best[place])
+        agreement.append(agrees)
     return torch.cat(agreement), torch.cat(mass), torch.cat(entropy)
 
 
@@ -462,7 +470,10 @@ def _judge(
             f"targets: expected a tensor with one entry for each of {len(queries)} queries, got {describe(targets)}"
         )
     if metric is not None:
-        return lambda values: float(metric(values, targets)), getattr(metric, "__name__", "metric").strip("<>")
+        name = getattr(metric, "__name__", "")
+        if not name.isidentifier() or name in {field.name for field in FIELDS}:
+            name = "metric"
+        return lambda values: _number(metric(values, targets)), name
     if targets.is_floating_point():
 
         def loss(values: Tensor) -> float:
@@ -473,9 +484,26 @@ def _judge(
             return float((values - targets).double().square().mean())
 
         return loss, "loss"
-    if targets.dim() != 1 or targets.dtype == torch.bool:
+    if targets.dim() != 1 or targets.dtype == torch.bool or targets.is_complex():
         raise ShapeError(f"targets: expected classes, ({len(queries)},) integers, or values, got {describe(targets)}")
-    return lambda values: float((values.argmax(-1) == targets).double().mean()), "accuracy"
+    classes = targets.to(torch.int64)
+
+    def accuracy(values: Tensor) -> float:
+        width = values.shape[-1]
+        if width < 2 or not (int(classes.min()) >= 0 and int(classes.max()) < width):
+            raise ArgumentError(
+                f"targets: expected classes from 0 to {width - 1}, places in values of width {width}, got "
+                f"{int(classes.min())} to {int(classes.max())}; give values themselves as floating-point numbers"
+            )
+        return float((values.argmax(-1) == classes).double().mean())
+
+    return accuracy, "accuracy"
+
+
+def _number(result: object) -> float:
+    if isinstance(result, (int, float)) or (isinstance(result, Tensor) and result.numel() == 1):
+        return float(result)
+    raise DtypeError(f"metric: expected it to return a number, got {describe(result)}")
 
 
 # -- anneal ----------------------------------------------------------------------------------------------
@@ -491,7 +519,7 @@ class Gradient:
         size: The norm of the mean gradient of the queries.
         bias: The norm of the difference of the mean gradient and the soft one, divided by that of the soft one.
         deviation: The root mean square distance of single gradients from their mean, divided likewise; 0 where nothing
-            is random. With n draws, as much as ``deviation / sqrt(n)`` of the bias is chance.
+            is random, NaN for a single draw. With n draws, as much as ``deviation / sqrt(n)`` of the bias is chance.
         cosine: Of the angle between the mean gradient and the soft one.
         loss: The mean loss of the answers.
     """
@@ -511,7 +539,7 @@ class Annealing:
 
     Attributes:
         gradients: One for each temperature and normalizer, the softest temperature first.
-        draws: How often what is random was drawn.
+        draws: How often what is random is drawn.
     """
 
     gradients: tuple[Gradient, ...]
@@ -570,7 +598,7 @@ class Annealing:
             axes.set_title(heading, fontsize="medium")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="x-small")
-        _save(figure, path)
+        figure.savefig(path, dpi=120)
 
 
 def anneal(
@@ -625,6 +653,7 @@ def anneal(
     """
     check_float_tensor("queries", queries, (None, None))
     check_finite("queries", queries)
+    normalizers = _given("normalizers", normalizers)
     for name in normalizers:
         check_choice("normalizers", name, NORMALIZERS)
     times = check_positive("draws", draws)
@@ -632,9 +661,9 @@ def anneal(
     cooling = _temperatures(store, temperatures)
 
     def gradient(name: str, temperature: float) -> tuple[Tensor, float]:
-        leaf = queries.detach().clone().requires_grad_()
         options: dict[str, Any] = {"generator": generator} if name == "gumbel" else {}
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = queries.detach().clone().requires_grad_()
             result = loss(store.read(leaf, normalizer=name, temperature=temperature, **options).values)
             if not isinstance(result, Tensor) or result.dim() or not result.requires_grad:
                 raise DtypeError(f"loss: expected a scalar tensor that depends on the values, got {describe(result)}")
@@ -662,7 +691,7 @@ def _compared(name: str, temperature: float, soft: Tensor, drawn: Sequence[tuple
         temperature=temperature,
         size=size,
         bias=_ratio(float((mean - soft).norm()), norm),
-        deviation=_ratio(spread, norm),
+        deviation=math.nan if name == "gumbel" and len(drawn) < 2 else _ratio(spread, norm),
         cosine=_ratio(float(mean @ soft), size * norm),
         loss=sum(loss for _, loss in drawn) / len(drawn),
     )
@@ -716,9 +745,8 @@ class Explanation:
             if row < 0:
                 continue
             weight = float(self.weights[query, place])
-            added = float(self.contributions[query, place].norm())
             bar = "#" * round(BAR_WIDTH * weight)
-            start = f"  {100 * weight:5.1f} %  {bar:<{BAR_WIDTH}}  adds {added:8.3g}  "
+            start = f"  {100 * weight:5.1f} %  {bar:<{BAR_WIDTH}}  {self._added(query, place)}  "
             yield start + _short(self.labels[row], max(20, WIDTH - len(start)))
         rest, effective = 100 * float(self.rest[query]), float(self.effective_rows[query])
         yield f"  {rest:5.1f} %  in all other rows; {effective:,.1f} rows answer"
@@ -727,6 +755,12 @@ class Explanation:
             f"{100 * weight:.0f} % at {t:.3g}" for t, weight in zip(self.temperatures, shown, strict=True)
         )
         yield from textwrap.wrap(f"the best row's weight: {steps}", WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+    def _added(self, query: int, place: int) -> str:
+        contribution = self.contributions[query, place]
+        if contribution.numel() == 1:
+            return f"adds {float(contribution):9.3g}"
+        return f"adds a vector of norm {float(contribution.norm()):.3g}" if contribution.numel() else "adds nothing"
 
     def table(self, file: TextIO | None = None) -> None:
         """Print it, to ``file`` or the standard output."""
@@ -752,7 +786,7 @@ class Explanation:
         for query in range(count):
             self._bars(figure.add_subplot(grid[query + (count > 1), 0]), query, shown)
             self._moving(figure.add_subplot(grid[query + (count > 1), 1]), query, min(shown, 5))
-        _save(figure, path)
+        figure.savefig(path, dpi=120)
 
     def _rows_seen(self, shown: int) -> list[int]:
         return [row for row in dict.fromkeys(self.ids[:, :shown].flatten().tolist()) if row >= 0]
@@ -765,9 +799,9 @@ class Explanation:
                 if row in rows:
                     weights[rows.index(row), query] = self.weights[query, place]
         image = axes.imshow(weights.tolist(), aspect="auto", cmap="Blues", vmin=0, vmax=float(weights.max()) or 1.0)
-        axes.set_xticks(range(len(self.queries)), [_short(query, 40) for query in self.queries])
+        axes.set_xticks(range(len(self.queries)), [_drawn(query, 40) for query in self.queries])
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(rows)), [_short(self.labels[row], 60) for row in rows], fontsize="small")
+        axes.set_yticks(range(len(rows)), [_drawn(self.labels[row], 60) for row in rows], fontsize="small")
         for (line, column), weight in zip(
             itertools.product(range(len(rows)), range(len(self.queries))), weights.flatten().tolist(), strict=True
         ):
@@ -780,7 +814,7 @@ class Explanation:
 
     def _bars(self, axes: Any, query: int, shown: int) -> None:
         rows = [(row, place) for place, row in enumerate(self.ids[query, :shown].tolist()) if row >= 0]
-        names = [_short(self.labels[row], 50) for row, _ in rows] + ["all other rows"]
+        names = [_drawn(self.labels[row], 50) for row, _ in rows] + ["all other rows"]
         held = [float(self.weights[query, place]) for _, place in rows]
         held.append(max(0.0, 1.0 - sum(held)))
         colors = ["#d55e00", *["#0072b2"] * (len(rows) - 1), "#999999"][-len(names) :]
@@ -790,14 +824,16 @@ class Explanation:
         axes.set_xlim(0, 1)
         axes.set_xlabel("weight; a hard lookup takes the first row alone", fontsize="small")
         effective = float(self.effective_rows[query])
-        axes.set_title(f"“{self.queries[query]}”: {effective:,.1f} rows answer", fontsize="medium", loc="left")
+        axes.set_title(
+            f"“{_drawn(self.queries[query], 80)}”: {effective:,.1f} rows answer", fontsize="medium", loc="left"
+        )
 
     def _moving(self, axes: Any, query: int, shown: int) -> None:
         for place, row in enumerate(self.ids[query, :shown].tolist()):
             if row >= 0:
                 color = "#d55e00" if place == 0 else _shade(place, shown)
                 weights = self.cooling[query, :, place].tolist()
-                axes.plot(self.temperatures, weights, ".-", label=_short(self.labels[row], 28), color=color)
+                axes.plot(self.temperatures, weights, ".-", label=_drawn(self.labels[row], 28), color=color)
         axes.axvline(self.temperature, color="#999999", linestyle=":")
         _cooling(axes, self.temperatures)
         axes.set_ylim(0, 1.02)
@@ -851,15 +887,19 @@ def explain(
           0.5, 100 % at 0.25
     """
     check_float_tensor("query", query, (-1, None))
-    if query.dim() > 2:
-        raise ShapeError(f"query: expected shape (key_dim,) or (Q, key_dim), got {tuple(query.shape)}")
+    if query.dim() > 2 or query.numel() == 0:
+        raise ShapeError(f"query: expected shape (key_dim,) or (Q, key_dim), at least one, got {tuple(query.shape)}")
     check_finite("query", query)
     queries = query.reshape(-1, query.shape[-1])
     count = check_positive("k", k)
     cooling = _temperatures(store, temperatures)
     own = float(store.temperature if temperature is None else check_temperature(temperature, ()))
-    names = tuple(f"query {number}" for number in range(len(queries))) if query_labels is None else tuple(query_labels)
-    if len(names) != len(queries):
+    names = (
+        tuple(f"query {number}" for number in range(len(queries)))
+        if query_labels is None
+        else tuple(map(str, query_labels))
+    )
+    if isinstance(query_labels, str) or len(names) != len(queries):
         raise ShapeError(f"query_labels: expected one for each of {len(queries)} queries, got {len(names)}")
     reference = _Reference(store, [queries], own)
     read = store.read(queries.double(), k=count, temperature=own)
@@ -896,7 +936,9 @@ def _labels(store: Any, labels: Labels | None, ids: Tensor) -> dict[int, str]:
         return {row: f"row {row}" for row in wanted}
     if isinstance(labels, Mapping):
         return {row: str(labels.get(row, f"row {row}")) for row in wanted}
-    if isinstance(labels, str) or len(labels) != len(store):
+    if isinstance(labels, (str, Tensor)):
+        raise DtypeError(f"labels: expected a sequence of strings, or a mapping from ids, got {describe(labels)}")
+    if len(labels) != len(store):
         raise ShapeError(
             f"labels: expected one for each of {len(store):,} rows, in the order of store.ids, got {len(labels):,}"
         )
@@ -909,7 +951,7 @@ def _labels(store: Any, labels: Labels | None, ids: Tensor) -> dict[int, str]:
 
 def _given(name: str, values: Iterable[T]) -> list[T]:
     """Each once, and at least one."""
-    if isinstance(values, str):
+    if isinstance(values, str) or not isinstance(values, Iterable):
         raise DtypeError(f"{name}: expected a sequence, got {values!r}; write ({values!r},)")
     found = list(dict.fromkeys(values))
     if not found:
@@ -970,16 +1012,13 @@ def _figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
         raise MissingPackageError(
             f"matplotlib: expected it to be installed, to draw {os.fspath(path)!r}; pip install 'softdb[plot]'"
         ) from error
-    return Figure(figsize=size, layout="constrained")
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
+    figure = Figure(figsize=size, layout="constrained")
+    known = figure.canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in known:
         raise ArgumentError(
-            f"path: expected the ending of a picture, such as .png or .svg, got {os.fspath(path)!r}"
-        ) from error
+            f"path: expected the ending of a picture, one of {', '.join(sorted(known))}, got {os.fspath(path)!r}"
+        )
+    return figure
 
 
 def _shade(place: int, count: int) -> Any:
@@ -1000,4 +1039,12 @@ def _cooling(axes: Any, temperatures: Iterable[float]) -> None:
 
 
 def _short(text: str, width: int) -> str:
+    """``text`` in one line, and no longer than ``width``."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _drawn(text: str, width: int) -> str:
+    """`_short` for matplotlib, which takes dollars for formulas and leaves out of legends what begins with a bar."""
+    text = _short(text, width).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from softdb.errors import ArgumentError, check_choice
+from softdb.errors import ArgumentError, DtypeError, check_choice, describe
 
 __all__ = [
     "NORMALIZERS",
@@ -40,9 +40,17 @@ NORMALIZERS = ("softmax", "straight_through", "gumbel", "sparsemax", "entmax15")
 def check_normalizer(name: str, generator: torch.Generator | None = None) -> None:
     """Raise unless ``name`` is a normalizer that exists, and draws from a ``generator`` if there is one."""
     check_choice("normalizer", name, NORMALIZERS)
-    if generator is None or name == "gumbel":
+    if generator is None:
         return
-    raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
+    if not isinstance(generator, torch.Generator):
+        raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
+    if name != "gumbel":
+        raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
+    if torch._C._current_graph_task_id() != -1:  # within a backward
+        raise ArgumentError(
+            "generator: expected None under activation checkpointing, which repeats a read and would draw again; torch "
+            "repeats its own draws"
+        )
 
 
 def is_hard(name: str) -> bool:

@@ -452,7 +452,8 @@ class SoftKVStore(nn.Module):
         Ties go to the row in the lowest slot. Where there is nothing to read (an empty store, every row filtered)
         values are 0, ids -1, lse -inf and mass 0, and gradients are 0.
 
-        Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query.
+        Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query,
+        and with a sparse normalizer in exact mode all rows that have weight.
 
         Under torch.compile a read is one operator of the graph; a callable ``where`` breaks the graph. Rows are written
         outside of graphs. Gradients of the rows are dense where a graph reads one store more than once.

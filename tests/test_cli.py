@@ -215,10 +215,17 @@ def test_compare_of_the_demo() -> None:
         ([], "STORE, QUERIES: expected both, or --demo"),
         (["store.npz"], "STORE, QUERIES: expected both, or --demo"),
         (["store.npz", "--demo"], "--demo: expected no STORE"),
-        (["queries.npy", "queries.npy"], "STORE: expected a .safetensors or .npz file, got "),
+        (["queries.npy", "queries.npy"], "expected arrays as numpy or safetensors write them"),
+        (["single.npz", "queries.npy"], "expected arrays as numpy .* it is a single array"),
+        (["empty.npz", "queries.npy"], "expected arrays as numpy"),
+        (["store.npz", "empty.npy"], "expected arrays as numpy"),
+        (["store.npz", "words.npy"], "expected one array of numbers of at most 64 bits"),
+        (["store.npz", "one.npy"], r"QUERIES: expected shape \(B, key_dim\), got \(6,\)"),
+        (["--demo", "--metric", "l2"], "--demo: expected no STORE, QUERIES, --targets, --metric"),
+        (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in a folder that exists"),
         (["bare.npz", "queries.npy"], "STORE: expected arrays 'keys' and 'values' in .*, got 'rows'"),
         (["whole.npz", "queries.npy"], "STORE: expected keys of floating-point numbers"),
-        (["store.npz", "store.npz"], "expected one array of numbers in a .npy file"),
+        (["store.npz", "store.npz"], "expected one array of numbers of at most 64 bits"),
         (["store.npz", "wide.npy"], "query: expected"),
         (["store.npz", "queries.npy", "--targets", "short.npy"], "targets: expected a tensor with one entry for each"),
         (["store.npz", "queries.npy", "--temperatures", "-1"], "temperature: expected a finite number above 0"),
@@ -231,6 +238,12 @@ def test_compare_says_what_is_wrong(
     np.savez(files / "whole.npz", keys=np.zeros((3, 6), dtype=int), values=np.zeros((3, 2)))
     np.save(files / "wide.npy", np.zeros((7, 5), dtype=np.float32))
     np.save(files / "short.npy", np.zeros(3, dtype=int))
+    np.save(files / "words.npy", np.array(["a", "b"]))
+    np.save(files / "one.npy", np.zeros(6, dtype=np.float32))
+    with open(files / "single.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    for name in ("empty.npz", "empty.npy"):
+        (files / name).touch()
     given = [str(files / part) if part.endswith((".npy", ".npz")) else part for part in arguments]
     assert main(["compare", *given]) == 2
     captured = capsys.readouterr()
@@ -251,3 +264,19 @@ def test_the_demo_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert path.stat().st_size > 20_000
     assert main(["demo", "crane", "--plot", str(tmp_path / "crane.nothing")]) == 2
     assert "expected the ending of a picture" in capsys.readouterr().err
+
+
+def test_numbers_of_other_machines_and_kinds_are_read(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(files / "other.npy", np.load(files / "queries.npy").astype(">f4"))
+    found = []
+    for name in ("queries.npy", "other.npy"):
+        arguments = ["compare", str(files / "store.npz"), str(files / name), "--temperatures", "1", "--modes", "hard"]
+        assert main(arguments) == 0
+        found.append([line[:-1] for line in table(capsys.readouterr().out)])
+    assert found[0] == found[1]
+
+
+def test_a_file_that_is_not_there_leaves_the_output_open(files: Path) -> None:
+    script = "from softdb.cli import main\nprint(main(['compare', 'none.npz', 'none.npy']))\nprint('after')"
+    done = run(command=[sys.executable, "-W", "error", "-c", script])
+    assert done.stdout.split() == ["1", "after"]

@@ -125,10 +125,10 @@ def test_hard_reads_are_there_once_and_the_ends_meet() -> None:
 
 
 def test_rows_that_are_equal_are_no_disagreement() -> None:
-    keys = torch.randn(20, DIM).repeat(2, 1)
+    keys = torch.randn(20, DIM)
     for metric in ("l2", "cosine", "scaled_dot"):
         store = SoftKVStore(DIM, WIDTH, metric=metric)
-        store.add(keys, torch.randn(40, WIDTH))
+        store.add(torch.cat([keys, 3 * keys if metric == "cosine" else keys]), torch.randn(40, WIDTH))
         found = lab.compare(store, torch.randn(200, DIM), ks=(4,), normalizers=("softmax", "sparsemax"))
         assert all(row.agreement == 1 for row in found.settings), metric
 
@@ -157,14 +157,47 @@ def test_targets() -> None:
 
     found = lab.compare(store, queries, modes=("hard",), temperatures=(1.0,), targets=wanted, metric=furthest)
     assert found.metric == "furthest"
+
+    def distance(values: Tensor, targets: Tensor) -> float:
+        return 42.0
+
+    other = lab.compare(store, queries, modes=("hard",), temperatures=(1.0,), targets=wanted, metric=distance).to_dict()
+    assert other["metric"] == [42.0]
+    assert other["distance"] != [42.0]
+    small = torch.arange(QUERIES).to(torch.uint8) % WIDTH
+    assert lab.compare(store, queries, modes=("hard",), targets=small).metric == "accuracy"
     assert found.to_dict()["furthest"] == [pytest.approx(float(furthest(answer, wanted)))]
 
 
-def test_an_empty_store_and_hidden_rows_give_figures() -> None:
+def test_an_empty_store_is_refused() -> None:
     store = SoftKVStore(DIM, WIDTH)
-    found = lab.compare(store, torch.randn(3, DIM), ks=(2,), normalizers=NORMALIZERS)
+    with pytest.raises(softdb.ArgumentError, match="store: expected at least one row, got none"):
+        lab.compare(store, torch.randn(3, DIM), ks=(2,), normalizers=NORMALIZERS)
+    with pytest.raises(softdb.ArgumentError, match="store: expected at least one row, got none"):
+        lab.explain(store, torch.randn(DIM))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-8, 1e-4, 1e4, 1e30])
+def test_extreme_temperatures(temperature: float) -> None:
+    store = SoftKVStore(DIM, WIDTH)
+    store.add(torch.randn(300, DIM), torch.randn(300, WIDTH))
+    found = lab.compare(store, torch.randn(50, DIM), ks=(4,), temperatures=(temperature,), normalizers=NORMALIZERS)
     for row in found.settings:
-        assert (row.distance, row.mass, row.entropy) == (0.0, 0.0 if row.name != "exact" else row.mass, 0.0)
+        if row.normalizer != "gumbel" or temperature < 1:
+            assert row.agreement == 1, row
+        if temperature < 1e-4:
+            assert (row.mass, row.effective_rows) == (pytest.approx(1), pytest.approx(1)), row
+
+
+def test_reads_in_inference_mode_are_compared_too() -> None:
+    store, queries = make()
+    wanted = lab.compare(store, queries, ks=(3,))
+    with torch.inference_mode():
+        found = lab.compare(store, queries + 0.0, ks=(3,))
+        assert lab.explain(store, queries + 0.0, k=2).ids.shape == (QUERIES, 2)
+        lab.anneal(store, queries + 0.0, lambda values: values.sum(), draws=2)
+    for row, other in zip(found.settings, wanted.settings, strict=True):
+        assert (row.distance, row.mass, row.entropy) == (other.distance, other.mass, other.entropy)
 
 
 def test_anything_that_reads_alike_will_do() -> None:
@@ -204,6 +237,17 @@ BAD = [
     (dict(targets=torch.zeros(5)), softdb.ShapeError, "targets: expected a tensor with one entry for each of 9"),
     (dict(targets=torch.zeros(QUERIES, 2)), softdb.ShapeError, r"targets: expected shape \(9, 4\)"),
     (dict(targets=torch.zeros(QUERIES) > 1), softdb.ShapeError, "targets: expected classes"),
+    (
+        dict(targets=torch.arange(QUERIES) - 1),
+        softdb.ArgumentError,
+        "targets: expected classes from 0 to 3",
+    ),
+    (dict(temperatures=1.0), softdb.DtypeError, "temperatures: expected a sequence, got 1.0"),
+    (
+        dict(targets=torch.zeros(QUERIES), metric=lambda values, targets: "good"),
+        softdb.DtypeError,
+        "metric: expected it to return a number, got str 'good'",
+    ),
     (dict(metric=lambda values, targets: 0.0), softdb.ArgumentError, "targets: expected what metric compares"),
 ]
 
@@ -350,10 +394,28 @@ def test_rows_are_called_by_their_labels() -> None:
         lab.explain(store, queries, query_labels=["a"])
 
 
-def test_an_empty_store_explains_nothing() -> None:
-    told = lab.explain(SoftKVStore(DIM, WIDTH), torch.randn(DIM), k=2)
-    assert told.ids.tolist() == [[-1, -1]]
-    assert "in all other rows" in str(told)
+def test_what_is_taken_away_is_not_called_added() -> None:
+    store = SoftKVStore(2, 1)
+    store.add(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[-1.0], [-2.0]]))
+    assert "adds    -0.944" in str(lab.explain(store, torch.tensor([1.0, 0.0])))
+    wide, queries = make()
+    assert "adds a vector of norm" in str(lab.explain(wide, queries[0]))
+
+
+def test_labels_are_drawn_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    store = SoftKVStore(2, 1)
+    store.add(torch.eye(2), torch.eye(2)[:, :1])
+    names = ["a $\\frac$ b\n\x1b[31m", "_x_ $5"]
+    told = lab.explain(store, torch.eye(2), names, query_labels=["$", "_\\sum_"])
+    told.plot(tmp_path / "labels.svg")
+    assert "\x1b" not in str(told)
+    with pytest.raises(softdb.DtypeError, match="labels: expected a sequence of strings"):
+        lab.explain(store, torch.eye(2), "ab")
+    with pytest.raises(softdb.ShapeError, match="query_labels"):
+        lab.explain(store, torch.eye(2), query_labels="ab")
+    with pytest.raises(softdb.ShapeError, match="query: expected shape"):
+        lab.explain(store, torch.zeros(0, 2))
 
 
 def test_the_bank_of_a_river_is_not_that_of_an_account() -> None:
@@ -388,8 +450,10 @@ def test_pictures(tmp_path: Path, ending: str) -> None:
         found.plot(path)
         assert path.stat().st_size > 5_000
         path.unlink()
-    with pytest.raises(softdb.ArgumentError, match="path: expected the ending of a picture"):
-        made[1].plot(tmp_path / "picture.nothing")
+    for name in ("picture.nothing", "picture"):
+        with pytest.raises(softdb.ArgumentError, match="path: expected the ending of a picture"):
+            made[1].plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_a_picture_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from softdb.errors import ArgumentError
+from softdb.errors import ArgumentError, DtypeError
 from softdb.normalizers import NORMALIZERS, SPARSE, GumbelNoise, check_normalizer, softmax, straight_through
 
 
@@ -175,3 +175,5 @@ def test_names() -> None:
     with pytest.raises(ArgumentError, match="generator: expected nothing, since nothing is random with 'sparsemax'"):
         check_normalizer("sparsemax", torch.Generator())
     check_normalizer("gumbel", torch.Generator())
+    with pytest.raises(DtypeError, match=r"generator: expected a torch\.Generator, got int 3"):
+        check_normalizer("gumbel", 3)

@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import softdb
 from softdb import SoftKVStore
@@ -231,6 +232,24 @@ def test_mass_tells_whether_the_candidates_hold_all_sparse_weight() -> None:
     sure = store.read(problem.query, "topk", k=k + 1, normalizer="sparsemax")
     assert (sure.mass == 1).all()
     assert torch.allclose(sure.values, store.read(problem.query, normalizer="sparsemax").values, atol=1e-6)
+
+
+def test_checkpointed_draws_are_repeated_or_refused() -> None:
+    store = store_of(Problem.random(rows=30), trainable=True)
+    query = torch.randn(4, 8)
+
+    def gradient(generator: torch.Generator | None, repeat: bool) -> Tensor:
+        def loss(query: Tensor) -> Tensor:
+            return store.read(query, normalizer="gumbel", generator=generator).values.square().sum()
+
+        torch.manual_seed(3)
+        leaf = query.clone().requires_grad_()
+        (checkpoint(loss, leaf, use_reentrant=False) if repeat else loss(leaf)).backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(None, True), gradient(None, False))
+    with pytest.raises(softdb.ArgumentError, match="generator: expected None under activation checkpointing"):
+        gradient(torch.Generator(), True)
 
 
 def test_an_approximate_index_does_not_vouch_for_sparse_weights() -> None:

@@ -252,18 +252,18 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
     width = scores.shape[-1]
     k = min(k, width)
     values, index = scores.topk(min(k + 1, width), dim=-1)
-    if k < width:
-        # Where the first score left out equals the last one kept, topk chose between them as it liked.
-        cut = ((values[..., k - 1] == values[..., k]) & (values[..., k] > -torch.inf)).nonzero(as_tuple=True)
-        values, index = values[..., :k], index[..., :k]
-        if len(cut[0]):
-            index = index.contiguous()
+    equal = (values[..., 1:] == values[..., :-1]) & (values[..., 1:] > -torch.inf)
+    values, index = values[..., :k], index[..., :k]
+    if bool(equal.any()):
+        index = index.contiguous()
+        # topk orders equal scores as it likes; and where the first one left out equals the last one kept, it chose.
+        tied = equal[..., : k - 1].any(-1).nonzero(as_tuple=True)
+        ascending = index[tied].sort(dim=-1).values
+        order = scores[tied].gather(-1, ascending).sort(dim=-1, descending=True, stable=True).indices
+        index[tied] = ascending.gather(-1, order)
+        if k < width:
+            cut = equal[..., k - 1].nonzero(as_tuple=True)
             index[cut] = scores[cut].sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    if k > 1:
-        index = index.sort(dim=-1).values
-        values = scores.gather(-1, index)
-        values, order = values.sort(dim=-1, descending=True, stable=True)
-        index = index.gather(-1, order)
     return values, index
 
 
@@ -299,6 +299,9 @@ class _Best:
     def add(self, scores: Tensor, groups: slice, queries: slice, block: Block) -> None:
         """Take in the scores of a block whose rows come after all that were taken in before."""
         values, _, found = _best_of_block(scores, block, self.k)
+        if not bool((self.rows[groups, queries, 0] >= 0).any()):  # the first rows that these queries see
+            self.scores[groups, queries], self.rows[groups, queries] = values, found
+            return
         # Earlier rows stand first, so that the lowest row wins a tie.
         values = torch.cat([self.scores[groups, queries], values.to(self.scores.dtype)], dim=-1)
         found = torch.cat([self.rows[groups, queries], found], dim=-1)

@@ -221,11 +221,8 @@ def read_candidates(
     they are known to be the best of those: then no row with weight is missing where one of them has none.
     """
     places = Places(tables.place(rows))
-    width = tables.values.shape[-1]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = (
-        not wanted and not places.padded and tables.values.dtype == scan.dtype and not is_hard(normalizer) and width > 0
-    )
+    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and tables.values.shape[-1] > 0
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
         scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
@@ -243,20 +240,18 @@ def read_candidates(
         weights = SPARSE[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
-    if lean:
+    order = _best_first(scores.detach(), rows)
+    if is_hard(normalizer):
+        blend = _choose(tables, Places(places.numbers.gather(-1, order[:, :1])), scan.dtype)
+        if wanted:
+            blend = straight_through(blend, _blend(weights, tables, places, scan.dtype))
+    elif lean:
         blend = blend_at(weights, tables.values, places.numbers)
     else:
-        if len(tables.keys) == 0:
-            values = query.new_zeros(*rows.shape, width, dtype=scan.dtype)
-        else:
-            values = tables.gather_values(places, scan.dtype)
-        blend = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
-    order = _best_first(scores.detach(), rows)
+        blend = _blend(weights, tables, places, scan.dtype)
     rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if is_hard(normalizer):
-        first = values.detach().gather(1, order[:, :1, None].expand(-1, -1, width)).squeeze(1)  # 0 at padding
-        blend = straight_through(first, blend)
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
@@ -270,6 +265,16 @@ def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M
         by_row = rows.sort(dim=-1).indices
         order = by_row.gather(-1, scores.gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices)
     return order
+
+
+def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+    """The weighted sum of the values at ``places``."""
+    width = tables.values.shape[-1]
+    if len(tables.values) == 0:
+        values = weights.new_zeros(*weights.shape, width, dtype=dtype)
+    else:
+        values = tables.gather_values(places, dtype)
+    return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
 
 
 def _choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)

@@ -51,6 +51,8 @@ __all__ = ["Read", "merge", "soft_read", "topk_read"]
 FIRST_REACH, FURTHER = 32, 8
 # As many numbers of such rows are gathered: a GiB of float32.
 GATHERED_NUMBERS = 2**28
+# From one of so many rows on, a sample is the start of a permutation of all.
+MANY_DRAWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +257,136 @@ def read_candidates(
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows drawn from all that some query may see, each as likely, without replacement.
+
+    Attributes:
+        slots: (m,), ascending.
+        population: How many they were drawn from.
+    """
+
+    slots: Tensor
+    population: int
+
+    @classmethod
+    def draw(cls, selection: Selection, count: int, device: torch.device, generator: torch.Generator | None) -> Sample:
+        """``count`` rows, or all if there are no more."""
+        slots = selection.visit
+        if slots is None:
+            shared = selection.shared
+            slots = torch.arange(selection.size, device=device) if shared is None else shared.nonzero().squeeze(-1)
+        population = len(slots)
+        if count < population:
+            slots = slots[_distinct(population, count, generator).to(device).sort().values]
+        return cls(slots, population)
+
+
+def _distinct(population: int, count: int, generator: torch.Generator | None) -> Tensor:  # -> (count,)
+    """Whole numbers below ``population``, every choice of ``count`` different ones as likely."""
+    device = "cpu" if generator is None else generator.device
+    if MANY_DRAWS * count >= population:
+        return torch.randperm(population, generator=generator, device=device)[:count]
+    drawn = torch.empty(0, dtype=torch.int64, device=device)
+    while True:
+        # One after the other, without those that were drawn before.
+        more = torch.randint(population, (count + count // MANY_DRAWS + 8,), generator=generator, device=device)
+        drawn = torch.cat([drawn, more])
+        ordered, order = drawn.sort(stable=True)
+        fresh = torch.ones_like(drawn, dtype=torch.bool)
+        fresh[1:] = ordered[1:] != ordered[:-1]
+        kept = order[fresh].sort().values
+        if len(kept) >= count:
+            return drawn[kept[:count]]
+
+
+def _places(numbers: Tensor, among: Tensor) -> Tensor:  # (M, c), (m,) ascending -> (M, c)
+    """Where ``numbers`` stand in ``among``, -1 for those that do not."""
+    if len(among) == 0:
+        return torch.full_like(numbers, -1)
+    places = torch.searchsorted(among, numbers).clamp_(max=len(among) - 1)
+    return torch.where(among[places] == numbers, places, -1)
+
+
+def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample) -> Read:
+    """A softmax read of candidates and, by a sample, of all other rows.
+
+    With S a query's candidates, T the sample of m of the n rows, and w = exp(score)::
+
+        numerator  = sum of w * value over S + n / m * (sum of w * value over T without S)
+        normaliser = sum of w over S         + n / m * (sum of w over T without S)
+
+    A row that is no candidate is in T with probability m / n, so both are unbiased whatever the candidates are (Horvitz
+    and Thompson 1952, doi 10.1080/01621459.1952.10483446); their ratio, the answer, is consistent. ``error`` is the
+    standard deviation of the numerator's error for this normaliser, divided by the norm of the answer.
+
+    Args:
+        read: Of the candidates; its ``ids`` are slots.
+        query: Prepared, (M, w).
+        tables: One group.
+        scan: How queries meet rows; its selection says which each may see.
+        sample: T.
+    """
+    slots, factor = sample.slots, max(1, sample.population) / max(1, len(sample.slots))
+    hidden = [cast(Tensor, read.ids)]
+    if scan.selection.excluded is not None:
+        hidden.append(scan.selection.excluded)
+    excluded = _places(torch.cat(hidden, dim=-1), slots).sort(-1).values
+    mask = None if scan.selection.rule is None else scan.selection.rule(slots)
+    among = replace(scan, selection=Selection(len(slots), mask=mask, excluded=excluded), key_norm=None, narrow=False)
+    rows = Places(slots.unsqueeze(0))
+    keys = tables.gather_keys(rows, tables.keys.dtype).squeeze(0)
+    values = tables.gather_values(rows, tables.values.dtype).squeeze(0)
+    blend, lse, _ = exact_read(query, keys, values, among)
+    lse = lse + math.log(factor)
+    shares, total = softmax(torch.stack([read.lse, lse], dim=-1))
+    answer = read.values * shares[:, :1] + blend * shares[:, 1:]
+    weights = cast(Tensor, read.weights) * shares[:, :1]
+    error = _tail_error(
+        query.detach(),
+        keys.detach(),
+        values.detach(),
+        among,
+        sample,
+        answer.detach(),
+        total.detach(),
+        (blend.detach(), lse.detach()),
+    )
+    mass = _share(weights)
+    return replace(read, values=answer, weights=weights, lse=total, mass=mass, error=error)
+
+
+@torch.no_grad()
+def _tail_error(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scan: Scan,
+    sample: Sample,
+    answer: Tensor,  # (M, dv)
+    total: Tensor,  # (M,)
+    tail: tuple[Tensor, Tensor],
+) -> Tensor:  # (M,)
+    """The relative standard deviation of answers, from that of ``w * (value - answer)`` within the sample."""
+    count = len(sample.slots)
+    if count == sample.population:
+        return torch.zeros_like(total)
+    if count < 2:
+        return torch.full_like(total, torch.nan)
+    rest = 1 - count / sample.population
+    # The sum of exp(2 score) |value - answer|^2: a read with scores twice as large.
+    squared = values.to(scan.dtype).square().sum(-1, keepdim=True)
+    blend, lse, _ = exact_read(2 * query, keys, torch.cat([values.to(scan.dtype), squared], dim=-1), scan)
+    apart = blend[:, -1] - 2 * (answer * blend[:, :-1]).sum(-1) + answer.square().sum(-1)
+    nothing = total == -torch.inf
+    squares = (lse - 2 * total.masked_fill(nothing, 0.0)).exp() * apart.clamp(min=0)
+    mean = (tail[1] - total.masked_fill(nothing, 0.0)).exp().unsqueeze(-1) * (tail[0] - answer) / sample.population
+    spread = (squares / count - mean.square().sum(-1)).clamp(min=0) * count / (count - 1)
+    deviation = sample.population * (rest * spread / count).sqrt()
+    size = torch.linalg.vector_norm(answer, dim=-1)
+    return torch.where(deviation > 0, deviation / size, 0.0).masked_fill(nothing, 0.0)
 
 
 def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)

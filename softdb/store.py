@@ -30,7 +30,17 @@ from softdb.errors import (
     describe,
 )
 from softdb.filters import Selection, Where, select
-from softdb.functional import Read, Tables, answer_dtype, finish, read_candidates, read_exactly, transform
+from softdb.functional import (
+    Read,
+    Sample,
+    Tables,
+    add_tail,
+    answer_dtype,
+    finish,
+    read_candidates,
+    read_exactly,
+    transform,
+)
 from softdb.index import Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
@@ -475,9 +485,12 @@ class SoftKVStore(nn.Module):
                 ``scores`` and ``lse`` are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but
                 some of the best rows. In topk mode ``mass`` is 1 where those are known to be among the candidates; in
                 exact mode they are found and gathered, and too many are an ArgumentError. See `softdb.normalizers`.
-            tail_samples: How many rows outside the candidates to sample; not there yet.
+            tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
+                are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
+                rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off. The sample is the same
+                for the whole batch; the gradient reaches its rows too, each standing for many.
             tolerance: The relative error that ``values`` may have; not there yet.
-            generator: What "gumbel" draws from; torch's own if None.
+            generator: What "gumbel" and the sample are drawn from; torch's own if None.
 
         Returns:
             A `Read`.
@@ -485,7 +498,7 @@ class SoftKVStore(nn.Module):
         Raises:
             ArgumentError: A mode does not use an argument that was given, or it is out of range.
             ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
-            NotImplementedError: ``tail_samples`` or ``tolerance``, which are planned.
+            NotImplementedError: ``tolerance``, which is planned.
             StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
                 unless it evicts one of those.
 
@@ -538,6 +551,12 @@ class SoftKVStore(nn.Module):
                 complete = self._complete(slots, selection)
                 read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete, best=best)
                 used = slots.flatten()
+                if tail_samples:
+                    rest = selection.shared_count - slots.shape[-1]
+                    count = selection.shared_count if tail_samples >= rest else tail_samples
+                    sample = Sample.draw(selection, count, keys.device, generator)
+                    read = add_tail(read, operand, tables, scan, sample)
+                    used = torch.cat([used, sample.slots])
         if mode == "hard":
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
@@ -973,10 +992,13 @@ def check_options(
     if mode != "topk":
         _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail")
         _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing")
-    check_normalizer(normalizer, generator)
-    if tail_samples != 0 or tolerance is not None:
-        name = "tail_samples" if tail_samples != 0 else "tolerance"
-        raise NotImplementedError(f"{name}: planned and not there yet; use a larger k, or mode='exact'")
+    if not isinstance(tail_samples, int) or isinstance(tail_samples, bool) or tail_samples < 0:
+        raise ArgumentError(f"tail_samples: expected a number of rows of at least 0, got {describe(tail_samples)}")
+    if tail_samples:
+        _refuse(normalizer != "softmax", "normalizer", "only a softmax can be put together from its parts")
+    check_normalizer(normalizer, None if tail_samples else generator)
+    if tolerance is not None:
+        raise NotImplementedError("tolerance: planned and not there yet; use a larger k, or mode='exact'")
     if mode == "topk" and k is None:
         raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it")
     return None if k is None else check_positive("k", k)

@@ -252,6 +252,120 @@ def test_checkpointed_draws_are_repeated_or_refused() -> None:
         gradient(torch.Generator(), True)
 
 
+# -- a sampled tail --------------------------------------------------------------------------------------
+
+
+WHERES = {
+    "all": {},
+    "ids": {"where": torch.arange(51, 121)},
+    "rule": {"where": lambda row: row["id"] % 3 != 0},
+    "rule for each query": {"where": lambda row: row["id"] % 5 != torch.arange(5).unsqueeze(-1)},
+    "exclude": {"exclude": torch.arange(15).view(5, 3)},
+}
+
+
+@pytest.mark.parametrize("where", WHERES.values(), ids=WHERES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_tail_of_all_rows_is_the_exact_read(metric: str, where: dict[str, object]) -> None:
+    problem = Problem.random(rows=123, metric=metric, dtype=torch.float64)
+    store = store_of(problem, trainable=True)
+    store.delete([2, 50])
+    leaves = [problem.query, store.keys, store.values]
+    exact = store.read(problem.query, k=6, **where)
+    for count in (117, 118, 10_000):  # 121 rows live
+        tail = store.read(problem.query, "topk", k=6, tail_samples=count, **where)
+        for name in ("values", "weights", "lse", "mass"):
+            assert largest_error(getattr(tail, name), getattr(exact, name)) < 1e-9, name
+        assert torch.equal(tail.ids, exact.ids)
+        assert (tail.error == 0).all()
+    found, wanted = (
+        torch.autograd.grad(read.values.sin().sum() + read.lse.sum() + read.mass.sum(), leaves)
+        for read in (tail, exact)
+    )
+    for mine, other in zip(found, wanted, strict=True):
+        assert largest_error(mine.to_dense(), other.to_dense()) < 1e-8
+
+
+def test_numerator_and_normaliser_are_unbiased_and_so_are_their_gradients() -> None:
+    problem = Problem.random(rows=123, dtype=torch.float64)
+    store = store_of(problem, trainable=True)
+    leaves = [problem.query, store.keys, store.values]
+    generator = torch.Generator().manual_seed(0)
+
+    def estimates(read: softdb.Read) -> list[Tensor]:
+        normaliser = read.lse.exp()
+        numerator = normaliser.unsqueeze(-1) * read.values
+        gradients = torch.autograd.grad(numerator.sum(), leaves, retain_graph=True)
+        return [normaliser.detach(), numerator.detach(), *(gradient.to_dense() for gradient in gradients)]
+
+    draws = [
+        estimates(store.read(problem.query, "topk", k=5, tail_samples=20, generator=generator)) for _ in range(1500)
+    ]
+    for drawn, wanted in zip(zip(*draws, strict=True), estimates(store.read(problem.query)), strict=True):
+        found = torch.stack(drawn)
+        off = (found.mean(0) - wanted).abs() / (found.std(0) / math.sqrt(len(found)) + 1e-12)
+        assert float(off.max()) < 5
+        assert float(off.square().mean().sqrt()) < 1.3
+
+
+def test_a_tail_repairs_a_broad_softmax_and_says_how_far_it_is_off() -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(16, 4)
+    store.add(torch.randn(20_000, 16), torch.randn(20_000, 4) + 1)
+    query = torch.randn(64, 16)
+    exact = store.read(query, k=50, temperature=2.0)
+    plain = store.read(query, "topk", k=50, temperature=2.0)
+
+    def tail(seed: int) -> softdb.Read:
+        generator = torch.Generator().manual_seed(seed)
+        return store.read(query, "topk", k=50, temperature=2.0, tail_samples=2000, generator=generator)
+
+    def off(read: softdb.Read) -> Tensor:
+        return (read.values - exact.values).norm(dim=-1) / exact.values.norm(dim=-1)
+
+    assert float(exact.mass.mean()) < 0.1
+    assert plain.mass.isnan().all()
+    assert plain.error is None
+    reads = [tail(seed) for seed in range(8)]  # errors of one batch have one sample in common
+    errors, told = torch.stack([off(read) for read in reads]), torch.stack([read.error for read in reads])
+    assert float(errors.mean()) < 0.25 * float(off(plain).mean())
+    assert 0.8 < float(errors.square().mean().sqrt() / told.square().mean().sqrt()) < 1.25
+    assert all(float((read.mass - exact.mass).abs().max()) < 0.01 for read in reads)
+    assert torch.equal(tail(3).values, reads[3].values)
+    assert not torch.equal(reads[4].values, reads[3].values)
+
+
+def test_a_tail_reaches_the_rows_of_its_sample_and_guards_them() -> None:
+    problem = Problem.random(rows=400)
+    store = store_of(problem, trainable=True)
+    read = store.read(problem.query, "topk", k=3, tail_samples=30)
+    (gradient,) = torch.autograd.grad(read.values.sum(), store.values, retain_graph=True)
+    rows = gradient.coalesce().indices()[0]
+    assert torch.isin(read.ids.unique(), rows).all()
+    assert 30 <= len(rows) <= 45
+    sampled = rows[~torch.isin(rows, read.ids)]
+    store.update(sampled[:1], values=torch.zeros(1, 3))
+    with pytest.raises(softdb.StaleReadError):
+        read.values.sum().backward()
+
+
+def test_a_tail_where_there_is_nothing_or_little() -> None:
+    empty = SoftKVStore(8, 3)
+    read = empty.read(torch.randn(4, 8), "topk", k=2, tail_samples=5)
+    assert (read.values == 0).all()
+    assert (read.lse == -math.inf).all()
+    assert (read.error == 0).all()
+    problem = Problem.random(rows=40)
+    store = store_of(problem)
+    hidden = store.read(problem.query, "topk", k=2, tail_samples=5, where=lambda row: row["id"] < 0)
+    assert (hidden.values == 0).all()
+    assert (hidden.mass == 0).all()
+    assert store.read(problem.query, "topk", k=2, tail_samples=1).error.isnan().all()
+    assert store.read(problem.query[:0], "topk", k=2, tail_samples=5).values.shape == (0, 3)
+    batched = store.read(problem.query[:4].view(2, 2, 8), "topk", k=2, tail_samples=5)
+    assert batched.error.shape == batched.mass.shape == (2, 2)
+
+
 def test_an_approximate_index_does_not_vouch_for_sparse_weights() -> None:
     problem = Problem.random(rows=5000, scale=1000.0)
     store = store_of(problem, index="IVF32,Flat")
@@ -530,7 +644,9 @@ BAD_READS = [
     (dict(tail_samples=5), softdb.ArgumentError, "tail_samples: expected nothing, since exact mode leaves no tail"),
     (dict(tolerance=0.1), softdb.ArgumentError, "tolerance: expected nothing"),
     (dict(generator=torch.Generator()), softdb.ArgumentError, "generator: expected nothing"),
-    (dict(mode="topk", k=2, tail_samples=5), NotImplementedError, "tail_samples: planned"),
+    (dict(mode="topk", k=2, tail_samples=-1), softdb.ArgumentError, "tail_samples: expected a number of rows"),
+    (dict(mode="topk", k=2, tail_samples=True), softdb.ArgumentError, "tail_samples: expected a number of rows"),
+    (dict(mode="topk", k=2, tail_samples=5, normalizer="gumbel"), softdb.ArgumentError, "normalizer: expected nothing"),
     (dict(mode="topk", tolerance=0.1), NotImplementedError, "tolerance: planned"),
     (dict(mode="hard", normalizer="gumbel"), softdb.ArgumentError, "normalizer: expected nothing"),
     (dict(temperature=-1.0), softdb.ArgumentError, "temperature: expected a finite number above 0, got -1.0"),

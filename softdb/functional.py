@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdb.blockwise import (
     BestRows,
+    Moments,
     Places,
     Scan,
     blend_at,
@@ -22,6 +23,7 @@ from softdb.blockwise import (
     gathered_scores,
     is_narrow,
     query_numbers,
+    read_moments,
     scores_at,
 )
 from softdb.errors import (
@@ -339,35 +341,24 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
     rows = Places(slots.unsqueeze(0))
     keys = tables.gather_keys(rows, tables.keys.dtype).squeeze(0)
     values = tables.gather_values(rows, tables.values.dtype).squeeze(0)
-    blend, lse, _ = exact_read(query, keys, values, among)
-    lse = lse + math.log(factor)
-    shares, total = softmax(torch.stack([read.lse, lse], dim=-1))
+    moments = read_moments(query.detach(), keys.detach(), values.detach(), among)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
+        blend, lse, _ = exact_read(query, keys, values, among)
+    else:
+        blend, lse = moments.blend / moments.total.clamp(min=1.0).unsqueeze(-1), moments.total.log() + moments.shift
+        check_scores(lse, empty=True)
+    shares, total = softmax(torch.stack([read.lse, lse + math.log(factor)], dim=-1))
     answer = read.values * shares[:, :1] + blend * shares[:, 1:]
     weights = cast(Tensor, read.weights) * shares[:, :1]
-    error = _tail_error(
-        query.detach(),
-        keys.detach(),
-        values.detach(),
-        among,
-        sample,
-        answer.detach(),
-        total.detach(),
-        (blend.detach(), lse.detach()),
-    )
-    mass = _share(weights)
-    return replace(read, values=answer, weights=weights, lse=total, mass=mass, error=error)
+    error = _tail_error(moments, sample, answer.detach(), total.detach())
+    return replace(read, values=answer, weights=weights, lse=total, mass=_share(weights), error=error)
 
 
-@torch.no_grad()
 def _tail_error(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scan: Scan,
+    moments: Moments,
     sample: Sample,
     answer: Tensor,  # (M, dv)
     total: Tensor,  # (M,)
-    tail: tuple[Tensor, Tensor],
 ) -> Tensor:  # (M,)
     """The relative standard deviation of answers, from that of ``w * (value - answer)`` within the sample."""
     count = len(sample.slots)
@@ -375,16 +366,13 @@ def _tail_error(
         return torch.zeros_like(total)
     if count < 2:
         return torch.full_like(total, torch.nan)
-    rest = 1 - count / sample.population
-    # The sum of exp(2 score) |value - answer|^2: a read with scores twice as large.
-    squared = values.to(scan.dtype).square().sum(-1, keepdim=True)
-    blend, lse, _ = exact_read(2 * query, keys, torch.cat([values.to(scan.dtype), squared], dim=-1), scan)
-    apart = blend[:, -1] - 2 * (answer * blend[:, :-1]).sum(-1) + answer.square().sum(-1)
     nothing = total == -torch.inf
-    squares = (lse - 2 * total.masked_fill(nothing, 0.0)).exp() * apart.clamp(min=0)
-    mean = (tail[1] - total.masked_fill(nothing, 0.0)).exp().unsqueeze(-1) * (tail[0] - answer) / sample.population
+    scale = (moments.shift - total.masked_fill(nothing, 0.0)).exp()  # to weights that sum to 1 with the candidates'
+    inner = (answer * moments.squared_blend).sum(-1)
+    squares = moments.norms - 2 * inner + answer.square().sum(-1) * moments.squared_total  # of w² |value - answer|²
+    mean = (moments.blend - answer * moments.total.unsqueeze(-1)) / count
     spread = (squares / count - mean.square().sum(-1)).clamp(min=0) * count / (count - 1)
-    deviation = sample.population * (rest * spread / count).sqrt()
+    deviation = sample.population * scale * ((1 - count / sample.population) * spread / count).sqrt()
     size = torch.linalg.vector_norm(answer, dim=-1)
     return torch.where(deviation > 0, deviation / size, 0.0).masked_fill(nothing, 0.0)
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import textwrap
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,30 @@ class Readable(Protocol):
         """As `softdb.SoftKVStore.read`."""
 
 
+class _Printed:
+    """What prints itself."""
+
+    def table(self, file: TextIO | None = None) -> None:
+        """Print it, to ``file`` or the standard output."""
+        (sys.stdout if file is None else file).write(f"{self}\n")
+
+
+class _Columns(_Printed, ABC):
+    """What goes to a dictionary, and to a file."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, list[Any]]:
+        """A list for each column."""
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns to a file."""
+        columns = self.to_dict()
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+
+
 # -- compare ---------------------------------------------------------------------------------------------
 
 
@@ -105,7 +130,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Columns):
     """What `compare` found.
 
     Attributes:
@@ -123,10 +148,6 @@ class Comparison:
         columns = {field.name: [getattr(row, field.name) for row in self.settings] for field in FIELDS}
         metric = columns.pop("metric")
         return columns if self.metric is None else columns | {self.metric: metric}
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the columns to a file."""
-        _write_csv(path, self.to_dict())
 
     def __str__(self) -> str:
         headings = ["read", "temperature", "distance", "agreement", "mass", "effective rows", "time"]
@@ -147,10 +168,6 @@ class Comparison:
             for line, row in zip(cells, self.settings, strict=True):
                 line.insert(2, "–" if row.metric is None else f"{row.metric:.4f}")
         return _aligned(headings, cells)
-
-    def table(self, file: TextIO | None = None) -> None:
-        """Print it, to ``file`` or the standard output."""
-        _print(str(self), file)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw distance, and the metric or else the mass, against temperature and against k.
@@ -534,7 +551,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Annealing:
+class Annealing(_Columns):
     """What `anneal` found.
 
     Attributes:
@@ -550,10 +567,6 @@ class Annealing:
         names = [field.name for field in dataclasses.fields(Gradient)]
         return {name: [getattr(row, name) for row in self.gradients] for name in names}
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the columns to a file."""
-        _write_csv(path, self.to_dict())
-
     def __str__(self) -> str:
         headings = ["normalizer", "temperature", "size", "bias", "deviation", "cosine", "loss"]
         return _aligned(
@@ -563,10 +576,6 @@ class Annealing:
                 for row in self.gradients
             ],
         )
-
-    def table(self, file: TextIO | None = None) -> None:
-        """Print it, to ``file`` or the standard output."""
-        _print(str(self), file)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw size, bias and deviation of the gradients against temperature.
@@ -705,7 +714,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(_Printed):
     """What `explain` found, for each of Q queries, about the k best rows.
 
     Attributes:
@@ -761,10 +770,6 @@ class Explanation:
         if contribution.numel() == 1:
             return f"adds {float(contribution):9.3g}"
         return f"adds a vector of norm {float(contribution.norm()):.3g}" if contribution.numel() else "adds nothing"
-
-    def table(self, file: TextIO | None = None) -> None:
-        """Print it, to ``file`` or the standard output."""
-        _print(str(self), file)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the weights: of several queries a heat map of all rows seen; of each query bars, and how they move.
@@ -980,17 +985,6 @@ def _aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-def _print(text: str, file: TextIO | None) -> None:
-    (sys.stdout if file is None else file).write(text + "\n")
-
-
-def _write_csv(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
 
 
 @contextmanager

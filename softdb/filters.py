@@ -18,7 +18,7 @@ from torch import Tensor
 from softdb.errors import DeviceError, DtypeError, ShapeError, broadcasts, check_ids, check_vector, describe
 from softdb.rows import RowTable
 
-__all__ = ["Block", "Rule", "Selection", "Where", "select"]
+__all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]
 
 Rule = Callable[[Mapping[str, Tensor]], Tensor]
 Where = Tensor | Rule
@@ -118,6 +118,13 @@ class Selection:
         return self.is_shared and self.shared_count > 0
 
     @property
+    def shared_slots(self) -> Tensor:
+        """The slots that `shared_count` counts, ascending."""
+        if self.visit is not None:
+            return self.visit
+        return torch.arange(self.size) if self.shared is None else self.shared.nonzero().squeeze(-1)
+
+    @property
     def is_shared(self) -> bool:
         """Whether every query sees the same rows."""
         return self.mask is None and self.rule is None and self.excluded is None
@@ -149,8 +156,8 @@ class Selection:
         if isinstance(rows, slice):
             query, place = ((self.excluded >= rows.start) & (self.excluded < rows.stop)).nonzero(as_tuple=True)
             return (query, self.excluded[query, place] - rows.start) if len(query) else None
-        column = torch.searchsorted(rows, self.excluded).clamp_(max=len(rows) - 1)
-        query, place = (rows[column] == self.excluded).nonzero(as_tuple=True)
+        column = places_in(rows, self.excluded)
+        query, place = (column >= 0).nonzero(as_tuple=True)
         return (query, column[query, place]) if len(query) else None
 
     def among(self, slots: Tensor) -> Selection:  # (m,) ascending
@@ -174,6 +181,14 @@ class Selection:
         excluded = None if self.excluded is None else self.excluded[queries]
         rule = None if self.rule is None else _RuleForSome(self.rule, queries)
         return replace(self, rule=rule, excluded=excluded)
+
+
+def places_in(slots: Tensor, numbers: Tensor) -> Tensor:  # (m,) ascending, (B, c) -> (B, c)
+    """Where ``numbers`` stand in ``slots``, -1 for those that do not."""
+    if len(slots) == 0:
+        return torch.full_like(numbers, -1)
+    places = torch.searchsorted(slots, numbers).clamp_(max=len(slots) - 1)
+    return torch.where(slots[places] == numbers, places, -1)
 
 
 def select(

@@ -42,7 +42,7 @@ from softdb.errors import (
     describe,
     is_finite,
 )
-from softdb.filters import Selection
+from softdb.filters import Selection, places_in
 from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
@@ -276,10 +276,7 @@ class Sample:
     @classmethod
     def draw(cls, selection: Selection, count: int, device: torch.device, generator: torch.Generator | None) -> Sample:
         """``count`` rows, or all if there are no more."""
-        slots = selection.visit
-        if slots is None:
-            shared = selection.shared
-            slots = torch.arange(selection.size, device=device) if shared is None else shared.nonzero().squeeze(-1)
+        slots = selection.shared_slots.to(device)
         population = len(slots)
         if count < population:
             slots = slots[_distinct(population, count, generator).to(device).sort().values]
@@ -302,14 +299,6 @@ def _distinct(population: int, count: int, generator: torch.Generator | None) ->
         kept = order[fresh].sort().values
         if len(kept) >= count:
             return drawn[kept[:count]]
-
-
-def _places(numbers: Tensor, among: Tensor) -> Tensor:  # (M, c), (m,) ascending -> (M, c)
-    """Where ``numbers`` stand in ``among``, -1 for those that do not."""
-    if len(among) == 0:
-        return torch.full_like(numbers, -1)
-    places = torch.searchsorted(among, numbers).clamp_(max=len(among) - 1)
-    return torch.where(among[places] == numbers, places, -1)
 
 
 def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample) -> Read:
@@ -335,7 +324,7 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
     hidden = [cast(Tensor, read.ids)]
     if scan.selection.excluded is not None:
         hidden.append(scan.selection.excluded)
-    excluded = _places(torch.cat(hidden, dim=-1), slots).sort(-1).values
+    excluded = places_in(slots, torch.cat(hidden, dim=-1)).sort(-1).values
     mask = None if scan.selection.rule is None else scan.selection.rule(slots)
     among = replace(scan, selection=Selection(len(slots), mask=mask, excluded=excluded), key_norm=None, narrow=False)
     rows = Places(slots.unsqueeze(0))

@@ -296,11 +296,7 @@ def compare(
     check_finite("queries", queries)
     if len(queries) == 0:
         raise ShapeError("queries: expected at least one, got none")
-    modes, normalizers = _given("modes", modes), _given("normalizers", normalizers)
-    for mode in modes:
-        check_choice("modes", mode, MODES)
-    for name in normalizers:
-        check_choice("normalizers", name, NORMALIZERS)
+    modes, normalizers = _chosen("modes", modes, MODES), _chosen("normalizers", normalizers, NORMALIZERS)
     candidates = [check_positive("ks", k) for k in (_given("ks", ks) if "topk" in modes else ())]
     cooling = _temperatures(store, temperatures)
     judge, judged = _judge(queries, targets, metric)
@@ -662,11 +658,8 @@ def anneal(
     """
     check_float_tensor("queries", queries, (None, None))
     check_finite("queries", queries)
-    normalizers = _given("normalizers", normalizers)
-    for name in normalizers:
-        check_choice("normalizers", name, NORMALIZERS)
+    names = list(dict.fromkeys(("softmax", *_chosen("normalizers", normalizers, NORMALIZERS))))
     times = check_positive("draws", draws)
-    names = list(dict.fromkeys(("softmax", *normalizers)))
     cooling = _temperatures(store, temperatures)
 
     def gradient(name: str, temperature: float) -> tuple[Tensor, float]:
@@ -908,19 +901,14 @@ def explain(
         raise ShapeError(f"query_labels: expected one for each of {len(queries)} queries, got {len(names)}")
     reference = _Reference(store, [queries], own)
     read = store.read(queries.double(), k=count, temperature=own)
-    seen = read.ids.clamp(min=0)
     known = read.ids >= 0
+    rows, places = read.ids[known].unique(return_inverse=True)
     values = torch.zeros(*read.ids.shape, reference.values.shape[-1], dtype=torch.float64, device=queries.device)
-    if bool(known.any()):
-        values[known] = store.get(read.ids[known].unique()).values.double()[
-            torch.searchsorted(read.ids[known].unique(), read.ids[known])
-        ]
-    moved = []
-    for step in cooling:
-        moved.append(store.read(queries.double(), k=count, temperature=step).weights)
+    values[known] = store.get(rows).values.double()[places]
+    moved = [store.read(queries.double(), k=count, temperature=step).weights for step in cooling]
     return Explanation(
         queries=names,
-        labels=_labels(store, labels, seen[known]),
+        labels=_labels(store, labels, rows.tolist()),
         ids=read.ids,
         scores=read.scores,
         weights=read.weights,
@@ -934,9 +922,8 @@ def explain(
     )
 
 
-def _labels(store: Any, labels: Labels | None, ids: Tensor) -> dict[int, str]:
-    """What the rows ``ids`` are called."""
-    wanted = ids.unique().tolist()
+def _labels(store: Any, labels: Labels | None, wanted: list[int]) -> dict[int, str]:
+    """What the rows of the ids ``wanted`` are called."""
     if labels is None:
         return {row: f"row {row}" for row in wanted}
     if isinstance(labels, Mapping):
@@ -964,15 +951,21 @@ def _given(name: str, values: Iterable[T]) -> list[T]:
     return found
 
 
+def _chosen(name: str, values: Iterable[str], choices: Sequence[str]) -> list[str]:
+    """Each once, at least one, and all among ``choices``."""
+    found = _given(name, values)
+    for value in found:
+        check_choice(name, value, choices)
+    return found
+
+
 def _temperatures(store: Any, temperatures: Sequence[float] | None) -> list[float]:
     """From soft to hard, each once."""
     if temperatures is None:
         own = float(getattr(store, "temperature", 1.0))
         return [factor * own for factor in FACTORS]
-    checked = []
-    for temperature in _given("temperatures", temperatures):
-        checked.append(float(check_temperature(temperature, ())))
-    return sorted(set(checked), reverse=True)
+    given = _given("temperatures", temperatures)
+    return sorted({float(check_temperature(temperature, ())) for temperature in given}, reverse=True)
 
 
 def _aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

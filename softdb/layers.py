@@ -300,7 +300,8 @@ def _fill(store: SoftKVStore, deviation: float) -> None:
         )
     else:
         # Not the rows that were: nothing is to be remembered of those.
-        store.revive(store.ids, store.get(store.ids).keys, store.get(store.ids).values)
+        rows = store.get(store.ids)
+        store.revive(store.ids, rows.keys, rows.values)
     store.keys.normal_()
     store.values.normal_(std=deviation)
 

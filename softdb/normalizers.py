@@ -109,7 +109,7 @@ def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> sparsemax(torch.tensor([2.0, 1.5, 0.0, -torch.inf]))
         tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
-    weights: Tensor = _Sparsemax.apply(scores)  # type: ignore[no-untyped-call]
+    weights: Tensor = _Sparse.apply(scores, _nearest, _steps)  # type: ignore[no-untyped-call]
     return weights
 
 
@@ -128,69 +128,67 @@ def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> entmax15(torch.tensor([2.0, 2.0, -1.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
-    weights: Tensor = _Entmax15.apply(scores)  # type: ignore[no-untyped-call]
+    weights: Tensor = _Sparse.apply(scores, _smooth, _roots)  # type: ignore[no-untyped-call]
     return weights
 
 
 SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"sparsemax": sparsemax, "entmax15": entmax15}
 
 
-def _below_largest(scores: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """Scores less their largest, -inf cut to twice the ``reach`` below it, and where all are -inf.
-
-    From the reach on weights are 0; twice that, they are so to whatever the threshold is rounded.
-    """
-    largest = scores.amax(-1, keepdim=True)
-    empty = largest == -torch.inf
-    return (scores - largest.masked_fill(empty, 0.0)).clamp(min=-2 * reach), empty
+# So far below the largest score weights are 0, to whatever the threshold is rounded: twice the larger reach.
+LOWEST = -4.0
+Weigh = Callable[[Tensor], Tensor]
 
 
-class _Sparsemax(torch.autograd.Function):
+class _Sparse(torch.autograd.Function):
+    """Weights ``f(score - t)`` that sum to 1, by a function of scores whose largest is 0, and by the slopes of f."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
         if scores.shape[-1] == 0:
             weights = scores.clone()
         else:
-            z, empty = _below_largest(scores, 1.0)
-            ordered = z.sort(dim=-1, descending=True).values
-            count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-            excess = ordered.cumsum(-1) - 1
-            support = (count * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # no NaN is to be an index
-            threshold = excess.gather(-1, support - 1) / support
-            weights = (z - threshold).clamp_(min=0).masked_fill_(empty, 0.0)
+            largest = scores.amax(-1, keepdim=True)
+            empty = largest == -torch.inf
+            below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=LOWEST)
+            weights = weigh(below).masked_fill_(empty, 0.0)
+        ctx.slopes = slopes
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        return _through(grads[0], (weights > 0).to(weights.dtype))
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _through(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None
 
 
-class _Entmax15(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor) -> Tensor:
-        if scores.shape[-1] == 0:
-            weights = scores.clone()
-        else:
-            z, empty = _below_largest(scores, 2.0)
-            z = z / 2
-            ordered = z.sort(dim=-1, descending=True).values
-            count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-            mean = ordered.cumsum(-1) / count
-            scatter = count * (ordered.square().cumsum(-1) / count - mean.square())
-            thresholds = mean - ((1 - scatter) / count).clamp(min=0).sqrt()
-            support = (thresholds <= ordered).sum(-1, keepdim=True).clamp(min=1)
-            weights = (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_().masked_fill_(empty, 0.0)
-        ctx.save_for_backward(weights)
-        return weights
+def _nearest(z: Tensor) -> Tensor:
+    ordered = z.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(-1) - 1
+    support = (_counts(z) * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # no NaN is to be an index
+    return (z - excess.gather(-1, support - 1) / support).clamp_(min=0)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        seen = weights > 0
-        slopes = torch.where(seen, weights, 1.0).sqrt()  # so that a second derivative meets no root of 0
-        return _through(grads[0], torch.where(seen, slopes, 0.0))
+
+def _steps(weights: Tensor) -> Tensor:
+    return (weights > 0).to(weights.dtype)
+
+
+def _smooth(z: Tensor) -> Tensor:
+    z, count = z / 2, _counts(z)
+    ordered = z.sort(dim=-1, descending=True).values
+    mean = ordered.cumsum(-1) / count
+    scatter = count * (ordered.square().cumsum(-1) / count - mean.square())
+    thresholds = mean - ((1 - scatter) / count).clamp(min=0).sqrt()
+    support = (thresholds <= ordered).sum(-1, keepdim=True).clamp(min=1)
+    return (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_()
+
+
+def _roots(weights: Tensor) -> Tensor:
+    seen = weights > 0
+    return torch.where(seen, torch.where(seen, weights, 1.0).sqrt(), 0.0)  # a second derivative meets no root of 0
+
+
+def _counts(z: Tensor) -> Tensor:  # (..., k) -> (k,)
+    return torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
 
 
 def _through(gradient: Tensor, slopes: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ from softdb.scores import prepare_keys, prepare_keys_backward
 
 __all__ = [
     "BestRows",
-    "Moments",
     "Places",
     "Scan",
     "blend_at",
@@ -50,7 +49,6 @@ __all__ = [
     "is_narrow",
     "products_at",
     "query_numbers",
-    "read_moments",
     "scores_at",
     "top_k",
 ]
@@ -1036,51 +1034,6 @@ def exact_read(
             return read.values, read.lse, read.best
         result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
     return result
-
-
-class Moments(NamedTuple):
-    """Sums over rows, with w = exp(score - shift); without gradient.
-
-    Attributes:
-        shift: (M,).
-        total, squared_total: The sums of w and of w², (M,).
-        blend, squared_blend: The sums of w and of w², times values, (M, dv).
-        norms: The sum of w² times the squared norm of values, (M,).
-    """
-
-    shift: Tensor
-    total: Tensor
-    squared_total: Tensor
-    blend: Tensor
-    squared_blend: Tensor
-    norms: Tensor
-
-
-@torch.no_grad()
-def read_moments(query: Tensor, keys: Tensor, values: Tensor, scan: Scan) -> Moments:  # (M, w), (N, d), (N, dv)
-    """What an exact read sums up, and the same of squared weights, from scores that are made once.
-
-    For few rows: all scores of some queries, 4 MiB, are held at a time.
-    """
-    values = values.to(scan.dtype)
-    squared = torch.cat([values, values.square().sum(-1, keepdim=True)], dim=-1)
-    block = scan.selection.block(0, scan.selection.count)
-    operand, everyone = scan.operand(keys), slice(0, 1)
-    height = max(1, TILE_ELEMENTS // max(1, len(keys)))
-    product, found = _Product(), []
-    for start in range(0, max(1, len(query)), height):
-        queries = slice(start, min(start + height, len(query)))
-        scores = product(query[None, queries], operand[None])
-        if block is not None:
-            block.hide(scores, everyone, queries, -torch.inf)
-        shift = _finite_or_zero(scores.amax(-1)) if len(keys) else scores.new_zeros(scores.shape[:2])
-        weights = _exponentials(scores, shift, scan.dtype)[0]
-        total, blend = weights.sum(-1), weights @ values
-        # Before they are squared: what underflows is slow.
-        torch.threshold_(weights, math.sqrt(SMALLEST_WEIGHT[scan.dtype]), 0.0).square_()
-        seconds = weights @ squared
-        found.append((shift[0].to(scan.dtype), total, weights.sum(-1), blend, seconds[:, :-1], seconds[:, -1]))
-    return Moments(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _small_block(queries: int, scan: Scan, copied: int, k: int) -> Block | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from softdb.blockwise import (
     BestRows,
-    Moments,
     Places,
     Scan,
     blend_at,
@@ -23,7 +22,6 @@ from softdb.blockwise import (
     gathered_scores,
     is_narrow,
     query_numbers,
-    read_moments,
     scores_at,
 )
 from softdb.errors import (
@@ -42,7 +40,7 @@ from softdb.errors import (
     describe,
     is_finite,
 )
-from softdb.filters import Selection, places_in
+from softdb.filters import Selection
 from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
@@ -158,7 +156,7 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
         scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
-    mass = _share(weights)
+    mass = share_of(weights)
     if hard:
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     return Read(values, rows, weights, scores, lse, mass, normalizer=normalizer)
@@ -193,7 +191,7 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
     if k is None or read.ids is None or read.weights is None or read.scores is None:
         return Read(read.values, None, None, None, lse, read.mass, normalizer=normalizer)
     ids, weights, scores = read.ids[:, :k], read.weights[:, :k], read.scores[:, :k]
-    return Read(read.values, ids, weights, scores, lse, _share(weights), normalizer=normalizer)
+    return Read(read.values, ids, weights, scores, lse, share_of(weights), normalizer=normalizer)
 
 
 def _best_rows(query: Tensor, tables: Tables, scan: Scan, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +201,7 @@ def _best_rows(query: Tensor, tables: Tables, scan: Scan, k: int) -> tuple[Tenso
     return lse, scores, rows
 
 
-def _share(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
+def share_of(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
     """What weights come to, no more than 1."""
     total = weights.sum(-1)
     return straight_through(total.clamp(max=1.0), total)
@@ -259,111 +257,6 @@ def read_candidates(
         weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
     mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows drawn from all that some query may see, each as likely, without replacement.
-
-    Attributes:
-        slots: (m,), ascending.
-        population: How many they were drawn from.
-    """
-
-    slots: Tensor
-    population: int
-
-    @classmethod
-    def draw(cls, selection: Selection, count: int, device: torch.device, generator: torch.Generator | None) -> Sample:
-        """``count`` rows, or all if there are no more."""
-        slots = selection.shared_slots.to(device)
-        population = len(slots)
-        if count < population:
-            slots = slots[_distinct(population, count, generator).to(device).sort().values]
-        return cls(slots, population)
-
-
-def _distinct(population: int, count: int, generator: torch.Generator | None) -> Tensor:  # -> (count,)
-    """Whole numbers below ``population``, every choice of ``count`` different ones as likely."""
-    device = "cpu" if generator is None else generator.device
-    if MANY_DRAWS * count >= population:
-        return torch.randperm(population, generator=generator, device=device)[:count]
-    drawn = torch.empty(0, dtype=torch.int64, device=device)
-    while True:
-        # One after the other, without those that were drawn before.
-        more = torch.randint(population, (count + count // MANY_DRAWS + 8,), generator=generator, device=device)
-        drawn = torch.cat([drawn, more])
-        ordered, order = drawn.sort(stable=True)
-        fresh = torch.ones_like(drawn, dtype=torch.bool)
-        fresh[1:] = ordered[1:] != ordered[:-1]
-        kept = order[fresh].sort().values
-        if len(kept) >= count:
-            return drawn[kept[:count]]
-
-
-def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample) -> Read:
-    """A softmax read of candidates and, by a sample, of all other rows.
-
-    With S a query's candidates, T the sample of m of the n rows, and w = exp(score)::
-
-        numerator  = sum of w * value over S + n / m * (sum of w * value over T without S)
-        normaliser = sum of w over S         + n / m * (sum of w over T without S)
-
-    A row that is no candidate is in T with probability m / n, so both are unbiased whatever the candidates are (Horvitz
-    and Thompson 1952, doi 10.1080/01621459.1952.10483446); their ratio, the answer, is consistent. ``error`` is the
-    standard deviation of the numerator's error for this normaliser, divided by the norm of the answer.
-
-    Args:
-        read: Of the candidates; its ``ids`` are slots.
-        query: Prepared, (M, w).
-        tables: One group.
-        scan: How queries meet rows; its selection says which each may see.
-        sample: T.
-    """
-    slots, factor = sample.slots, max(1, sample.population) / max(1, len(sample.slots))
-    hidden = [cast(Tensor, read.ids)]
-    if scan.selection.excluded is not None:
-        hidden.append(scan.selection.excluded)
-    excluded = places_in(slots, torch.cat(hidden, dim=-1)).sort(-1).values
-    mask = None if scan.selection.rule is None else scan.selection.rule(slots)
-    among = replace(scan, selection=Selection(len(slots), mask=mask, excluded=excluded), key_norm=None, narrow=False)
-    rows = Places(slots.unsqueeze(0))
-    keys = tables.gather_keys(rows, tables.keys.dtype).squeeze(0)
-    values = tables.gather_values(rows, tables.values.dtype).squeeze(0)
-    moments = read_moments(query.detach(), keys.detach(), values.detach(), among)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values)):
-        blend, lse, _ = exact_read(query, keys, values, among)
-    else:
-        blend, lse = moments.blend / moments.total.clamp(min=1.0).unsqueeze(-1), moments.total.log() + moments.shift
-        check_scores(lse, empty=True)
-    shares, total = softmax(torch.stack([read.lse, lse + math.log(factor)], dim=-1))
-    answer = read.values * shares[:, :1] + blend * shares[:, 1:]
-    weights = cast(Tensor, read.weights) * shares[:, :1]
-    error = _tail_error(moments, sample, answer.detach(), total.detach())
-    return replace(read, values=answer, weights=weights, lse=total, mass=_share(weights), error=error)
-
-
-def _tail_error(
-    moments: Moments,
-    sample: Sample,
-    answer: Tensor,  # (M, dv)
-    total: Tensor,  # (M,)
-) -> Tensor:  # (M,)
-    """The relative standard deviation of answers, from that of ``w * (value - answer)`` within the sample."""
-    count = len(sample.slots)
-    if count == sample.population:
-        return torch.zeros_like(total)
-    if count < 2:
-        return torch.full_like(total, torch.nan)
-    nothing = total == -torch.inf
-    scale = (moments.shift - total.masked_fill(nothing, 0.0)).exp()  # to weights that sum to 1 with the candidates'
-    inner = (answer * moments.squared_blend).sum(-1)
-    squares = moments.norms - 2 * inner + answer.square().sum(-1) * moments.squared_total  # of w² |value - answer|²
-    mean = (moments.blend - answer * moments.total.unsqueeze(-1)) / count
-    spread = (squares / count - mean.square().sum(-1)).clamp(min=0) * count / (count - 1)
-    deviation = sample.population * scale * ((1 - count / sample.population) * spread / count).sqrt()
-    size = torch.linalg.vector_norm(answer, dim=-1)
-    return torch.where(deviation > 0, deviation / size, 0.0).masked_fill(nothing, 0.0)
 
 
 def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)

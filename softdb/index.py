@@ -44,6 +44,7 @@ from softdb.errors import ArgumentError, DtypeError, describe
 from softdb.filters import Selection, select
 from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
+from softdb.tail import Outline
 
 __all__ = ["Index", "IndexConfig", "IndexStats"]
 
@@ -84,6 +85,9 @@ NEAR_ENOUGH = 0.01
 CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
 # Rows that have moved by less than the tolerance come in a slightly wrong order: this share more of them are asked for.
 SLACK = 0.25
+# An outline of the rows by lists is made anew when the base has taken in this share of its entries; as many rows of a
+# list tell where it lies.
+OUTLINE_SHARE, OUTLINE_ROWS = 1 / 8, 32
 UNBOUNDED = ("dot", "scaled_dot")
 # A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; an
 # exact search costs as much as if there were this many queries more.
@@ -252,6 +256,8 @@ class _Base:
         self.crown, self.crowned, self.crown_norm = slots[:0], 0, math.inf
         self.check_after = CHECKING_SHARES[0]
         self.taken = 0  # rows taken in since the recall was checked
+        self._outline: Outline | None = None
+        self._outlined = 0  # rows taken in since
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
         self.scale = _scale(rows)
@@ -341,6 +347,7 @@ class _Base:
         if len(slots) == 0:
             return
         self.taken += len(slots)
+        self._outlined += len(slots)
         entries = self.entry_of[slots]
         known = (entries >= 0) & bool(self.lists)
         if bool(known.all()):
@@ -385,6 +392,22 @@ class _Base:
         """The IVF lists that entries are in, as an int64 array."""
         ivf = _movable(self.index)
         return faiss.rev_swig_ptr(ivf.direct_map.array.data(), ivf.ntotal)[entries.numpy()] >> 32
+
+    def outline(self, keys: Tensor, size: int) -> Outline | None:
+        """The slots below ``size`` by lists, as they were not long ago; None where there are no lists."""
+        if not self.lists:
+            return None
+        if self._outline is None or self._outlined > OUTLINE_SHARE * self.entries:
+            number = torch.full((size,), self.lists, dtype=torch.int64, device="cpu")  # those in no list come last
+            listed = (self.entry_of[:size] >= 0).nonzero().squeeze(-1)
+            number[listed] = torch.from_numpy(self.lists_of(self.entry_of[listed]))
+            order, counts = number.argsort(stable=True), number.bincount(minlength=self.lists + 1)
+            some = counts.unsqueeze(-1) * torch.arange(OUTLINE_ROWS, device="cpu") // OUTLINE_ROWS
+            some = order[(some + (counts.cumsum(0) - counts).unsqueeze(-1)).clamp_(max=max(0, size - 1))]
+            means = keys[some.flatten().to(keys.device)].view(*some.shape, -1).mean(1, dtype=compute_dtype(keys))
+            self._outline = Outline(order.to(keys.device), counts.to(keys.device), means)
+            self._outlined = 0
+        return self._outline
 
     def widen(self, capacity: int) -> None:
         """Make room for slots."""
@@ -722,6 +745,12 @@ class Index:
         if selection.shared is None and selection.is_shared:
             return slots
         return slots.masked_fill_(~selection.allows(slots), -1)
+
+    def outline(self, keys: Tensor, size: int) -> Outline | None:
+        """The slots below ``size`` in the order of the base's lists, and where those lie; None where there are none."""
+        with self._lock, torch.inference_mode(False):
+            base = None if self._asleep else self._base
+            return None if base is None else base.outline(keys, size)
 
     # -- following the rows ----------------------------------------------------------------------------------
 

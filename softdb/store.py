@@ -32,9 +32,7 @@ from softdb.errors import (
 from softdb.filters import Selection, Where, select
 from softdb.functional import (
     Read,
-    Sample,
     Tables,
-    add_tail,
     answer_dtype,
     finish,
     read_candidates,
@@ -45,6 +43,7 @@ from softdb.index import Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.tail import Sample, add_tail, promise_of
 
 __all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
@@ -554,7 +553,9 @@ class SoftKVStore(nn.Module):
                 if tail_samples:
                     rest = selection.shared_count - slots.shape[-1]
                     count = selection.shared_count if tail_samples >= rest else tail_samples
-                    sample = Sample.draw(selection, count, keys.device, generator)
+                    outline = self._index.outline(keys.detach(), selection.size)
+                    promise = None if outline is None else promise_of(outline, operand, scan, read)
+                    sample = Sample.draw(selection, count, keys.device, generator, outline, promise)
                     read = add_tail(read, operand, tables, scan, sample)
                     used = torch.cat([used, sample.slots])
         if mode == "hard":

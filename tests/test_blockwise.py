@@ -13,7 +13,6 @@ from torch import Tensor
 from softdb import NonFiniteError, blockwise
 from softdb.blockwise import Scan, exact_read, exact_top_k, top_k, top_of_block
 from softdb.filters import Selection
-from softdb.scores import centre_of, prepare_query
 
 
 def tied(*shape: int, levels: int = 5, seed: int = 0) -> Tensor:
@@ -200,32 +199,3 @@ def test_scores_and_blend_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(blockwise.blend_at(weights, values, numbers), blend, atol=1e-6)
     numbers[2, 1] = -1
     assert blockwise.scores_at(query, keys, numbers, scan)[2, 1] == -math.inf
-
-
-SIZES = [(0, 5, 64), (7, 0, 64), (7, 1, 64), (9, 50, 128), (9, 50, 2**20)]
-
-
-@pytest.mark.parametrize("metric", ["dot", "l2", "cosine"])
-@pytest.mark.parametrize(("queries", "rows", "elements"), SIZES)
-def test_moments_are_sums_over_rows(
-    metric: str, queries: int, rows: int, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blockwise, "TILE_ELEMENTS", elements)
-    torch.manual_seed(0)
-    query, keys, values = (torch.randn(n, w, dtype=torch.float64) for n, w in ((queries, 6), (rows, 6), (rows, 3)))
-    excluded = torch.full((queries, 2), -1)
-    if rows > 1 and queries:
-        excluded[0] = torch.tensor([0, 3])
-    centre = centre_of(query, metric)
-    scan = blockwise.Scan(metric, centre, Selection(rows, excluded=excluded), torch.float64)
-    operand = prepare_query(query, metric, 0.3, centre, torch.float64)
-    found = blockwise.read_moments(operand, keys, values, scan)
-    scores = reference.scores(query, keys, metric, 0.3)
-    if rows > 1 and queries:
-        scores[0, [0, 3]] = -math.inf
-    weights = (scores - found.shift.unsqueeze(-1)).exp()
-    assert torch.allclose(found.total, weights.sum(-1))
-    assert torch.allclose(found.blend, weights @ values)
-    assert torch.allclose(found.squared_total, weights.square().sum(-1))
-    assert torch.allclose(found.squared_blend, weights.square() @ values)
-    assert torch.allclose(found.norms, weights.square() @ values.square().sum(-1))

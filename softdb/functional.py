@@ -103,6 +103,47 @@ def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
     )
 
 
+def replaced(read: Read, queries: Tensor, other: Read) -> Read:
+    """``read`` of M queries with the answers to some of them, (b,), from ``other``."""
+
+    def put(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        return None if mine is None or theirs is None else mine.index_copy(0, queries, theirs)
+
+    return Read(
+        read.values.index_copy(0, queries, other.values),
+        put(read.ids, other.ids),
+        put(read.weights, other.weights),
+        put(read.scores, other.scores),
+        read.lse.index_copy(0, queries, other.lse),
+        read.mass.index_copy(0, queries, other.mass),
+        put(read.error, other.error),
+        read.normalizer,
+    )
+
+
+def best_of(read: Read, k: int) -> Read:
+    """The same read, of which only the k best candidates are reported."""
+    if read.ids is None or read.weights is None or read.scores is None or read.ids.shape[-1] <= k:
+        return read
+    weights = read.weights[:, :k]
+    return replace(read, ids=read.ids[:, :k], weights=weights, scores=read.scores[:, :k], mass=share_of(weights))
+
+
+def completed(read: Read, queries: Tensor, exact: Read) -> Read:
+    """Of some of the queries, (b,), the candidates of ``read`` as parts of an exact one of those queries."""
+    scores = cast(Tensor, read.scores)[queries]
+    total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
+    weights = (scores - total).exp()
+    return replace(
+        exact,
+        ids=cast(Tensor, read.ids)[queries],
+        weights=weights,
+        scores=scores,
+        mass=share_of(weights),
+        error=torch.zeros_like(exact.lse),
+    )
+
+
 # -- the two kinds of read, of M = G B queries in G groups ------------------------------------------------
 
 

@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 4, 1 / 2)
 FEWEST_PROBES = 4
 # A recall as near to the wanted one is left alone when it is checked: the sample is small.
 NEAR_ENOUGH = 0.01
+# A careful search visits this many times the lists, unless it then costs more than this share of an exact one.
+CAREFUL, CAREFUL_SHARE = 2, 1 / 8
 # For dot products, in a base of some size, the longest rows may be searched exactly beside it: up to this share of all,
 # if the least of them is this much longer than the median.
 CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
@@ -260,6 +262,9 @@ class _Base:
         self._outlined = 0  # rows taken in since
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
+        # With more probes, for reads that are to be sure of what they find.
+        self.careful_probes: int | None = None
+        self.careful_recall: float | None = None
         self.scale = _scale(rows)
         self.copy: Tensor | None = None
         self._drift: Tensor | None = None  # (capacity,): how far rows have come since their list was chosen
@@ -301,8 +306,10 @@ class _Base:
         entries = self.entry_of[slots]
         return (entries >= 0) & self.visible.at(entries.clamp(min=0))
 
-    def search(self, queries: Any, k: int, allowed: Tensor | None = None) -> Tensor:  # (B, d), (used,) bool -> (B, c)
-        """Slots of ``k`` or more rows, -1 where fewer were found.
+    def search(  # (B, d), (used,) bool -> (B, c)
+        self, queries: Any, k: int, allowed: Tensor | None = None, *, probes: int | None = None
+    ) -> Tensor:
+        """Slots of ``k`` or more rows, -1 where fewer were found; with other ``probes``, where FAISS can, if given.
 
         Among them may be some that are not ``allowed``, where FAISS cannot leave them out.
         """
@@ -310,12 +317,13 @@ class _Base:
         if self.copy is not None:
             k += round(SLACK * k)
         parameters, hidden = None, self.visible.hidden > 0
-        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None):
-            selector = self.visible.selector()
+        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None or probes is not None):
+            selector = self.visible.selector() if hidden else None
             if allowed is not None:
                 bits = np.packbits((self.visible.all() & allowed[self.slots]).numpy(), bitorder="little")
                 selector = faiss.IDSelectorBitmap(bits)
-            parameters, hidden = faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe), False
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=probes or index.nprobe)
+            hidden = False
         elif hidden or allowed is not None:
             k *= 2
         entries = torch.from_numpy(index.search(queries, min(k, self.entries), params=parameters)[1])
@@ -500,7 +508,13 @@ class _Base:
                 few = middle
         if knob is not None:
             setattr(knob, name, probes)
-        self.recall = recall
+        self.recall = self.careful_recall = recall
+        self.careful_probes = None
+        if self.probes is not None and isinstance(self.index, faiss.IndexIVF):
+            self.careful_probes = min(limit, CAREFUL * probes)
+            # Of a sample: that nothing was missed in it does not mean that nothing ever is.
+            self.careful_recall = min(measure(self.careful_probes, crown), 1 - (1 - recall) / CAREFUL)
+            setattr(knob, name, probes)
         if again:  # the more often, the more there is to be changed
             interval = self.check_after * (0.5 if (probes, crown) != now else 2)
             self.check_after = min(max(interval, CHECKING_SHARES[0]), CHECKING_SHARES[1])
@@ -627,6 +641,20 @@ class _Aside:
 # -- the index -------------------------------------------------------------------------------------------
 
 
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        slots: The k best rows of each query, as far as the index finds them, (B, k); -1 where fewer may be seen.
+        exact: Whether they are the best for certain.
+        recall: The share of the best that is expected among them.
+    """
+
+    slots: Tensor
+    exact: bool
+    recall: float
+
+
 class Index:
     """Finds candidate slots for queries, whatever happened to the rows since the last search.
 
@@ -700,11 +728,10 @@ class Index:
         rows: RowTable,
         scan: Scan,
         k: int,
-    ) -> tuple[Tensor, bool]:  # (B, k)
-        """The slots of the k best rows of each query, as far as the index finds them; -1 where fewer may be seen.
-
-        And whether they are the best for certain.
-        """
+        *,
+        careful: bool = False,
+    ) -> Found:
+        """The k best rows of each query, as far as the index finds them; with ``careful``, more of them."""
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
@@ -714,10 +741,12 @@ class Index:
                 self._searched += len(query)
         started = time.perf_counter()
         try:
-            few = selection.shared_count <= max(4 * k, FEW * len(rows))
-            if base is None or few or len(query) == 0 or _costs_more(base, len(query)):
-                return exact_top_k(operand, keys, scan, k)[1], True
-            found = self._search_base(base, query, rows, scan, k)  # (B, c)
+            if base is None or not _pays(base, rows, selection, k, len(query)):
+                return Found(exact_top_k(operand, keys, scan, k)[1], True, 1.0)
+            probes, recall = None, base.recall or 0.0
+            if careful and _cost(base, len(query), base.careful_probes) < CAREFUL_SHARE:
+                probes, recall = base.careful_probes, base.careful_recall or 0.0
+            found = self._search_base(base, query, rows, scan, k, probes)  # (B, c)
             if len(pending):
                 visible = Scan(scan.metric, scan.centre, selection.among(pending), scan.dtype)
                 found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
@@ -728,11 +757,20 @@ class Index:
                 short = ((~missing).sum(-1) < k).nonzero().squeeze(-1)
                 rest = Scan(scan.metric, scan.centre, selection.take(short), scan.dtype)
                 found[short] = exact_top_k(operand[short], keys, rest, k)[1]
-            return found, False
+            return Found(found, False, recall)
         finally:
             self._search_seconds += time.perf_counter() - started
 
-    def _search_base(self, base: _Base, query: Tensor, rows: RowTable, scan: Scan, k: int) -> Tensor:
+    def approximates(self, rows: RowTable, keys: Tensor, selection: Selection, k: int, query: Tensor) -> bool:
+        """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
+        with self._lock, torch.inference_mode(False):
+            self._follow(rows, keys, query)
+            base = None if self._asleep else self._base
+        return base is not None and _pays(base, rows, selection, k, len(query))
+
+    def _search_base(
+        self, base: _Base, query: Tensor, rows: RowTable, scan: Scan, k: int, probes: int | None
+    ) -> Tensor:
         selection = scan.selection
         wanted = k
         if selection.excluded is not None:
@@ -741,7 +779,7 @@ class Index:
             wanted *= 4
         filtered = None if selection.shared is rows.live() else selection.shared
         allowed = None if filtered is None else filtered.cpu()
-        slots = base.search(_array(_prepared(query, self._metric)), wanted, allowed).to(query.device)
+        slots = base.search(_array(_prepared(query, self._metric)), wanted, allowed, probes=probes).to(query.device)
         if selection.shared is None and selection.is_shared:
             return slots
         return slots.masked_fill_(~selection.allows(slots), -1)
@@ -974,9 +1012,16 @@ class Index:
         )
 
 
-def _costs_more(base: _Base, queries: int) -> bool:
-    """Whether so many lists have to be visited that an exact search is cheaper."""
-    return base.share * VISIT_COST * queries > queries + FIRST_QUERY_COST
+def _cost(base: _Base, queries: int, probes: int | None = None) -> float:
+    """What a search with so many probes costs beside an exact one."""
+    share = base.share * (1 if probes is None else probes / max(1, base.probes or 1))
+    return share * VISIT_COST * queries / (queries + FIRST_QUERY_COST)
+
+
+def _pays(base: _Base, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
+    """Whether a search in the base is cheaper than an exact one of so many queries."""
+    few = selection.shared_count <= max(4 * k, FEW * len(rows))
+    return queries > 0 and not few and _cost(base, queries) <= 1
 
 
 def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,19 @@ from softdb.functional import (
     Read,
     Tables,
     answer_dtype,
+    best_of,
+    completed,
     finish,
     read_candidates,
     read_exactly,
+    replaced,
     transform,
 )
-from softdb.index import Index, IndexConfig, IndexStats
+from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.tail import Sample, add_tail, promise_of
+from softdb.tail import Sample, add_tail, promise_of, samples_for
 
 __all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
@@ -57,6 +60,11 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
+# What a read to a tolerance begins with, for all queries; the error tells how many samples are enough where those were
+# not, if it falls with a root of their number: this one, as a stratified sample's does at first, or the square root, as
+# that of any sample does. Of these, some more.
+BEST_ROWS, FIRST_SAMPLES = 256, 8192
+RATES, MORE = (1.4, 1.4, 2.0, 2.0), 1.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,7 +461,8 @@ class SoftKVStore(nn.Module):
 
         ========  ================================================================================================
         exact     ``softmax(scores) @ values`` over every live row that the filters allow; ``lse`` over them all
-        topk      the same over the k best rows, found by the index and scored anew from the live keys
+        topk      the same over the k best rows, found by the index and scored anew from the live keys; with
+                  ``tail_samples`` or a ``tolerance``, an estimate of the exact answer
         hard      ``values[argmax(scores)]``, by an exact search: weight 1, gradient to that row's value only, lse
                   the top score
         ========  ================================================================================================
@@ -486,9 +495,13 @@ class SoftKVStore(nn.Module):
                 exact mode they are found and gathered, and too many are an ArgumentError. See `softdb.normalizers`.
             tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
                 are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
-                rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off. The sample is the same
-                for the whole batch; the gradient reaches its rows too, each standing for many.
-            tolerance: The relative error that ``values`` may have; not there yet.
+                rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off: the norm of the
+                difference from the exact answer, in parts of that answer's, is below it in nine of ten cases, as
+                docs/approximation.md explains. The sample is the same for the whole batch, stratified by the index's
+                lists; the gradient reaches its rows too, each standing for many.
+            tolerance: In topk mode, the ``error`` that no query may surpass, as 0.05: the candidates, the lists visited
+                and the sample are chosen for it, and queries that they do not serve, or that cost more so, are read
+                exactly, with error 0; the gradients of rows are dense then. ``k`` rows are reported, or 256.
             generator: What "gumbel" and the sample are drawn from; torch's own if None.
 
         Returns:
@@ -497,7 +510,6 @@ class SoftKVStore(nn.Module):
         Raises:
             ArgumentError: A mode does not use an argument that was given, or it is out of range.
             ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
-            NotImplementedError: ``tolerance``, which is planned.
             StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
                 unless it evicts one of those.
 
@@ -545,19 +557,14 @@ class SoftKVStore(nn.Module):
                     check_finite("query", query)  # it may be its fault: say so
                     raise
                 used = selection.shared
+            elif tolerance is not None:
+                read, used = self._read_to(query, operand, scan, tables, k, tolerance, generator)
             else:
-                slots, best = self._candidates(query, operand, scan, k)
-                complete = self._complete(slots, selection)
-                read = read_candidates(operand, tables, scan, slots, normalizer, complete=complete, best=best)
-                used = slots.flatten()
+                read, found = self._read_best(query, operand, scan, tables, k, normalizer)
+                used = found.slots.flatten()
                 if tail_samples:
-                    rest = selection.shared_count - slots.shape[-1]
-                    count = selection.shared_count if tail_samples >= rest else tail_samples
-                    outline = self._index.outline(keys.detach(), selection.size)
-                    promise = None if outline is None else promise_of(outline, operand, scan, read)
-                    sample = Sample.draw(selection, count, keys.device, generator, outline, promise)
-                    read = add_tail(read, operand, tables, scan, sample)
-                    used = torch.cat([used, sample.slots])
+                    read, sampled = self._add_tail(read, operand, scan, tables, tail_samples, found.recall, generator)
+                    used = torch.cat([used, sampled])
         if mode == "hard":
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
@@ -567,6 +574,82 @@ class SoftKVStore(nn.Module):
             return read
         self.rows.note_read(read.ids, read.weights)
         return replace(read, ids=self.rows.ids_at(read.ids))
+
+    def _read_best(
+        self,
+        query: Tensor,
+        operand: Tensor,
+        scan: Scan,
+        tables: Tables,
+        k: int | None,
+        normalizer: str = "softmax",
+        *,
+        careful: bool = False,
+    ) -> tuple[Read, Found]:
+        """A read of the k best rows, and how they were found."""
+        found = self._candidates(query, operand, scan, k, careful=careful)
+        complete = self._complete(found.slots, scan.selection)
+        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=found.exact)
+        return read, found
+
+    def _add_tail(
+        self,
+        read: Read,
+        operand: Tensor,
+        scan: Scan,
+        tables: Tables,
+        count: int,
+        recall: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Read, Tensor]:
+        """The read of the best rows and, by a sample of ``count``, of the others; and the slots of the sample."""
+        selection = scan.selection
+        if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
+            count = selection.shared_count
+        outline = self._index.outline(self.keys.detach(), selection.size)
+        promise = None if outline is None else promise_of(outline, operand, scan, read)
+        sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
+        return add_tail(read, operand, tables, scan, sample, recall), sample.slots
+
+    def _read_to(
+        self,
+        query: Tensor,
+        operand: Tensor,
+        scan: Scan,
+        tables: Tables,
+        k: int | None,
+        tolerance: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Read, Tensor | None]:
+        """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
+        selection, k, query = scan.selection, k or BEST_ROWS, query.detach().reshape(-1, self.key_dim)
+        candidates = max(k, BEST_ROWS)
+        if not self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query):
+            read = read_exactly(operand, tables, scan, k, "softmax")
+            return replace(read, error=torch.zeros_like(read.lse)), selection.shared
+        best, found = self._read_best(query, operand, scan, tables, candidates, careful=True)
+        read, sampled = self._add_tail(best, operand, scan, tables, FIRST_SAMPLES, found.recall, generator)
+        used = [found.slots.flatten(), sampled]
+        drawn = torch.full_like(cast(Tensor, read.error), FIRST_SAMPLES)
+        for rate in RATES:
+            left, excess = _excess(read, tolerance)
+            needed = MORE * drawn[left] * excess**rate
+            samples = samples_for(needed, selection.shared_count)
+            if not samples:
+                break
+            some = left[needed <= samples]
+            part = replace(scan, selection=selection.take(some))
+            again = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
+            again, sampled = self._add_tail(again, operand[some], part, tables, samples, found.recall, generator)
+            drawn[some] = samples
+            read = replaced(read, some, again)
+            used.append(sampled)
+        left, _ = _excess(read, tolerance)
+        if len(left) == 0:
+            return best_of(read, k), torch.cat(used)
+        part = replace(scan, selection=selection.take(left))
+        exact = read_exactly(operand[left], tables, part, None, "softmax")
+        return best_of(replaced(read, left, completed(read, left, exact)), k), selection.shared
 
     def _select(self, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
         if where is not None or exclude is not None:
@@ -595,14 +678,15 @@ class SoftKVStore(nn.Module):
             self._key_norm = (self.rows.version, norm)
         return norm
 
-    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None) -> tuple[Tensor, bool]:
-        """Slots (B, k), and whether they are known to be the best."""
+    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None, *, careful: bool = False) -> Found:
+        """Slots (B, k)."""
         keys = self.keys.detach()
         if k is None:
-            return exact_top_k(operand, keys, scan, 1)[1], True
+            return Found(exact_top_k(operand, keys, scan, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(self.rows)))
-        slots, best = self._index.search(query.reshape(-1, self.key_dim), operand, keys, self.rows, scan, wanted)
-        return nn.functional.pad(slots, (0, k - slots.shape[-1]), value=-1), best
+        query = query.reshape(-1, self.key_dim)
+        found = self._index.search(query, operand, keys, self.rows, scan, wanted, careful=careful)
+        return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
 
     def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)
         """For which queries the candidates are all the rows that may be seen, as far as is known."""
@@ -997,12 +1081,24 @@ def check_options(
         raise ArgumentError(f"tail_samples: expected a number of rows of at least 0, got {describe(tail_samples)}")
     if tail_samples:
         _refuse(normalizer != "softmax", "normalizer", "only a softmax can be put together from its parts")
-    check_normalizer(normalizer, None if tail_samples else generator)
+    check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
     if tolerance is not None:
-        raise NotImplementedError("tolerance: planned and not there yet; use a larger k, or mode='exact'")
-    if mode == "topk" and k is None:
-        raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it")
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+            raise DtypeError(f"tolerance: expected a number, got {describe(tolerance)}")
+        if not 0 < tolerance < math.inf:
+            raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance}; or use mode='exact'")
+        _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
+        _refuse(normalizer != "softmax", "normalizer", "only a softmax can be put together from its parts")
+    elif mode == "topk" and k is None:
+        raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it, or a tolerance")
     return None if k is None else check_positive("k", k)
+
+
+def _excess(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), (b,)
+    """The queries whose error is above the tolerance, and by how many times."""
+    times = cast(Tensor, read.error).detach() / tolerance
+    left = (~(times <= 1)).nonzero().squeeze(-1)
+    return left, times[left]
 
 
 def _refuse(given: bool, name: str, why: str) -> None:

@@ -14,7 +14,8 @@ strata are smaller where the lists promise weight, and the two rows tell the var
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -26,19 +27,31 @@ from softdb.errors import is_finite
 from softdb.filters import Selection
 from softdb.functional import Read, Tables, share_of
 
-__all__ = ["Outline", "Sample", "add_tail", "promise_of"]
+__all__ = ["Outline", "Sample", "add_tail", "promise_of", "samples_for"]
+
+Rows = Callable[[slice], tuple[Tensor, Tensor]]
 
 # The part of a sample that is drawn as if all rows were alike: where the lists promise wrongly, the variance is no more
 # than this many times that of such a sample.
 ALIKE = 0.5
 # Into how many parts a sample is split to tell its variance.
 PARTS = 8
-# So many rows that stand for themselves are scored at a time.
-CHUNK_ROWS = 4096
+# So many rows of a sample are scored at a time.
+CHUNK_ROWS = 1024
 # Rows with a score so far below the best candidates' are taken to score no worse.
 FURTHEST = 75.0
-# ``error`` is so many standard deviations.
-DEVIATIONS = 2.0
+# Rows are counted as found for certain as long as it is less likely than this that one of them is not; how far values
+# lie from the answer is told by so many of the next.
+SURELY, TOLD_BY = 0.05, 16
+TINY = 1e-30
+# This part of a batch, the lower, tells what error is usual.
+USUAL = 0.95
+# A row of a sample costs as much as so many in an exact read, which costs as much as if there were this many queries
+# more; of how many rows a sample may still pay.
+SAMPLE_COST, FIRST_QUERY_COST, LARGEST_SHARE = 2.5, 40, 1 / 6
+# ``error`` is so many standard deviations that nine of ten errors are below it, and so many more for values of width 1,
+# fewer by the root of the width: the norm of what is wide varies less.
+DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +160,15 @@ class Sample:
         )
 
     @property
-    def chunks(self) -> list[slice]:
-        """The parts' first and second rows, by turns, and then the rows that stand for themselves."""
-        paired = 2 * self.parts * self.width
-        chunks = [slice(start, start + self.width) for start in range(0, paired, max(1, self.width))]
-        alone = range(paired, len(self.slots), CHUNK_ROWS)
-        return chunks + [slice(start, min(start + CHUNK_ROWS, len(self.slots))) for start in alone]
+    def chunks(self) -> list[tuple[int, slice]]:
+        """A few rows at a time: first and second rows of the parts by turns, numbered; last those that stand alone."""
+        count, paired = len(self.slots), 2 * self.parts * self.width
+        turns = [(start, start + self.width) for start in range(0, paired, max(1, self.width))]
+        return [
+            (number, slice(start, min(start + CHUNK_ROWS, stop)))
+            for number, (first, stop) in enumerate([*turns, (paired, count)])
+            for start in range(first, stop, CHUNK_ROWS)
+        ]
 
 
 def _edges(counts: Tensor, promise: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
@@ -173,11 +189,11 @@ def _edges(counts: Tensor, promise: Tensor | None, strata: int) -> Tensor:  # (L
     return edges
 
 
-def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample) -> Read:
+def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample, recall: float = 1.0) -> Read:
     """A softmax read of candidates and, by a sample, of all other rows.
 
-    ``error`` is twice the standard deviation of the numerator's error for this normaliser, divided by the norm of the
-    answer. Of gradients, the sample's scores and weights are held, (M, m).
+    ``error`` is about 1.5 times the standard deviation of the numerator's error for this normaliser, in parts of the
+    norm of the answer. For gradients, the sample's scores and weights are held, (M, m).
 
     Args:
         read: Of the candidates; its ``ids`` are slots.
@@ -185,23 +201,19 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
         tables: One group.
         scan: How queries meet rows; its selection says which each may see.
         sample: Of all rows that some query may see.
+        recall: The share of the best rows that the candidates are expected to hold.
     """
-    places = Places(sample.slots.unsqueeze(0))
-    keys = tables.gather_keys(places, tables.keys.dtype).squeeze(0)
-    values = tables.gather_values(places, scan.dtype).squeeze(0)
-    operand = scan.operand(keys)
+    rows = _rows(sample, tables, scan, query.requires_grad)
     nothing = read.lse == -torch.inf  # where there are no candidates, there are no rows
     shift = read.lse.detach().masked_fill(nothing, 0.0)
-    chunks = sample.chunks
-    height = max(1, TILE_ELEMENTS // max([1, *(chunk.stop - chunk.start for chunk in chunks)]))
-    found = []
+    found, height = [], TILE_ELEMENTS // CHUNK_ROWS
     for start in range(0, max(1, len(query)), height):
         part = slice(start, min(start + height, len(query)))
-        hidden = _Hidden.of(sample, chunks, scan.selection, cast(Tensor, read.ids), part)
-        summed = _sums(query[part], operand, values, shift[part], sample, hidden)
+        hidden = _Hidden.of(sample, scan, cast(Tensor, read.ids), part)
+        summed = _sums(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         if not is_finite(summed.total):  # a row that the index missed is far better than all that it found
-            shift[part] = torch.maximum(shift[part], _largest(query[part], operand, hidden))
-            summed = _sums(query[part], operand, values, shift[part], sample, hidden)
+            shift[part] = torch.maximum(shift[part], _largest(query[part], rows, hidden))
+            summed = _sums(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         found.append(summed)
     summed = _Sums(*map(torch.cat, zip(*found, strict=True)))
     own = (read.lse - shift).exp()
@@ -210,8 +222,54 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
     lse = (total.log() + shift).masked_fill(nothing, -torch.inf)
     check_scores(lse, empty=True)
     weights = cast(Tensor, read.weights) * (own / total).unsqueeze(-1)
-    error = _error(summed, answer.detach(), total.detach())
+    variance = _variance(summed, sample, answer.detach(), total.detach())
+    if recall < 1 and len(sample.factors) and float(sample.factors.amax()) > 1:
+        variance += _variance_of_recall(cast(Tensor, read.ids), weights.detach(), tables, answer.detach(), recall)
+    error = _relative(variance, answer.detach())
     return replace(read, values=answer, weights=weights, lse=lse, mass=share_of(weights), error=error)
+
+
+def samples_for(needed: Tensor, population: int) -> int:  # (b,)
+    """How large a sample to draw next, of so many rows, where queries are known to need so many; 0 where none pays.
+
+    Those that need more are left for another sample, or an exact read.
+    """
+    count = len(needed)
+    if count == 0:
+        return 0
+    ordered = needed.sort().values
+
+    def cost(samples: float, queries: int) -> float:
+        exact = population * (queries + FIRST_QUERY_COST)
+        sampled = SAMPLE_COST * samples * (queries + FIRST_QUERY_COST)
+        return min(exact, sampled if samples <= LARGEST_SHARE * population else exact)
+
+    largest = float(ordered[-1])
+    best, least = 0, float(population * (count + FIRST_QUERY_COST))
+    for place in {count // 4, count // 2, 3 * count // 4, count - 1}:
+        samples = float(ordered[place])
+        if samples <= LARGEST_SHARE * population:
+            rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
+            total = cost(samples, count - rest) + (cost(largest, rest) if rest else 0.0)
+            if total < least:
+                best, least = math.ceil(samples), total
+    return best
+
+
+def _rows(sample: Sample, tables: Tables, scan: Scan, queries_learn: bool) -> Rows:
+    """A function that gives prepared keys, and values, of a chunk of the sample."""
+    if torch.is_grad_enabled() and (queries_learn or tables.keys.requires_grad or tables.values.requires_grad):
+        places = Places(sample.slots.unsqueeze(0))
+        operand = scan.operand(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
+        values = tables.gather_values(places, scan.dtype).squeeze(0)
+        return lambda chunk: (operand[chunk], values[chunk])
+    tables = Tables(tables.keys.detach(), tables.values.detach())
+
+    def gathered(chunk: slice) -> tuple[Tensor, Tensor]:  # in the cache, and in memory that is used again
+        slots = sample.slots[chunk]
+        return scan.operand(tables.keys.index_select(0, slots)), tables.values.index_select(0, slots).to(scan.dtype)
+
+    return gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,16 +277,18 @@ class _Hidden:
     """What of a sample does not count for some queries: candidates, and rows that they may not see.
 
     Attributes:
-        chunks: The chunks of the sample, and for each, pairs (query numbers, columns).
+        chunks: The chunks of the sample, numbered, and for each, pairs (query numbers, columns).
         mask: Which may be seen, broadcastable to (b, m), or None for all.
+        dtype: Of the sums.
     """
 
-    chunks: list[tuple[slice, Tensor, Tensor]]
+    chunks: list[tuple[int, slice, Tensor, Tensor]]
     mask: Tensor | None
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, sample: Sample, chunks: list[slice], selection: Selection, candidates: Tensor, part: slice) -> _Hidden:
-        numbers = candidates[part]
+    def of(cls, sample: Sample, scan: Scan, candidates: Tensor, part: slice) -> _Hidden:
+        selection, numbers, chunks = scan.selection, candidates[part], sample.chunks
         if selection.excluded is not None:
             numbers = torch.cat([numbers, selection.excluded[part]], dim=-1)
         real = sample.factors > 0  # what only makes a part as wide is a copy of another row
@@ -238,26 +298,28 @@ class _Hidden:
         query, place = (column >= 0).nonzero(as_tuple=True)
         column, order = column[query, place].long().sort()
         query = query[order]
-        starts = column.new_tensor([chunk.start for chunk in chunks])
+        starts = column.new_tensor([chunk.start for _, chunk in chunks])
         ends = [*torch.searchsorted(column, starts).tolist(), len(column)]
         pairs = [
-            (chunk, query[first:last], column[first:last] - chunk.start)
-            for chunk, (first, last) in zip(chunks, itertools.pairwise(ends), strict=True)
+            (number, chunk, query[first:last], column[first:last] - chunk.start)
+            for (number, chunk), (first, last) in zip(chunks, itertools.pairwise(ends), strict=True)
         ]
         mask = None if selection.rule is None else selection.rule(sample.slots)
-        return cls(pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part])
+        return cls(pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part], scan.dtype)
 
-    def scores(self, query: Tensor, operand: Tensor, shift: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The scores with every chunk of the sample less the shift, -inf where hidden."""
-        for chunk, number, column in self.chunks:
+    def scores(self, query: Tensor, rows: Rows, shift: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """The scores of every chunk of the sample, (c, b), less the shift, -inf where hidden; and values, (c, dv)."""
+        columns = query.T.contiguous()
+        for number, chunk, queries, column in self.chunks:
             # What is close to underflow is slow to exponentiate and to multiply.
-            scores = (query @ operand[chunk].T).sub_(shift.unsqueeze(-1)).clamp_(min=-FURTHEST)
-            if len(number):
-                scores[number, column] = -torch.inf
+            operand, values = rows(chunk)
+            scores = (operand @ columns).sub_(shift).clamp_(min=-FURTHEST)
+            if len(queries):
+                scores[column, queries] = -torch.inf
             if self.mask is not None:
                 mask = self.mask[..., chunk] if self.mask.shape[-1] > 1 else self.mask
-                scores.masked_fill_(~mask, -torch.inf)
-            yield chunk, scores
+                scores.masked_fill_(~mask.T if mask.dim() > 1 else ~mask.unsqueeze(-1), -torch.inf)
+            yield number, chunk, scores, values
 
 
 class _Sums(NamedTuple):
@@ -276,35 +338,70 @@ class _Sums(NamedTuple):
     total_apart: Tensor
 
 
-def _sums(query: Tensor, operand: Tensor, values: Tensor, shift: Tensor, sample: Sample, hidden: _Hidden) -> _Sums:
-    factors = sample.factors.to(values.dtype)
-    blends, totals = [], []
-    for chunk, scores in hidden.scores(query, operand, shift):
+def _sums(query: Tensor, rows: Rows, shift: Tensor, sample: Sample, hidden: _Hidden, width: int) -> _Sums:
+    factors = sample.factors.to(hidden.dtype)
+    blends = [factors.new_zeros(width, len(query))] * (2 * sample.parts + 1)
+    totals = [factors.new_zeros(len(query))] * (2 * sample.parts + 1)
+    for number, chunk, scores, values in hidden.scores(query, rows, shift):
         weights = scores.exp_().to(values.dtype)
-        weights = weights * factors[chunk] if weights.requires_grad else weights.mul_(factors[chunk])
-        blends.append(weights @ values[chunk])
-        totals.append(weights.sum(-1))
-    blend = torch.stack([values.new_zeros(len(query), values.shape[1]), *blends], dim=1)
-    total = torch.stack([values.new_zeros(len(query)), *totals], dim=1)
-    first, second = slice(1, 2 * sample.parts, 2), slice(2, 2 * sample.parts + 1, 2)
+        blends[number] = torch.addmm(blends[number], (values * factors[chunk, None]).T, weights)
+        totals[number] = torch.addmv(totals[number], weights.T, factors[chunk])
+    blend, total = torch.stack(blends, dim=1).permute(2, 1, 0), torch.stack(totals, dim=1)
+    first, second = slice(0, 2 * sample.parts, 2), slice(1, 2 * sample.parts, 2)
     apart = [(sums[:, first] - sums[:, second]).detach() for sums in (blend, total)]
     return _Sums(blend.sum(1), total.sum(1), *apart)
 
 
 @torch.no_grad()
-def _largest(query: Tensor, operand: Tensor, hidden: _Hidden) -> Tensor:  # (b, w), (m, w) -> (b,)
+def _largest(query: Tensor, rows: Rows, hidden: _Hidden) -> Tensor:  # (b, w) -> (b,)
     """The largest score of the rows that count."""
     nothing = query.new_zeros(len(query))
-    return torch.stack([scores.amax(-1) for _, scores in hidden.scores(query, operand, nothing)]).amax(0)
+    return torch.stack([scores.amax(0) for _, _, scores, _ in hidden.scores(query, rows, nothing)]).amax(0)
 
 
-def _error(summed: _Sums, answer: Tensor, total: Tensor) -> Tensor:  # (M, dv), (M,) -> (M,)
-    """The relative error of ``answer``: twice the standard deviation of the sum of f * w * (value - answer).
+def _relative(variance: Tensor, answer: Tensor) -> Tensor:  # (M,), (M, dv) -> (M,)
+    """How far an estimated answer may be off, in parts of the norm of the true one; infinity where that may be 0."""
+    # The square of an estimate's norm is larger than that of the truth by the variance, on average.
+    deviations = DEVIATIONS + DEVIATIONS_OF_ONE / math.sqrt(answer.shape[-1])
+    size = (answer.square().sum(-1) - deviations * variance).clamp(min=0)
+    return torch.where(variance > 0, deviations * (variance / size).sqrt(), 0.0)
+
+
+def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor) -> Tensor:
+    """That of the sum of f * w * (value - answer) over the sample, in parts of the normaliser, (M,).
 
     First and second rows of a stratum have the same mean: what the variance of their sum is, is expected of the square
-    of their difference.
+    of their difference, but for the factor 1 - 1 / f, since they are never the same row. Where few rows matter, most
+    samples hold none of them and tell too little; so a query is told no less than the batch on average, outliers left
+    out.
     """
     apart = summed.values_apart - summed.total_apart.unsqueeze(-1) * answer.unsqueeze(1)
-    deviation = apart.square().sum((1, 2)).sqrt() / total
-    size = torch.linalg.vector_norm(answer, dim=-1)
-    return torch.where(deviation > 0, DEVIATIONS * deviation / size, 0.0)
+    factors = sample.factors[: 2 * sample.parts * sample.width].view(sample.parts, 2 * sample.width)
+    different = 1 - 1 / torch.nn.functional.pad(factors, (0, 1), value=1.0).amax(-1).to(apart.dtype)
+    squared = (apart.square().sum(-1) * different).sum(-1) / total.square()
+    if len(squared) == 0:
+        return squared
+    size = answer.square().sum(-1).clamp(min=TINY)
+    usual = (squared / size).sqrt().sort().values[: math.ceil(USUAL * len(squared))].mean()
+    return torch.maximum(squared, usual.square() * size).masked_fill(answer.abs().sum(-1) == 0, 0.0)
+
+
+def _variance_of_recall(
+    rows: Tensor,  # (M, k), the best first
+    weights: Tensor,  # (M, k)
+    tables: Tables,
+    answer: Tensor,  # (M, dv)
+    recall: float,
+) -> Tensor:  # (M,)
+    """What it adds that each of the best rows is found with the probability ``recall``.
+
+    A row that is missed is seldom in the sample, so that the sample's own variance seldom tells. The very best rows do
+    not count: that any of them is missed is less likely than `SURELY` says.
+    """
+    sure = int(SURELY / (1 - recall))
+    squares = weights[:, sure:].square()
+    some = rows[:, sure : sure + TOLD_BY]
+    values = tables.values.detach()[some.clamp(min=0)].to(answer.dtype)
+    apart = (values - answer.unsqueeze(1)).square().sum(-1)
+    spread = (squares[:, :TOLD_BY] * apart).sum(-1) / squares[:, :TOLD_BY].sum(-1).clamp(min=TINY)
+    return (1 - recall) / recall * squares.sum(-1) * spread

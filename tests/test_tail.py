@@ -11,8 +11,10 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore
+from softdb import store as store_module
 from softdb.filters import Selection
-from softdb.tail import ALIKE, Outline, Sample
+from softdb.index import Found
+from softdb.tail import ALIKE, Outline, Sample, samples_for
 
 CPU = torch.device("cpu")
 
@@ -84,7 +86,9 @@ def test_rows_are_drawn_as_often_as_they_stand_for_others(kind: str, count: int)
 
 def test_first_and_second_rows_are_of_the_same_strata() -> None:
     sample = Sample.draw(Selection(1000), 100, CPU, torch.Generator().manual_seed(0))
-    for first, second in zip(sample.chunks[0::2], sample.chunks[1::2], strict=True):
+    chunks = [chunk for _, chunk in sample.chunks]
+    assert [number for number, _ in sample.chunks] == list(range(16))
+    for first, second in zip(chunks[0::2], chunks[1::2], strict=True):
         real = sample.factors[first] > 0
         assert torch.equal(sample.factors[first], sample.factors[second])
         assert torch.equal(sample.slots[first][real] // 20, sample.slots[second][real] // 20)
@@ -174,7 +178,7 @@ def test_a_tail_repairs_a_broad_softmax_and_says_how_far_it_is_off() -> None:
     reads = [tail(seed) for seed in range(40)]  # errors of one batch have one sample in common
     errors, told = torch.stack([off(read, exact) for read in reads]), torch.stack([read.error for read in reads])
     assert float(errors.mean()) < 0.25 * float(off(plain, exact).mean())
-    assert 0.8 < 2 * float(errors.square().mean().sqrt() / told.square().mean().sqrt()) < 1.25
+    assert 0.8 < 1.6 * float(errors.square().mean().sqrt() / told.square().mean().sqrt()) < 1.25
     assert float((errors < told).double().mean()) > 0.9
     assert all(float((read.mass - exact.mass).abs().max()) < 0.01 for read in reads)
     assert torch.equal(tail(3).values, reads[3].values)
@@ -206,7 +210,7 @@ def test_a_tail_where_there_is_nothing_or_little() -> None:
     hidden = store.read(problem.query, "topk", k=2, tail_samples=5, where=lambda row: row["id"] < 0)
     assert (hidden.values == 0).all()
     assert (hidden.mass == 0).all()
-    assert store.read(problem.query, "topk", k=2, tail_samples=1).error.isfinite().all()
+    assert store.read(problem.query, "topk", k=2, tail_samples=1).error.gt(0).all()
     assert store.read(problem.query[:0], "topk", k=2, tail_samples=5).values.shape == (0, 3)
     batched = store.read(problem.query[:4].view(2, 2, 8), "topk", k=2, tail_samples=5)
     assert batched.error.shape == batched.mass.shape == (2, 2)
@@ -254,12 +258,13 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
     store = store_of(problem)
     query = problem.query.detach()
     best = store.read(query, k=1).ids[:, 0]
-    store._candidates = (
-        lambda query, operand, scan, k: (  # type: ignore[method-assign]
-            torch.stack([torch.arange(300)[torch.arange(300) != row][:2] for row in best]),
-            False,
-        )
-    )
+
+    others = torch.stack([torch.arange(300)[torch.arange(300) != row][:2] for row in best])
+
+    def missing_the_best(*args: object, careful: bool = False) -> Found:
+        return Found(others, False, 1.0)
+
+    store._candidates = missing_the_best  # type: ignore[method-assign]
     exact = store.read(query, temperature=0.001)
     read = store.read(query, "topk", k=2, temperature=0.001, tail_samples=300)
     assert largest_error(read.values, exact.values) < 1e-5
@@ -283,3 +288,89 @@ def test_gradients_of_a_tail_are_those_of_its_numbers() -> None:
     leaves = (problem.query, store.keys.detach().requires_grad_(), store.values.detach().requires_grad_())
     temperature = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(answer, (*leaves, temperature))
+
+
+# -- a tolerance -----------------------------------------------------------------------------------------
+
+TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
+
+
+@pytest.mark.parametrize("width", [1, 16])
+@pytest.mark.parametrize("queries", [1, 48])
+def test_errors_stay_below_what_is_told_and_what_is_asked_for(
+    width: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "FIRST_SAMPLES", 256)
+    monkeypatch.setattr(store_module, "BEST_ROWS", 16)
+    torch.manual_seed(0)
+    centres = torch.randn(200, 16)
+    place = torch.randint(200, (20_000,))
+    store = SoftKVStore(16, width, metric="dot", index=softdb.IndexConfig("IVF128,Flat"))
+    values = (centres @ torch.randn(16, width))[place] + torch.randn(20_000, width) + 1
+    store.add(centres[place] + 0.4 * torch.randn(20_000, 16), values)
+    below, within, exactly = [], [], []
+    for temperature in TEMPERATURES:
+        for _ in range(48 // queries if queries > 1 else 24):
+            query = centres[torch.randint(200, (queries,))] + 0.5 * torch.randn(queries, 16)
+            exact = store.read(query, k=16, temperature=temperature)
+            read = store.read(query, "topk", tolerance=0.1, temperature=temperature)
+            error = off(read, exact)
+            below.append((error <= read.error + 1e-5).double())
+            within.append((error <= 0.1).double())
+            exactly.append((read.error == 0).double())
+            assert (read.error <= 0.1).all()
+            assert read.ids.shape == (queries, 16)
+            total = (read.weights - (read.scores - read.lse.unsqueeze(-1)).exp()).abs()
+            assert float(total.max()) < 1e-5
+            assert torch.allclose(read.mass, read.weights.sum(-1), atol=1e-5)
+    # A batch tells what is usual; a single query may have a sample that holds none of the few rows that matter.
+    assert float(torch.cat(below).mean()) > (0.9 if queries > 1 else 0.85)
+    assert float(torch.cat(within).mean()) > 0.95
+    assert float(torch.cat(exactly).mean()) < 0.6  # not by reading everything
+
+
+def test_a_tolerance_reads_exactly_where_that_is_cheaper() -> None:
+    problem = Problem.random(rows=300, dtype=torch.float64)
+    store = store_of(problem, trainable=True)
+    exact, read = store.read(problem.query, k=256), store.read(problem.query, "topk", tolerance=0.1)
+    assert torch.equal(read.ids, exact.ids)
+    assert largest_error(read.values, exact.values) < 1e-12
+    assert (read.error == 0).all()
+    assert store.read(problem.query, "topk", k=3, tolerance=0.1).ids.shape[-1] == 3
+    read.values.sum().backward()
+    store.zero_grad()
+    empty = SoftKVStore(8, 3).read(torch.randn(4, 8), "topk", tolerance=0.1)
+    assert (empty.values == 0).all()
+    assert (empty.error == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["all", "ids", "rule", "exclude"])
+def test_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "FIRST_SAMPLES", 64)
+    monkeypatch.setattr(store_module, "BEST_ROWS", 8)
+    store, query = clustered(6000, trainable=True)
+    query = query.view(3, 4, 16).requires_grad_()
+    wheres: dict[str, dict[str, object]] = {
+        "all": {},
+        "ids": {"where": torch.arange(3000)},
+        "rule": {"where": lambda row: row["id"] % 3 != torch.arange(12).unsqueeze(-1) % 3},
+        "exclude": {"exclude": torch.arange(36).view(3, 4, 3)},
+    }
+    for temperature in (0.5, 2.0):
+        exact = store.read(query, k=8, temperature=temperature, **wheres[kind])  # type: ignore[arg-type]
+        read = store.read(query, "topk", k=8, tolerance=1e-4, temperature=temperature, **wheres[kind])  # type: ignore[arg-type]
+        assert float(off(read, exact).detach().max()) < 1e-3
+        assert largest_error(read.lse, exact.lse) < 1e-3
+        found, wanted = (torch.autograd.grad(r.values.sum(), (query, store.values)) for r in (read, exact))
+        assert torch.allclose(found[0], wanted[0], atol=2e-3)
+        assert torch.allclose(found[1].to_dense(), wanted[1].to_dense(), atol=2e-3)
+
+
+@pytest.mark.parametrize("needed", [[], [100.0], [1e9], [50.0, 60.0, 5e4], [100.0] * 50 + [9e4] * 50])
+def test_a_sample_is_chosen_that_serves_some(needed: list[float]) -> None:
+    samples = samples_for(torch.tensor(needed), 1_000_000)
+    if not needed or needed == [1e9]:
+        assert samples == 0
+    else:
+        assert min(needed) <= samples <= 1_000_000 / 6
+        assert samples in needed

@@ -41,6 +41,7 @@ def test_every_example_is_run_here() -> None:
         "associative_recall.py",
         "digits_memory.py",
         "hard_vs_soft.py",
+        "how_much_does_topk_miss.py",
         "memory_lm.py",
         "quickstart.py",
         "retrieval_in_training.py",
@@ -153,6 +154,41 @@ def test_hard_vs_soft_draws_where_asked(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "compared.png"
     run("hard_vs_soft.py", "--small", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_how_much_does_topk_miss_finds_more_the_softer_and_less_with_a_sample() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    said = run("how_much_does_topk_miss.py", "--small").splitlines()
+    second = next(number for number, line in enumerate(said) if line.startswith("digits: 32 queries to 1,765 rows"))
+    assert said[0].startswith("senses: 32 queries to 4,064 rows")
+    for lines, samples in ((said[:second], ("128", "512", "2,048")), (said[second:], ("128", "512"))):
+        (answering,) = table(lines, "rows that answer", 36).values()
+        assert answering == sorted(answering, reverse=True)  # the softest temperature first
+        mass = table(lines, "mass of the k best rows", 36)
+        assert list(mass) == ["k = 4", "k = 16", "k = 64", "k = 256"]
+        assert all(held == sorted(held) and held[0] < 0.2 for held in mass.values())
+        assert mass["k = 256"][-1] > 0.99
+        off, told = (table(lines, title, 36) for title in ("relative error of the blend", "error that the read tells"))
+        ways = [[name, *(f"{name}, {sampled} sampled" for sampled in samples)] for name in mass]
+        assert list(off) == [name for way in ways for name in way]
+        assert list(told) == list(table(lines, "told no less", 36)) == ways[2][1:]
+        for (alone, *sampled), (wider, *_) in itertools.pairwise(ways):
+            assert all(more > less for more, less in zip(off[alone], off[wider], strict=True))
+            for column in (column for column, share in enumerate(mass[alone]) if share < 0.5):
+                # A small sample does not help yet where few rows hold what 4 of them leave.
+                assert mass[alone][column] > 0.4 or all(off[name][column] < off[alone][column] for name in sampled)
+                assert off[f"{alone}, 512 sampled"][column] < off[wider][column]  # than four times k
+        assert all(told[name][0] > off[name][0] for name in told)
+
+
+def test_how_much_does_topk_miss_draws_where_asked(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "missed.png"
+    run("how_much_does_topk_miss.py", "--small", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from softdb.blockwise import blend_at, blend_back, products_at
 from softdb.errors import ArgumentError, NonFiniteError, StaleReadError, is_finite
 from softdb.functional import Read, answer_dtype
+from softdb.normalizers import SPARSE
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
 
@@ -106,6 +107,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         isinstance(query, Tensor)
         and isinstance(mode, str)
         and isinstance(normalizer, str)
+        and not (mode == "topk" and normalizer in SPARSE)  # k may be doubled
         and normalizer != "gumbel"  # two reads that are written alike are not to become one
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
         and (where is None or isinstance(where, Tensor))

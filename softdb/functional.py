@@ -64,7 +64,7 @@ class Read:
     Attributes:
         values: The answer, (..., value_dim), in the query's dtype (under autocast: its dtype).
         ids: The rows behind it, (..., k) int64, best first; -1 where fewer than k rows could be seen. None for an
-            exact read without ``k``.
+            exact read without ``k``. A top-k read with a sparse normalizer may double k.
         weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
         scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
         lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
@@ -119,6 +119,15 @@ def replaced(read: Read, queries: Tensor, other: Read) -> Read:
         put(read.error, other.error),
         read.normalizer,
     )
+
+
+def widened(read: Read, k: int) -> Read:
+    """The same read with padding, up to k candidates."""
+    if read.ids is None or read.weights is None or read.scores is None:
+        return read
+    room = (0, k - read.ids.shape[-1])
+    ids, weights = torch.nn.functional.pad(read.ids, room, value=-1), torch.nn.functional.pad(read.weights, room)
+    return replace(read, ids=ids, weights=weights, scores=torch.nn.functional.pad(read.scores, room, value=-torch.inf))
 
 
 def best_of(read: Read, k: int) -> Read:
@@ -261,7 +270,7 @@ def read_candidates(
     """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
 
     ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
-    they are known to be the best of those: then no row with weight is missing where one of them has none.
+    they are taken to be the best of those: then no row with weight is missing where one of them has none.
     """
     places = Places(tables.place(rows))
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))

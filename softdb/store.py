@@ -31,6 +31,7 @@ from softdb.errors import (
 )
 from softdb.filters import Selection, Where, select
 from softdb.functional import (
+    GATHERED_NUMBERS,
     Read,
     Tables,
     answer_dtype,
@@ -41,9 +42,10 @@ from softdb.functional import (
     read_exactly,
     replaced,
     transform,
+    widened,
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
-from softdb.normalizers import check_normalizer, noise_for
+from softdb.normalizers import SPARSE, check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.tail import Sample, add_tail, promise_of, samples_for
@@ -60,6 +62,9 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
+# As many candidates, or so many times those asked for, are looked at for the rows to which a sparse normalizer gives
+# weight.
+SUPPORT, SUPPORT_TIMES = 1024, 16
 # What a read to a tolerance begins with, for all queries; the error tells how many samples are enough where those were
 # not, if it falls with a root of their number: this one, as a stratified sample's does at first, or the square root, as
 # that of any sample does. Of these, some more.
@@ -473,8 +478,8 @@ class SoftKVStore(nn.Module):
         Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query,
         and with a sparse normalizer in exact mode all rows that have weight.
 
-        Under torch.compile a read is one operator of the graph; a callable ``where`` breaks the graph. Rows are written
-        outside of graphs. Gradients of the rows are dense where a graph reads one store more than once.
+        Under torch.compile a read is one operator of the graph; a callable ``where``, a sample, a tolerance and a sparse
+        normalizer in topk mode break the graph. Rows are written outside of graphs. Gradients of the rows are dense where a graph reads one store more than once.
 
         Args:
             query: What is looked for, (..., key_dim), floating point.
@@ -491,8 +496,10 @@ class SoftKVStore(nn.Module):
             normalizer: From scores to weights, over the rows considered: "softmax"; "straight_through": hard forward,
                 soft backward; "gumbel": the same for scores with noise, so that a row is drawn by its weight, and
                 ``scores`` and ``lse`` are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but
-                some of the best rows. In topk mode ``mass`` is 1 where those are known to be among the candidates; in
-                exact mode they are found and gathered, and too many are an ArgumentError. See `softdb.normalizers`.
+                some of the best rows. In topk mode k is doubled while it is too small for those of some query, up to
+                16 times or 1,024: ``mass`` is 1 where all of them are candidates, as far as the index finds rows, and
+                NaN elsewhere. In exact mode they are gathered, and too many are an ArgumentError. See
+                `softdb.normalizers`.
             tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
                 are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
                 rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off: the norm of the
@@ -562,6 +569,9 @@ class SoftKVStore(nn.Module):
             else:
                 read, found = self._read_best(query, operand, scan, tables, k, normalizer)
                 used = found.slots.flatten()
+                if normalizer in SPARSE:
+                    read, more = self._find_support(read, query, operand, scan, tables, normalizer)
+                    used = torch.cat([used, *more])
                 if tail_samples:
                     read, sampled = self._add_tail(read, operand, scan, tables, tail_samples, found.recall, generator)
                     used = torch.cat([used, sampled])
@@ -589,8 +599,26 @@ class SoftKVStore(nn.Module):
         """A read of the k best rows, and how they were found."""
         found = self._candidates(query, operand, scan, k, careful=careful)
         complete = self._complete(found.slots, scan.selection)
-        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=found.exact)
+        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=True)
         return read, found
+
+    def _find_support(
+        self, read: Read, query: Tensor, operand: Tensor, scan: Scan, tables: Tables, normalizer: str
+    ) -> tuple[Read, list[Tensor]]:
+        """The same read, of as many candidates for a query as it takes for one of them to have no weight."""
+        query, used = query.detach().reshape(-1, self.key_dim), list[Tensor]()
+        reach = cast(Tensor, read.ids).shape[-1]
+        most = min(scan.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
+        while True:
+            left = read.mass.isnan().nonzero().squeeze(-1)
+            gathered = 2 * reach * len(left) * (self.key_dim + self.value_dim)
+            if len(left) == 0 or reach >= most or gathered > GATHERED_NUMBERS:
+                return read, used
+            reach = min(2 * reach, most)
+            part = replace(scan, selection=scan.selection.take(left))
+            again, found = self._read_best(query[left], operand[left], part, tables, reach, normalizer)
+            used.append(found.slots.flatten())
+            read = replaced(widened(read, reach), left, again)
 
     def _add_tail(
         self,

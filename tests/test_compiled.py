@@ -107,7 +107,6 @@ HOW = {
     "topk": {"mode": "topk", "k": 4},
     "topk, hard forward": {"mode": "topk", "k": 4, "normalizer": "straight_through"},
     "exact, sparse": {"k": 3, "normalizer": "sparsemax"},
-    "topk, sparse": {"mode": "topk", "k": 4, "normalizer": "entmax15"},
     "more than rows": {"mode": "topk", "k": 40},
     "hard": {"mode": "hard"},
     "temperature": {"temperature": torch.tensor([0.5, 1.0, 2.0, 0.7])},

@@ -39,7 +39,9 @@ def make(metric: str = "scaled_dot", **options: object) -> tuple[SoftKVStore, Te
 
 def weights_of(scores: Tensor, mode: str, k: int | None, normalizer: str, noise: Tensor) -> Tensor:
     """One query's weights of all rows, by a plain rule."""
-    rows = scores.sort(descending=True, stable=True).indices[: k if mode == "topk" else 1 if mode == "hard" else None]
+    # A sparse normalizer's candidates are doubled until they hold all that it gives weight.
+    few = k if mode == "topk" and normalizer not in SPARSE else 1 if mode == "hard" else None
+    rows = scores.sort(descending=True, stable=True).indices[:few]
     seen = torch.full_like(scores, -math.inf)
     seen[rows] = scores[rows]
     if mode == "hard":

@@ -225,13 +225,37 @@ def test_mass_tells_whether_the_candidates_hold_all_sparse_weight() -> None:
     store = store_of(problem)
     support = (SPARSE["sparsemax"](problem.answer().scores) > 0).sum(-1)
     assert int(support.min()) < int(support.max())
-    k = int(support.max())  # one query's candidates all have weight, so there might be more
-    mass = store.read(problem.query, "topk", k=k, normalizer="sparsemax").mass
-    assert torch.equal(mass == 1, support < k)
-    assert mass[support >= k].isnan().all()
-    sure = store.read(problem.query, "topk", k=k + 1, normalizer="sparsemax")
-    assert (sure.mass == 1).all()
-    assert torch.allclose(sure.values, store.read(problem.query, normalizer="sparsemax").values, atol=1e-6)
+    exact = store.read(problem.query, normalizer="sparsemax").values
+    for k in (1, 2, int(support.max()), int(support.max()) + 1, 100):
+        read = store.read(problem.query, "topk", k=k, normalizer="sparsemax")
+        assert (read.mass == 1).all()
+        assert torch.allclose(read.values, exact, atol=1e-6)
+        assert torch.equal((read.weights > 0).sum(-1), support)
+        assert read.ids.shape[-1] >= max(k, int(support.max()))
+        assert read.ids.shape[-1] <= max(k, 2 * int(support.max()))
+    wide = store.read(problem.query, "topk", k=1, normalizer="entmax15", temperature=100.0)  # of all 2,000 rows
+    assert wide.mass.isnan().all()
+    assert wide.ids.shape[-1] == 1024
+
+
+@pytest.mark.parametrize("normalizer", SPARSE)
+def test_candidates_are_doubled_until_they_hold_all_sparse_weight(normalizer: str) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(8, 3, trainable=True, index="IVF32,Flat", dtype=torch.float64)
+    store.add(torch.randn(3000, 8), torch.randn(3000, 3))
+    query = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    how = dict(where=lambda row: row["id"] % 7 != torch.arange(10).unsqueeze(-1) % 7, normalizer=normalizer)
+    store.build_index()
+    store._index._base.index.nprobe = 32  # so that the index misses nothing
+    exact, read = store.read(query, **how), store.read(query, "topk", k=2, **how)
+    assert (read.mass == 1).all()
+    assert largest_error(read.values, exact.values) < 1e-9
+    for mine, other in zip(
+        torch.autograd.grad(read.values.sin().sum(), (query, store.keys, store.values)),
+        torch.autograd.grad(exact.values.sin().sum(), (query, store.keys, store.values)),
+        strict=True,
+    ):
+        assert largest_error(mine.to_dense(), other.to_dense()) < 1e-8
 
 
 def test_checkpointed_draws_are_repeated_or_refused() -> None:
@@ -250,13 +274,6 @@ def test_checkpointed_draws_are_repeated_or_refused() -> None:
     assert torch.equal(gradient(None, True), gradient(None, False))
     with pytest.raises(softdb.ArgumentError, match="generator: expected None under activation checkpointing"):
         gradient(torch.Generator(), True)
-
-
-def test_an_approximate_index_does_not_vouch_for_sparse_weights() -> None:
-    problem = Problem.random(rows=5000, scale=1000.0)
-    store = store_of(problem, index="IVF32,Flat")
-    store.build_index()
-    assert store.read(problem.query, "topk", k=40, normalizer="sparsemax").mass.isnan().all()
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])

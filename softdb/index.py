@@ -72,12 +72,15 @@ CLUSTERED = 4
 # An IVF base is trained anew when it holds this many times the rows that its lists were trained for, or its lists are
 # this much less even than they were.
 OUTGROWN, UNBALANCED = 4, 2
-# Queries, and neighbours of each, that the probes are tuned on; how many of a read's own tell a recall of theirs; and
-# how many when it is checked again, after the base has taken in so many times its rows, at the least and the most.
-TUNING_QUERIES, TUNING_NEIGHBOURS = 256, 32
+# Queries, and neighbours of each at the least and the most, that the probes are tuned on; how many of a read's own tell
+# a recall of theirs; and how many when it is checked again, after the base has taken in so many times its rows, at the
+# least and the most.
+TUNING_QUERIES, NEIGHBOURS, MOST_NEIGHBOURS = 256, 32, 256
 TELLING_QUERIES = 8
 CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 4, 1 / 2)
-FEWEST_PROBES = 4
+FEWEST_PROBES = 1
+# Checks of the recall, on queries asked since the last, cost this share of the searches.
+DRIFT_SHARE = 1 / 20
 # A recall as near to the wanted one is left alone when it is checked: the sample is small.
 NEAR_ENOUGH = 0.01
 # A careful search visits this many times the lists, unless it then costs more than this share of an exact one.
@@ -262,6 +265,8 @@ class _Base:
         self._outlined = 0  # rows taken in since
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
+        self.tuned_on_queries = False  # that were asked; else on made-up ones
+        self.neighbours = 0  # of which that is the share found
         # With more probes, for reads that are to be sure of what they find.
         self.careful_probes: int | None = None
         self.careful_recall: float | None = None
@@ -446,6 +451,7 @@ class _Base:
         metric: str,
         selection: Selection,
         wanted: float,
+        neighbours: int,
     ) -> None:
         """Find how much to probe, and how many rows to crown, until each group finds ``wanted`` of its best rows.
 
@@ -457,9 +463,10 @@ class _Base:
             metric: How they meet.
             selection: In which slots there are rows.
             wanted: The recall.
+            neighbours: Of so many best rows.
         """
-        self.taken, self.crown = 0, self.crown[:0]
-        k = min(TUNING_NEIGHBOURS, self.entries)
+        self.taken, self.crown, self.neighbours = 0, self.crown[:0], neighbours
+        k = min(neighbours, self.entries)
         queries = torch.cat(groups)
         scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
         operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
@@ -472,15 +479,18 @@ class _Base:
         vectors, sizes = _array(_prepared(queries, metric)), [len(group) for group in groups]
         knob, name, limit = _knob(self.index)
 
-        def measure(probes: int, crown: int) -> float:
+        def measure(probes: int, crown: int) -> tuple[float, float]:
+            """The recall of the queries, and what it is for certain but for the chance in drawing them."""
             if knob is not None:
                 setattr(knob, name, probes)
             found = self.search(vectors, k).to(keys.device)
             hits = (scores_at(operand, keys, found, scan) >= worst) & (found >= 0)
             hits &= rank[found.clamp(min=0)] >= crown  # not twice
             held = (rank[best.clamp(min=0)] < crown) & (best >= 0)
-            shares = (hits.sum(-1) + held.sum(-1)).clamp(max=k) / k
-            return min(float(part.mean()) for part in shares.split(sizes))
+            shares = ((hits.sum(-1) + held.sum(-1)).clamp(max=k) / k).split(sizes)
+            chance = [float(part.std()) / math.sqrt(len(part)) if len(part) > 1 else 0.0 for part in shares]
+            means = [float(part.mean()) for part in shares]
+            return min(means), min(mean - off for mean, off in zip(means, chance, strict=True))
 
         levels = self._levels(limit if knob is not None else 0, len(longest))
         level, again, now = 0, self.recall is not None, (0, 0)
@@ -488,22 +498,26 @@ class _Base:
             now = (0 if knob is None else getattr(knob, name), self.crowned)
             level = sum(probes < now[0] or crown < now[1] for probes, crown in levels[:-1])
         probes, crown = levels[level]
-        recall = measure(probes, crown)
-        if recall < wanted - (NEAR_ENOUGH if again else 0.0):
-            # The sample is small, and the same for all levels: where it is a hard one, the wanted recall is far off.
-            while recall < (wanted - NEAR_ENOUGH / 2 if again else wanted) and level < len(levels) - 1:
+        recall, sure = measure(probes, crown)
+        # Tuned on a sample, to be right for others: beyond chance. Checked on a smaller one: not moved by chance.
+        lacks = recall < wanted - NEAR_ENOUGH if again else sure < wanted
+        if lacks:
+            # The sample is the same for all levels: where it is a hard one, the wanted recall is far off.
+            while (recall < wanted - NEAR_ENOUGH / 2 if again else sure < wanted) and level < len(levels) - 1:
                 level += 1
                 probes, crown = levels[level]
-                recall = measure(probes, crown)
-        elif recall > wanted + NEAR_ENOUGH:
-            if level > 0 and (lower := measure(*levels[level - 1])) >= wanted:
-                level, recall = level - 1, lower
+                recall, sure = measure(probes, crown)
+        elif recall > wanted + NEAR_ENOUGH and level > 0:
+            lower = measure(*levels[level - 1])
+            if lower[not again] >= wanted:
+                level, recall = level - 1, lower[0]
             probes, crown = levels[level]
         few = levels[level - 1][0] if level else probes
         while probes - few > max(1, probes // 8):
             middle = (few + probes) // 2
-            if (lower := measure(middle, crown)) >= wanted:
-                probes, recall = middle, lower
+            found = measure(middle, crown)
+            if found[not again] >= wanted:
+                probes, recall = middle, found[0]
             else:
                 few = middle
         if knob is not None:
@@ -513,7 +527,7 @@ class _Base:
         if self.probes is not None and isinstance(self.index, faiss.IndexIVF):
             self.careful_probes = min(limit, CAREFUL * probes)
             # Of a sample: that nothing was missed in it does not mean that nothing ever is.
-            self.careful_recall = min(measure(self.careful_probes, crown), 1 - (1 - recall) / CAREFUL)
+            self.careful_recall = min(measure(self.careful_probes, crown)[0], 1 - (1 - recall) / CAREFUL)
             setattr(knob, name, probes)
         if again:  # the more often, the more there is to be changed
             interval = self.check_after * (0.5 if (probes, crown) != now else 2)
@@ -554,6 +568,8 @@ class _Plan:
         lists: Which of them each row is in, int64, -1 where that is to be found.
         queries: To tune on.
         metric, recall: As in the configuration.
+        neighbours: To tune for.
+        told: Whether some of the queries were asked.
     """
 
     version: int
@@ -569,6 +585,8 @@ class _Plan:
     queries: list[Tensor]
     metric: str
     recall: float
+    neighbours: int
+    told: bool
 
     def carry_out(self) -> _Built:
         """Build."""
@@ -600,7 +618,10 @@ class _Plan:
         keys = self.keys if base.copy is None else base.copy
         held = base.entry_of.to(self.rows.device) >= 0
         everything = Selection(len(held), shared=None if bool(held.all()) else held)
-        base.tune(self.queries, self.rows if keys is None else keys, self.metric, everything, self.recall)
+        base.tuned_on_queries = self.told
+        base.tune(
+            self.queries, self.rows if keys is None else keys, self.metric, everything, self.recall, self.neighbours
+        )
         return base
 
 
@@ -696,7 +717,9 @@ class Index:
         self._pending: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
         self._beside = self._pending  # with the crown
         self._version = -1
-        self._queries: Tensor | None = None  # some that were asked when rows had last changed
+        self._queries: Tensor | None = None  # the latest
+        self._asked = 0  # how many have been since the recall was checked on them
+        self._neighbours = NEIGHBOURS  # as many as a search has wanted, within limits
         self._failed_at = 0  # how many rows there were when a build failed
         self._error: str | None = None
         # While the base is asleep searches are exact. It is built anew once they have cost as much as building, for
@@ -735,7 +758,7 @@ class Index:
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
-            self._follow(rows, keys, query)
+            self._follow(rows, keys, query, k)
             base, pending = None if self._asleep else self._base, self._beside
             if self._asleep:
                 self._searched += len(query)
@@ -764,7 +787,7 @@ class Index:
     def approximates(self, rows: RowTable, keys: Tensor, selection: Selection, k: int, query: Tensor) -> bool:
         """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
         with self._lock, torch.inference_mode(False):
-            self._follow(rows, keys, query)
+            self._follow(rows, keys, query, k)
             base = None if self._asleep else self._base
         return base is not None and _pays(base, rows, selection, k, len(query))
 
@@ -792,12 +815,13 @@ class Index:
 
     # -- following the rows ----------------------------------------------------------------------------------
 
-    def _follow(self, rows: RowTable, keys: Tensor, query: Tensor | None = None) -> None:
-        """Take note of every change since the last call."""
-        if rows.version == self._version:
-            return
+    def _follow(self, rows: RowTable, keys: Tensor, query: Tensor | None = None, k: int = 0) -> None:
+        """Take note of every change since the last call, and of what is asked."""
         if query is not None:
-            self._queries = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES].clone()
+            self._note_queries(query, k)
+        if rows.version == self._version:
+            self._follow_queries(rows, keys)
+            return
         if self._aside is not None and self._aside.is_done:
             self._adopt(self._aside)
         if self._base is not None:
@@ -807,6 +831,30 @@ class Index:
                     self._note_changes(self._base, rows, keys)
         self._version = rows.version
         self._settle(rows, keys)
+        self._list_beside()
+
+    def _note_queries(self, query: Tensor, k: int) -> None:
+        self._asked += len(query)
+        self._neighbours = max(self._neighbours, min(k, MOST_NEIGHBOURS))
+        query = query.detach()
+        latest = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES]
+        if self._queries is not None and len(latest) < TUNING_QUERIES and self._queries.dtype == latest.dtype:
+            latest = torch.cat([self._queries[len(latest) - TUNING_QUERIES :], latest])
+        self._queries = latest.clone()
+
+    def _follow_queries(self, rows: RowTable, keys: Tensor) -> None:
+        """Check the recall where queries may have become others, or more neighbours are asked for, and tune again.
+
+        So often that it costs little beside the searches: by the number of queries, not by the clock.
+        """
+        base = None if self._asleep else self._base
+        if base is None or self._queries is None or len(self._queries) < TELLING_QUERIES:
+            return
+        if base.tuned_on_queries and base.neighbours >= self._neighbours:
+            searched = self._asked * base.share * VISIT_COST
+            if searched * DRIFT_SHARE < CHECKING_QUERIES + FIRST_QUERY_COST:
+                return
+        self._take(base, rows, keys, check=True)
         self._list_beside()
 
     def _list_beside(self) -> None:
@@ -866,10 +914,13 @@ class Index:
         self._base, self._asleep = None, False
         self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def _take(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
-        """Let the base take the pending rows in, or the crown; not those that training has led to infinity."""
+    def _take(self, base: _Base, rows: RowTable, keys: Tensor, *, check: bool = False) -> None:
+        """Let the base take the pending rows in, or the crown; not those that training has led to infinity.
+
+        And ``check`` the recall, which is done anyway where many have been taken in.
+        """
         with self._upkeep():
-            check = base.taken + len(self._pending) > base.check_after * base.entries
+            check = check or base.taken + len(self._pending) > base.check_after * base.entries
             if check:  # whether a row belongs to the crown is to be found out, so none does
                 crown, base.crown = base.crown, base.crown[:0]
                 self._pending = self._pending_with(crown.to(self._pending.device), base, rows)
@@ -896,8 +947,14 @@ class Index:
         """Tune the probes to the rows as they are now."""
         live = rows.live_slots()
         sample = _prepared(keys[live[:: max(1, len(live) // 2**12)]], self._metric)
-        queries = _tuning_queries(self._queries, sample, CHECKING_QUERIES)
-        base.tune(queries, keys, self._metric, select(rows, (), None, None), self.config.recall)
+        first = not base.tuned_on_queries or base.neighbours < self._neighbours
+        queries = _tuning_queries(self._queries, sample, TUNING_QUERIES if first else CHECKING_QUERIES)
+        if first:
+            base.recall = None  # to be tuned as if for the first time
+        base.tuned_on_queries = self._queries is not None and len(self._queries) >= TELLING_QUERIES
+        self._asked = 0
+        everything = select(rows, (), None, None)
+        base.tune(queries, keys, self._metric, everything, self.config.recall, self._neighbours)
 
     def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
@@ -964,6 +1021,8 @@ class Index:
             _tuning_queries(self._queries, vectors, TUNING_QUERIES),
             self._metric,
             self.config.recall,
+            self._neighbours,
+            self._queries is not None and len(self._queries) >= TELLING_QUERIES,
         )
 
     def _adopt(self, aside: _Aside) -> None:

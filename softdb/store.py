@@ -478,8 +478,9 @@ class SoftKVStore(nn.Module):
         Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query,
         and with a sparse normalizer in exact mode all rows that have weight.
 
-        Under torch.compile a read is one operator of the graph; a callable ``where``, a sample, a tolerance and a sparse
-        normalizer in topk mode break the graph. Rows are written outside of graphs. Gradients of the rows are dense where a graph reads one store more than once.
+        Under torch.compile a read is one operator of the graph; a callable ``where``, a sample, a tolerance, and a
+        sparse normalizer in topk mode break the graph. Rows are written outside of graphs. Gradients of the rows are
+        dense where a graph reads one store more than once.
 
         Args:
             query: What is looked for, (..., key_dim), floating point.

@@ -16,6 +16,7 @@ import torch
 import softdb
 
 ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 MODULES = [info.name for info in pkgutil.iter_modules(softdb.__path__)]
 
 
@@ -149,6 +150,13 @@ assert extra < 120, extra  # the scores alone would be 390 MiB
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
 
 
 def test_the_project_is_typed() -> None:

@@ -94,9 +94,9 @@ SLACK = 0.25
 # list tell where it lies.
 OUTLINE_SHARE, OUTLINE_ROWS = 1 / 8, 32
 UNBOUNDED = ("dot", "scaled_dot")
-# A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; an
-# exact search costs as much as if there were this many queries more.
-VISIT_COST, CROWN_COST, FIRST_QUERY_COST = 10, 2, 40
+# A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; a
+# crown costs as much as if it were so many rows larger, and an exact search as if there were this many queries more.
+VISIT_COST, CROWN_COST, CROWN_ROWS, FIRST_QUERY_COST = 10, 2, 2**14, 40
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
 
@@ -543,7 +543,9 @@ class _Base:
         visited = self.entries / max(1, self.lists)  # rows a probe, in lists
         levels = [(probes, crown)]
         while probes < limit or crown < longest:
-            if crown < longest and (probes == limit or CROWN_COST * crown < VISIT_COST * probes * visited):
+            if crown < longest and (
+                probes == limit or CROWN_COST * (crown + CROWN_ROWS) < VISIT_COST * probes * visited
+            ):
                 crown = min(longest, max(64, 2 * crown))
             else:
                 probes = min(limit, 2 * probes)

@@ -48,7 +48,7 @@ from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.tail import Sample, add_tail, promise_of, samples_for
+from softdb.tail import LARGEST_SHARE, Sample, add_tail, promise_of, samples_for
 
 __all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
@@ -653,7 +653,8 @@ class SoftKVStore(nn.Module):
         """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
         selection, k, query = scan.selection, k or BEST_ROWS, query.detach().reshape(-1, self.key_dim)
         candidates = max(k, BEST_ROWS)
-        if not self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query):
+        many = selection.shared_count * LARGEST_SHARE > FIRST_SAMPLES
+        if not (many and self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query)):
             read = read_exactly(operand, tables, scan, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
         best, found = self._read_best(query, operand, scan, tables, candidates, careful=True)

@@ -25,14 +25,14 @@ from torch import Tensor
 from softdb.blockwise import TILE_ELEMENTS, Places, Scan, check_scores
 from softdb.errors import is_finite
 from softdb.filters import Selection
-from softdb.functional import Read, Tables, share_of
+from softdb.functional import Read, Tables, share_of, transform
 
 __all__ = ["Outline", "Sample", "add_tail", "promise_of", "samples_for"]
 
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
 
 # The part of a sample that is drawn as if all rows were alike: where the lists promise wrongly, the variance is no more
-# than this many times that of such a sample.
+# than twice, 1 / ALIKE times, that of rows drawn at random from all.
 ALIKE = 0.5
 # Into how many parts a sample is split to tell its variance.
 PARTS = 8
@@ -42,7 +42,7 @@ CHUNK_ROWS = 1024
 FURTHEST = 75.0
 # Rows are counted as found for certain as long as it is less likely than this that one of them is not; how far values
 # lie from the answer is told by so many of the next.
-SURELY, TOLD_BY = 0.05, 16
+SURELY, TOLD_BY, LEAST_RECALL = 0.05, 16, 0.01
 TINY = 1e-30
 # This part of a batch, the lower, tells what error is usual.
 USUAL = 0.95
@@ -85,9 +85,11 @@ class Outline:
 def promise_of(outline: Outline, query: Tensor, scan: Scan, read: Read) -> Tensor:  # (M, w) -> (L,)
     """The weight that a row of each list may have beside the candidates, root mean square over the queries."""
     operand = scan.operand(outline.means)
-    twice = 2 * query.detach()  # squares of weights are exponentials of twice the scores
-    most = 2 * cast(Tensor, read.scores).detach()[:, -1:].to(query.dtype)  # what is better should be a candidate
-    total = 2 * read.lse.detach().unsqueeze(-1).to(query.dtype)
+    some = (read.lse > -torch.inf).nonzero().squeeze(-1)  # the others see no row
+    query = query.detach()[some]
+    twice = 2 * query  # squares of weights are exponentials of twice the scores
+    most = 2 * cast(Tensor, read.scores).detach()[some, -1:].to(query.dtype)  # what is better should be a candidate
+    total = 2 * read.lse.detach()[some].unsqueeze(-1).to(query.dtype)
     squares = operand.new_zeros(len(operand))
     height = max(1, TILE_ELEMENTS // max(1, len(operand)))
     for start in range(0, len(query), height):
@@ -160,6 +162,14 @@ class Sample:
         )
 
     @property
+    def ends(self) -> list[int]:
+        """Where the rows that stand for some end, of what `chunks` numbers."""
+        paired = 2 * self.parts * self.width
+        standing = (self.factors[:paired].view(2 * self.parts, self.width) > 0).sum(-1)
+        starts = torch.arange(2 * self.parts, device=standing.device) * self.width
+        return [*(starts + standing).tolist(), len(self.slots)]
+
+    @property
     def chunks(self) -> list[tuple[int, slice]]:
         """A few rows at a time: first and second rows of the parts by turns, numbered; last those that stand alone."""
         count, paired = len(self.slots), 2 * self.parts * self.width
@@ -212,7 +222,7 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
         hidden = _Hidden.of(sample, scan, cast(Tensor, read.ids), part)
         summed = _sums(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         if not is_finite(summed.total):  # a row that the index missed is far better than all that it found
-            shift[part] = torch.maximum(shift[part], _largest(query[part], rows, hidden))
+            shift[part] += _excess(query[part], rows, shift[part], hidden)
             summed = _sums(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         found.append(summed)
     summed = _Sums(*map(torch.cat, zip(*found, strict=True)))
@@ -222,11 +232,9 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
     lse = (total.log() + shift).masked_fill(nothing, -torch.inf)
     check_scores(lse, empty=True)
     weights = cast(Tensor, read.weights) * (own / total).unsqueeze(-1)
-    variance = _variance(summed, sample, answer.detach(), total.detach())
-    if recall < 1 and len(sample.factors) and float(sample.factors.amax()) > 1:
-        variance += _variance_of_recall(cast(Tensor, read.ids), weights.detach(), tables, answer.detach(), recall)
-    error = _relative(variance, answer.detach())
-    return replace(read, values=answer, weights=weights, lse=lse, mass=share_of(weights), error=error)
+    estimated = replace(read, values=answer, weights=weights, lse=lse, mass=share_of(weights))
+    error = _error(summed, sample, transform(estimated, Tensor.detach), tables, total.detach(), recall)
+    return replace(estimated, error=error.masked_fill(nothing, 0.0))
 
 
 def samples_for(needed: Tensor, population: int) -> int:  # (b,)
@@ -279,11 +287,13 @@ class _Hidden:
     Attributes:
         chunks: The chunks of the sample, numbered, and for each, pairs (query numbers, columns).
         mask: Which may be seen, broadcastable to (b, m), or None for all.
+        ends: Where the rows of each part end that stand for some, by number.
         dtype: Of the sums.
     """
 
     chunks: list[tuple[int, slice, Tensor, Tensor]]
     mask: Tensor | None
+    ends: list[int]
     dtype: torch.dtype
 
     @classmethod
@@ -305,7 +315,9 @@ class _Hidden:
             for (number, chunk), (first, last) in zip(chunks, itertools.pairwise(ends), strict=True)
         ]
         mask = None if selection.rule is None else selection.rule(sample.slots)
-        return cls(pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part], scan.dtype)
+        return cls(
+            pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part], sample.ends, scan.dtype
+        )
 
     def scores(self, query: Tensor, rows: Rows, shift: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
         """The scores of every chunk of the sample, (c, b), less the shift, -inf where hidden; and values, (c, dv)."""
@@ -316,6 +328,8 @@ class _Hidden:
             scores = (operand @ columns).sub_(shift).clamp_(min=-FURTHEST)
             if len(queries):
                 scores[column, queries] = -torch.inf
+            if chunk.stop > self.ends[number]:
+                scores[max(0, self.ends[number] - chunk.start) :] = -torch.inf
             if self.mask is not None:
                 mask = self.mask[..., chunk] if self.mask.shape[-1] > 1 else self.mask
                 scores.masked_fill_(~mask.T if mask.dim() > 1 else ~mask.unsqueeze(-1), -torch.inf)
@@ -353,55 +367,59 @@ def _sums(query: Tensor, rows: Rows, shift: Tensor, sample: Sample, hidden: _Hid
 
 
 @torch.no_grad()
-def _largest(query: Tensor, rows: Rows, hidden: _Hidden) -> Tensor:  # (b, w) -> (b,)
-    """The largest score of the rows that count."""
-    nothing = query.new_zeros(len(query))
-    return torch.stack([scores.amax(0) for _, _, scores, _ in hidden.scores(query, rows, nothing)]).amax(0)
+def _excess(query: Tensor, rows: Rows, shift: Tensor, hidden: _Hidden) -> Tensor:  # (b, w), (b,) -> (b,)
+    """By how much the largest score of the rows that count is above the shift."""
+    above = [scores.amax(0) for _, _, scores, _ in hidden.scores(query, rows, shift)]
+    return torch.stack(above).amax(0).clamp(min=0)
 
 
-def _relative(variance: Tensor, answer: Tensor) -> Tensor:  # (M,), (M, dv) -> (M,)
-    """How far an estimated answer may be off, in parts of the norm of the true one; infinity where that may be 0."""
+def _error(summed: _Sums, sample: Sample, read: Read, tables: Tables, total: Tensor, recall: float) -> Tensor:
+    """How far answers may be off, in parts of the norm of the true ones; infinity where that may be 0."""
+    if len(sample.factors) == 0 or float(sample.factors.amax()) <= 1:  # all rows stand for themselves
+        return torch.zeros_like(total)
+    answer = read.values
+    variance = _variance(summed, sample, answer, total)
+    if recall < 1:
+        variance = variance + _variance_of_recall(read, tables, recall)
     # The square of an estimate's norm is larger than that of the truth by the variance, on average.
     deviations = DEVIATIONS + DEVIATIONS_OF_ONE / math.sqrt(answer.shape[-1])
     size = (answer.square().sum(-1) - deviations * variance).clamp(min=0)
-    return torch.where(variance > 0, deviations * (variance / size).sqrt(), 0.0)
+    return (deviations * (variance / size).sqrt()).nan_to_num(nan=torch.inf)
 
 
 def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor) -> Tensor:
     """That of the sum of f * w * (value - answer) over the sample, in parts of the normaliser, (M,).
 
     First and second rows of a stratum have the same mean: what the variance of their sum is, is expected of the square
-    of their difference, but for the factor 1 - 1 / f, since they are never the same row. Where few rows matter, most
-    samples hold none of them and tell too little; so a query is told no less than the batch on average, outliers left
-    out.
+    of their difference, but for the factor 1 - 1 / f, since they are never the same row. Where few rows matter, it is
+    a guess from few numbers, and made larger, as Student's t is wider than the normal distribution; and as most samples
+    hold none of these rows and tell too little, a query is told no less than the batch on average, outliers left out.
     """
     apart = summed.values_apart - summed.total_apart.unsqueeze(-1) * answer.unsqueeze(1)
     factors = sample.factors[: 2 * sample.parts * sample.width].view(sample.parts, 2 * sample.width)
     different = 1 - 1 / torch.nn.functional.pad(factors, (0, 1), value=1.0).amax(-1).to(apart.dtype)
-    squared = (apart.square().sum(-1) * different).sum(-1) / total.square()
+    each = (apart / total.view(-1, 1, 1)).square().sum(-1) * different
+    squared = each.sum(-1)
     if len(squared) == 0:
         return squared
+    few = each.square().sum(-1) / squared.square().clamp(min=TINY)  # 1 / 8 where all parts are alike, 1 if it is one
+    squared = squared * ((1 + few) / (1 + 1 / PARTS)).square()
     size = answer.square().sum(-1).clamp(min=TINY)
-    usual = (squared / size).sqrt().sort().values[: math.ceil(USUAL * len(squared))].mean()
-    return torch.maximum(squared, usual.square() * size).masked_fill(answer.abs().sum(-1) == 0, 0.0)
+    usual = (squared / size).sqrt().nan_to_num(nan=0.0).sort().values[: math.ceil(USUAL * len(squared))].mean()
+    return torch.maximum(squared, usual.square() * size)
 
 
-def _variance_of_recall(
-    rows: Tensor,  # (M, k), the best first
-    weights: Tensor,  # (M, k)
-    tables: Tables,
-    answer: Tensor,  # (M, dv)
-    recall: float,
-) -> Tensor:  # (M,)
+def _variance_of_recall(read: Read, tables: Tables, recall: float) -> Tensor:  # -> (M,)
     """What it adds that each of the best rows is found with the probability ``recall``.
 
     A row that is missed is seldom in the sample, so that the sample's own variance seldom tells. The very best rows do
     not count: that any of them is missed is less likely than `SURELY` says.
     """
-    sure = int(SURELY / (1 - recall))
-    squares = weights[:, sure:].square()
-    some = rows[:, sure : sure + TOLD_BY]
-    values = tables.values.detach()[some.clamp(min=0)].to(answer.dtype)
-    apart = (values - answer.unsqueeze(1)).square().sum(-1)
+    recall = max(recall, LEAST_RECALL)
+    sure = round(SURELY / (1 - recall))
+    squares = cast(Tensor, read.weights)[:, sure:].square()
+    some = cast(Tensor, read.ids)[:, sure : sure + TOLD_BY]
+    values = tables.values.detach()[some.clamp(min=0)].to(read.values.dtype)
+    apart = (values - read.values.unsqueeze(1)).square().sum(-1)
     spread = (squares[:, :TOLD_BY] * apart).sum(-1) / squares[:, :TOLD_BY].sum(-1).clamp(min=TINY)
     return (1 - recall) / recall * squares.sum(-1) * spread

@@ -423,6 +423,7 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
 def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By dot product the longest rows are among the best of queries far from them."""
     monkeypatch.setattr(index_module, "CROWNED_ENTRIES", 1000)
+    monkeypatch.setattr(index_module, "CROWN_ROWS", 0)
     store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True)
     query = clustered(64, seed=0)
     store.read(query, "topk", k=8)

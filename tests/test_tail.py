@@ -12,6 +12,7 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb import store as store_module
+from softdb.blockwise import Scan, exact_top_k
 from softdb.filters import Selection
 from softdb.index import Found
 from softdb.tail import ALIKE, Outline, Sample, samples_for
@@ -271,6 +272,85 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
     assert torch.allclose(read.lse, exact.lse)
 
 
+def missing(store: SoftKVStore, count: int) -> None:
+    """Let searches miss the best rows."""
+
+    def search(query: Tensor, operand: Tensor, scan: Scan, k: int, *, careful: bool = False) -> Found:
+        return Found(exact_top_k(operand, store.keys.detach(), scan, k + count)[1][:, count:], False, 0.95)
+
+    store._candidates = search  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(("metric", "temperature"), [("dot", 0.004), ("l2", 0.005)])
+def test_a_missed_row_far_below_zero_is_found_by_a_sample_of_all(metric: str, temperature: float) -> None:
+    torch.manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    query = direction + 0.05 * torch.randn(6, 8)
+    keys = -3 * direction + 0.3 * torch.randn(300, 8)
+    keys[17] = -direction
+    store = SoftKVStore(8, 4, metric=metric)
+    store.add(keys, torch.randn(300, 4))
+    exact = store.read(query, temperature=temperature)
+    assert float(exact.lse.max()) < -100
+    missing(store, 1)
+    read = store.read(query, "topk", k=2, temperature=temperature, tail_samples=300)
+    assert torch.allclose(read.lse, exact.lse, rtol=1e-4)
+    assert float(off(read, exact).max()) < 1e-3
+
+
+def test_what_is_not_known_is_not_told_to_be_exact() -> None:
+    torch.manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    query, keys = direction + 0.05 * torch.randn(6, 8), -3 * direction + 0.3 * torch.randn(300, 8)
+    keys[10:60] = -direction + 0.02 * torch.randn(50, 8)
+    store = SoftKVStore(8, 4, metric="dot")
+    store.add(keys, torch.randn(300, 4))
+    missing(store, 50)
+    for temperature in (0.06, 0.035, 0.028):  # up to 80 nats better than the candidates
+        read = store.read(query, "topk", k=2, temperature=temperature, tail_samples=150)
+        assert (read.error > 0).all()
+    zeros = SoftKVStore(16, 4)
+    values = torch.zeros(20_000, 4)
+    values[::100] = 1.0
+    zeros.add(torch.randn(20_000, 16), values)
+    query = torch.randn(16, 16)
+    exact, read = zeros.read(query), zeros.read(query, "topk", k=8, tail_samples=64)
+    assert ((off(read, exact) < 0.1) | (read.error > 0.05)).all()
+    huge = SoftKVStore(16, 4)
+    huge.add(torch.randn(20_000, 16), 1e20 * torch.randn(20_000, 4))
+    assert (huge.read(query, "topk", k=8, tail_samples=64).error > 0).all()
+    nothing = huge.read(query, "topk", k=8, tail_samples=64, where=lambda row: row["id"] < 0)
+    assert (nothing.error == 0).all()
+
+
+@pytest.mark.parametrize("count", [30, 32, 50])
+def test_leaving_each_query_out_of_its_own_answer(count: int) -> None:
+    torch.manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(500, 32), dim=-1)
+    store = SoftKVStore(32, 4, metric="dot")
+    own = store.add(keys, torch.randn(500, 4))[:5].unsqueeze(-1)
+    how = dict(temperature=0.005, exclude=own)
+    exact = store.read(keys[:5], **how)  # type: ignore[arg-type]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        read = store.read(keys[:5], "topk", k=4, tail_samples=count, generator=generator, **how)  # type: ignore[arg-type]
+        assert float(off(read, exact).max()) < 0.1
+
+
+def test_a_query_that_may_see_nothing_leaves_the_promise_alone() -> None:
+    store, query = clustered(6000)
+    rule = lambda row: (torch.arange(12).unsqueeze(-1) > 0) & (row["id"] >= 0)  # noqa: E731
+    exact = store.read(query, temperature=1.5, where=rule)
+    generator = torch.Generator().manual_seed(0)
+    reads = [
+        store.read(query, "topk", k=20, temperature=1.5, tail_samples=500, where=rule, generator=generator)
+        for _ in range(30)
+    ]
+    assert (reads[0].values[0] == 0).all()
+    assert (reads[0].error[0] == 0).all()
+    assert float(torch.stack([off(read, exact)[1:] for read in reads]).mean()) < 0.052  # 0.06 without lists
+
+
 def test_gradients_of_a_tail_are_those_of_its_numbers() -> None:
     problem = Problem.random(rows=200, dtype=torch.float64)
     store = store_of(problem, trainable=True, sparse_grad=False)
@@ -326,7 +406,7 @@ def test_errors_stay_below_what_is_told_and_what_is_asked_for(
     # A batch tells what is usual; a single query may have a sample that holds none of the few rows that matter.
     assert float(torch.cat(below).mean()) > (0.9 if queries > 1 else 0.85)
     assert float(torch.cat(within).mean()) > 0.95
-    assert float(torch.cat(exactly).mean()) < 0.6  # not by reading everything
+    assert float(torch.cat(exactly).mean()) < 0.7  # not by reading everything
 
 
 def test_a_tolerance_reads_exactly_where_that_is_cheaper() -> None:

@@ -22,12 +22,13 @@ from softdb.errors import (
 )
 from softdb.functional import Read
 from softdb.index import IndexConfig, IndexStats
-from softdb.store import Rows, SoftKVStore, Usage
+from softdb.store import Audit, Rows, SoftKVStore, Usage
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Audit",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",

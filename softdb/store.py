@@ -50,7 +50,7 @@ from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watc
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.tail import LARGEST_SHARE, Sample, add_tail, promise_of, samples_for
 
-__all__ = ["Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
+__all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
 Mode = Literal["exact", "topk", "hard"]
 MODES = ("exact", "topk", "hard")
@@ -62,6 +62,8 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
+# Scores this close, in parts of themselves, tie in an audit.
+TIE = 1e-5
 # As many candidates, or so many times those asked for, are looked at for the rows to which a sparse normalizer gives
 # weight.
 SUPPORT, SUPPORT_TIMES = 1024, 16
@@ -98,6 +100,45 @@ class Usage:
 
     reads: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """How top-k reads compare with exact ones, for each query, as `SoftKVStore.audit` returns it; float64.
+
+    Attributes:
+        k: The number of candidates.
+        recall: The share of the k best rows that are among the candidates, (...,); rows that tie are as good, and 1
+            where no row may be seen.
+        mass: The fraction of the exact softmax that the candidates hold, (...,).
+        error: The norm of the difference of the values, in parts of that of the exact ones, (...,).
+    """
+
+    k: int
+    recall: Tensor
+    mass: Tensor
+    error: Tensor
+
+    @property
+    def mean_recall(self) -> float:
+        """The mean of ``recall``."""
+        return float(self.recall.mean())
+
+    @property
+    def mean_mass(self) -> float:
+        """The mean of ``mass``."""
+        return float(self.mass.mean())
+
+    @property
+    def mean_error(self) -> float:
+        """The mean of ``error``."""
+        return float(self.error.mean())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recall.numel():,} queries, k = {self.k}: recall {self.mean_recall:.4f}, mass {self.mean_mass:.4f}, "
+            f"error {self.mean_error:.4f}"
+        )
 
 
 class SoftKVStore(nn.Module):
@@ -537,6 +578,26 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
+        read = self._answer(query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
+        if read.ids is None or read.weights is None:
+            return read
+        self.rows.note_read(read.ids, read.weights)
+        return replace(read, ids=self.rows.ids_at(read.ids))
+
+    def _answer(
+        self,
+        query: Tensor,
+        mode: Mode,
+        k: int | None,
+        where: Where | None,
+        exclude: Tensor | None,
+        temperature: float | Tensor | None,
+        normalizer: str = "softmax",
+        tail_samples: int = 0,
+        tolerance: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Read:
+        """What `read` returns, with slots for ids; nobody counts it."""
         k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         keys, values = self.keys, self.values
         if self.trainable and self.sparse_grad and _within_ddp():
@@ -580,11 +641,7 @@ class SoftKVStore(nn.Module):
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
             read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-        read = self._guard(finish(read, query), used)
-        if read.ids is None or read.weights is None:
-            return read
-        self.rows.note_read(read.ids, read.weights)
-        return replace(read, ids=self.rows.ids_at(read.ids))
+        return self._guard(finish(read, query), used)
 
     def _read_best(
         self,
@@ -760,6 +817,57 @@ class SoftKVStore(nn.Module):
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
         self.rows.mark_changed(self.rows.slots_of("ids", given).unique())
+
+    @torch.no_grad()
+    def audit(
+        self,
+        queries: Tensor,  # (..., key_dim)
+        k: int,
+        where: Where | None = None,
+        exclude: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+    ) -> Audit:
+        """Compare top-k reads of ``queries`` with exact ones: what the index misses, and what k leaves out.
+
+        It costs an exact read with ``k``, and counts for no `usage`.
+
+        Args:
+            queries: (..., key_dim), like those that will be asked.
+            k: The number of candidates.
+            where: As for `read`.
+            exclude: As for `read`.
+            temperature: As for `read`.
+
+        Returns:
+            An `Audit`.
+
+        Raises:
+            As `read`.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> ids = store.add(torch.eye(4), torch.ones(4, 2))
+            >>> print(store.audit(torch.eye(4), k=1))
+            4 queries, k = 1: recall 1.0000, mass 0.3547, error 0.0000
+        """
+        k = check_positive("k", k)
+        exact = self._answer(queries, "exact", k, where, exclude, temperature)
+        found = self._answer(queries, "topk", k, where, exclude, temperature)
+        best, scores = cast(Tensor, exact.scores), cast(Tensor, found.scores)
+        there = best > -torch.inf
+        # The worst of the k best; rows that tie with it, but for rounding, are as good.
+        worst = best.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+        hits = ((scores >= worst - TIE * worst.abs()) & (scores > -torch.inf)).sum(-1)
+        count = there.sum(-1)
+        recall = torch.where(count > 0, hits.clamp(max=count) / count.clamp(min=1), 1.0)
+        total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
+        mass = (scores - total).exp().sum(-1).clamp(max=1.0)
+        apart = torch.linalg.vector_norm((found.values - exact.values).double(), dim=-1)
+        size = torch.linalg.vector_norm(exact.values.double(), dim=-1)
+        error = torch.where(apart > 0, apart / size, 0.0)
+        return Audit(k, recall.double(), mass.double(), error)
 
     def index_stats(self) -> IndexStats:
         """What the index is and what it has cost so far.

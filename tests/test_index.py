@@ -796,3 +796,102 @@ def test_configuration_and_statistics_are_frozen() -> None:
     for frozen in (IndexConfig(), make("Flat", 5).index_stats()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             frozen.factory = "HNSW32"  # type: ignore[misc, union-attr]
+
+
+# -- recall ----------------------------------------------------------------------------------------------
+
+
+def plain_audit(store: SoftKVStore, query: torch.Tensor, k: int, found: torch.Tensor) -> list[tuple[float, ...]]:
+    """Recall, mass and error of candidates, one query after the other."""
+    figures = []
+    keys, values = store.keys.double(), store.values.double()
+    for q, ids in zip(query.double(), found, strict=True):
+        scores = keys @ q / q.shape[0] ** 0.5
+        weights = torch.softmax(scores, 0)
+        best = set(scores.topk(k).indices.tolist())
+        exact, answer = weights @ values, torch.softmax(scores[ids], 0) @ values[ids]
+        recall = len(best & set(ids.tolist())) / k
+        figures.append((recall, float(weights[ids].sum()), float((answer - exact).norm() / exact.norm())))
+    return figures
+
+
+def test_an_audit_is_what_a_plain_loop_finds() -> None:
+    store = make(IndexConfig("IVF64,Flat", recall=0.5), 4000, track_usage=True)
+    query = clustered(40, seed=5)
+    audit = store.audit(query.view(2, 20, -1), k=20)
+    assert audit.recall.shape == audit.mass.shape == audit.error.shape == (2, 20)
+    assert int(store.usage.reads.sum()) == 0
+    wanted = torch.tensor(plain_audit(store, query, 20, store.read(query, "topk", k=20).ids), dtype=torch.float64)
+    assert torch.allclose(audit.recall.flatten(), wanted[:, 0], atol=0.051)  # a tie apart
+    assert float((audit.recall.flatten() - wanted[:, 0]).abs().mean()) < 0.01
+    assert torch.allclose(audit.mass.flatten(), wanted[:, 1], atol=1e-5)
+    assert torch.allclose(audit.error.flatten(), wanted[:, 2], atol=1e-4)
+    assert 0.3 < audit.mean_recall < 1.0
+    assert str(audit).startswith("40 queries, k = 20: recall 0.")
+    assert audit.mean_mass == pytest.approx(float(wanted[:, 1].mean()), abs=1e-5)
+    assert audit.mean_error == pytest.approx(float(wanted[:, 2].mean()), abs=1e-4)
+
+
+def test_an_audit_of_little_or_nothing() -> None:
+    store = make("Flat", 50)
+    query = clustered(6, seed=5)
+    everything = store.audit(query, k=60)
+    assert torch.equal(everything.recall, torch.ones(6, dtype=torch.float64))
+    assert torch.allclose(everything.mass, torch.ones(6, dtype=torch.float64))
+    assert float(everything.error.max()) < 1e-5
+    nothing = store.audit(query, k=3, where=lambda row: row["id"] < 0)
+    assert (nothing.recall == 1).all()
+    assert (nothing.mass == 0).all()
+    assert (nothing.error == 0).all()
+    excluded = store.audit(query, k=3, exclude=torch.arange(12).view(6, 2), temperature=0.1)
+    assert (excluded.recall == 1).all()
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9, 0.99])
+@pytest.mark.parametrize("k", [10, 100])
+def test_the_recall_promised_is_that_of_other_queries(target: float, k: int) -> None:
+    store = make(IndexConfig("IVF128,Flat", recall=target), 20_000)
+    queries = clustered(1256, seed=1)
+    store.read(queries[:256], "topk", k=k)
+    told = store.index_stats().recall
+    assert told is not None
+    assert told >= target
+    assert store.audit(queries[256:], k).mean_recall > target - 0.02
+
+
+def test_recall_is_tuned_anew_when_other_queries_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
+    easy, hard = store.keys[:300] + 0.01 * torch.randn(300, 16), 2 * torch.randn(300, 16)
+    store.build_index()  # tuned on made-up queries: checked on the first that are asked
+    store.read(easy, "topk", k=10)
+    few = store.index_stats().nprobe
+    assert few is not None
+    asked = 0
+    while store.index_stats().nprobe == few:
+        store.read(hard[:100], "topk", k=10)
+        asked += 100
+        assert asked < 2_000_000 / few
+    assert asked >= 300  # not at once
+    told = store.index_stats().recall
+    assert told is not None
+    assert told > 0.92
+    assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
+    probes = store.index_stats().nprobe
+    for _ in range(3):
+        store.read(hard[:100], "topk", k=10)
+    assert store.index_stats().nprobe == probes
+    store.read(hard[:100], "topk", k=100)  # as many neighbours need more probes
+    assert store.audit(2 * torch.randn(400, 16), 100).mean_recall > 0.92
+
+
+def test_single_queries_gather_until_they_tell_a_recall() -> None:
+    store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
+    store.build_index()
+    queries = 2 * torch.randn(100, 16)
+    for query in queries:
+        store.read(query, "topk", k=10)
+    assert store._index._queries is not None
+    assert torch.equal(store._index._queries, queries)
+    assert store._index._base is not None
+    assert store._index._base.tuned_on_queries
+    assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92

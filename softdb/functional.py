@@ -64,13 +64,13 @@ class Read:
     Attributes:
         values: The answer, (..., value_dim), in the query's dtype (under autocast: its dtype).
         ids: The rows behind it, (..., k) int64, best first; -1 where fewer than k rows could be seen. None for an
-            exact read without ``k``. A top-k read with a sparse normalizer may double k.
+            exact read, or one to a tolerance, without ``k``. A top-k read with a sparse normalizer may double k.
         weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
         scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
         lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
         mass: The fraction of the weight of all allowed rows that the rows in ``ids`` hold, (...,): by ``normalizer``
-            if it is sparse, else by softmax. 1 for an exact read without ``k``, 0 where there was nothing to read, NaN
-            when unknown.
+            if it is sparse, else by softmax. 1 for an exact read without ``k``, what the candidates hold for a read to
+            a tolerance without it, 0 where there was nothing to read, NaN when unknown.
         error: The estimated relative error of ``values``, (...,), where a tail or a tolerance was asked for.
         normalizer: How scores became weights; "hard" for a hard read.
     """
@@ -130,8 +130,10 @@ def widened(read: Read, k: int) -> Read:
     return replace(read, ids=ids, weights=weights, scores=torch.nn.functional.pad(read.scores, room, value=-torch.inf))
 
 
-def best_of(read: Read, k: int) -> Read:
-    """The same read, of which only the k best candidates are reported."""
+def best_of(read: Read, k: int | None) -> Read:
+    """The same read, of which only the k best candidates are reported, or none."""
+    if k is None:
+        return replace(read, ids=None, weights=None, scores=None)
     if read.ids is None or read.weights is None or read.scores is None or read.ids.shape[-1] <= k:
         return read
     weights = read.weights[:, :k]

@@ -550,7 +550,8 @@ class SoftKVStore(nn.Module):
                 lists; the gradient reaches its rows too, each standing for many.
             tolerance: In topk mode, the ``error`` that no query may surpass, as 0.05: the candidates, the lists visited
                 and the sample are chosen for it, and queries that they do not serve, or that cost more so, are read
-                exactly, with error 0; the gradients of rows are dense then. ``k`` rows are reported, or 256.
+                exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
+                which costs as much again where the read is exact.
             generator: What "gumbel" and the sample are drawn from; torch's own if None.
 
         Returns:
@@ -708,8 +709,8 @@ class SoftKVStore(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[Read, Tensor | None]:
         """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
-        selection, k, query = scan.selection, k or BEST_ROWS, query.detach().reshape(-1, self.key_dim)
-        candidates = max(k, BEST_ROWS)
+        selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
+        candidates = max(k or 1, BEST_ROWS)
         many = selection.shared_count * LARGEST_SHARE > FIRST_SAMPLES
         if not (many and self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query)):
             read = read_exactly(operand, tables, scan, k, "softmax")

@@ -70,7 +70,7 @@ SUPPORT, SUPPORT_TIMES = 1024, 16
 # What a read to a tolerance begins with, for all queries; the error tells how many samples are enough where those were
 # not, if it falls with a root of their number: this one, as a stratified sample's does at first, or the square root, as
 # that of any sample does. Of these, some more.
-BEST_ROWS, FIRST_SAMPLES = 256, 8192
+BEST_ROWS, FIRST_SAMPLES = 256, 2**14
 RATES, MORE = (1.4, 1.4, 2.0, 2.0), 1.2
 
 

@@ -48,7 +48,7 @@ TINY = 1e-30
 USUAL = 0.95
 # A row of a sample costs as much as so many in an exact read, which costs as much as if there were this many queries
 # more; of how many rows a sample may still pay.
-SAMPLE_COST, FIRST_QUERY_COST, LARGEST_SHARE = 2.5, 40, 1 / 6
+SAMPLE_COST, FIRST_QUERY_COST, LARGEST_SHARE = 2.5, 40, 1 / 4
 # ``error`` is so many standard deviations that nine of ten errors are below it, and so many more for values of width 1,
 # fewer by the root of the width: the norm of what is wide varies less.
 DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4

@@ -153,7 +153,8 @@ class IndexStats:
         pending: Rows that searches go through exactly because the base does not hold them as they are.
         factory: The FAISS factory string of the base; "Flat" where searches are exact.
         nprobe: IVF lists visited per query; None for other indexes.
-        recall: Measured on a sample of queries when the base was built, or checked last; 1.0 where searches are exact.
+        recall: Measured on a sample of queries when the base was built, or checked last; 1.0 where there is none. Reads
+            search exactly where the base would be slower: then they find everything.
         builds: How often a base has been built.
         search_seconds, upkeep_seconds, rebuild_seconds: Time spent so far in searching; in noting changes, taking rows
             in and checking the recall; and in building.

@@ -135,9 +135,10 @@ class Audit:
         return float(self.error.mean())
 
     def __str__(self) -> str:
+        lowest = float(self.recall.min()) if self.recall.numel() else math.nan
         return (
-            f"{self.recall.numel():,} queries, k = {self.k}: recall {self.mean_recall:.4f}, mass {self.mean_mass:.4f}, "
-            f"error {self.mean_error:.4f}"
+            f"{self.recall.numel():,} queries, k = {self.k}: recall {self.mean_recall:.4f} (lowest {lowest:.2f}), "
+            f"mass {self.mean_mass:.4f}, error {self.mean_error:.4f}"
         )
 
 
@@ -539,18 +540,18 @@ class SoftKVStore(nn.Module):
                 soft backward; "gumbel": the same for scores with noise, so that a row is drawn by its weight, and
                 ``scores`` and ``lse`` are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but
                 some of the best rows. In topk mode k is doubled while it is too small for those of some query, up to
-                16 times or 1,024: ``mass`` is 1 where all of them are candidates, as far as the index finds rows, and
-                NaN elsewhere. In exact mode they are gathered, and too many are an ArgumentError. See
-                `softdb.normalizers`.
+                16 times or 1,024: ``mass`` is 1 where all of them are known to be candidates, and NaN elsewhere, so
+                wherever the search was approximate. In exact mode they are gathered, and too many are an ArgumentError.
+                See `softdb.normalizers`.
             tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
                 are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
                 rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off: the norm of the
                 difference from the exact answer, in parts of that answer's, is below it in nine of ten cases, as
                 docs/approximation.md explains. The sample is the same for the whole batch, stratified by the index's
                 lists; the gradient reaches its rows too, each standing for many.
-            tolerance: In topk mode, the ``error`` that no query may surpass, as 0.05: the candidates, the lists visited
-                and the sample are chosen for it, and queries that they do not serve, or that cost more so, are read
-                exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
+            tolerance: In topk mode, the ``error`` that no query's may surpass, as 0.05: the candidates, the lists
+                visited and the sample are chosen for it, and queries that they do not serve, or that cost more so, are
+                read exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
                 which costs as much again where the read is exact.
             generator: What "gumbel" and the sample are drawn from; torch's own if None.
 
@@ -658,7 +659,7 @@ class SoftKVStore(nn.Module):
         """A read of the k best rows, and how they were found."""
         found = self._candidates(query, operand, scan, k, careful=careful)
         complete = self._complete(found.slots, scan.selection)
-        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=True)
+        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=found.exact)
         return read, found
 
     def _find_support(
@@ -669,7 +670,8 @@ class SoftKVStore(nn.Module):
         reach = cast(Tensor, read.ids).shape[-1]
         most = min(scan.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
         while True:
-            left = read.mass.isnan().nonzero().squeeze(-1)
+            whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
+            left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
             gathered = 2 * reach * len(left) * (self.key_dim + self.value_dim)
             if len(left) == 0 or reach >= most or gathered > GATHERED_NUMBERS:
                 return read, used
@@ -851,7 +853,7 @@ class SoftKVStore(nn.Module):
             >>> store = SoftKVStore(key_dim=4, value_dim=2)
             >>> ids = store.add(torch.eye(4), torch.ones(4, 2))
             >>> print(store.audit(torch.eye(4), k=1))
-            4 queries, k = 1: recall 1.0000, mass 0.3547, error 0.0000
+            4 queries, k = 1: recall 1.0000 (lowest 1.00), mass 0.3547, error 0.0000
         """
         k = check_positive("k", k)
         exact = self._answer(queries, "exact", k, where, exclude, temperature)
@@ -1214,12 +1216,12 @@ def check_options(
         _refuse(k is not None, "k", "hard mode reads one row")
         _refuse(normalizer != "softmax", "normalizer", "hard mode gives its one row weight 1")
     if mode != "topk":
-        _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail")
-        _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing")
+        _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail", ", or pass mode='topk'")
+        _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing", ", or pass mode='topk'")
     if not isinstance(tail_samples, int) or isinstance(tail_samples, bool) or tail_samples < 0:
-        raise ArgumentError(f"tail_samples: expected a number of rows of at least 0, got {describe(tail_samples)}")
+        raise ArgumentError(f"tail_samples: expected a whole number of rows, 0 or more, got {describe(tail_samples)}")
     if tail_samples:
-        _refuse(normalizer != "softmax", "normalizer", "only a softmax can be put together from its parts")
+        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
     if tolerance is not None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
@@ -1227,7 +1229,7 @@ def check_options(
         if not 0 < tolerance < math.inf:
             raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance}; or use mode='exact'")
         _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
-        _refuse(normalizer != "softmax", "normalizer", "only a softmax can be put together from its parts")
+        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     elif mode == "topk" and k is None:
         raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it, or a tolerance")
     return None if k is None else check_positive("k", k)
@@ -1240,6 +1242,6 @@ def _excess(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), 
     return left, times[left]
 
 
-def _refuse(given: bool, name: str, why: str) -> None:
+def _refuse(given: bool, name: str, why: str, otherwise: str = "") -> None:
     if given:
-        raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out")
+        raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out{otherwise}")

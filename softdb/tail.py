@@ -44,6 +44,8 @@ FURTHEST = 75.0
 # lie from the answer is told by so many of the next.
 SURELY, TOLD_BY, LEAST_RECALL = 0.05, 16, 0.01
 TINY = 1e-30
+# No error is told to be less than so many times the precision of a number: an exact read's is not, either.
+ROUNDING = 64
 # This part of a batch, the lower, tells what error is usual.
 USUAL = 0.95
 # A row of a sample costs as much as so many in an exact read, which costs as much as if there were this many queries
@@ -384,7 +386,8 @@ def _error(summed: _Sums, sample: Sample, read: Read, tables: Tables, total: Ten
     # The square of an estimate's norm is larger than that of the truth by the variance, on average.
     deviations = DEVIATIONS + DEVIATIONS_OF_ONE / math.sqrt(answer.shape[-1])
     size = (answer.square().sum(-1) - deviations * variance).clamp(min=0)
-    return (deviations * (variance / size).sqrt()).nan_to_num(nan=torch.inf)
+    error = deviations * (variance / size).sqrt()
+    return torch.where(error.isnan(), torch.inf, error).clamp(min=ROUNDING * torch.finfo(error.dtype).eps)
 
 
 def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.tail import LARGEST_SHARE, Sample, add_tail, promise_of, samples_for
+from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
 
 __all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
@@ -71,7 +71,7 @@ SUPPORT, SUPPORT_TIMES = 1024, 16
 # not, if it falls with a root of their number: this one, as a stratified sample's does at first, or the square root, as
 # that of any sample does. Of these, some more.
 BEST_ROWS, FIRST_SAMPLES = 256, 2**14
-RATES, MORE = (1.4, 1.4, 2.0, 2.0), 1.2
+RATES, MORE = (1.4, 2.0, 2.0), 1.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -713,8 +713,8 @@ class SoftKVStore(nn.Module):
         """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
         selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
         candidates = max(k or 1, BEST_ROWS)
-        many = selection.shared_count * LARGEST_SHARE > FIRST_SAMPLES
-        if not (many and self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query)):
+        trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
+        if not (trial and self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query)):
             read = read_exactly(operand, tables, scan, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
         best, found = self._read_best(query, operand, scan, tables, candidates, careful=True)

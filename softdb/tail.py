@@ -27,7 +27,7 @@ from softdb.errors import is_finite
 from softdb.filters import Selection
 from softdb.functional import Read, Tables, share_of, transform
 
-__all__ = ["Outline", "Sample", "add_tail", "promise_of", "samples_for"]
+__all__ = ["Outline", "Sample", "add_tail", "is_worth_trying", "promise_of", "samples_for"]
 
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
 
@@ -48,9 +48,11 @@ TINY = 1e-30
 ROUNDING = 64
 # This part of a batch, the lower, tells what error is usual.
 USUAL = 0.95
-# A row of a sample costs as much as so many in an exact read, which costs as much as if there were this many queries
-# more; of how many rows a sample may still pay.
-SAMPLE_COST, FIRST_QUERY_COST, LARGEST_SHARE = 2.5, 40, 1 / 4
+# What reads cost, in products of a query with a key and its value in an exact one, which itself costs as much as if there
+# were so many queries more: a row of a sample, as if there were many more, since it lies somewhere in memory; a
+# candidate; and a sample beside that. And up to which part of an exact read a first sample is worth trying.
+FIRST_QUERY_COST, SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 40, 1.7, 130, 150, 5e6
+TRIAL_SHARE = 1 / 4
 # ``error`` is so many standard deviations that nine of ten errors are below it, and so many more for values of width 1,
 # fewer by the root of the width: the norm of what is wide varies less.
 DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4
@@ -239,30 +241,34 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
     return replace(estimated, error=error.masked_fill(nothing, 0.0))
 
 
+def _exact_cost(population: int, queries: int) -> float:
+    return float(population * (queries + FIRST_QUERY_COST)) if queries else 0.0
+
+
+def _sample_cost(samples: float, queries: int) -> float:
+    return ROUND_COST + SAMPLE_COST * samples * (queries + SAMPLE_QUERY_COST) if queries else 0.0
+
+
+def is_worth_trying(samples: int, candidates: int, queries: int, population: int) -> bool:
+    """Whether candidates and a first sample cost little beside an exact read."""
+    cost = _sample_cost(samples, queries) + CANDIDATE_COST * candidates * queries
+    return cost <= TRIAL_SHARE * _exact_cost(population, queries)
+
+
 def samples_for(needed: Tensor, population: int) -> int:  # (b,)
     """How large a sample to draw next, of so many rows, where queries are known to need so many; 0 where none pays.
 
     Those that need more are left for another sample, or an exact read.
     """
-    count = len(needed)
-    if count == 0:
-        return 0
-    ordered = needed.sort().values
-
-    def cost(samples: float, queries: int) -> float:
-        exact = population * (queries + FIRST_QUERY_COST)
-        sampled = SAMPLE_COST * samples * (queries + FIRST_QUERY_COST)
-        return min(exact, sampled if samples <= LARGEST_SHARE * population else exact)
-
-    largest = float(ordered[-1])
-    best, least = 0, float(population * (count + FIRST_QUERY_COST))
-    for place in {count // 4, count // 2, 3 * count // 4, count - 1}:
+    ordered, count = needed.sort().values, len(needed)
+    best, least = 0, _exact_cost(population, count)
+    for place in {count // 4, count // 2, 3 * count // 4, count - 1} if count else ():
         samples = float(ordered[place])
-        if samples <= LARGEST_SHARE * population:
-            rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
-            total = cost(samples, count - rest) + (cost(largest, rest) if rest else 0.0)
-            if total < least:
-                best, least = math.ceil(samples), total
+        rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
+        later = min(_exact_cost(population, rest), _sample_cost(float(ordered[-1]), rest))
+        cost = _sample_cost(samples, count - rest) + later
+        if samples < population and cost < least:
+            best, least = math.ceil(samples), cost
     return best
 
 

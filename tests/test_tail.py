@@ -12,6 +12,7 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb import store as store_module
+from softdb import tail as tail_module
 from softdb.blockwise import Scan, exact_top_k
 from softdb.filters import Selection
 from softdb.index import Found
@@ -372,6 +373,14 @@ def test_gradients_of_a_tail_are_those_of_its_numbers() -> None:
 
 # -- a tolerance -----------------------------------------------------------------------------------------
 
+
+def cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let samples cost nothing but their rows, so that small stores draw them."""
+    monkeypatch.setattr(tail_module, "ROUND_COST", 0.0)
+    monkeypatch.setattr(tail_module, "SAMPLE_QUERY_COST", 0.0)
+    monkeypatch.setattr(tail_module, "TRIAL_SHARE", math.inf)
+
+
 TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
 
 
@@ -380,6 +389,7 @@ TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
 def test_errors_stay_below_what_is_told_and_what_is_asked_for(
     width: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cheaply(monkeypatch)
     monkeypatch.setattr(store_module, "FIRST_SAMPLES", 256)
     monkeypatch.setattr(store_module, "BEST_ROWS", 16)
     torch.manual_seed(0)
@@ -428,6 +438,7 @@ def test_a_tolerance_reads_exactly_where_that_is_cheaper() -> None:
 
 @pytest.mark.parametrize("kind", ["all", "ids", "rule", "exclude"])
 def test_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheaply(monkeypatch)
     monkeypatch.setattr(store_module, "FIRST_SAMPLES", 64)
     monkeypatch.setattr(store_module, "BEST_ROWS", 8)
     store, query = clustered(6000, trainable=True)
@@ -454,5 +465,5 @@ def test_a_sample_is_chosen_that_serves_some(needed: list[float]) -> None:
     if not needed or needed == [1e9]:
         assert samples == 0
     else:
-        assert min(needed) <= samples <= 1_000_000 / 4
+        assert min(needed) <= samples < 1_000_000
         assert samples in needed

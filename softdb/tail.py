@@ -48,7 +48,7 @@ TINY = 1e-30
 ROUNDING = 64
 # This part of a batch, the lower, tells what error is usual.
 USUAL = 0.95
-# What reads cost, in products of a query with a key and its value in an exact one, which itself costs as much as if there
+# What reads cost, in products of a query with a key and its value in an exact one, which costs as much as if there
 # were so many queries more: a row of a sample, as if there were many more, since it lies somewhere in memory; a
 # candidate; and a sample beside that. And up to which part of an exact read a first sample is worth trying.
 FIRST_QUERY_COST, SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 40, 1.7, 130, 150, 5e6

@@ -14,7 +14,8 @@ Training makes some keys much longer than others. By dot product these are among
 place, which no list of neighbours can tell: the longest few, the *crown*, are searched exactly, too.
 
 The index changes only when rows have changed, at the first search or refresh after it: between two writes every
-search sees the same one.
+search sees the same one. But how much of it is searched follows the queries that are asked: their recall is checked now
+and then, and how often depends on their number, not on the clock.
 
 This is the only module that imports faiss.
 """
@@ -79,8 +80,13 @@ TUNING_QUERIES, NEIGHBOURS, MOST_NEIGHBOURS = 256, 32, 256
 TELLING_QUERIES = 8
 CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 4, 1 / 2)
 FEWEST_PROBES = 1
-# Checks of the recall, on queries asked since the last, cost this share of the searches.
-DRIFT_SHARE = 1 / 20
+# The recall is checked on the latest queries after so many, then twice as many as long as nothing changes, until checks
+# cost this share of the searches.
+CHECK_AFTER, DRIFT_SHARE = 4096, 1 / 20
+# Neighbours that a step in a graph looks at, about.
+GRAPH_DEGREE = 32
+# A measured recall says no more than that so few are missed.
+FEWEST_MISSES = 1e-4
 # A recall as near to the wanted one is left alone when it is checked: the sample is small.
 NEAR_ENOUGH = 0.01
 # A careful search visits this many times the lists, unless it then costs more than this share of an exact one.
@@ -266,11 +272,9 @@ class _Base:
         self._outlined = 0  # rows taken in since
         self.trained_rows, self.imbalance = len(slots), self._imbalance()
         self.recall: float | None = None
-        self.tuned_on_queries = False  # that were asked; else on made-up ones
+        self.told = 0  # by how many queries that were asked; else by made-up ones
         self.neighbours = 0  # of which that is the share found
-        # With more probes, for reads that are to be sure of what they find.
-        self.careful_probes: int | None = None
-        self.careful_recall: float | None = None
+        self.next_check = CHECK_AFTER  # after as many queries
         self.scale = _scale(rows)
         self.copy: Tensor | None = None
         self._drift: Tensor | None = None  # (capacity,): how far rows have come since their list was chosen
@@ -305,7 +309,26 @@ class _Base:
     def share(self) -> float:
         """The share of the lists that each query visits; 0 where there are none."""
         ivf = _ivf(self.index)
-        return 0.0 if ivf is None else ivf.nprobe / ivf.nlist
+        return 0.0 if ivf is None else float(ivf.nprobe / ivf.nlist)
+
+    @property
+    def looked_at(self) -> float:
+        """The share of the entries that each query looks at, about."""
+        if isinstance(self.index, faiss.IndexHNSW):
+            return float(min(1.0, self.index.hnsw.efSearch * GRAPH_DEGREE / max(1, self.entries)))
+        return self.share or 1.0
+
+    @property
+    def effort(self) -> tuple[int, int]:
+        """What trades time for recall, and its largest useful value; 0 where nothing does."""
+        knob, name, limit = _knob(self.index)
+        return (0, 0) if knob is None else (int(getattr(knob, name)), int(limit))
+
+    def exert(self, effort: int) -> None:
+        """Search with so much effort from now on."""
+        knob, name, _ = _knob(self.index)
+        if knob is not None:
+            setattr(knob, name, effort)
 
     def sees(self, slots: Tensor) -> Tensor:
         """At which of ``slots`` there is a row that searches may find."""
@@ -313,9 +336,9 @@ class _Base:
         return (entries >= 0) & self.visible.at(entries.clamp(min=0))
 
     def search(  # (B, d), (used,) bool -> (B, c)
-        self, queries: Any, k: int, allowed: Tensor | None = None, *, probes: int | None = None
+        self, queries: Any, k: int, allowed: Tensor | None = None, *, effort: int | None = None
     ) -> Tensor:
-        """Slots of ``k`` or more rows, -1 where fewer were found; with other ``probes``, where FAISS can, if given.
+        """Slots of ``k`` or more rows, -1 where fewer were found; with another ``effort``, where FAISS can, if given.
 
         Among them may be some that are not ``allowed``, where FAISS cannot leave them out.
         """
@@ -323,15 +346,18 @@ class _Base:
         if self.copy is not None:
             k += round(SLACK * k)
         parameters, hidden = None, self.visible.hidden > 0
-        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None or probes is not None):
+        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None or effort is not None):
             selector = self.visible.selector() if hidden else None
             if allowed is not None:
                 bits = np.packbits((self.visible.all() & allowed[self.slots]).numpy(), bitorder="little")
                 selector = faiss.IDSelectorBitmap(bits)
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=probes or index.nprobe)
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=effort or index.nprobe)
             hidden = False
-        elif hidden or allowed is not None:
-            k *= 2
+        else:
+            if hidden or allowed is not None:
+                k *= 2
+            if isinstance(index, faiss.IndexHNSW) and effort is not None:
+                parameters = faiss.SearchParametersHNSW(efSearch=effort)
         entries = torch.from_numpy(index.search(queries, min(k, self.entries), params=parameters)[1])
         if self.in_order and not hidden:
             return entries
@@ -523,13 +549,7 @@ class _Base:
                 few = middle
         if knob is not None:
             setattr(knob, name, probes)
-        self.recall = self.careful_recall = recall
-        self.careful_probes = None
-        if self.probes is not None and isinstance(self.index, faiss.IndexIVF):
-            self.careful_probes = min(limit, CAREFUL * probes)
-            # Of a sample: that nothing was missed in it does not mean that nothing ever is.
-            self.careful_recall = min(measure(self.careful_probes, crown)[0], 1 - (1 - recall) / CAREFUL)
-            setattr(knob, name, probes)
+        self.recall, self.next_check = recall, CHECK_AFTER
         if again:  # the more often, the more there is to be changed
             interval = self.check_after * (0.5 if (probes, crown) != now else 2)
             self.check_after = min(max(interval, CHECKING_SHARES[0]), CHECKING_SHARES[1])
@@ -572,7 +592,7 @@ class _Plan:
         queries: To tune on.
         metric, recall: As in the configuration.
         neighbours: To tune for.
-        told: Whether some of the queries were asked.
+        told: How many of the queries were asked.
     """
 
     version: int
@@ -589,7 +609,7 @@ class _Plan:
     metric: str
     recall: float
     neighbours: int
-    told: bool
+    told: int
 
     def carry_out(self) -> _Built:
         """Build."""
@@ -621,7 +641,7 @@ class _Plan:
         keys = self.keys if base.copy is None else base.copy
         held = base.entry_of.to(self.rows.device) >= 0
         everything = Selection(len(held), shared=None if bool(held.all()) else held)
-        base.tuned_on_queries = self.told
+        base.told = self.told
         base.tune(
             self.queries, self.rows if keys is None else keys, self.metric, everything, self.recall, self.neighbours
         )
@@ -737,6 +757,7 @@ class Index:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_lock"], state["_base"], state["_aside"]  # a copy builds its own
+        state["_queries"] = None  # nobody else's business
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -761,23 +782,21 @@ class Index:
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
-            self._follow(rows, keys, query, k)
-            base, pending = None if self._asleep else self._base, self._beside
+            self._note_queries(query, k)
+            self._follow(rows, keys)
+            base = None if self._asleep else self._base
             if self._asleep:
                 self._searched += len(query)
+            if base is not None and _pays(base, rows, selection, k, len(query)):
+                self._asked += len(query)
+                self._follow_queries(base, rows, keys)
+            beside = self._beside
         started = time.perf_counter()
         try:
             if base is None or not _pays(base, rows, selection, k, len(query)):
                 return Found(exact_top_k(operand, keys, scan, k)[1], True, 1.0)
-            probes, recall = None, base.recall or 0.0
-            if careful and _cost(base, len(query), base.careful_probes) < CAREFUL_SHARE:
-                probes, recall = base.careful_probes, base.careful_recall or 0.0
-            found = self._search_base(base, query, rows, scan, k, probes)  # (B, c)
-            if len(pending):
-                visible = Scan(scan.metric, scan.centre, selection.among(pending), scan.dtype)
-                found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
-            if found.shape[-1] > k:
-                found = _best_of(found, operand, keys, scan, k)
+            effort, recall = self._effort(base, len(query), k * len(rows) / selection.shared_count, careful)
+            found = self._find(base, beside, query, operand, keys, rows, scan, k, effort)
             missing = found < 0
             if bool(missing.any()):
                 short = ((~missing).sum(-1) < k).nonzero().squeeze(-1)
@@ -787,15 +806,50 @@ class Index:
         finally:
             self._search_seconds += time.perf_counter() - started
 
+    def _effort(self, base: _Base, queries: int, neighbours: float, careful: bool) -> tuple[int | None, float]:
+        """How much to search for so many neighbours, and the recall that is to be expected.
+
+        Of some of the rows, those that a filter leaves, the k best lie as far apart as more of all rows do.
+        """
+        recall = min(base.recall or 0.0, 1 - FEWEST_MISSES)
+        now, limit = base.effort
+        effort = now * math.sqrt(max(1.0, neighbours / max(1, base.neighbours)))
+        if careful and CAREFUL * effort / max(1, now) * _cost(base, queries) < CAREFUL_SHARE:
+            effort *= CAREFUL
+            recall = 1 - (1 - recall) / CAREFUL
+        effort = min(limit, math.ceil(effort))
+        return (None if effort == now else effort), recall
+
+    def _find(
+        self,
+        base: _Base,
+        beside: Tensor,
+        query: Tensor,
+        operand: Tensor,
+        keys: Tensor,
+        rows: RowTable,
+        scan: Scan,
+        k: int,
+        effort: int | None,
+    ) -> Tensor:  # (B, k)
+        """The best rows of the base and of those that are searched beside it."""
+        found = self._search_base(base, query, rows, scan, k, effort)  # (B, c)
+        if len(beside):
+            visible = Scan(scan.metric, scan.centre, scan.selection.among(beside), scan.dtype)
+            found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
+        return _best_of(found, operand, keys, scan, k) if found.shape[-1] > k else found
+
     def approximates(self, rows: RowTable, keys: Tensor, selection: Selection, k: int, query: Tensor) -> bool:
         """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
         with self._lock, torch.inference_mode(False):
-            self._follow(rows, keys, query, k)
+            if self._queries is None:
+                self._note_queries(query, k)
+            self._follow(rows, keys)
             base = None if self._asleep else self._base
         return base is not None and _pays(base, rows, selection, k, len(query))
 
     def _search_base(
-        self, base: _Base, query: Tensor, rows: RowTable, scan: Scan, k: int, probes: int | None
+        self, base: _Base, query: Tensor, rows: RowTable, scan: Scan, k: int, effort: int | None
     ) -> Tensor:
         selection = scan.selection
         wanted = k
@@ -805,7 +859,7 @@ class Index:
             wanted *= 4
         filtered = None if selection.shared is rows.live() else selection.shared
         allowed = None if filtered is None else filtered.cpu()
-        slots = base.search(_array(_prepared(query, self._metric)), wanted, allowed, probes=probes).to(query.device)
+        slots = base.search(_array(_prepared(query, self._metric)), wanted, allowed, effort=effort).to(query.device)
         if selection.shared is None and selection.is_shared:
             return slots
         return slots.masked_fill_(~selection.allows(slots), -1)
@@ -818,12 +872,9 @@ class Index:
 
     # -- following the rows ----------------------------------------------------------------------------------
 
-    def _follow(self, rows: RowTable, keys: Tensor, query: Tensor | None = None, k: int = 0) -> None:
-        """Take note of every change since the last call, and of what is asked."""
-        if query is not None:
-            self._note_queries(query, k)
+    def _follow(self, rows: RowTable, keys: Tensor) -> None:
+        """Take note of every change since the last call."""
         if rows.version == self._version:
-            self._follow_queries(rows, keys)
             return
         if self._aside is not None and self._aside.is_done:
             self._adopt(self._aside)
@@ -836,29 +887,77 @@ class Index:
         self._settle(rows, keys)
         self._list_beside()
 
+    def _told(self) -> int:
+        """How many queries tell a recall."""
+        return 0 if self._queries is None or len(self._queries) < TELLING_QUERIES else len(self._queries)
+
     def _note_queries(self, query: Tensor, k: int) -> None:
-        self._asked += len(query)
-        self._neighbours = max(self._neighbours, min(k, MOST_NEIGHBOURS))
-        query = query.detach()
+        if len(query) == 0:
+            return
+        while self._neighbours < min(k, MOST_NEIGHBOURS):
+            self._neighbours *= 2
         latest = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES]
         if self._queries is not None and len(latest) < TUNING_QUERIES and self._queries.dtype == latest.dtype:
             latest = torch.cat([self._queries[len(latest) - TUNING_QUERIES :], latest])
         self._queries = latest.clone()
 
-    def _follow_queries(self, rows: RowTable, keys: Tensor) -> None:
-        """Check the recall where queries may have become others, or more neighbours are asked for, and tune again.
+    def _follow_queries(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+        """Check the recall where queries may have become others, or more neighbours are asked for.
 
-        So often that it costs little beside the searches: by the number of queries, not by the clock.
+        So often that it costs little beside the searches: by the number of queries, not by the clock. Nothing changes
+        but the effort: searches under way may use the base.
         """
-        base = None if self._asleep else self._base
-        if base is None or self._queries is None or len(self._queries) < TELLING_QUERIES:
+        if self._queries is None or len(self._queries) < TELLING_QUERIES:
             return
-        if base.tuned_on_queries and base.neighbours >= self._neighbours:
-            searched = self._asked * base.share * VISIT_COST
-            if searched * DRIFT_SHARE < CHECKING_QUERIES + FIRST_QUERY_COST:
-                return
-        self._take(base, rows, keys, check=True)
-        self._list_beside()
+        enough = min(len(self._queries), CHECKING_QUERIES)
+        first = enough >= max(1, 2 * base.told) or base.neighbours < self._neighbours
+        if not first and self._asked < base.next_check:
+            return
+        queries = self._queries[-(TUNING_QUERIES if first else CHECKING_QUERIES) :]
+        before, _ = base.effort
+        now, recall = self._measured_effort(base, queries, rows, keys, beyond_chance=first)
+        base.exert(now)
+        base.recall, base.neighbours, base.told = recall, self._neighbours, len(queries)
+        affordable = (CHECKING_QUERIES + FIRST_QUERY_COST) / (DRIFT_SHARE * VISIT_COST * base.looked_at)
+        longer = 2 * base.next_check if now == before else CHECK_AFTER
+        base.next_check, self._asked = max(CHECK_AFTER, min(longer, math.ceil(affordable))), 0
+
+    def _measured_effort(
+        self, base: _Base, queries: Tensor, rows: RowTable, keys: Tensor, *, beyond_chance: bool
+    ) -> tuple[int, float]:
+        """The least effort, about, with which queries find as many of their best rows as wanted, and how many."""
+        wanted, k = self.config.recall, min(self._neighbours, len(rows))
+        selection = select(rows, (), None, None)
+        scan = Scan(self._metric, centre_of(queries, self._metric), selection, compute_dtype(queries, keys))
+        operand = prepare_query(queries, self._metric, 1.0, scan.centre, scan.dtype)
+        worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
+        worst = worst - 1e-5 * worst.abs()  # a row that ties with the k-th best is as good
+
+        def measure(effort: int) -> tuple[float, bool]:
+            if not isinstance(base.index, (faiss.IndexIVF, faiss.IndexHNSW)):
+                base.exert(effort)  # it cannot be asked for by the search
+            found = self._find(base, self._beside, queries, operand, keys, rows, scan, k, effort or None)
+            shares = ((scores_at(operand, keys, found, scan) >= worst) & (found >= 0)).sum(-1) / k
+            recall = float(shares.mean())
+            chance = float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
+            return recall, recall - chance >= wanted if beyond_chance else recall >= wanted - NEAR_ENOUGH
+
+        now, limit = base.effort
+        recall, enough = measure(now)
+        few = now
+        while not enough and now < limit:
+            few, now = now, min(limit, 2 * now)
+            recall, enough = measure(now)
+        if few == now and recall > wanted + NEAR_ENOUGH:
+            few = now // 2
+        while now - few > max(1, now // 8):
+            middle = (few + now) // 2
+            found, enough = measure(middle)
+            if enough and found >= wanted:
+                now, recall = middle, found
+            else:
+                few = middle
+        return now, recall
 
     def _list_beside(self) -> None:
         """What searches go through beside the base."""
@@ -917,13 +1016,10 @@ class Index:
         self._base, self._asleep = None, False
         self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def _take(self, base: _Base, rows: RowTable, keys: Tensor, *, check: bool = False) -> None:
-        """Let the base take the pending rows in, or the crown; not those that training has led to infinity.
-
-        And ``check`` the recall, which is done anyway where many have been taken in.
-        """
+    def _take(self, base: _Base, rows: RowTable, keys: Tensor) -> None:
+        """Let the base take the pending rows in, or the crown; not those that training has led to infinity."""
         with self._upkeep():
-            check = check or base.taken + len(self._pending) > base.check_after * base.entries
+            check = base.taken + len(self._pending) > base.check_after * base.entries
             if check:  # whether a row belongs to the crown is to be found out, so none does
                 crown, base.crown = base.crown, base.crown[:0]
                 self._pending = self._pending_with(crown.to(self._pending.device), base, rows)
@@ -950,12 +1046,8 @@ class Index:
         """Tune the probes to the rows as they are now."""
         live = rows.live_slots()
         sample = _prepared(keys[live[:: max(1, len(live) // 2**12)]], self._metric)
-        first = not base.tuned_on_queries or base.neighbours < self._neighbours
-        queries = _tuning_queries(self._queries, sample, TUNING_QUERIES if first else CHECKING_QUERIES)
-        if first:
-            base.recall = None  # to be tuned as if for the first time
-        base.tuned_on_queries = self._queries is not None and len(self._queries) >= TELLING_QUERIES
-        self._asked = 0
+        queries = _tuning_queries(self._queries, sample, CHECKING_QUERIES)
+        base.told, self._asked = self._told(), 0
         everything = select(rows, (), None, None)
         base.tune(queries, keys, self._metric, everything, self.config.recall, self._neighbours)
 
@@ -1025,7 +1117,7 @@ class Index:
             self._metric,
             self.config.recall,
             self._neighbours,
-            self._queries is not None and len(self._queries) >= TELLING_QUERIES,
+            self._told(),
         )
 
     def _adopt(self, aside: _Aside) -> None:
@@ -1074,16 +1166,18 @@ class Index:
         )
 
 
-def _cost(base: _Base, queries: int, probes: int | None = None) -> float:
-    """What a search with so many probes costs beside an exact one."""
-    share = base.share * (1 if probes is None else probes / max(1, base.probes or 1))
-    return share * VISIT_COST * queries / (queries + FIRST_QUERY_COST)
+def _cost(base: _Base, queries: int) -> float:
+    """What a search costs beside an exact one."""
+    return base.share * VISIT_COST * queries / (queries + FIRST_QUERY_COST)
 
 
 def _pays(base: _Base, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
     """Whether a search in the base is cheaper than an exact one of so many queries."""
     few = selection.shared_count <= max(4 * k, FEW * len(rows))
-    return queries > 0 and not few and _cost(base, queries) <= 1
+    if queries == 0 or few:
+        return False
+    more = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbours)))
+    return more * _cost(base, queries) <= 1
 
 
 def _best_of(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)

@@ -1223,6 +1223,8 @@ def check_options(
     if tail_samples:
         _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
     if tolerance is not None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
             raise DtypeError(f"tolerance: expected a number, got {describe(tolerance)}")

@@ -43,7 +43,7 @@ FURTHEST = 75.0
 # Rows are counted as found for certain as long as it is less likely than this that one of them is not; how far values
 # lie from the answer is told by so many of the next.
 SURELY, TOLD_BY, LEAST_RECALL = 0.05, 16, 0.01
-TINY = 1e-30
+TINY = 1e-300
 # No error is told to be less than so many times the precision of a number: an exact read's is not, either.
 ROUNDING = 64
 # This part of a batch, the lower, tells what error is usual.
@@ -385,19 +385,19 @@ def _error(summed: _Sums, sample: Sample, read: Read, tables: Tables, total: Ten
     """How far answers may be off, in parts of the norm of the true ones; infinity where that may be 0."""
     if len(sample.factors) == 0 or float(sample.factors.amax()) <= 1:  # all rows stand for themselves
         return torch.zeros_like(total)
-    answer = read.values
-    variance = _variance(summed, sample, answer, total)
+    size = torch.linalg.vector_norm(read.values.double(), dim=-1)
+    variance = _variance(summed, sample, read.values, total, size)
     if recall < 1:
-        variance = variance + _variance_of_recall(read, tables, recall)
+        variance = variance + _variance_of_recall(read, tables, recall, size)
     # The square of an estimate's norm is larger than that of the truth by the variance, on average.
-    deviations = DEVIATIONS + DEVIATIONS_OF_ONE / math.sqrt(answer.shape[-1])
-    size = (answer.square().sum(-1) - deviations * variance).clamp(min=0)
-    error = deviations * (variance / size).sqrt()
-    return torch.where(error.isnan(), torch.inf, error).clamp(min=ROUNDING * torch.finfo(error.dtype).eps)
+    deviations = DEVIATIONS + DEVIATIONS_OF_ONE / math.sqrt(read.values.shape[-1])
+    error = deviations * (variance / (1 - deviations * variance).clamp(min=0)).sqrt()
+    least = ROUNDING * torch.finfo(total.dtype).eps
+    return torch.where(error.isnan(), torch.inf, error).clamp(min=least).to(total.dtype)
 
 
-def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor) -> Tensor:
-    """That of the sum of f * w * (value - answer) over the sample, in parts of the normaliser, (M,).
+def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor, size: Tensor) -> Tensor:
+    """That of the sum of f * w * (value - answer) over the sample, in parts of the normaliser and the size, (M,).
 
     First and second rows of a stratum have the same mean: what the variance of their sum is, is expected of the square
     of their difference, but for the factor 1 - 1 / f, since they are never the same row. Where few rows matter, it is
@@ -406,19 +406,18 @@ def _variance(summed: _Sums, sample: Sample, answer: Tensor, total: Tensor) -> T
     """
     apart = summed.values_apart - summed.total_apart.unsqueeze(-1) * answer.unsqueeze(1)
     factors = sample.factors[: 2 * sample.parts * sample.width].view(sample.parts, 2 * sample.width)
-    different = 1 - 1 / torch.nn.functional.pad(factors, (0, 1), value=1.0).amax(-1).to(apart.dtype)
-    each = (apart / total.view(-1, 1, 1)).square().sum(-1) * different
+    different = 1 - 1 / torch.nn.functional.pad(factors.double(), (0, 1), value=1.0).amax(-1)
+    each = (apart.double() / (total * size).view(-1, 1, 1)).square().sum(-1) * different
     squared = each.sum(-1)
     if len(squared) == 0:
         return squared
-    few = each.square().sum(-1) / squared.square().clamp(min=TINY)  # 1 / 8 where all parts are alike, 1 if it is one
+    few = (each / squared.clamp(min=TINY).unsqueeze(-1)).square().sum(-1)  # 1 / 8 if all are alike, 1 if it is one
     squared = squared * ((1 + few) / (1 + 1 / PARTS)).square()
-    size = answer.square().sum(-1).clamp(min=TINY)
-    usual = (squared / size).sqrt().nan_to_num(nan=0.0).sort().values[: math.ceil(USUAL * len(squared))].mean()
-    return torch.maximum(squared, usual.square() * size)
+    usual = squared.sqrt().nan_to_num(nan=0.0).sort().values[: math.ceil(USUAL * len(squared))].mean()
+    return torch.maximum(squared, usual.square())
 
 
-def _variance_of_recall(read: Read, tables: Tables, recall: float) -> Tensor:  # -> (M,)
+def _variance_of_recall(read: Read, tables: Tables, recall: float, size: Tensor) -> Tensor:  # -> (M,)
     """What it adds that each of the best rows is found with the probability ``recall``.
 
     A row that is missed is seldom in the sample, so that the sample's own variance seldom tells. The very best rows do
@@ -426,9 +425,9 @@ def _variance_of_recall(read: Read, tables: Tables, recall: float) -> Tensor:  #
     """
     recall = max(recall, LEAST_RECALL)
     sure = round(SURELY / (1 - recall))
-    squares = cast(Tensor, read.weights)[:, sure:].square()
+    squares = cast(Tensor, read.weights)[:, sure:].double().square()
     some = cast(Tensor, read.ids)[:, sure : sure + TOLD_BY]
     values = tables.values.detach()[some.clamp(min=0)].to(read.values.dtype)
-    apart = (values - read.values.unsqueeze(1)).square().sum(-1)
+    apart = ((values - read.values.unsqueeze(1)).double() / size.view(-1, 1, 1)).square().sum(-1)
     spread = (squares[:, :TOLD_BY] * apart).sum(-1) / squares[:, :TOLD_BY].sum(-1).clamp(min=TINY)
     return (1 - recall) / recall * squares.sum(-1) * spread

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -893,5 +894,91 @@ def test_single_queries_gather_until_they_tell_a_recall() -> None:
     assert store._index._queries is not None
     assert torch.equal(store._index._queries, queries)
     assert store._index._base is not None
-    assert store._index._base.tuned_on_queries
+    assert store._index._base.told == 64
     assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
+
+
+def checks_of(store: SoftKVStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each check of the recall: the neighbours it was for."""
+    done: list[int] = []
+    index = store._index
+    measured = index._measured_effort
+
+    def spy(*args: object, **options: object) -> tuple[int, float]:
+        done.append(index._neighbours)
+        return measured(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index, "_measured_effort", spy)
+    return done
+
+
+def test_recall_is_checked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(IndexConfig("IVF128,Flat", recall=0.9), 20_000)
+    queries = clustered(500, seed=3)
+    store.read(queries[:250], "topk", k=10)
+    done = checks_of(store, monkeypatch)
+    for k in range(33, 133):
+        store.read(queries[:8], "topk", k=k)
+    assert done == [64, 128, 256]
+    done.clear()
+    for _ in range(100):
+        store.read(queries, "topk", k=10)
+    assert 1 <= len(done) <= 13  # of 50,000 queries
+    done.clear()
+    for _ in range(20):
+        store.read(queries[:8], "topk", k=10, where=torch.arange(400))  # so few that searches are exact
+    assert not done
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "IVF64,Flat", "PCA8,IVF64,Flat"])
+def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "CROWNED_ENTRIES", 1000)
+    monkeypatch.setattr(index_module, "CROWN_ROWS", 0)
+    monkeypatch.setattr(index_module, "CHECK_AFTER", 64)
+    store = SoftKVStore(16, 2, metric="dot", index=IndexConfig(factory, recall=0.97))
+    store.add(clustered(8000) * torch.randn(8000, 1).exp(), torch.randn(8000, 2))
+    queries = clustered(64, seed=4)
+    store.read(queries, "topk", k=8)
+    base = store._index._base
+    assert base is not None
+    entries, hidden, crown = base.entries, base.visible.hidden, base.crown.clone()
+    for k in (8, 40, 70, 8):
+        for _ in range(5):
+            ids = store.read(2 * torch.randn(64, 16), "topk", k=k).ids
+            assert all(len(row.unique()) == k for row in ids)
+    assert (base.entries, base.visible.hidden) == (entries, hidden)
+    assert torch.equal(base.crown, crown)
+    assert recall(store, queries) > 0.85
+
+
+def test_readers_in_threads_find_no_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "CROWNED_ENTRIES", 1000)
+    monkeypatch.setattr(index_module, "CROWN_ROWS", 0)
+    monkeypatch.setattr(index_module, "CHECK_AFTER", 100)
+    store = SoftKVStore(16, 2, metric="dot", index=IndexConfig("IVF64,Flat", recall=0.97))
+    store.add(clustered(10_000) * torch.randn(10_000, 1).exp(), torch.randn(10_000, 2))
+    store.build_index()
+    twice: list[int] = []
+
+    def read(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(60):
+            ids = store.read(torch.randn(20, 16, generator=generator), "topk", k=16).ids
+            twice.extend(1 for row in ids if len(row.unique()) < 16)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not twice
+
+
+def test_a_filter_asks_for_a_wider_search() -> None:
+    store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
+    queries = clustered(600, seed=6)
+    store.read(queries[:256], "topk", k=32)
+    for share in (0.5, 0.1, 0.05):
+        kept = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < share
+        assert store.audit(queries[256:], 32, where=kept).mean_recall > 0.92, share
+    assert store.audit(queries[256:], 1000).mean_recall > 0.92

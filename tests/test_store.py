@@ -555,6 +555,8 @@ BAD_READS = [
     (dict(mode="topk", k=2, tail_samples=-1), softdb.ArgumentError, "tail_samples: expected a whole number of rows"),
     (dict(mode="topk", k=2, tail_samples=True), softdb.ArgumentError, "tail_samples: expected a whole number of rows"),
     (dict(mode="topk", k=2, tail_samples=5, normalizer="gumbel"), softdb.ArgumentError, "normalizer: expected nothing"),
+    (dict(mode="topk", k=2, tail_samples=3, generator="x"), softdb.DtypeError, "generator: expected a torch.Generator"),
+    (dict(mode="topk", tolerance=0.1, generator=7), softdb.DtypeError, "generator: expected a torch.Generator"),
     (dict(mode="topk", tolerance=0), softdb.ArgumentError, "tolerance: expected a finite number above 0, got 0"),
     (dict(mode="topk", tolerance=math.nan), softdb.ArgumentError, "tolerance: expected a finite number"),
     (dict(mode="topk", tolerance=True), softdb.DtypeError, "tolerance: expected a number, got bool"),

@@ -467,3 +467,16 @@ def test_a_sample_is_chosen_that_serves_some(needed: list[float]) -> None:
     else:
         assert min(needed) <= samples < 1_000_000
         assert samples in needed
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e10, 1e19])
+def test_the_unit_of_values_makes_no_difference_to_their_error(unit: float) -> None:
+    torch.manual_seed(0)
+    keys, values, query = torch.randn(5000, 16), torch.randn(5000, 4), torch.randn(8, 16)
+
+    def told(scale: float) -> Tensor:
+        store = SoftKVStore(16, 4)
+        store.add(keys, scale * values)
+        return store.read(query, "topk", k=8, tail_samples=100, generator=torch.Generator().manual_seed(0)).error
+
+    assert torch.allclose(told(unit), told(1.0), rtol=1e-3)

@@ -527,7 +527,7 @@ def merge(reads: Sequence[Read]) -> Read:
     Returns:
         A `Read`. Where all reads carry ids, the merged one carries them all, best first; ids of different sources
         stand side by side, and telling them apart is the caller's part. Its ``mass`` counts what each read considered:
-        NaN if one of them does not know its own.
+        NaN if one of them does not know its own. It has no ``error``, whatever theirs were.
 
     Raises:
         ArgumentError: No reads, or one whose weights are not a softmax's.

@@ -699,22 +699,3 @@ def test_soft_read_refuses_a_hidden_key_that_is_not_finite() -> None:
 def test_topk_read_of_values_without_width() -> None:
     read = topk_read(torch.zeros(2, 4), torch.randn(60, 4), torch.zeros(60, 0), torch.tensor([[0, 1], [2, 3]]))
     assert read.values.shape == (2, 0)
-
-
-@pytest.mark.parametrize(("population", "count"), [(7, 3), (40, 4), (40, 5), (5, 5), (1000, 100)])
-def test_samples_are_distinct_and_every_one_as_likely(population: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([functional._distinct(population, count, generator) for _ in range(4000)])
-    assert draws.shape == (4000, count)
-    ordered = draws.sort(-1).values
-    assert (ordered[:, 1:] > ordered[:, :-1]).all()
-    assert int(draws.min()) >= 0
-    assert int(draws.max()) < population
-    counts = torch.bincount(draws.flatten(), minlength=population).double()
-    expected = 4000 * count / population
-    variance = expected * (1 - count / population)  # of a sum of draws that are in a sample or not
-    assert float(((counts - expected) ** 2).sum()) <= (population + 5 * math.sqrt(2 * population)) * variance
-    if count > 1:  # pairs too
-        pair = ((draws == 0).any(-1) & (draws == 1).any(-1)).double().sum()
-        wanted = 4000 * count * (count - 1) / population / (population - 1)
-        assert abs(float(pair) - wanted) < 5 * math.sqrt(wanted) + 1e-9

@@ -7,11 +7,13 @@ delivers. `SoftKVStore` keeps the rows and answers with a blend of their values 
 from softdb import errors, functional, lab, layers, optim, page
 from softdb.errors import (
     ArgumentError,
+    CorruptSnapshotError,
     DeviceError,
     DtypeError,
     DuplicateIdError,
     FieldError,
     GrowthError,
+    LockedError,
     MissingPackageError,
     NonFiniteError,
     SecondDerivativeError,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "Audit",
+    "CorruptSnapshotError",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",
@@ -36,6 +39,7 @@ __all__ = [
     "GrowthError",
     "IndexConfig",
     "IndexStats",
+    "LockedError",
     "MissingPackageError",
     "NonFiniteError",
     "Read",

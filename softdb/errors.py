@@ -14,6 +14,8 @@
     ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+    ├── CorruptSnapshotError   (ValueError)    a saved store is not what it was when it was saved
+    ├── LockedError            (RuntimeError)  somebody else is saving to the same path
     └── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
 
 Whenever one of these is raised by a method that writes, nothing has been written.
@@ -34,11 +36,13 @@ from torch import Tensor
 
 __all__ = [
     "ArgumentError",
+    "CorruptSnapshotError",
     "DeviceError",
     "DtypeError",
     "DuplicateIdError",
     "FieldError",
     "GrowthError",
+    "LockedError",
     "MissingPackageError",
     "NonFiniteError",
     "SecondDerivativeError",
@@ -99,6 +103,14 @@ class StaleReadError(SoftDBError, RuntimeError):
 
 class SecondDerivativeError(SoftDBError, RuntimeError):
     """An exact read was differentiated twice."""
+
+
+class CorruptSnapshotError(SoftDBError, ValueError):
+    """A saved store is not what it was when it was saved: a file is missing, cut, changed or foreign."""
+
+
+class LockedError(SoftDBError, RuntimeError):
+    """Somebody else is saving to the same path: wait with ``timeout=``."""
 
 
 class MissingPackageError(SoftDBError, ImportError):

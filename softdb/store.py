@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,10 +16,12 @@ from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
     ArgumentError,
+    CorruptSnapshotError,
     DtypeError,
     GrowthError,
     NonFiniteError,
     ShapeError,
+    SoftDBError,
     StaleReadError,
     check_choice,
     check_finite,
@@ -48,6 +51,7 @@ from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.snapshot import read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
 
 __all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
@@ -60,6 +64,8 @@ Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 
+# What a snapshot says of a store, beside its fields and its index.
+SETTINGS = ("key_dim", "value_dim", "metric", "temperature", "trainable", "sparse_grad", "capacity", "evict")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
 # Scores this close, in parts of themselves, tie in an audit.
@@ -880,6 +886,78 @@ class SoftKVStore(nn.Module):
         self._notice_writes()
         return self._index.stats(self.rows, self.keys.detach())
 
+    # -- saving and loading ----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, timeout: float = 0.0) -> None:
+        """Write the store to the directory ``path``, so that it holds the whole of it, durably, or is left as it was.
+
+        Rows, ids, fields, usage and settings; tensors in safetensors files, each with its hash. The index is not
+        saved: the loaded store builds its own. Nor are gradients and optimiser states: they belong to a checkpoint of
+        yours. The rows are not copied on the way.
+
+        Args:
+            path: A directory; made if it does not exist. A snapshot that it holds is replaced once the new one is
+                complete.
+            timeout: How many seconds to wait while somebody else saves to it.
+
+        Raises:
+            LockedError: Somebody else was saving for longer than that.
+            OSError: The system refuses; the snapshot that was there, and the store, are as they were.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> ids = store.add(torch.eye(4), torch.ones(4, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     store.save(folder)
+            ...     len(SoftKVStore.load(folder))
+            4
+        """
+        self._notice_writes()
+        used = self.rows.used
+        tensors = {"keys": self.keys.detach()[:used], "values": self.values.detach()[:used]}
+        tensors |= {f"rows.{name}": getattr(self.rows, name)[:used] for name in ("ids", *self.rows.columns)}
+        tensors["rows.next_id"] = self.rows.next_id
+        description = {name: getattr(self, name) for name in SETTINGS}
+        description |= {"fields": list(self.fields), "index": asdict(self._index.config)}
+        description["track_usage"] = self.rows.track_usage
+        write_snapshot(path, tensors, description, timeout=timeout)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SoftKVStore:
+        """The store that was saved to the directory ``path``, with the same settings.
+
+        Every byte is compared with its hash; nothing in the directory is executed, and no link is followed.
+
+        Args:
+            path: What `save` wrote.
+            device: Where the store shall lie.
+
+        Raises:
+            FileNotFoundError: There is no snapshot.
+            CorruptSnapshotError: The snapshot is not what was saved; names the file and the tensor.
+            ArgumentError: It was made by a newer softdb.
+        """
+        tensors, description = read_snapshot(path)
+        try:
+            options = {name: description[name] for name in (*SETTINGS, "fields", "track_usage")}
+            index = IndexConfig(**description["index"])
+            store = cls(**options, index=index, device=device, dtype=tensors["keys"].dtype)
+            names = {f"rows.{name}" for name in ("ids", "next_id", *store.rows.columns)}
+            if tensors.keys() != {"keys", "values", *names} or tensors["values"].dtype != store.values.dtype:
+                raise ValueError(f"the tensors {sorted(tensors)}")
+            used = len(tensors["rows.ids"])
+            capacity = used if store.capacity is None else store.capacity
+            state = {
+                name: tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _empty(name))
+                for name, tensor in tensors.items()
+            }
+            store.load_state_dict(state)
+        except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
+        return store
+
     # -- storage ---------------------------------------------------------------------------------------------
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -1122,6 +1200,11 @@ class SoftKVStore(nn.Module):
         self.rows.know(self._tables())
         self._handle = new_handle(self)
         self._watch()
+
+
+def _empty(name: str) -> int:
+    """What a column of the saved tensors holds where there is no row."""
+    return -1 if name == "rows.ids" else 0
 
 
 class _SparseTables(nn.Embedding):

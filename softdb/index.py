@@ -45,7 +45,7 @@ from softdb.errors import ArgumentError, DtypeError, describe
 from softdb.filters import Selection, select
 from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
-from softdb.tail import Outline
+from softdb.tail import FIRST_QUERY_COST, Outline
 
 __all__ = ["Index", "IndexConfig", "IndexStats"]
 
@@ -101,8 +101,8 @@ SLACK = 0.25
 OUTLINE_SHARE, OUTLINE_ROWS = 1 / 8, 32
 UNBOUNDED = ("dot", "scaled_dot")
 # A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; a
-# crown costs as much as if it were so many rows larger, and an exact search as if there were this many queries more.
-VISIT_COST, CROWN_COST, CROWN_ROWS, FIRST_QUERY_COST = 10, 2, 2**14, 40
+# crown costs as much as if it were so many rows larger.
+VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
 
@@ -495,10 +495,7 @@ class _Base:
         self.taken, self.crown, self.neighbours = 0, self.crown[:0], neighbours
         k = min(neighbours, self.entries)
         queries = torch.cat(groups)
-        scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
-        operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
-        scores, best = exact_top_k(operand, keys, scan, k)
-        worst = scores[:, -1:] - 1e-5 * scores[:, -1:].abs()  # a row that ties with the k-th best is as good
+        scan, operand, best, worst = _truth(queries, keys, metric, selection, k)
         crowning = metric in UNBOUNDED and self.entries >= CROWNED_ENTRIES
         longest = _longest(keys, selection) if crowning else best.new_empty(0)
         rank = best.new_full((len(keys),), len(keys))
@@ -928,10 +925,7 @@ class Index:
         """The least effort, about, with which queries find as many of their best rows as wanted, and how many."""
         wanted, k = self.config.recall, min(self._neighbours, len(rows))
         selection = select(rows, (), None, None)
-        scan = Scan(self._metric, centre_of(queries, self._metric), selection, compute_dtype(queries, keys))
-        operand = prepare_query(queries, self._metric, 1.0, scan.centre, scan.dtype)
-        worst = exact_top_k(operand, keys, scan, k)[0][:, -1:]
-        worst = worst - 1e-5 * worst.abs()  # a row that ties with the k-th best is as good
+        scan, operand, _, worst = _truth(queries, keys, self._metric, selection, k)
 
         def measure(effort: int) -> tuple[float, bool]:
             if not isinstance(base.index, (faiss.IndexIVF, faiss.IndexHNSW)):
@@ -1164,6 +1158,21 @@ class Index:
             rebuild_seconds=self._rebuild_seconds,
             error=self._error,
         )
+
+
+def _truth(
+    queries: Tensor, keys: Tensor, metric: str, selection: Selection, k: int
+) -> tuple[Scan, Tensor, Tensor, Tensor]:
+    """What a recall is measured by.
+
+    How queries meet rows, the queries prepared, the slots of the k best rows of each, (m, k), and from which score on a
+    row is as good as these, (m, 1): one that ties with the k-th best is.
+    """
+    scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
+    operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
+    scores, best = exact_top_k(operand, keys, scan, k)
+    worst = scores[:, -1:]
+    return scan, operand, best, worst - 1e-5 * worst.abs()
 
 
 def _cost(base: _Base, queries: int) -> float:

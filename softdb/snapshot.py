@@ -13,6 +13,9 @@ whole. What a crash left over belongs to no manifest, and the next save removes 
 Reading trusts nothing: a file's header has to be, byte for byte, the one that the manifest describes, sizes are
 compared with the file's before memory is taken, names lead nowhere but into the directory, and links are not followed.
 There is nothing in a snapshot that could be executed.
+
+A file's hash is the blake2b of those of its header and of each 8 MiB of what follows, so that these are taken side by
+side, and while other bytes are written or read.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import stat
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +41,18 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, CorruptSnapshotError, LockedError
 
-__all__ = ["FORMAT", "read_snapshot", "write_snapshot"]
+__all__ = ["FORMAT", "Examination", "FileState", "examine_snapshot", "read_snapshot", "write_snapshot"]
 
 FORMAT = 1
 MANIFEST, LOCK = "manifest.json", ".lock"
 # A manifest describes some dozen tensors.
 LARGEST_MANIFEST = 2**20
-# As many bytes are written, or read, while as many are hashed.
+# As many bytes are hashed at a time: part of the format.
 CHUNK = 2**23
+# So many threads hash, or read and hash; and so many times as many chunks wait for one, at the most.
+THREADS, AHEAD = min(4, os.cpu_count() or 1), 2
+# Where the numbers in a file begin: at a multiple of so many bytes.
+ALIGNMENT = 64
 # How often somebody who waits for a lock looks again.
 PATIENCE = 0.02
 DTYPES = {
@@ -75,8 +85,33 @@ class _Entry(NamedTuple):
         """What the file begins with, in the safetensors format."""
         described = {"dtype": DTYPES[self.dtype], "shape": list(self.shape), "data_offsets": [0, self.nbytes]}
         text = json.dumps({self.name: described}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
+
+
+class _Digest:
+    """The hash of a file, of those of its chunks."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self._waiting: deque[Future[bytes]] = deque()
+        self._whole = hashlib.blake2b()
+
+    def add(self, hashed: Callable[..., bytes], *arguments: Any) -> None:
+        """Add the chunk whose hash ``hashed`` makes in another thread; waits where many are under way."""
+        self._waiting.append(self._threads.submit(hashed, *arguments))
+        if len(self._waiting) > AHEAD * THREADS:
+            self._whole.update(self._waiting.popleft().result())
+
+    def hexdigest(self) -> str:
+        """The hash, once all chunks are in."""
+        while self._waiting:
+            self._whole.update(self._waiting.popleft().result())
+        return self._whole.hexdigest()
+
+
+def _hashed(content: memoryview | bytes) -> bytes:
+    return hashlib.blake2b(content).digest()
 
 
 # -- writing ---------------------------------------------------------------------------------------------
@@ -144,18 +179,18 @@ def _write_tensor(file: Path, name: str, tensor: Tensor) -> _Entry:
     entry = _Entry(name, file.name, tensor.dtype, tuple(tensor.shape), "")
     if not NAME.fullmatch(name) or tensor.dtype not in DTYPES:
         raise ArgumentError(f"tensors: expected a plain name and one of {list(DTYPES)}, got {name!r}, {tensor.dtype}")
-    digest = hashlib.blake2b(entry.header)
     flat = tensor.detach().reshape(-1)
     step = max(1, CHUNK // tensor.dtype.itemsize)
-    with open(file, "xb", buffering=0) as out, ThreadPoolExecutor(1) as aside:
+    with open(file, "xb", buffering=0) as out, ThreadPoolExecutor(THREADS) as threads:
+        digest = _Digest(threads)
+        digest.add(_hashed, entry.header)
         _write_all(out, memoryview(entry.header))
         for start in range(0, len(flat), step):
             part = _bytes_of(flat[start : start + step].cpu())
-            hashed = aside.submit(digest.update, part)
+            digest.add(_hashed, part)
             _write_all(out, part)
-            hashed.result()
         os.fsync(out.fileno())
-    return entry._replace(blake2b=digest.hexdigest())
+        return entry._replace(blake2b=digest.hexdigest())
 
 
 def _write_bytes(file: Path, content: bytes) -> None:
@@ -210,6 +245,7 @@ def _locked(directory: Path, timeout: float) -> Iterator[None]:
     import fcntl  # which Windows does not have
 
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    _lock_files.add(descriptor)
     deadline = time.monotonic() + timeout
     try:
         while True:
@@ -224,23 +260,146 @@ def _locked(directory: Path, timeout: float) -> Iterator[None]:
                 time.sleep(PATIENCE)
         yield
     finally:
+        _lock_files.discard(descriptor)
         os.close(descriptor)
+
+
+# A child that is forked meanwhile would hold the lock, too, for as long as it lives.
+_lock_files: set[int] = set()
+
+
+def _after_fork() -> None:
+    while _lock_files:
+        os.close(_lock_files.pop())
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 # -- reading ---------------------------------------------------------------------------------------------
 
 
-def read_snapshot(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_snapshot(
+    path: str | os.PathLike[str], *, mapped: Collection[str] = (), verify: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description in the directory ``path``, every byte compared with its hash.
+
+    Args:
+        path: The directory.
+        mapped: The names of tensors that shall lie in their files: what is written to them stays in memory. Where a
+            file is cut, or the disk fails, a look at them ends the process.
+        verify: Whether these are compared with their hashes, too, which reads them.
 
     Raises:
         FileNotFoundError: There is no snapshot.
         CorruptSnapshotError: A file is not what it was when it was saved; it names the file and the tensor.
         ArgumentError: The snapshot was made by a newer softdb.
     """
+    directory, tensors = Path(path), {}
+    with ExitStack() as files:
+        entries, description, sources = _open_all(directory, files)
+        threads = files.enter_context(ThreadPoolExecutor(THREADS))
+        for entry, source in zip(entries, sources, strict=True):
+            file = directory / entry.file
+            _check_size_and_header(file, entry, source)
+            if entry.name not in mapped:
+                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+                _check_hash(file, entry, source, threads, _bytes_of(tensors[entry.name].reshape(-1)))
+            else:
+                if verify:
+                    _check_hash(file, entry, source, threads)
+                tensors[entry.name] = _mapped(entry, source)
+    return tensors, description
+
+
+class FileState(NamedTuple):
+    """A file of a snapshot, as the manifest describes it, and what is wrong with it, if anything."""
+
+    file: str
+    tensor: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    problem: str | None
+
+
+class Examination(NamedTuple):
+    """What `examine_snapshot` found.
+
+    Attributes:
+        description: As it was saved; None if the manifest is not what was written.
+        problem: What is wrong with the manifest, if anything.
+        files: Those that it names.
+        others: The names of files in the directory that belong to nobody; the next save removes those of them that are
+            named like a snapshot's.
+    """
+
+    description: dict[str, Any] | None
+    problem: str | None
+    files: list[FileState]
+    others: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is what was saved."""
+        return self.problem is None and all(state.problem is None for state in self.files)
+
+
+def examine_snapshot(
+    path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+) -> Examination:
+    """Compare every byte in the directory ``path`` with its hash, and tell what is found, also of a damaged snapshot.
+
+    Args:
+        path: The directory.
+        progress: Is told how many bytes have been read, and how many there are.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or no manifest in it.
+        ArgumentError: The snapshot was made by a newer softdb.
+    """
     directory = Path(path)
-    entries, description = _read_manifest(directory / MANIFEST)
-    return {entry.name: _read_tensor(directory, entry) for entry in entries}, description
+    present = sorted(file.name for file in directory.iterdir())
+    try:
+        entries, description = _read_manifest(directory / MANIFEST)
+    except CorruptSnapshotError as error:
+        return Examination(None, str(error), [], [name for name in present if name not in (MANIFEST, LOCK)])
+    total = sum(len(entry.header) + entry.nbytes for entry in entries)
+    done, states = 0, []
+    with ThreadPoolExecutor(THREADS) as threads:
+        for entry in entries:
+            file, problem = directory / entry.file, None
+
+            def report(count: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(before + count, total)
+
+            try:
+                with _open(file) as source:
+                    _check_size_and_header(file, entry, source)
+                    _check_hash(file, entry, source, threads, report=report)
+            except CorruptSnapshotError as error:
+                problem = str(error)
+            done += len(entry.header) + entry.nbytes
+            report(0, done)
+            states.append(FileState(entry.file, entry.name, entry.dtype, entry.shape, entry.nbytes, problem))
+    known = {MANIFEST, LOCK, *(entry.file for entry in entries)}
+    return Examination(description, None, states, [name for name in present if name not in known])
+
+
+def _open_all(directory: Path, files: ExitStack) -> tuple[list[_Entry], dict[str, Any], list[Any]]:
+    """What the manifest says, and the files that it names: while they are open, nobody can take them away."""
+    while True:
+        entries, description = _read_manifest(directory / MANIFEST)
+        with ExitStack() as opened:
+            try:
+                sources = [opened.enter_context(_open(directory / entry.file)) for entry in entries]
+            except CorruptSnapshotError:
+                if _read_manifest(directory / MANIFEST)[0] == entries:
+                    raise
+                continue  # somebody has saved meanwhile
+            files.enter_context(opened.pop_all())
+            return entries, description, sources
 
 
 def _open(file: Path) -> Any:
@@ -309,36 +468,60 @@ def _entry(found: Any) -> _Entry:
     return _Entry(name, file, DTYPE_OF[dtype], tuple(shape), digest)
 
 
-def _read_tensor(directory: Path, entry: _Entry) -> Tensor:
-    file = directory / entry.file
-    with _open(file) as source, ThreadPoolExecutor(1) as aside:
-        size, wanted = os.fstat(source.fileno()).st_size, len(entry.header) + entry.nbytes
-        if size != wanted:
-            raise CorruptSnapshotError(f"{file}: expected {wanted} bytes for the tensor {entry.name!r}, got {size}")
-        if source.read(len(entry.header)) != entry.header:
-            raise CorruptSnapshotError(f"{file}: expected the header of the tensor {entry.name!r}, got another")
-        digest = hashlib.blake2b(entry.header)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        flat = _bytes_of(tensor.reshape(-1))
-        hashed = aside.submit(digest.update, b"")
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK]
-            if not _fill(source, part):
-                raise CorruptSnapshotError(f"{file}: expected {wanted} bytes for the tensor {entry.name!r}, got fewer")
-            hashed.result()
-            hashed = aside.submit(digest.update, part)
-        hashed.result()
+def _check_size_and_header(file: Path, entry: _Entry, source: Any) -> None:
+    size, wanted = os.fstat(source.fileno()).st_size, len(entry.header) + entry.nbytes
+    if size != wanted:
+        raise CorruptSnapshotError(f"{file}: expected {wanted} bytes for the tensor {entry.name!r}, got {size}")
+    if source.read(len(entry.header)) != entry.header:
+        raise CorruptSnapshotError(f"{file}: expected the header of the tensor {entry.name!r}, got another")
+
+
+def _check_hash(
+    file: Path,
+    entry: _Entry,
+    source: Any,
+    threads: ThreadPoolExecutor,
+    into: memoryview | None = None,
+    *,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """Compare a file's hash with the manifest's, and read the tensor ``into`` memory on the way."""
+    first = len(entry.header)
+
+    def read(start: int) -> bytes:
+        place = memoryview(bytearray(min(CHUNK, entry.nbytes - start))) if into is None else into[start : start + CHUNK]
+        if not _fill(source.fileno(), place, first + start):
+            raise CorruptSnapshotError(f"{file}: the tensor {entry.name!r} was cut while it was read")
+        return _hashed(place)
+
+    digest = _Digest(threads)
+    digest.add(_hashed, entry.header)
+    for start in range(0, entry.nbytes, CHUNK):
+        digest.add(read, start)
+        if report is not None:
+            report(start)
     if digest.hexdigest() != entry.blake2b:
         raise CorruptSnapshotError(
             f"{file}: expected the tensor {entry.name!r} as saved, got other bytes: its hash differs"
         )
-    return tensor
 
 
-def _fill(source: Any, part: memoryview) -> bool:
-    while len(part):
-        count = source.readinto(part)
+def _fill(descriptor: int, place: memoryview, start: int) -> bool:
+    while len(place):
+        count = os.preadv(descriptor, [place], start)
         if not count:
             return False
-        part = part[count:]
+        place, start = place[count:], start + count
     return True
+
+
+def _mapped(entry: _Entry, source: Any) -> Tensor:
+    """The tensor where it lies in its file; pages that are written to become the process's own."""
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    # Nobody is to set memory aside for pages that will not be written to: there may be more of them than memory.
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    size = len(entry.header) + entry.nbytes
+    memory = mmap.mmap(source.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    flat = torch.frombuffer(memory, dtype=entry.dtype, count=math.prod(entry.shape), offset=len(entry.header))
+    return flat.view(entry.shape)

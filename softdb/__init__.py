@@ -13,9 +13,11 @@ from softdb.errors import (
     DuplicateIdError,
     FieldError,
     GrowthError,
+    IndexBuildError,
     LockedError,
     MissingPackageError,
     NonFiniteError,
+    ReadOnlyError,
     SecondDerivativeError,
     ShapeError,
     SoftDBError,
@@ -25,8 +27,7 @@ from softdb.errors import (
 from softdb.functional import Read
 from softdb.index import IndexConfig, IndexStats
 from softdb.store import Audit, Rows, SoftKVStore, Usage
-
-__version__ = "0.1.0"
+from softdb.version import __version__
 
 __all__ = [
     "ArgumentError",
@@ -37,12 +38,14 @@ __all__ = [
     "DuplicateIdError",
     "FieldError",
     "GrowthError",
+    "IndexBuildError",
     "IndexConfig",
     "IndexStats",
     "LockedError",
     "MissingPackageError",
     "NonFiniteError",
     "Read",
+    "ReadOnlyError",
     "Rows",
     "SecondDerivativeError",
     "ShapeError",

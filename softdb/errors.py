@@ -15,8 +15,10 @@
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
     ├── CorruptSnapshotError   (ValueError)    a saved store is not what it was when it was saved
+    ├── IndexBuildError        (RuntimeError)  the index could not be built; searches are exact
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
-    └── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
+    ├── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
+    └── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
 
 Whenever one of these is raised by a method that writes, nothing has been written.
 """
@@ -42,9 +44,11 @@ __all__ = [
     "DuplicateIdError",
     "FieldError",
     "GrowthError",
+    "IndexBuildError",
     "LockedError",
     "MissingPackageError",
     "NonFiniteError",
+    "ReadOnlyError",
     "SecondDerivativeError",
     "ShapeError",
     "SoftDBError",
@@ -109,12 +113,20 @@ class CorruptSnapshotError(SoftDBError, ValueError):
     """A saved store is not what it was when it was saved: a file is missing, cut, changed or foreign."""
 
 
+class IndexBuildError(SoftDBError, RuntimeError):
+    """The index of top-k reads could not be built: they search exactly, and are right."""
+
+
 class LockedError(SoftDBError, RuntimeError):
     """Somebody else is saving to the same path: wait with ``timeout=``."""
 
 
 class MissingPackageError(SoftDBError, ImportError):
     """A package is needed that only an extra of softdb installs."""
+
+
+class ReadOnlyError(SoftDBError, RuntimeError):
+    """The rows lie in the files of a snapshot, as ``load(mmap=True)`` leaves them: call ``materialize()`` first."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 import faiss  # after torch: so that both share one OpenMP runtime
 
 from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
-from softdb.errors import ArgumentError, DtypeError, describe
+from softdb.errors import ArgumentError, DtypeError, IndexBuildError, describe
 from softdb.filters import Selection, select
 from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
@@ -615,7 +615,7 @@ class _Plan:
         try:
             with torch.no_grad():
                 base = self._base()
-        except (RuntimeError, AssertionError) as failure:  # FAISS's own
+        except Exception as failure:  # whatever FAISS raises, and no memory left: there are exact searches
             error = _reason(failure)
         return _Built(self.version, base, self.left_out, len(self.slots), time.perf_counter() - started, error)
 
@@ -742,6 +742,9 @@ class Index:
         self._neighbours = NEIGHBOURS  # as many as a search has wanted, within limits
         self._failed_at = 0  # how many rows there were when a build failed
         self._error: str | None = None
+        self._untold = False  # whether `refresh` is to raise it
+        self._unsure = False  # while it changes: for good, if that breaks off
+        self._noted: Tensor | None = None  # queries that a search need not note again
         # While the base is asleep searches are exact. It is built anew once they have cost as much as building, for
         # then not more than twice the cheapest was spent; where that was in vain, the next time is put off for longer.
         self._asleep, self._searched, self._patience = False, 0, 1
@@ -754,7 +757,7 @@ class Index:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_lock"], state["_base"], state["_aside"]  # a copy builds its own
-        state["_queries"] = None  # nobody else's business
+        state["_queries"] = state["_noted"] = None  # nobody else's business
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -779,9 +782,10 @@ class Index:
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
         with self._lock, torch.inference_mode(False):
-            self._note_queries(query, k)
-            self._follow(rows, keys)
-            base = None if self._asleep else self._base
+            if self._noted is None or query.data_ptr() != self._noted.data_ptr():
+                self._note_queries(query, k)
+            self._noted = None
+            base = self._awake
             if self._asleep:
                 self._searched += len(query)
             if base is not None and _pays(base, rows, selection, k, len(query)):
@@ -836,14 +840,15 @@ class Index:
             found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
         return _best_of(found, operand, keys, scan, k) if found.shape[-1] > k else found
 
-    def approximates(self, rows: RowTable, keys: Tensor, selection: Selection, k: int, query: Tensor) -> bool:
+    def approximates(self, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
         """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
-        with self._lock, torch.inference_mode(False):
-            if self._queries is None:
-                self._note_queries(query, k)
-            self._follow(rows, keys)
-            base = None if self._asleep else self._base
-        return base is not None and _pays(base, rows, selection, k, len(query))
+        base = self._awake
+        return base is not None and _pays(base, rows, selection, k, queries)
+
+    @property
+    def _awake(self) -> _Base | None:
+        """The base, where searches may use it."""
+        return None if self._asleep or self._unsure else self._base
 
     def _search_base(
         self, base: _Base, query: Tensor, rows: RowTable, scan: Scan, k: int, effort: int | None
@@ -864,10 +869,31 @@ class Index:
     def outline(self, keys: Tensor, size: int) -> Outline | None:
         """The slots below ``size`` in the order of the base's lists, and where those lie; None where there are none."""
         with self._lock, torch.inference_mode(False):
-            base = None if self._asleep else self._base
+            base = self._awake
             return None if base is None else base.outline(keys, size)
 
     # -- following the rows ----------------------------------------------------------------------------------
+
+    def is_current(self, rows: RowTable) -> bool:
+        """Whether searches need no `follow` before."""
+        return rows.version == self._version and not self._unsure
+
+    def follow(self, rows: RowTable, keys: Tensor, query: Tensor, k: int) -> None:
+        """Take note of every change to the rows, for a search of ``query``, while nobody else searches."""
+        with self._changing():
+            self._note_queries(query.detach(), k)
+            self._noted = query.detach()
+            self._follow(rows, keys)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the index; where that breaks off anywhere, there is none any more."""
+        with self._lock, torch.inference_mode(False):
+            if self._unsure:
+                self.reset()
+            self._unsure = True
+            yield
+            self._unsure = False
 
     def _follow(self, rows: RowTable, keys: Tensor) -> None:
         """Take note of every change since the last call."""
@@ -1047,24 +1073,35 @@ class Index:
 
     def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
-        with self._lock, torch.inference_mode(False):
+        with self._changing():
             self._follow(rows, keys)
             self._settle(rows, keys, now=True)
-            if wait and self._aside is not None:
+            if self._aside is not None and (wait or self._aside.is_done):
                 self._adopt(self._aside)
                 self._follow(rows, keys)
                 self._settle(rows, keys, now=True)
             self._list_beside()
+        self._tell_error()
+
+    def _tell_error(self) -> None:
+        """Raise for the last build, if it failed, once."""
+        untold, self._untold = self._untold, False
+        if untold:
+            raise IndexBuildError(
+                "the index could not be built, and searches are exact until there are twice as many rows: "
+                f"{self._error}"
+            )
 
     def build(self, rows: RowTable, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
-        with self._lock, torch.inference_mode(False):
+        with self._changing():
             queries = self._queries
             self.reset()
-            self._version, self._queries = rows.version, queries
+            self._unsure, self._version, self._queries = True, rows.version, queries
             if self.config.factory != "Flat" and len(rows) >= _rows_to_train(self.config.factory):
                 self._install(self._plan(rows, keys, None).carry_out())
             self._list_beside()
+        self._tell_error()
 
     # -- building --------------------------------------------------------------------------------------------
 
@@ -1116,7 +1153,7 @@ class Index:
 
     def _adopt(self, aside: _Aside) -> None:
         """Change to what was built aside, from rows as they were then."""
-        built = aside.result()
+        built = aside.result()  # may be interrupted: then it is still under way
         self._aside = None
         if built is not None:
             self._install(built)
@@ -1126,9 +1163,9 @@ class Index:
         self._rebuild_seconds += built.seconds
         self._base, self._error, self._asleep, self._pending = built.base, built.error, False, built.left_out
         if built.base is None:
-            self._failed_at = built.rows
+            self._failed_at, self._untold = built.rows, True
         else:
-            self._builds += 1
+            self._builds, self._untold = self._builds + 1, False
 
     @contextmanager
     def _upkeep(self) -> Iterator[None]:
@@ -1140,7 +1177,7 @@ class Index:
 
     def stats(self, rows: RowTable, keys: Tensor) -> IndexStats:
         """What the index is and what it has cost."""
-        base = self._base
+        base = None if self._unsure else self._base
         pending = 0
         if base is not None and self._asleep:
             pending = len(rows)
@@ -1329,4 +1366,6 @@ def _quieten(index: Any) -> None:
 def _reason(error: Exception) -> str:
     """What a FAISS error says, without the place in FAISS's source."""
     text = " ".join(str(error).split())
+    if not isinstance(error, (RuntimeError, AssertionError)):
+        return f"{type(error).__name__}: {text}"
     return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: )?", "", text) or type(error).__name__

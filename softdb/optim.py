@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,12 @@ class _RowOptimizer(Optimizer):
                     f"weight_decay: expected lr * weight_decay below 1, got {float(group['lr'])} * "
                     f"{group['weight_decay']}, which turns rows around; lower one of them"
                 )
-        for parameter, group in due:
-            self._update(parameter, group)
+        tables = {id(table): table for parameter, _ in due if (table := of(parameter)) is not None}
+        with ExitStack() as held:
+            for number in sorted(tables):  # so that two of these never wait for each other
+                held.enter_context(tables[number].access.writing())
+            for parameter, group in due:
+                self._update(parameter, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from softdb.errors import (
     describe,
     list_ids,
 )
+from softdb.locks import SharedLock
 
 __all__ = ["RowTable", "Snapshot"]
 
@@ -98,6 +99,7 @@ class RowTable(nn.Module):
             self.register_buffer("weight", torch.empty(0, dtype=torch.float64, device=device))
         for name in STAMPS:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        self.access = SharedLock()  # whose callers hold it: to look at rows for reading, else for writing
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
@@ -125,12 +127,22 @@ class RowTable(nn.Module):
         optional += ["reads", "weight"] if self.track_usage else []
         return ["generation", *(f"field_{name}" for name in self.fields), *optional]
 
+    @property
+    def saved(self) -> list[str]:
+        """The names of all buffers that are saved."""
+        return ["ids", "next_id", *self.columns]
+
     def __len__(self) -> int:
         return self.used - len(self._free)
 
     def find(self, ids: Tensor) -> Tensor:  # (m,) int64 on the CPU -> (m,)
         """The slots of ``ids``, -1 where there is no such row."""
         return self._slots.find(ids)
+
+    @property
+    def names_differ(self) -> bool:
+        """Whether no id is given to two rows."""
+        return self._slots.entries == len(self)
 
     def slots_of(self, name: str, ids: Tensor) -> Tensor:
         """The slots of ``ids``; an id without a row is an error that names the argument ``name``."""
@@ -157,11 +169,12 @@ class RowTable(nn.Module):
 
     def live_slots(self) -> Tensor:
         """The slots that hold a row, ascending. Do not write to it."""
-        if self._live_slots is None or self._live_slots[0] != self.version:
+        known = self._live_slots
+        if known is None or known[0] != self.version:
             mask = self.live()
             slots = torch.arange(self.used, device=self.ids.device) if mask is None else mask.nonzero().squeeze(-1)
-            self._live_slots = (self.version, slots)
-        return self._live_slots[1]
+            self._live_slots = known = (self.version, slots)
+        return known[1]
 
     def view(self, slots: slice | Tensor) -> Mapping[str, Tensor]:
         """The rows at ``slots`` as a filter sees them: their id and fields by name, id -1 at slot -1."""
@@ -248,9 +261,11 @@ class RowTable(nn.Module):
         """The capacity that ``count`` more rows need."""
         return self.used + max(0, count - len(self._free))
 
-    def place(self, ids: Tensor) -> Tensor:  # (m,) new ids, on the CPU
-        """Give each of ``ids`` a slot, the lowest first, within the capacity; the slots, on the CPU."""
-        count = len(ids)
+    def choose(self, count: int, leaving: Tensor | None = None) -> Tensor:
+        """The slots that ``count`` rows are to get, the lowest first, on the CPU; with those of ``leaving`` rows."""
+        if leaving is not None:
+            self._free.extend(leaving.tolist())
+            heapq.heapify(self._free)
         holes = min(count, len(self._free))
         if holes and holes == len(self._free):
             slots = sorted(self._free)
@@ -261,17 +276,28 @@ class RowTable(nn.Module):
         reused = torch.tensor(slots, dtype=torch.int64, device="cpu")
         placed = torch.cat([reused, torch.arange(self.used, self.used + fresh, device="cpu")])
         self.used += fresh
-        self._slots.put(ids, placed)
-        self.ids[placed.to(self.ids.device)] = ids.to(self.ids.device)
-        self.start_afresh(placed)
-        if self.evict == "oldest":
-            turns = torch.arange(self._next_turn, self._next_turn + count, device=self.ids.device)
-            self.added_at[placed.to(self.ids.device)] = turns
-            self._next_turn += count
-        if count:
-            self._set_next_id(max(self._next_id, int(ids.max()) + 1))
-        self.mark_changed(placed)
         return placed
+
+    def prepare(self, ids: Tensor) -> None:
+        """Take the memory that it needs to find ``ids``."""
+        self._slots.widen(ids)
+
+    def place(self, ids: Tensor, slots: Tensor) -> None:  # (m,) new ids; (m,); on the CPU
+        """Put rows into the slots that were chosen for them."""
+        self._slots.put(ids, slots)
+        self.ids[slots.to(self.ids.device)] = ids.to(self.ids.device)
+        self.start_afresh(slots)
+        self.line_up_last(slots)
+        if len(ids):
+            self._set_next_id(max(self._next_id, int(ids.max()) + 1))
+        self.mark_changed(slots)
+
+    def line_up_last(self, slots: Tensor) -> None:
+        """Have the rows at ``slots`` be the youngest."""
+        if self.evict == "oldest":
+            turns = torch.arange(self._next_turn, self._next_turn + len(slots), device=self.ids.device)
+            self.added_at[slots.to(self.ids.device)] = turns
+            self._next_turn += len(slots)
 
     def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
         """Write columns of fields at ``slots``."""
@@ -285,10 +311,13 @@ class RowTable(nn.Module):
         self.forget_usage(slots)
 
     def remove(self, ids: Tensor, slots: Tensor) -> None:
-        """Forget the rows ``ids`` at ``slots``."""
+        """Forget the rows ``ids`` at ``slots``, and who follows them there is chosen already."""
         self._slots.remove(ids)
         self.ids[slots.to(self.ids.device)] = -1
         self.mark_changed(slots)
+
+    def release(self, slots: Tensor) -> None:
+        """Let ``slots``, whose rows are gone, be chosen."""
         holes = slots.tolist()
         if len(holes) * 8 > len(self._free):
             self._free.extend(holes)
@@ -299,21 +328,45 @@ class RowTable(nn.Module):
 
     def resize(self, capacity: int) -> None:
         """Make room for ``capacity`` rows, at least those in use."""
-        # All are made before any is set: memory may run out in between.
+        self.install(self.resized(capacity))
+
+    def resized(self, capacity: int) -> dict[str, Tensor]:
+        """The buffers, with room for ``capacity`` rows; memory may run out before they are installed."""
         buffers = {name: resized(getattr(self, name), capacity) for name in (*STAMPS, *self.columns)}
-        buffers["ids"] = resized(self.ids, capacity, fill=-1)
+        return buffers | {"ids": resized(self.ids, capacity, fill=-1)}
+
+    def stamps(self, capacity: int, *, lasting: bool) -> dict[str, Tensor]:
+        """The buffers that say when rows last changed: never; not ``lasting`` ones take no memory, and no entries."""
+        never = torch.zeros(capacity if lasting else 1, dtype=torch.int64, device=self.ids.device)
+        return {name: never.clone() if lasting else never.expand(capacity) for name in STAMPS}
+
+    def install(self, buffers: Mapping[str, Tensor]) -> None:
+        """Use these buffers from now on."""
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
+
+    def finish(self, leaving: Tensor, ids: Tensor, slots: Tensor) -> None:  # on the CPU
+        """Carry out again, to the end, what broke off in `remove` or `place`, and draw up the books anew."""
+        self.ids[leaving.to(self.ids.device)] = -1
+        self.ids[slots.to(self.ids.device)] = ids.to(self.ids.device)
+        self.start_afresh(slots)
+        self.rebuild()
+        self.line_up_last(slots)
 
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
         ids = self.ids.cpu()
-        live = (ids >= 0).nonzero().squeeze(-1)
-        self.used = int(live[-1]) + 1 if len(live) else 0
-        self._free = (ids[: self.used] < 0).nonzero().squeeze(-1).tolist()  # ascending, so a heap
+        there = ids >= 0
+        if bool(there.all()):
+            live, self.used, self._free = torch.arange(len(ids), device="cpu"), len(ids), []
+        else:
+            live = there.nonzero().squeeze(-1)
+            self.used = int(live[-1]) + 1 if len(live) else 0
+            self._free = (~there[: self.used]).nonzero().squeeze(-1).tolist()  # ascending, so a heap
+            ids = ids[live]
         self._slots = SlotTable()
-        self._slots.put(ids[live], live)
-        self._set_next_id(max(int(self.next_id), int(ids[live].max()) + 1 if len(live) else 0))
+        self._slots.put(ids, live)
+        self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0))
         self._journal = _Journal()
         self._queue = None
         if self.evict is not None:
@@ -340,10 +393,11 @@ class RowTable(nn.Module):
             return
         reported = slots >= 0
         slots = slots[reported]
-        self.note_use(slots)
-        if self.track_usage:
-            self.reads.index_add_(0, slots, torch.ones_like(slots))
-            self.weight.index_add_(0, slots, weights.detach()[reported].to(self.weight.dtype))
+        with self.access.alone:
+            self.note_use(slots)
+            if self.track_usage:
+                self.reads.index_add_(0, slots, torch.ones_like(slots))
+                self.weight.index_add_(0, slots, weights.detach()[reported].to(self.weight.dtype))
 
     def forget_usage(self, slots: slice | Tensor) -> None:
         """Count the uses of ``slots`` from 0."""
@@ -443,8 +497,11 @@ class RowTable(nn.Module):
         self.ids.fill_(-1)
         self.rebuild()
 
-    @torch.inference_mode(False)
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: the store loads its rows and these together, or neither."""
+
+    def load(self, *args: Any) -> None:
+        """What modules do with the arguments of ``_load_from_state_dict``."""
         super()._load_from_state_dict(*args)
         self.rebuild()
 
@@ -525,6 +582,11 @@ class SlotTable:
         self._dict: dict[int, int] = {}
         self._count = 0
 
+    @property
+    def entries(self) -> int:
+        """How many different ids there are."""
+        return int((self._array >= 0).sum()) + len(self._dict)
+
     def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
         small = ids < len(self._array)
         if small.all():
@@ -537,11 +599,13 @@ class SlotTable:
 
     def put(self, ids: Tensor, slots: Tensor) -> None:
         """Enter new ids."""
+        self.widen(ids)
         self._count += len(ids)
-        self._widen(ids)
         small = ids < len(self._array)
-        self._array[ids[small]] = slots[small]
-        if not small.all():
+        if small.all():
+            self._array[ids] = slots
+        else:
+            self._array[ids[small]] = slots[small]
             self._dict.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
 
     def remove(self, ids: Tensor) -> None:
@@ -551,13 +615,16 @@ class SlotTable:
         for number in ids[~small].tolist():
             del self._dict[number]
 
-    def _widen(self, ids: Tensor) -> None:
-        """Let the array reach the largest of ``ids`` that keeps it within a few entries per row."""
-        limit = 4 * self._count + 1024
-        within = ids[ids < limit]
-        if len(within) == 0 or int(within.max()) < len(self._array):
+    def widen(self, ids: Tensor) -> None:
+        """Let the array reach the largest of the new ``ids`` that keeps it within a few entries per row."""
+        limit = 4 * (self._count + len(ids)) + 1024
+        largest = int(ids.max()) if len(ids) else -1
+        if largest >= limit:
+            within = ids[ids < limit]
+            largest = int(within.max()) if len(within) else -1
+        if largest < len(self._array):
             return
-        size = min(limit, max(int(within.max()) + 1, 2 * len(self._array)))
+        size = min(limit, max(largest + 1, 2 * len(self._array)))
         self._array = resized(self._array, size, fill=-1)
         moving = [number for number in self._dict if number < size] if self._dict else []
         for number in moving:
@@ -703,7 +770,8 @@ def note_move(parameter: Tensor, slots: Tensor | None) -> None:
     """Have the table of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
     table, name = _owner(parameter)
     if table is not None:
-        table.mark_moved(slots, keys=name == "keys")
+        with table.access.writing():
+            table.mark_moved(slots, keys=name == "keys")
 
 
 def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
@@ -789,6 +857,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             first, last = before.get(number, move).slots, after[number].slots if number in after else None
             if first is not None and last is not None and not torch.equal(first, last):
                 last = torch.cat([first, last]).unique()
-            move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
+            with move.table.access.writing():
+                move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
         if number in before:
             move.table.know_step(move.name, before[number].state, move.parameter)

@@ -186,7 +186,8 @@ def _write_tensor(file: Path, name: str, tensor: Tensor) -> _Entry:
         digest.add(_hashed, entry.header)
         _write_all(out, memoryview(entry.header))
         for start in range(0, len(flat), step):
-            part = _bytes_of(flat[start : start + step].cpu())
+            # A copy: what is written is what is hashed, whoever may write to the tensor meanwhile.
+            part = _bytes_of(flat[start : start + step].to("cpu", copy=True))
             digest.add(_hashed, part)
             _write_all(out, part)
         os.fsync(out.fileno())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from softdb.errors import (
     DtypeError,
     GrowthError,
     NonFiniteError,
+    ReadOnlyError,
     ShapeError,
     SoftDBError,
     StaleReadError,
@@ -53,6 +57,7 @@ from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watc
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
+from softdb.version import __version__
 
 __all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
@@ -66,6 +71,12 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # What a snapshot says of a store, beside its fields and its index.
 SETTINGS = ("key_dim", "value_dim", "metric", "temperature", "trainable", "sparse_grad", "capacity", "evict")
+# What `load` leaves in its files: what only a look at rows, or an optimiser, wants to know.
+MAPPED = ("keys", "values", "rows.generation")
+# A read tries so many times to find nobody writing, before it keeps others from doing so.
+ATTEMPTS = 3
+NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
+NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
 # Scores this close, in parts of themselves, tie in an audit.
@@ -78,6 +89,70 @@ SUPPORT, SUPPORT_TIMES = 1024, 16
 # that of any sample does. Of these, some more.
 BEST_ROWS, FIRST_SAMPLES = 256, 2**14
 RATES, MORE = (1.4, 2.0, 2.0), 1.2
+
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _writes(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of a store that changes rows: one at a time, and while nobody reads."""
+
+    @_alone
+    @functools.wraps(method)
+    def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
+        if cast("SoftKVStore", args[0])._is_mapped:
+            raise ReadOnlyError(
+                f"{method.__name__}: expected a store in memory, but its rows lie in the files of a snapshot, which "
+                "are not written to; call store.materialize() first"
+            )
+        return method(*args, **kwargs)
+
+    return allowed
+
+
+def _alone(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of a store that runs while no other thread reads or writes."""
+
+    @functools.wraps(method)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        store = cast("SoftKVStore", args[0])
+        with store.rows.access.writing(), torch.inference_mode(False):
+            store._catch_up()
+            return method(*args, **kwargs)
+
+    return alone
+
+
+class _Change(NamedTuple):
+    """What one call writes, so that it can be written again from the start.
+
+    Attributes:
+        leaving: The slots of rows that go.
+        ids: Of the rows that come.
+        slots: Of rows that are there, and are written.
+        keys, values: Of the rows at ``slots``, and of those that come; None to leave them.
+        fields: The same.
+        placed: The slots of the rows that come.
+        afresh: Whether the rows at ``slots`` begin as other rows.
+    """
+
+    leaving: Tensor = NO_SLOTS
+    ids: Tensor = NO_SLOTS
+    slots: Tensor = NO_SLOTS
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    fields: Mapping[str, Tensor] = MappingProxyType({})
+    placed: Tensor = NO_SLOTS
+    afresh: bool = False
+
+
+class _Growth(NamedTuple):
+    """Tensors with room for more rows, or fewer."""
+
+    buffers: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +339,8 @@ class SoftKVStore(nn.Module):
         config = IndexConfig(index) if isinstance(index, str) else index
         self._index = Index(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
+        self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
+        self._is_mapped = False  # the rows lie in the files of a snapshot
         self._handle = new_handle(self)
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
@@ -286,12 +363,13 @@ class SoftKVStore(nn.Module):
         if isinstance(id, bool) or not hasattr(id, "__index__"):
             return False
         number = id.__index__()
-        return 0 <= number < 2**63 and int(self.rows.find(torch.tensor([number], device="cpu"))) >= 0
+        wanted = torch.tensor([number], device="cpu") if 0 <= number < 2**63 else None
+        return wanted is not None and self._reading(lambda: int(self.rows.find(wanted)) >= 0)
 
     @property
     def ids(self) -> Tensor:
         """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
-        return self.rows.ids[self.rows.live_slots()]
+        return self._reading(lambda: self.rows.ids[self.rows.live_slots()])
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -309,8 +387,13 @@ class SoftKVStore(nn.Module):
             ArgumentError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
-        slots = self.rows.live_slots()
-        return Usage(self.rows.reads[slots], self.rows.weight[slots])
+
+        def copied() -> Usage:
+            slots = self.rows.live_slots()
+            with self.rows.access.alone:
+                return Usage(self.rows.reads[slots], self.rows.weight[slots])
+
+        return self._reading(copied)
 
     def reset_usage(self) -> None:
         """Count from 0 again. Which rows are evicted next stays as it is.
@@ -319,7 +402,8 @@ class SoftKVStore(nn.Module):
             ArgumentError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
-        self.rows.forget_usage(slice(None))
+        with self.rows.access.writing():
+            self.rows.forget_usage(slice(None))
 
     def _check_tracking(self) -> None:
         if not self.rows.track_usage:
@@ -327,7 +411,7 @@ class SoftKVStore(nn.Module):
                 "track_usage: expected True to know how rows are used, got False; make the store with track_usage=True"
             )
 
-    @torch.inference_mode(False)
+    @_writes
     def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:
         """Append rows, copying them: what is stored is cut from the graph that made it.
 
@@ -361,11 +445,11 @@ class SoftKVStore(nn.Module):
             self._check_count(new, len(keys))
             self.rows.check_new(new)
         columns = self.rows.check_fields(fields, len(keys), complete=True)
-        self._admit(len(new))
-        self._write(self.rows.place(new), stored_keys, stored_values, columns)
+        leaving = self._admit(new)
+        self._carry_out(_Change(leaving, new, NO_SLOTS, stored_keys, stored_values, columns))
         return new.to(self.keys.device)
 
-    @torch.inference_mode(False)
+    @_writes
     def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None = None) -> None:
         """Insert rows, or replace those whose id is in the store; copies, as `add` does.
 
@@ -383,14 +467,18 @@ class SoftKVStore(nn.Module):
         self._check_count(given, len(keys))
         columns = self.rows.check_fields(fields, len(given), complete=True)
         slots = self.rows.find(given)
-        new = slots < 0
-        self.rows.check_new(given[new])
-        self._admit(int(new.sum()), slots[~new])
-        self.rows.mark_changed(slots[~new])
-        slots[new] = self.rows.place(given[new])
-        self._write(slots, stored_keys, stored_values, columns)
+        self.rows.check_new(given[slots < 0])
+        # Those that are replaced come first, and the new ones after them.
+        order = (slots < 0).to(torch.int8).argsort(stable=True)
+        slots, given = slots[order], given[order]
+        there = _place(order.to(stored_keys.device))
+        replaced = slots[slots >= 0]
+        leaving = self._admit(given[len(replaced) :], replaced)
+        columns = {name: column if column.dim() == 0 else column[order] for name, column in columns.items()}
+        new = given[len(replaced) :]
+        self._carry_out(_Change(leaving, new, replaced, stored_keys[there], stored_values[there], columns))
 
-    @torch.inference_mode(False)
+    @_writes
     def update(
         self, ids: Ids, keys: Tensor | None = None, values: Tensor | None = None, fields: Fields | None = None
     ) -> None:
@@ -417,10 +505,9 @@ class SoftKVStore(nn.Module):
         slots = self.rows.slots_of("ids", given)
         if keys is None and values is None and not columns:
             return
-        self.rows.mark_changed(slots, keys=keys is not None)
-        self._write(slots, stored_keys, stored_values, columns)
+        self._carry_out(_Change(NO_SLOTS, NO_SLOTS, slots, stored_keys, stored_values, columns))
 
-    @torch.inference_mode(False)
+    @_writes
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
         """Let rows begin anew as other rows, under their old ids: for those that nobody reads any more.
 
@@ -441,12 +528,9 @@ class SoftKVStore(nn.Module):
         stored_keys, stored_values = self._check_rows(keys, values)
         self._check_count(given, len(keys))
         slots = self.rows.slots_of("ids", given)
-        self.rows.mark_changed(slots)
-        self.rows.start_afresh(slots)
-        self._forget_gradients(slots)
-        self._write(slots, stored_keys, stored_values, {})
+        self._carry_out(_Change(NO_SLOTS, NO_SLOTS, slots, stored_keys, stored_values, {}, afresh=True))
 
-    @torch.inference_mode(False)
+    @_writes
     def delete(self, ids: Ids) -> None:
         """Remove rows. Their ids are never handed out again, though they may be added explicitly.
 
@@ -457,11 +541,7 @@ class SoftKVStore(nn.Module):
             UnknownIdError: An id is not in the store.
         """
         given = check_ids("ids", ids)
-        slots = self.rows.slots_of("ids", given)
-        self._remove(given, slots)
-        # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
-        zeros = torch.zeros((), dtype=self.keys.dtype, device=self.keys.device)
-        self._write(slots, zeros, zeros.to(self.values.dtype), {})
+        self._carry_out(_Change(self.rows.slots_of("ids", given), NO_SLOTS, NO_SLOTS))
 
     def get(self, ids: Ids) -> Rows:
         """The rows ``ids``, in that order, as copies cut from the graph.
@@ -474,12 +554,16 @@ class SoftKVStore(nn.Module):
         """
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
-        slots = self.rows.slots_of("ids", given).to(self.keys.device)
-        row = self.rows.view(slots)
-        fields = {name: row[name] for name in self.rows.fields}
-        return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
 
-    @torch.inference_mode(False)
+        def copied() -> Rows:
+            slots = self.rows.slots_of("ids", given).to(self.keys.device)
+            row = self.rows.view(slots)
+            fields = {name: row[name] for name in self.rows.fields}
+            return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
+
+        return self._reading(copied)
+
+    @_writes
     def reserve(self, n: int) -> None:
         """Make room for ``n`` rows in all, so that the storage does not grow before.
 
@@ -586,11 +670,19 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
-        read = self._answer(query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
-        if read.ids is None or read.weights is None:
-            return read
-        self.rows.note_read(read.ids, read.weights)
-        return replace(read, ids=self.rows.ids_at(read.ids))
+        k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+
+        def answered() -> Read:
+            read = self._answer(
+                query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator
+            )
+            if read.ids is None or read.weights is None:
+                return read
+            self.rows.note_read(read.ids, read.weights)
+            return replace(read, ids=self.rows.ids_at(read.ids))
+
+        return self._reading(answered, query if mode == "topk" else None, k)
 
     def _answer(
         self,
@@ -605,13 +697,10 @@ class SoftKVStore(nn.Module):
         tolerance: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Read:
-        """What `read` returns, with slots for ids; nobody counts it."""
-        k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        """What `read` returns, with slots for ids; nobody counts it. The options and the query have been checked."""
         keys, values = self.keys, self.values
         if self.trainable and self.sparse_grad and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
-        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
-        self._notice_writes()
         leading = query.shape[:-1]
         chosen = self.temperature if temperature is None else check_temperature(temperature, leading)
         selection = self._select(leading, where, exclude)
@@ -720,7 +809,7 @@ class SoftKVStore(nn.Module):
         selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
         candidates = max(k or 1, BEST_ROWS)
         trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
-        if not (trial and self._index.approximates(self.rows, self.keys.detach(), selection, candidates, query)):
+        if not (trial and self._index.approximates(self.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, scan, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
         best, found = self._read_best(query, operand, scan, tables, candidates, careful=True)
@@ -798,20 +887,26 @@ class SoftKVStore(nn.Module):
 
         Reads do so by themselves when it is due; call it to choose the moment. Where the configuration says that
         searches are exact ("Flat", or "auto" with few rows) there is nothing to build.
+
+        Raises:
+            IndexBuildError: FAISS refuses, or memory runs out; reads search exactly.
         """
-        self._notice_writes()
-        self._index.build(self.rows, self.keys.detach())
+        with self.writing():
+            self._index.build(self.rows, self.keys.detach())
 
     def refresh(self, *, wait: bool = False) -> None:
         """Take the pending rows into the index, so that no search has to go through them.
 
         Args:
             wait: With ``IndexConfig(background=True)``, whether to wait for a build under way, and use it.
-        """
-        self._notice_writes()
-        self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
-    @torch.inference_mode(False)
+        Raises:
+            IndexBuildError: The last build failed, in the background or in a read, and this has not been said yet.
+        """
+        with self.writing():
+            self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
+
+    @_writes
     def touch(self, ids: Ids) -> None:
         """Say that you wrote the rows' tensors yourself, as in ``store.keys.data[...] = ...``.
 
@@ -862,8 +957,13 @@ class SoftKVStore(nn.Module):
             4 queries, k = 1: recall 1.0000 (lowest 1.00), mass 0.3547, error 0.0000
         """
         k = check_positive("k", k)
-        exact = self._answer(queries, "exact", k, where, exclude, temperature)
-        found = self._answer(queries, "topk", k, where, exclude, temperature)
+        check_float_tensor("queries", queries, (-1, self.key_dim), self.keys.device)
+
+        def both() -> list[Read]:
+            modes: tuple[Mode, ...] = ("exact", "topk")
+            return [self._answer(queries, mode, k, where, exclude, temperature) for mode in modes]
+
+        exact, found = self._reading(both, queries, k)
         best, scores = cast(Tensor, exact.scores), cast(Tensor, found.scores)
         there = best > -torch.inf
         # The worst of the k best; rows that tie with it, but for rounding, are as good.
@@ -883,8 +983,7 @@ class SoftKVStore(nn.Module):
 
         ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
         """
-        self._notice_writes()
-        return self._index.stats(self.rows, self.keys.detach())
+        return self._reading(lambda: self._index.stats(self.rows, self.keys.detach()))
 
     # -- saving and loading ----------------------------------------------------------------------------------
 
@@ -914,49 +1013,116 @@ class SoftKVStore(nn.Module):
             ...     len(SoftKVStore.load(folder))
             4
         """
-        self._notice_writes()
+        self._reading(lambda: write_snapshot(path, *self._contents(), timeout=timeout))
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a snapshot holds of the store."""
         used = self.rows.used
         tensors = {"keys": self.keys.detach()[:used], "values": self.values.detach()[:used]}
-        tensors |= {f"rows.{name}": getattr(self.rows, name)[:used] for name in ("ids", *self.rows.columns)}
-        tensors["rows.next_id"] = self.rows.next_id
+        with self.rows.access.alone:  # readers in other threads count on
+            tensors |= {f"rows.{name}": getattr(self.rows, name)[:used].clone() for name in self.rows.columns}
+        tensors |= {"rows.ids": self.rows.ids[:used], "rows.next_id": self.rows.next_id}
         description = {name: getattr(self, name) for name in SETTINGS}
         description |= {"fields": list(self.fields), "index": asdict(self._index.config)}
-        description["track_usage"] = self.rows.track_usage
-        write_snapshot(path, tensors, description, timeout=timeout)
+        description |= {"track_usage": self.rows.track_usage, "softdb": __version__}
+        return tensors, description
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> SoftKVStore:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mmap: bool = False,
+        verify: bool = False,
+        device: torch.device | str | None = None,
+    ) -> SoftKVStore:
         """The store that was saved to the directory ``path``, with the same settings.
 
         Every byte is compared with its hash; nothing in the directory is executed, and no link is followed.
 
         Args:
             path: What `save` wrote.
+            mmap: Leave keys and values in their files, which the system reads as they are looked at: for a look at a
+                few rows, or more of them than memory holds. The store is read-only until `materialize`, and its keys
+                and values have no gradients. Others may save to the path meanwhile, but a file that is cut short, or
+                a disk that fails, ends the process at the next look (SIGBUS).
+            verify: With ``mmap``, whether to read keys and values once, to compare them with their hashes. Without
+                ``mmap`` that is always done.
             device: Where the store shall lie.
 
         Raises:
             FileNotFoundError: There is no snapshot.
             CorruptSnapshotError: The snapshot is not what was saved; names the file and the tensor.
-            ArgumentError: It was made by a newer softdb.
+            ArgumentError: It was made by a newer softdb, or is to be mapped on a ``device`` that is not the CPU.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> ids = store.add(torch.eye(4), torch.ones(4, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     store.save(folder)
+            ...     mapped = SoftKVStore.load(folder, mmap=True)
+            ...     mapped(torch.ones(4))
+            tensor([1., 1.])
         """
-        tensors, description = read_snapshot(path)
+        place = torch.device("cpu" if device is None else device) if mmap else None
+        if place is not None and place.type != "cpu":
+            raise ArgumentError(f"device: expected the CPU beside mmap=True, got {place}; load without mmap")
+        tensors, description = read_snapshot(path, mapped=MAPPED if mmap else (), verify=verify or not mmap)
         try:
             options = {name: description[name] for name in (*SETTINGS, "fields", "track_usage")}
+            capacity = options["capacity"]
+            options["capacity"] = None if capacity is None else 1  # it gets tensors that are there already
             index = IndexConfig(**description["index"])
             store = cls(**options, index=index, device=device, dtype=tensors["keys"].dtype)
-            names = {f"rows.{name}" for name in ("ids", "next_id", *store.rows.columns)}
-            if tensors.keys() != {"keys", "values", *names} or tensors["values"].dtype != store.values.dtype:
-                raise ValueError(f"the tensors {sorted(tensors)}")
-            used = len(tensors["rows.ids"])
-            capacity = used if store.capacity is None else store.capacity
-            state = {
-                name: tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _empty(name))
-                for name, tensor in tensors.items()
-            }
-            store.load_state_dict(state)
+            store.capacity = None if capacity is None else check_positive("capacity", capacity)
+            store._take_over(tensors, mapped=mmap)
         except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
         return store
+
+    def _take_over(self, tensors: Mapping[str, Tensor], *, mapped: bool) -> None:
+        """Let these be the store's own tensors, instead of those of an empty one."""
+        names = {"keys", "values", *(f"rows.{name}" for name in self.rows.saved)}
+        if tensors.keys() != names:
+            raise ValueError(f"the tensors {sorted(tensors)}")
+        used = tensors["rows.ids"].numel()
+        capacity = used if mapped or self.capacity is None else self.capacity
+        if used > capacity:
+            raise ValueError(f"{used} rows")
+        self._check_state(tensors, used)
+        if tensors["values"].dtype != self.values.dtype:
+            raise ValueError(f"values of {tensors['values'].dtype}")
+        fitted = {
+            name: (tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _empty(name)))
+            for name, tensor in tensors.items()
+        }
+        here = {name: tensor.to(self.keys.device) for name, tensor in fitted.items()}
+        buffers = {name: here[f"rows.{name}"] for name in self.rows.saved}
+        tables = {name: here[name] for name in ("keys", "values")}
+        self._grow(_Growth(buffers | self.rows.stamps(capacity, lasting=not mapped), tables, dict.fromkeys(tables)))
+        self.rows.rebuild()
+        if not self.rows.names_differ:
+            raise ValueError("an id twice")
+        self._index.reset()
+        self._is_mapped = mapped
+        for table in self._tables().values():
+            table.requires_grad_(self.trainable and not mapped)
+        self._watch()
+
+    @_alone
+    def materialize(self) -> None:
+        """Copy the rows of a store that was loaded with ``mmap=True`` into memory: it may be written to from then on.
+
+        ``keys`` and ``values`` stay the same objects. Any other store is left as it is.
+        """
+        if self._is_mapped:
+            self._resize(self.rows.used if self.capacity is None else self.capacity)
+            self._is_mapped = False
+            for table in self._tables().values():
+                table.requires_grad_(self.trainable)
+            self._watch()
 
     # -- storage ---------------------------------------------------------------------------------------------
 
@@ -980,23 +1146,50 @@ class SoftKVStore(nn.Module):
         if len(ids) != count:
             raise ShapeError(f"ids: expected {count} ids, one for each row, got {len(ids)}")
 
-    def _write(self, slots: Tensor, keys: Tensor | None, values: Tensor | None, fields: dict[str, Tensor]) -> None:
-        slots = slots.to(self.keys.device)
-        first, count = (int(slots[0]), len(slots)) if len(slots) else (0, 0)
-        in_order = count > 0 and int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all())
-        place: slice | Tensor = slice(first, first + count) if in_order else slots
-        # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
-        # these rows know by `Snapshot`.
-        for table, rows in ((self.keys, keys), (self.values, values)):
-            if rows is not None:
-                table.data[place] = rows
-        self.rows.set_fields(slots, fields)
-        if keys is not None or values is not None:
-            self.rows.note_use(slots)
+    def _carry_out(self, change: _Change) -> None:
+        """Write. Where that breaks off, by an interrupt or for want of memory, `_catch_up` brings it to its end."""
+        self.rows.prepare(change.ids)
+        self._unfinished = self.rows.rebuild  # nothing is written yet, but the books may be wrong
+        placed = self.rows.choose(len(change.ids), change.leaving) if len(change.ids) else NO_SLOTS
+        gone = self.rows.ids[change.leaving.to(self.rows.ids.device)].cpu()
+        change = change._replace(placed=placed)
+        self._unfinished = functools.partial(self._finish, change)
+        if len(gone):
+            self.rows.remove(gone, change.leaving)
+            if len(placed) == 0:
+                self.rows.release(change.leaving)
+        if len(placed):
+            self.rows.place(change.ids, placed)
+        self.rows.mark_changed(change.slots, keys=change.keys is not None)
+        self._write(change)
+        self._unfinished = None
 
-    def _remove(self, ids: Tensor, slots: Tensor) -> None:
-        self.rows.remove(ids, slots)
-        self._forget_gradients(slots)
+    def _finish(self, change: _Change) -> None:
+        self.rows.finish(change.leaving, change.ids, change.placed)
+        self._write(change)
+
+    def _write(self, change: _Change) -> None:
+        """Write what lies in the rows: as often as need be."""
+        self._forget_gradients(change.leaving)
+        if change.afresh:
+            self.rows.start_afresh(change.slots)
+            self._forget_gradients(change.slots)
+        # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
+        empty = change.leaving[~torch.isin(change.leaving, change.placed)] if len(change.leaving) else NO_SLOTS
+        zero = torch.zeros((), device=self.keys.device)
+        written = torch.cat([change.slots, change.placed]) if len(change.slots) else change.placed
+        for slots, keys, values in ((empty, zero, zero), (written, change.keys, change.values)):
+            if len(slots) == 0:
+                continue
+            place = _place(slots.to(self.keys.device))
+            # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
+            # these rows know by `Snapshot`.
+            for table, rows in ((self.keys, keys), (self.values, values)):
+                if rows is not None:
+                    table.data[place] = rows.to(table.dtype)
+        self.rows.set_fields(written, change.fields)
+        if change.keys is not None or change.values is not None:
+            self.rows.note_use(written.to(self.keys.device))
 
     def _forget_gradients(self, slots: Tensor) -> None:
         """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
@@ -1013,13 +1206,12 @@ class SoftKVStore(nn.Module):
             if not bool(kept.all()):
                 table.grad = row_sparse(rows[kept], gradient.values()[kept], gradient.shape)
 
-    def _admit(self, count: int, replaced: Tensor | None = None) -> None:
-        """Make room for ``count`` new rows by growth or, in a full store that evicts, at the cost of others.
+    def _admit(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> Tensor:
+        """Make room for ``new`` ids: by growth or, in a full store that evicts, by the slots returned, whose rows go.
 
         The rows in the slots ``replaced`` come in the same call, and stay.
         """
-        beside = torch.empty(0, dtype=torch.int64, device="cpu") if replaced is None else replaced
-        together = count + len(beside)
+        count, together = len(new), len(new) + len(replaced)
         if self.capacity is not None and together > self.capacity:
             raise ArgumentError(
                 f"keys: expected at most {self.capacity} rows, the store's capacity, got {together}; write fewer at "
@@ -1028,9 +1220,8 @@ class SoftKVStore(nn.Module):
         needed = self.rows.slots_needed(count)
         if self.evict is None or needed <= self.rows.capacity:
             self._make_room(needed)
-            return
-        slots = self.rows.to_evict(needed - self.rows.capacity, beside)
-        self._remove(self.rows.ids[slots].cpu(), slots.cpu())
+            return NO_SLOTS
+        return self.rows.to_evict(needed - self.rows.capacity, replaced).cpu()
 
     def _make_room(self, needed: int, *, exactly: bool = False) -> None:
         """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
@@ -1040,12 +1231,17 @@ class SoftKVStore(nn.Module):
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
-        self._notice_writes()
         # All are made before any is set: memory may run out in between.
         tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
         gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
-        self.rows.resize(capacity)
-        for name, table in tables.items():
+        self._unfinished = functools.partial(self._grow, _Growth(self.rows.resized(capacity), tables, gradients))
+        self._unfinished()
+        self._unfinished = None
+
+    def _grow(self, growth: _Growth) -> None:
+        """Use tensors of another size: as often as need be."""
+        self.rows.install(growth.buffers)
+        for name, table in growth.tables.items():
             if self.trainable:
                 parameter = getattr(self, name)
                 parameter.grad = None
@@ -1053,7 +1249,7 @@ class SoftKVStore(nn.Module):
                 # gradient, made for the old size. torch makes a new one only when the dtype changes: it does, shortly.
                 parameter.data = table.new_empty(0, dtype=torch.float32 if table.dtype != torch.float32 else torch.half)
                 parameter.data = table  # the same Parameter object: optimisers keep it
-                parameter.grad = gradients[name]
+                parameter.grad = growth.gradients[name]
             else:
                 setattr(self, name, table)
         self.rows.know(self._tables())
@@ -1080,6 +1276,65 @@ class SoftKVStore(nn.Module):
                 f"cannot follow: {remedy}, before wrapping"
             )
 
+    # -- many readers, one writer ----------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let no other thread read until the block ends, so that all that is written in it is seen at once.
+
+        Reads in several threads, beside one that writes by `add`, `put`, `update`, `revive`, `delete` or a step of
+        softdb's optimisers, each answer from one version of the store, whole, without this. It is for what the store
+        cannot see coming: writes of your own to ``keys`` and ``values``, steps of torch's optimisers, and several
+        writes that belong together. A ``backward`` belongs to the thread that writes: it looks at the rows again.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> with store.writing():  # readers see both or none
+            ...     old = store.add(torch.eye(4), torch.ones(4, 2))
+            ...     store.delete(old[:2])
+        """
+        with self.rows.access.writing():
+            self._catch_up()
+            try:
+                yield
+            finally:
+                self._catch_up()
+
+    def _reading(self, action: Callable[[], T], query: Tensor | None = None, k: int | None = None) -> T:
+        """What ``action`` finds in one version of the rows; with ``query`` it is a search."""
+        access = self.rows.access
+        if access.is_read and not access.is_written:
+            return action()  # within a read, whose version counts
+        for _ in range(ATTEMPTS):
+            with access.reading():
+                if self._is_current(query is not None):
+                    return action()
+            with access.writing():
+                self._catch_up(query, k)
+        with access.writing():  # somebody writes all the time
+            self._catch_up(query, k)
+            return action()
+
+    def _is_current(self, searching: bool) -> bool:
+        """Whether there is nothing to catch up with."""
+        rows = self.rows
+        known = rows.knows("keys", self.keys) and rows.knows("values", self.values)
+        return self._unfinished is None and known and (not searching or self._index.is_current(rows))
+
+    def _catch_up(self, query: Tensor | None = None, k: int | None = None) -> None:
+        """Finish what broke off, note what was written in place and, before a search of ``query``, mind the index."""
+        if self._unfinished is not None:
+            self._unfinished()
+            self.rows.rebuild()
+            self._index.reset()
+            self._unfinished = None
+        self._notice_writes()
+        if query is not None and not self._index.is_current(self.rows):
+            query = query.reshape(-1, self.key_dim)
+            self._index.follow(self.rows, self.keys.detach(), query, k or 1)
+
     # -- reads that wait for their backward ------------------------------------------------------------------
 
     def _guard(self, read: Read, used: Tensor | None) -> Read:
@@ -1095,8 +1350,9 @@ class SoftKVStore(nn.Module):
             stamp = torch.tensor(self.rows.version, device="cpu")
             self._stamp = (self.rows.version, stamp)
         token = stamp.detach()  # an object of its own
-        self._open_reads = [reference for reference in self._open_reads if reference() is not None]
-        self._open_reads.append(weakref.ref(token))
+        with self.rows.access.alone:
+            self._open_reads = [reference for reference in self._open_reads if reference() is not None]
+            self._open_reads.append(weakref.ref(token))
         guarded = _Guard.apply(Snapshot(self.rows, used), token, *open_ones.values())  # type: ignore[no-untyped-call]
         return replace(read, **dict(zip(open_ones, guarded, strict=True)))
 
@@ -1151,7 +1407,7 @@ class SoftKVStore(nn.Module):
         parts += [f"trainable={self.trainable}", f"index={self._index.config.factory!r}"]
         return ", ".join(parts)
 
-    @torch.inference_mode(False)
+    @_alone
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
         before = self.keys.data_ptr(), self.values.data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -1162,37 +1418,76 @@ class SoftKVStore(nn.Module):
         self._watch()
         return self
 
-    @torch.inference_mode(False)
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._fit_to(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._reading(lambda: super(SoftKVStore, self)._save_to_state_dict(*args))
+
+    @_writes
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        *args: Any,
+    ) -> None:
+        """All of it or, where something is missing or wrong, nothing; that of the rows, too."""
+        names = {prefix + name for name in ("keys", "values", *(f"rows.{name}" for name in self.rows.saved))}
+        missing = sorted(names - state_dict.keys())
+        own = {*self._parameters, *self._buffers, *self._modules} - {"rows"}
+        given = [name for name in state_dict if name.startswith(prefix) and name not in names] if strict else []
+        unexpected = [name for name in given if name.removeprefix(prefix).partition(".")[0] not in own]
+        if missing or unexpected:
+            missing_keys.extend(missing)
+            unexpected_keys.extend(unexpected)
+            return
+        self._fit_to({name.removeprefix(prefix): state_dict[name] for name in names})
+        others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
+
+        def load() -> None:
+            super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
+            self.rows.load(state_dict, f"{prefix}rows.", *others)
+
+        self._unfinished = load
+        load()
         self._index.reset()
         self._watch()
+        self._unfinished = None
 
-    def _fit_to(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+    def _fit_to(self, state: Mapping[str, Any]) -> None:
         """Check what is to be loaded and take its size."""
-        columns = [f"rows.{name}" for name in self.rows.columns]
-        names = ["keys", "values", "rows.ids", "rows.next_id", *columns]
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        if len(found) < len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            return  # torch reports what is missing
-        keys, values, ids = found["keys"], found["values"], found["rows.ids"]
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
+        ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows.ids", *columns), (capacity,))
-        shapes |= {"keys": (capacity, self.key_dim), "values": (capacity, self.value_dim), "rows.next_id": ()}
-        for name, shape in shapes.items():
-            if tuple(found[name].shape) != shape:
-                raise ShapeError(
-                    f"state_dict[{prefix + name!r}]: expected shape {shape}, got {tuple(found[name].shape)}"
-                )
-        check_ids("state_dict ids", ids[ids >= 0])
-        check_finite("state_dict keys", keys)
-        check_finite("state_dict values", values)
+        self._check_state(state, capacity)
+        check_ids("state_dict['rows.ids']", ids[ids != -1])
+        check_finite("state_dict['keys']", state["keys"])
+        check_finite("state_dict['values']", state["values"])
         if capacity != self.rows.capacity:
             self._check_growth(capacity)
             self._resize(capacity)
 
+    def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:
+        """Whether tensors have the types and shapes of a store's with so many slots."""
+        for name, tensor in sorted(state.items(), key=lambda item: item[0] != "rows.ids"):
+            shape: tuple[int, ...] = () if name == "rows.next_id" else (capacity,)
+            if name in ("keys", "values"):
+                shape = (capacity, self.key_dim if name == "keys" else self.value_dim)
+            inexact = name in ("keys", "values", "rows.weight")
+            if tensor.is_floating_point() is not inexact or tensor.dtype in NO_NUMBERS:
+                wanted = "floating-point" if inexact else "int64"
+                raise DtypeError(f"state_dict[{name!r}]: expected {wanted} numbers, got {tensor.dtype}")
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
+        if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:
+            raise ArgumentError("state_dict['rows.ids']: expected ids from 0 on, and -1 where there is no row")
+
     def __getstate__(self) -> dict[str, Any]:
+        with self.writing():  # nothing is left unfinished
+            pass
         return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1274,6 +1569,13 @@ class _Guard(torch.autograd.Function):
             )
         ctx.snapshot.check()
         return None, None, *grads
+
+
+def _place(slots: Tensor) -> slice | Tensor:
+    """``slots`` as an index, by a slice where they follow each other."""
+    first, count = (int(slots[0]), len(slots)) if len(slots) else (0, 0)
+    in_order = count > 0 and int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all())
+    return slice(first, first + count) if in_order else slots
 
 
 def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:

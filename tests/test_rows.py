@@ -15,8 +15,21 @@ from softdb.rows import RowTable, SlotTable, Snapshot, watch
 def table_of(count: int) -> RowTable:
     rows = RowTable(())
     rows.resize(count)
-    rows.place(rows.new_ids(count))
+    place(rows, rows.new_ids(count))
     return rows
+
+
+def place(rows: RowTable, ids: torch.Tensor) -> list[int]:
+    slots = rows.choose(len(ids))
+    rows.place(ids, slots)
+    found: list[int] = slots.tolist()
+    return found
+
+
+def remove(rows: RowTable, ids: list[int]) -> None:
+    slots = rows.find(torch.tensor(ids))
+    rows.remove(torch.tensor(ids), slots)
+    rows.release(slots)
 
 
 def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> None:
@@ -36,10 +49,10 @@ def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> No
 
 def test_holes_are_filled_lowest_first() -> None:
     rows = table_of(10)
-    rows.remove(torch.tensor([7, 2, 5]), torch.tensor([7, 2, 5]))
-    assert rows.place(torch.tensor([20, 21])).tolist() == [2, 5]
-    rows.remove(torch.tensor([0]), torch.tensor([0]))
-    assert rows.place(torch.tensor([22, 23])).tolist() == [0, 7]
+    remove(rows, [7, 2, 5])
+    assert place(rows, torch.tensor([20, 21])) == [2, 5]
+    remove(rows, [0])
+    assert place(rows, torch.tensor([22, 23])) == [0, 7]
     assert rows.live() is None
 
 
@@ -48,7 +61,7 @@ def test_changes_since_a_version() -> None:
     start = rows.version
     rows.mark_changed(torch.tensor([4, 2]))
     middle = rows.version
-    rows.remove(torch.tensor([9]), torch.tensor([9]))
+    remove(rows, [9])
     assert rows.changed_since(start).tolist() == [2, 4, 9]
     assert rows.changed_since(middle).tolist() == [9]
     assert rows.changed_since(rows.version).tolist() == []
@@ -63,11 +76,11 @@ def test_changes_since_a_version() -> None:
 )
 def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
     rows = table_of(10)
-    rows.remove(torch.tensor([8]), torch.tensor([8]))
+    remove(rows, [8])
     snapshot = Snapshot(rows, used)
-    rows.place(torch.tensor([50]))  # into the hole
+    place(rows, torch.tensor([50]))  # into the hole
     rows.resize(20)
-    rows.place(torch.tensor([51]))
+    place(rows, torch.tensor([51]))
     if used is not None:
         rows.mark_changed(torch.tensor([6]))
     snapshot.check()
@@ -96,8 +109,8 @@ def test_optimisers_are_seen_without_keeping_anything_alive() -> None:
 
 def test_a_copy_draws_up_its_own_books() -> None:
     rows = table_of(5)
-    rows.remove(torch.tensor([1]), torch.tensor([1]))
+    remove(rows, [1])
     copied = copy.deepcopy(rows)
-    copied.place(copied.new_ids(1))
+    place(copied, copied.new_ids(1))
     assert copied.find(torch.tensor([5])).tolist() == [1]
     assert rows.find(torch.tensor([5])).tolist() == [-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from softdb import __version__, demo, lab, page
 from softdb.errors import ArgumentError, DtypeError, MissingPackageError, describe
 from softdb.normalizers import NORMALIZERS
 from softdb.scores import METRICS
+from softdb.snapshot import FORMAT, Examination, examine_snapshot
 from softdb.store import SoftKVStore
 
 __all__ = ["main"]
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments, without the command's own name; those of the process if None.
 
     Returns:
-        The exit code: 0 if all went well, 1 if the output could not be written, 2 for arguments that make no sense,
-        130 after Ctrl-C, 141 if the reader of the output went away.
+        The exit code: 0 if all went well, 1 if a snapshot is damaged or a file cannot be read or written, 2 for
+        arguments that make no sense, 130 after Ctrl-C, 141 if the reader of the output went away.
 
     Raises:
         SystemExit: From argparse, after ``--help``, ``--version`` or arguments it cannot parse.
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(options)
         elif options.command == "compare":
             _compare(options)
+        elif options.command in ("info", "verify"):
+            return _examine(options.path, tell=options.command == "info")
         else:
             print(parser.format_help(), end="", flush=True)
     except (ArgumentError, DtypeError, MissingPackageError) as error:
@@ -89,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
             epilog="For example: softdb compare --demo --html page.html",
         )
     )
+    for name, what, more in (
+        ("info", "tell what a saved store holds, and whether it is whole", "Tell what a saved store holds, and"),
+        ("verify", "read a saved store, and tell whether it is as it was saved", "Tell"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=f"{more} whether every byte is as it was saved. The exit code is 0 if so, and 1 if not.",
+        )
+        command.add_argument("path", metavar="PATH", help="the directory that store.save() wrote")
     return parser
 
 
@@ -125,6 +138,94 @@ def _demo(options: argparse.Namespace) -> None:
         return
     demo.explanation(demo.choose(options.words) if options.words else demo.BANKS).plot(options.plot)
     print(f"wrote {options.plot}", flush=True)
+
+
+def _examine(path: str, *, tell: bool) -> int:
+    progress = _Progress(f"reading {path}")
+    try:
+        found = examine_snapshot(path, progress=progress.show)
+    finally:
+        progress.clear()
+    if tell:
+        for line in _contents(path, found):
+            print(_printable(line))
+    problems = [problem for problem in (found.problem, *(state.problem for state in found.files)) if problem]
+    for problem in problems:
+        print(_printable(f"damaged: {problem}"))
+    total = _size(sum(state.nbytes for state in found.files))
+    if not problems:
+        print(f"{path}: every byte is as it was saved ({len(found.files)} files, {total})")
+    sys.stdout.flush()
+    return 1 if problems else 0
+
+
+def _contents(path: str, found: Examination) -> Iterator[str]:
+    """What a snapshot holds, line by line."""
+    description = found.description or {}
+    index, fields = description.get("index"), description.get("fields")
+    told = {
+        "rows": description.get("rows"),
+        "key_dim": description.get("key_dim"),
+        "value_dim": description.get("value_dim"),
+        "metric": description.get("metric"),
+        "temperature": description.get("temperature"),
+        "fields": ", ".join(map(str, fields if isinstance(fields, list) else ())) or "none",
+        "index": index.get("factory") if isinstance(index, dict) else None,
+        "trainable": description.get("trainable"),
+        "capacity": description.get("capacity"),
+        "evict": description.get("evict"),
+    }
+    if description:
+        yield f"{path}: a snapshot of format {FORMAT}, saved by softdb {description.get('softdb', '(unknown)')}"
+        for name, value in told.items():
+            if value is not None:
+                yield f"  {name:<12} {value:,}" if type(value) is int else f"  {name:<12} {value}"
+    else:
+        yield f"{path}: a snapshot whose manifest is damaged, so that nobody can tell what it holds"
+    for state in found.files:
+        shape = " x ".join(f"{size:,}" for size in state.shape) or "1"
+        dtype = str(state.dtype).removeprefix("torch.")
+        verdict = "as saved" if state.problem is None else "DAMAGED"
+        yield f"  {state.file:<32} {dtype:<9} {shape:>18}  {_size(state.nbytes):>9}  {verdict}"
+    if found.others:
+        yield f"  {'not of this snapshot' if description else 'files there'}: {', '.join(found.others)}"
+
+
+def _printable(line: str) -> str:
+    """A line with what others may have put into names, but nothing that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _size(count: int) -> str:
+    """A number of bytes as people read it."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+class _Progress:
+    """How far long work has come: a line on a terminal, and nothing elsewhere."""
+
+    def __init__(self, work: str) -> None:
+        self._work = work
+        self._shown: int | None = None
+        self._visible = sys.stderr.isatty()
+
+    def show(self, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` bytes are done."""
+        share = 100 * done // max(1, total)
+        if self._visible and share != self._shown:
+            self._shown = share
+            bar = "#" * (share // 5)
+            print(f"\r{self._work} [{bar:<20}] {share:3d} % of {_size(total)}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave an empty line."""
+        if self._shown is not None:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -1196,6 +1196,20 @@ class Index:
             error=self._error,
         )
 
+    def invariants(self, rows: RowTable) -> Iterator[tuple[str, bool]]:
+        """What has to be true of an index that searches use, and whether it is."""
+        base = self._awake
+        if base is None or self._version != rows.version:
+            return
+        slots = rows.live_slots().cpu()
+        known = slots[slots < len(base.entry_of)]
+        seen = known[base.sees(known)]
+        yield "an entry is that of its slot", torch.equal(base.slots[base.entry_of[seen]], seen)
+        reached = torch.cat([seen, self._beside.cpu()]).unique()
+        yield "each row is in the base or beside it", bool(torch.isin(slots, reached).all())
+        yield "as many entries are in FAISS", int(base.owner.ntotal) == base.entries
+        yield "the base hides what is no row", base.visible.hidden == base.entries - len(seen)
+
 
 def _truth(
     queries: Tensor, keys: Tensor, metric: str, selection: Selection, k: int

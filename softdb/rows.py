@@ -471,6 +471,23 @@ class RowTable(nn.Module):
             raise FieldError(f"fields: expected a column for every field ({known}), {missing[0]!r} is missing")
         return {name: check_column(name, column, count) for name, column in given.items()}
 
+    def invariants(self) -> Iterator[tuple[str, bool]]:
+        """What has to be true of the books, and whether it is."""
+        live, ids = (self.ids >= 0).cpu(), self.ids.cpu()
+        named, slots = ids[live], live.nonzero().squeeze(-1)
+        holes = (~live[: self.used]).nonzero().squeeze(-1)
+        buffers = [getattr(self, name) for name in (*STAMPS, *self.columns)]
+        yield "every buffer has an entry for each slot", all(len(buffer) == self.capacity for buffer in buffers)
+        yield "no row lies beyond those in use", self.used <= self.capacity and not bool(live[self.used :].any())
+        yield "the holes are those without an id", sorted(self._free) == holes.tolist()
+        yield "each id is found in its slot", bool((self.find(named) == slots).all()) and self.names_differ
+        yield "ids are below the next", bool((named < self._next_id).all()) and int(self.next_id) == self._next_id
+        yield "nothing changes after the last version", bool((self.changed_at <= self.version).all())
+        if self.evict is not None:
+            yield "turns are below the next", bool((self._turns.cpu()[live] < self._next_turn).all())
+        if self.evict == "oldest":
+            yield "no two rows are as old", len(self._turns.cpu()[live].unique()) == len(named)
+
     # -- copies ----------------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:

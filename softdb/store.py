@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import weakref
@@ -1024,7 +1025,7 @@ class SoftKVStore(nn.Module):
         tensors |= {"rows.ids": self.rows.ids[:used], "rows.next_id": self.rows.next_id}
         description = {name: getattr(self, name) for name in SETTINGS}
         description |= {"fields": list(self.fields), "index": asdict(self._index.config)}
-        description |= {"track_usage": self.rows.track_usage, "softdb": __version__}
+        description |= {"track_usage": self.rows.track_usage, "rows": len(self), "softdb": __version__}
         return tensors, description
 
     @classmethod
@@ -1118,7 +1119,7 @@ class SoftKVStore(nn.Module):
         ``keys`` and ``values`` stay the same objects. Any other store is left as it is.
         """
         if self._is_mapped:
-            self._resize(self.rows.used if self.capacity is None else self.capacity)
+            self._resize(self.capacity or self.rows.capacity)
             self._is_mapped = False
             for table in self._tables().values():
                 table.requires_grad_(self.trainable)
@@ -1148,7 +1149,6 @@ class SoftKVStore(nn.Module):
 
     def _carry_out(self, change: _Change) -> None:
         """Write. Where that breaks off, by an interrupt or for want of memory, `_catch_up` brings it to its end."""
-        self.rows.prepare(change.ids)
         self._unfinished = self.rows.rebuild  # nothing is written yet, but the books may be wrong
         placed = self.rows.choose(len(change.ids), change.leaving) if len(change.ids) else NO_SLOTS
         gone = self.rows.ids[change.leaving.to(self.rows.ids.device)].cpu()
@@ -1217,6 +1217,7 @@ class SoftKVStore(nn.Module):
                 f"keys: expected at most {self.capacity} rows, the store's capacity, got {together}; write fewer at "
                 "a time, or make the store with a larger capacity"
             )
+        self.rows.prepare(new)
         needed = self.rows.slots_needed(count)
         if self.evict is None or needed <= self.rows.capacity:
             self._make_room(needed)
@@ -1231,12 +1232,15 @@ class SoftKVStore(nn.Module):
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
-        # All are made before any is set: memory may run out in between.
-        tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
-        gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
-        self._unfinished = functools.partial(self._grow, _Growth(self.rows.resized(capacity), tables, gradients))
+        self._unfinished = functools.partial(self._grow, self._resized(capacity))
         self._unfinished()
         self._unfinished = None
+
+    def _resized(self, capacity: int) -> _Growth:
+        """All that it takes, before any of it is set: memory may run out in between."""
+        tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
+        gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
+        return _Growth(self.rows.resized(capacity), tables, gradients)
 
     def _grow(self, growth: _Growth) -> None:
         """Use tensors of another size: as often as need be."""
@@ -1275,6 +1279,17 @@ class SoftKVStore(nn.Module):
                 f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
                 f"cannot follow: {remedy}, before wrapping"
             )
+
+    def _check(self) -> None:
+        """Raise a RuntimeError that names what is not as it has to be, if anything: for tests."""
+
+        def check() -> None:
+            claims = itertools.chain(_invariants(self), self.rows.invariants(), self._index.invariants(self.rows))
+            broken = [claim for claim, holds in claims if not holds]
+            if broken:
+                raise RuntimeError(f"the store is inconsistent: expected that {'; that '.join(broken)}")
+
+        self._reading(check)
 
     # -- many readers, one writer ----------------------------------------------------------------------------
 
@@ -1442,10 +1457,12 @@ class SoftKVStore(nn.Module):
             missing_keys.extend(missing)
             unexpected_keys.extend(unexpected)
             return
-        self._fit_to({name.removeprefix(prefix): state_dict[name] for name in names})
+        growth = self._room_for({name.removeprefix(prefix): state_dict[name] for name in names})
         others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
 
         def load() -> None:
+            if growth is not None:
+                self._grow(growth)
             super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
             self.rows.load(state_dict, f"{prefix}rows.", *others)
 
@@ -1455,8 +1472,8 @@ class SoftKVStore(nn.Module):
         self._watch()
         self._unfinished = None
 
-    def _fit_to(self, state: Mapping[str, Any]) -> None:
-        """Check what is to be loaded and take its size."""
+    def _room_for(self, state: Mapping[str, Any]) -> _Growth | None:
+        """Check what is to be loaded; tensors of its size, if that is another."""
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
@@ -1466,9 +1483,10 @@ class SoftKVStore(nn.Module):
         check_ids("state_dict['rows.ids']", ids[ids != -1])
         check_finite("state_dict['keys']", state["keys"])
         check_finite("state_dict['values']", state["values"])
-        if capacity != self.rows.capacity:
-            self._check_growth(capacity)
-            self._resize(capacity)
+        if capacity == self.rows.capacity:
+            return None
+        self._check_growth(capacity)
+        return self._resized(capacity)
 
     def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:
         """Whether tensors have the types and shapes of a store's with so many slots."""
@@ -1495,6 +1513,15 @@ class SoftKVStore(nn.Module):
         self.rows.know(self._tables())
         self._handle = new_handle(self)
         self._watch()
+
+
+def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
+    capacity, live = store.rows.capacity, store.rows.ids >= 0
+    shapes = (capacity, store.key_dim), (capacity, store.value_dim)
+    yield "keys and values have a row for each slot", (store.keys.shape, store.values.shape) == shapes
+    empty = bool((store.keys.detach()[~live] == 0).all()) and bool((store.values.detach()[~live] == 0).all())
+    yield "slots without a row hold zeros", empty
+    yield "no write is unfinished", store._unfinished is None
 
 
 def _empty(name: str) -> int:

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 import softdb
 from softdb import SoftKVStore
 from softdb.normalizers import SPARSE
-from softdb.rows import RowTable
 
 
 def visible_rule(visible: Tensor | None):  # type: ignore[no-untyped-def]
@@ -1111,25 +1110,6 @@ def test_as_part_of_a_model() -> None:
 # -- a store against a dict ------------------------------------------------------------------------------
 
 
-def _check(store: SoftKVStore) -> None:
-    """Every invariant of the books."""
-    rows: RowTable = store.rows
-    assert store.keys.shape == (rows.capacity, store.key_dim)
-    assert store.values.shape == (rows.capacity, store.value_dim)
-    assert rows.used <= rows.capacity
-    live = rows.ids >= 0
-    assert not live[rows.used :].any()
-    assert int(live.sum()) == len(rows)
-    assert sorted(rows._free) == (~live[: rows.used]).nonzero().flatten().tolist()
-    ids = rows.ids[live]
-    assert len(ids.unique()) == len(ids)
-    assert (rows.find(ids) == live.nonzero().flatten()).all()
-    assert int(rows.next_id) == rows._next_id
-    assert (ids < rows._next_id).all()
-    assert (store.keys[~live] == 0).all()
-    assert (rows.changed_at <= rows.version).all()
-
-
 class StoreMachine(RuleBasedStateMachine):
     """Random writes and reads of a store, beside a dict that says what must come of them."""
 
@@ -1228,7 +1208,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_are_those_of_the_model(self) -> None:
-        _check(self.store)
+        self.store._check()
         ids = sorted(self.model)
         assert self.store.ids.sort().values.tolist() == ids
         if ids:

@@ -280,3 +280,71 @@ def test_a_file_that_is_not_there_leaves_the_output_open(files: Path) -> None:
     script = "from softdb.cli import main\nprint(main(['compare', 'none.npz', 'none.npy']))\nprint('after')"
     done = run(command=[sys.executable, "-W", "error", "-c", script])
     assert done.stdout.split() == ["1", "after"]
+
+
+# -- info and verify -------------------------------------------------------------------------------------
+
+
+def saved(path: Path, rows: int = 1200) -> Path:
+    store = softdb.SoftKVStore(4, 3, fields=("time",), metric="l2")
+    store.add(torch.randn(rows, 4), torch.randn(rows, 3), fields={"time": 0})
+    store.save(path)
+    return path
+
+
+def test_info_tells_what_a_snapshot_holds(tmp_path: Path) -> None:
+    done = run("info", str(saved(tmp_path / "store")))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for part in (
+        rf"store: a snapshot of format 1, saved by softdb {re.escape(softdb.__version__)}\n",
+        r"  rows +1,200\n",
+        r"  key_dim +4\n",
+        r"  metric +l2\n",
+        r"  fields +time\n",
+        r"  keys-1.safetensors +float32 +1,200 x 4 +19\.2 kB  as saved\n",
+        r"store: every byte is as it was saved \(6 files, 62\.4 kB\)\n$",
+    ):
+        assert re.search(part, done.stdout), part
+
+
+def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path) -> None:
+    path = saved(tmp_path / "store")
+    done = run("verify", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("every byte is as it was saved (6 files, 62.4 kB)\n")
+    (file,) = path.glob("values-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (other,) = path.glob("keys-*")
+    other.write_bytes(other.read_bytes()[:-3])
+    for command in ("verify", "info"):
+        done = run(command, str(path))
+        assert done.returncode == 1
+        assert re.search(r"damaged: .*values-1.*the tensor 'values' as saved", done.stdout)
+        assert re.search(r"damaged: .*keys-1.*bytes for the tensor 'keys'", done.stdout)
+        assert len(re.findall("damaged: ", done.stdout)) == 2
+    assert re.search(r"rows.ids-1.safetensors.* as saved\n", done.stdout)
+    assert re.search(r"values-1.safetensors.* DAMAGED\n", done.stdout)
+
+
+def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
+    path = saved(tmp_path / "store")
+    (path / "manifest.json").write_text("{}", encoding="utf-8")
+    (path / "odd\x1b[2Jname").write_text("", encoding="utf-8")
+    done = run("info", str(path))
+    assert done.returncode == 1
+    assert "a snapshot whose manifest is damaged" in done.stdout
+    assert re.search(r"files there: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
+    assert "\x1b" not in done.stdout
+    assert re.search(r"damaged: .*manifest.json: expected what was saved", done.stdout)
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_what_is_no_snapshot_is_a_plain_message(command: str, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        done = run(command, str(path))
+        assert done.returncode == 1
+        assert re.match(r"softdb: .*No such file or directory", done.stderr)
+        assert done.stdout == ""

@@ -34,7 +34,7 @@ class SharedLock:
         self._own = threading.local()
         self._gate: Any = threading.RLock()  # who writes holds it, so that nobody begins to read
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()  # of the threads that are alive
-        self.alone = threading.Lock()
+        self.alone = threading.RLock()  # a signal's handler may save while its thread counts
 
     @property
     def is_read(self) -> bool:

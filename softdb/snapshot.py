@@ -304,7 +304,7 @@ def read_snapshot(
             file = directory / entry.file
             _check_size_and_header(file, entry, source)
             if entry.name not in mapped:
-                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
                 _check_hash(file, entry, source, threads, _bytes_of(tensors[entry.name].reshape(-1)))
             else:
                 if verify:
@@ -519,7 +519,7 @@ def _fill(descriptor: int, place: memoryview, start: int) -> bool:
 def _mapped(entry: _Entry, source: Any) -> Tensor:
     """The tensor where it lies in its file; pages that are written to become the process's own."""
     if entry.nbytes == 0:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     # Nobody is to set memory aside for pages that will not be written to: there may be more of them than memory.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
     size = len(entry.header) + entry.nbytes

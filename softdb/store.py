@@ -341,6 +341,7 @@ class SoftKVStore(nn.Module):
         self._index = Index(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
         self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
+        self._finished = 0  # how many writes that broke off have been
         self._is_mapped = False  # the rows lie in the files of a snapshot
         self._handle = new_handle(self)
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
@@ -1029,6 +1030,7 @@ class SoftKVStore(nn.Module):
         return tensors, description
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -1149,20 +1151,44 @@ class SoftKVStore(nn.Module):
 
     def _carry_out(self, change: _Change) -> None:
         """Write. Where that breaks off, by an interrupt or for want of memory, `_catch_up` brings it to its end."""
-        self._unfinished = self.rows.rebuild  # nothing is written yet, but the books may be wrong
-        placed = self.rows.choose(len(change.ids), change.leaving) if len(change.ids) else NO_SLOTS
-        gone = self.rows.ids[change.leaving.to(self.rows.ids.device)].cpu()
+        placed, finished = self._chosen(change)
         change = change._replace(placed=placed)
-        self._unfinished = functools.partial(self._finish, change)
-        if len(gone):
-            self.rows.remove(gone, change.leaving)
-            if len(placed) == 0:
-                self.rows.release(change.leaving)
-        if len(placed):
-            self.rows.place(change.ids, placed)
-        self.rows.mark_changed(change.slots, keys=change.keys is not None)
-        self._write(change)
+        try:
+            self._unfinished = functools.partial(self._finish, change)
+            gone = self.rows.ids[change.leaving.to(self.rows.ids.device)].cpu()
+            if len(gone):
+                self.rows.remove(gone, change.leaving)
+                if len(change.placed) == 0:
+                    self.rows.release(change.leaving)
+            if len(change.placed):
+                self.rows.place(change.ids, change.placed)
+            self.rows.mark_changed(change.slots, keys=change.keys is not None)
+            self._write(change)
+        except Exception:
+            if self._finished == finished:
+                raise
+        if self._finished != finished:
+            # A signal's handler has looked at the store meanwhile: the books are those that it has drawn up.
+            self._unfinished = functools.partial(self._finish, change)
+            self._catch_up()
         self._unfinished = None
+
+    def _chosen(self, change: _Change) -> tuple[Tensor, int]:
+        """The slots for new rows, and how many writes had been finished when the books said so.
+
+        Nothing is written yet, but the books may be wrong, if it breaks off.
+        """
+        while True:
+            finished = self._finished
+            self._unfinished = self.rows.rebuild
+            try:
+                placed = self.rows.choose(len(change.ids), change.leaving) if len(change.ids) else NO_SLOTS
+            except Exception:
+                if self._finished == finished:
+                    raise
+            if self._finished == finished:
+                return placed, finished
+            self.rows.rebuild()  # a signal's handler has looked at the store meanwhile
 
     def _finish(self, change: _Change) -> None:
         self.rows.finish(change.leaving, change.ids, change.placed)
@@ -1232,8 +1258,9 @@ class SoftKVStore(nn.Module):
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
-        self._unfinished = functools.partial(self._grow, self._resized(capacity))
-        self._unfinished()
+        grow = functools.partial(self._grow, self._resized(capacity))
+        self._unfinished = grow
+        grow()
         self._unfinished = None
 
     def _resized(self, capacity: int) -> _Growth:
@@ -1345,6 +1372,7 @@ class SoftKVStore(nn.Module):
             self.rows.rebuild()
             self._index.reset()
             self._unfinished = None
+            self._finished += 1
         self._notice_writes()
         if query is not None and not self._index.is_current(self.rows):
             query = query.reshape(-1, self.key_dim)

@@ -418,11 +418,15 @@ def contents(store: SoftKVStore) -> tuple[dict[int, list[float]], int]:
     return dict(zip(ids, numbers.tolist(), strict=True)), int(store.rows.next_id)
 
 
-class Interrupts:
-    """Raises at the n-th line of softdb that the thread comes to."""
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
-    def __init__(self, at: int | None) -> None:
-        self.count, self.at = 0, at
+
+class Interrupts:
+    """Raises, or does something else, at the n-th line of softdb that the thread comes to."""
+
+    def __init__(self, at: int | None, act: Callable[[], None] = interrupt) -> None:
+        self.count, self.at, self.act = 0, at, act
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         name = frame.f_globals.get("__name__", "")
@@ -431,7 +435,7 @@ class Interrupts:
         if event == "line":
             self.count += 1
             if self.count == self.at:
-                raise KeyboardInterrupt
+                self.act()
         return self.trace
 
     @contextmanager
@@ -485,6 +489,31 @@ def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, ki
             assert recall_of(store) == 1.0
     if name in ("add", "delete", "update"):
         assert outcomes == {True, False}  # some came before, some after the point of no return
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in WRITES if name not in ELSEWHERE])
+def test_a_signal_handler_may_save_in_the_middle_of_a_write(name: str, kind: str, tmp_path: Path) -> None:
+    write = WRITES[name]
+    original = table(**KINDS[kind])
+    whole = copy.deepcopy(original)
+    counter = Interrupts(None)
+    with counter.on():
+        write(whole)
+    step = max(1, counter.count // (2 * POINTS))
+    for at in range(1 + len(name) % step, counter.count, step):
+        store = copy.deepcopy(original)
+        before = contents(store)
+
+        def save(store: SoftKVStore = store) -> None:
+            with torch.no_grad():
+                store.save(tmp_path)
+
+        with Interrupts(at, save).on():
+            write(store)
+        store._check()
+        assert contents(store) == contents(whole)
+        assert contents(SoftKVStore.load(tmp_path)) in (before, contents(whole))
 
 
 def recall_of(store: SoftKVStore) -> float:

@@ -617,7 +617,8 @@ class _Plan:
                 base = self._base()
         except Exception as failure:  # whatever FAISS raises, and no memory left: there are exact searches
             error = _reason(failure)
-        return _Built(self.version, base, self.left_out, len(self.slots), time.perf_counter() - started, error)
+        rows = len(self.slots) + len(self.left_out)
+        return _Built(self.version, base, self.left_out, rows, time.perf_counter() - started, error)
 
     def _base(self) -> _Base:
         vectors = _array(self.rows)
@@ -1274,7 +1275,8 @@ def _tuning_queries(query: Tensor | None, rows: Tensor, count: int) -> list[Tens
     given = rows[:0] if query is None else query.detach().to(rows.dtype)
     given = given[:: max(1, len(given) // count)][:count]
     generator = torch.Generator("cpu").manual_seed(0)
-    chosen = torch.randint(max(1, len(rows)), (count - len(given),), generator=generator, device="cpu")
+    wanted = count - len(given) if len(rows) else 0
+    chosen = torch.randint(max(1, len(rows)), (wanted,), generator=generator, device="cpu")
     sample = rows[chosen.to(rows.device)]
     noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
     spread = sample.std(dim=0, correction=0) if len(sample) else 0.0

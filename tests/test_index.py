@@ -622,6 +622,19 @@ def test_a_row_of_enormous_length_is_left_out(metric: str) -> None:
     assert stats.pending == (0 if metric == "cosine" else 1)
 
 
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "PQ2x4"])
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "cosine"])
+def test_where_every_row_is_of_enormous_length_searches_are_exact(metric: str, factory: str) -> None:
+    store = SoftKVStore(8, 2, metric=metric, index=factory)  # type: ignore[arg-type]
+    keys = 1e19 * torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    store.add(keys, keys[:, :2])
+    query = 1e-19 * keys[:5]
+    assert torch.equal(store.read(query, "topk", k=3).ids, store.read(query, k=3).ids)
+    stats = store.index_stats()
+    assert stats.factory == "Flat"
+    assert stats.error is not None
+
+
 def test_all_pending_rows_may_be_beyond_repair() -> None:
     store = make("HNSW16", trainable=True)
     store.read(clustered(4), "topk", k=5)

@@ -899,6 +899,7 @@ def test_recall_is_tuned_anew_when_other_queries_come(monkeypatch: pytest.Monkey
 
 
 def test_single_queries_gather_until_they_tell_a_recall() -> None:
+    torch.manual_seed(0)
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
     store.build_index()
     queries = 2 * torch.randn(100, 16)

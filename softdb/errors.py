@@ -171,12 +171,23 @@ def check_float_tensor(
         )
     if not value.is_floating_point():
         raise DtypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+    check_dense(name, value)
+    check_shape(name, value, shape)
+    if device is not None:
+        check_device(name, value, device)
+    return value
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise if ``value`` is sparse or of another layout that is not every operation's."""
     if value.layout != torch.strided:
         raise DtypeError(f"{name}: expected a dense tensor, got {value.layout}; convert it with .to_dense()")
-    check_shape(name, value, shape)
-    if device is not None and value.device != device:
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless ``value`` lies on ``device``."""
+    if value.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
-    return value
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
@@ -227,6 +238,9 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
             ids = ids.to(torch.int64)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are whole numbers")
+    check_dense(name, ids)
+    if ids.is_meta:
+        raise DeviceError(f"{name}: expected ids that can be read, got a tensor on meta, which holds none")
     ids = ids.to(device="cpu", dtype=torch.int64)
     if ids.numel():
         lowest = int(ids.min())
@@ -261,11 +275,16 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
         return False
 
 
-def check_temperature(value: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-    """``value`` if it is a positive finite number, or a tensor of them that broadcasts to ``shape``."""
+def check_temperature(
+    value: float | Tensor, shape: Sequence[int], device: torch.device | None = None
+) -> float | Tensor:
+    """``value`` if it is a positive finite number, or a tensor of them on ``device`` that broadcasts to ``shape``."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise DtypeError(f"temperature: expected a float or a floating-point tensor, got {value.dtype}")
+        check_dense("temperature", value)
+        if device is not None:
+            check_device("temperature", value, device)
         if not broadcasts(value.shape, shape):
             raise ShapeError(
                 f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "

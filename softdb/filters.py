@@ -15,7 +15,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from softdb.errors import DeviceError, DtypeError, ShapeError, broadcasts, check_ids, check_vector, describe
+from softdb.errors import (
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    broadcasts,
+    check_dense,
+    check_device,
+    check_ids,
+    check_vector,
+    describe,
+)
 from softdb.rows import RowTable
 
 __all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]
@@ -227,8 +237,8 @@ def _mask_of_tensor(rows: RowTable, where: Tensor) -> Tensor:  # -> (used,) bool
                 f"where: expected a bool tensor of shape ({len(rows)},), one entry per row in the order of store.ids, "
                 f"got {tuple(where.shape)}"
             )
-        if where.device != device:
-            raise DeviceError(f"where: expected a tensor on {device}, got one on {where.device}; move it with .to()")
+        check_dense("where", where)
+        check_device("where", where, device)
         if rows.live() is None:
             return where.clone()
         slots = rows.live_slots()[where]

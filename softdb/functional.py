@@ -663,7 +663,7 @@ def _check_operands(
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
     batch = _batch_shape(query, keys, values)
-    check_temperature(temperature, (*batch, query.shape[-2]))
+    check_temperature(temperature, (*batch, query.shape[-2]), query.device)
     return batch
 
 

@@ -35,6 +35,7 @@ from softdb.errors import (
     ShapeError,
     StaleReadError,
     UnknownIdError,
+    check_dense,
     describe,
     list_ids,
 )
@@ -556,6 +557,7 @@ def check_column(name: str, column: object, count: int) -> Tensor:
             values = values.to(torch.int64)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {describe(column)}") from error
+    check_dense(f"fields[{name!r}]", values)
     if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {values.dtype}")
     if values.shape not in ((), (count,)):

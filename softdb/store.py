@@ -704,7 +704,7 @@ class SoftKVStore(nn.Module):
         if self.trainable and self.sparse_grad and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
         leading = query.shape[:-1]
-        chosen = self.temperature if temperature is None else check_temperature(temperature, leading)
+        chosen = self.temperature if temperature is None else check_temperature(temperature, leading, keys.device)
         selection = self._select(leading, where, exclude)
         if mode != "exact" or not selection.shows_some_to_all:
             check_finite("query", query)  # else its scores tell
@@ -960,6 +960,7 @@ class SoftKVStore(nn.Module):
         """
         k = check_positive("k", k)
         check_float_tensor("queries", queries, (-1, self.key_dim), self.keys.device)
+        check_finite("queries", queries)
 
         def both() -> list[Read]:
             modes: tuple[Mode, ...] = ("exact", "topk")

@@ -584,6 +584,7 @@ BAD_READS = [
     (dict(temperature=math.nan), softdb.ArgumentError, "temperature: expected a finite number above 0, got nan"),
     (dict(temperature=torch.tensor(-1.0)), softdb.ArgumentError, "temperature: expected finite numbers above 0"),
     (dict(temperature=torch.ones(3)), softdb.ShapeError, r"temperature: .* broadcastable .* \(2,\), got shape \(3,\)"),
+    (dict(temperature=torch.ones((), device="meta")), softdb.DeviceError, "temperature: expected a tensor on cpu"),
     (dict(temperature="warm"), softdb.DtypeError, "temperature: expected a float or a tensor, got str 'warm'"),
     (dict(mask=torch.ones(2, 4)), softdb.DtypeError, "mask: expected a bool tensor"),
     (dict(mask=torch.ones(3, 4) > 0), softdb.ShapeError, r"mask: expected a shape broadcastable to \(2, 4\)"),

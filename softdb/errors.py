@@ -145,6 +145,8 @@ def check_positive(name: str, value: object) -> int:
         raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
     if number < 1:
         raise ArgumentError(f"{name}: expected an integer of at least 1, got {number}")
+    if number >= 2**63:
+        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {number}")
     return number
 
 
@@ -230,6 +232,8 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
     if isinstance(value, Tensor):
         ids = value.detach()
     else:
+        if isinstance(value, (list, tuple)) and any(isinstance(number, bool) for number in value):
+            raise DtypeError(f"{name}: expected int64 ids, got torch.bool among them; ids are whole numbers")
         try:
             ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -1542,6 +1546,29 @@ class SoftKVStore(nn.Module):
         self.rows.know(self._tables())
         self._handle = new_handle(self)
         self._watch()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _sent)
+
+
+def _sent(store: SoftKVStore) -> Any:
+    """What is pickled to send a store to another process: a copy, unless ``share_memory()`` was called.
+
+    torch sends tensors by moving them to memory that both processes see: each would write to the rows of the other,
+    and keep books of its own.
+    """
+    if store.keys.is_shared():
+        return store.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    sent, process = copy.deepcopy(store), get_spawning_popen()
+    if process is not None:  # which takes over open files: they are not to be closed before it begins
+        _copies.setdefault(process, []).append(sent)
+    return sent.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+# The memory that a process has its store in, as long as that process is known.
+_copies: weakref.WeakKeyDictionary[Any, list[SoftKVStore]] = weakref.WeakKeyDictionary()
+ForkingPickler.register(SoftKVStore, _sent)
 
 
 def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:

@@ -111,7 +111,7 @@ def id_faults(*, padding: bool = False, many: bool = False) -> Iterator[Fault]:
     whole, least = "expected int64 ids, got ", "expected ids of at least 0, " + padding * "or -1 for padding, "
     for ids in ([0, 2**63], [0, -(2**63) - 1], [0, None], ["0", "1"], {0, 1}, {0: 1}, "01", iter([0, 1])):
         yield Fault(short(ids), ids, DtypeError, whole + type(ids).__name__)
-    for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), ([True, False], "bool"), ([0, 1j], "complex64")):
+    for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), ([True, 2], "bool"), ([0, 1j], "complex64")):
         yield Fault(short(ids), ids, DtypeError, whole + f"torch.{dtype}")
     for dtype in (torch.float64, torch.bool, torch.complex64, torch.uint8, torch.uint64):
         yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; ids are whole numbers")
@@ -166,6 +166,7 @@ def whole_number_faults() -> Iterator[Fault]:
     """What a number of rows may not be."""
     for number in (0, -1, -(2**63), -(2**70)):
         yield Fault(short(number), number, ArgumentError, f"expected an integer of at least 1, got {number}")
+    yield Fault("2**63", 2**63, ArgumentError, "expected an integer that int64 holds, got 9223372036854775808")
     for value in (2.0, NAN, INF, 1j, True, "3", [3], torch.tensor(2.0), torch.tensor([1, 2]), np.array([1, 2])):
         yield Fault(short(value), value, DtypeError, "expected an integer, got ")
 

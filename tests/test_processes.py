@@ -95,7 +95,7 @@ if __name__ == "__main__":
         process.join(10)
         assert process.exitcode == 0, method
         print(method)
-    again = store.read(query, "topk", k=5)  # pickling has moved the rows to shared memory: the index is out of date
+    again = store.read(query, "topk", k=5)
     assert torch.equal(again.ids, wanted[0])
     assert torch.allclose(store(query), wanted[2], atol=1e-5)
 """
@@ -110,6 +110,57 @@ def test_a_child_reads_what_its_parent_has_read(first: str, threads: int, tmp_pa
     code, lines, complaints = finish(start(str(program), first, *METHODS, threads=threads))
     assert code == 0, complaints[-2000:]
     assert lines == METHODS
+
+
+APART = """
+import multiprocessing
+import torch
+from softdb import SoftKVStore
+
+
+class Named(SoftKVStore):
+    pass
+
+
+def child(store, connection):
+    connection.send("begun")
+    connection.recv()
+    connection.send((len(store), store(torch.ones(1, 4)).tolist()))
+    store.values.fill_(7.0)
+    connection.send("written")
+    connection.recv()
+
+
+if __name__ == "__main__":
+    for kind in (SoftKVStore, Named):
+        for shared in (False, True):
+            store = kind(4, 2)
+            ids = store.add(torch.eye(4), torch.ones(4, 2))
+            if shared:
+                store.share_memory()
+            ours, theirs = multiprocessing.get_context("spawn").Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=child, args=(store, theirs), daemon=True)
+            process.start()
+            assert ours.poll(90) and ours.recv() == "begun"
+            store.update(ids, values=torch.full((4, 2), 5.0))
+            ours.send("go")
+            assert ours.poll(30)
+            count, answer = ours.recv()
+            assert count == 4
+            assert answer == [[5.0, 5.0] if shared else [1.0, 1.0]], answer
+            assert ours.recv() == "written"
+            assert bool((store.values == (7.0 if shared else 5.0)).all())
+            ours.send("end")
+            process.join(10)
+            assert process.exitcode == 0
+"""
+
+
+def test_a_store_sent_to_a_process_is_a_copy_unless_its_memory_is_shared(tmp_path: Path) -> None:
+    program = tmp_path / "apart.py"
+    program.write_text(APART)
+    code, _, complaints = finish(start(str(program)))
+    assert code == 0, complaints[-2000:]
 
 
 class Answers(torch.utils.data.Dataset[Tensor]):

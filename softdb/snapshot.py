@@ -141,6 +141,7 @@ def write_snapshot(
         directory.mkdir()
         _sync(directory.parent)
     with _locked(directory, timeout):
+        swapping = False
         generation = 1 + max((number for _, number in _data_files(directory)), default=0)
         written: list[Path] = []
         try:
@@ -153,9 +154,11 @@ def write_snapshot(
             written.append(draft)
             _write_bytes(draft, _manifest(entries, description))
             _sync(directory)
+            swapping = True
             os.replace(draft, directory / MANIFEST)
         except BaseException:
-            for file in written:
+            # An interrupt, or a disk far away, may report an error after the manifest has been swapped.
+            for file in written if not swapping or os.path.exists(draft) else []:
                 with suppress(OSError):
                     file.unlink()
             raise

@@ -64,6 +64,8 @@ DTYPES = {
 }
 DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 DATA_FILE = re.compile(r"[a-z][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
+DRAFT = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
+LARGEST = 10**18 - 1  # generation that these names have room for
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 
 
@@ -142,7 +144,7 @@ def write_snapshot(
         _sync(directory.parent)
     with _locked(directory, timeout):
         swapping = False
-        generation = 1 + max((number for _, number in _data_files(directory)), default=0)
+        generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
         written: list[Path] = []
         try:
             entries = []
@@ -164,16 +166,15 @@ def write_snapshot(
             raise
         _sync(directory)
         kept = {entry.file for entry in entries}
-        leftovers = [file for file, _ in _data_files(directory) if file.name not in kept]
-        for file in [*leftovers, *directory.glob(f"{MANIFEST}-*")]:
+        for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
             with suppress(OSError):
                 file.unlink()
 
 
-def _data_files(directory: Path) -> Iterator[tuple[Path, int]]:
-    """The files in the directory that are named like a snapshot's, and their generations."""
+def _numbered(directory: Path) -> Iterator[tuple[Path, int]]:
+    """The files in the directory that are named like those that a save makes, and their generations."""
     for file in sorted(directory.iterdir()):
-        match = DATA_FILE.fullmatch(file.name)
+        match = DATA_FILE.fullmatch(file.name) or DRAFT.fullmatch(file.name)
         if match:
             yield file, int(match.group(1))
 

@@ -139,9 +139,9 @@ def write_snapshot(
         OSError: The system refuses; the snapshot that was there is intact.
     """
     directory = Path(path)
-    if not directory.exists():
-        directory.mkdir()
-        _sync(directory.parent)
+    directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
+    if not (directory / MANIFEST).exists():
+        _sync(directory.parent)  # nor is it known whether who made it has made its name durable
     with _locked(directory, timeout):
         swapping = False
         generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)

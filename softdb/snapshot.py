@@ -63,10 +63,9 @@ DTYPES = {
     torch.int64: "I64",
 }
 DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
-DATA_FILE = re.compile(r"[a-z][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
+DATA_FILE = re.compile(r"[a-z_][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
 DRAFT = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
 LARGEST = 10**18 - 1  # generation that these names have room for
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.]*")
 
 
 class _Entry(NamedTuple):
@@ -89,6 +88,10 @@ class _Entry(NamedTuple):
         text = json.dumps({self.name: described}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
+
+
+def _is_name(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 class _Digest:
@@ -149,7 +152,7 @@ def write_snapshot(
         try:
             entries = []
             for name, tensor in tensors.items():
-                file = directory / f"{name.lower()}-{generation}.safetensors"
+                file = directory / _file_name(name, generation, {file.name for file in written})
                 written.append(file)
                 entries.append(_write_tensor(file, name, tensor))
             draft = directory / f"{MANIFEST}-{generation}"
@@ -179,9 +182,16 @@ def _numbered(directory: Path) -> Iterator[tuple[Path, int]]:
             yield file, int(match.group(1))
 
 
+def _file_name(name: str, generation: int, taken: Collection[str]) -> str:
+    """A name that every file system knows from the ``taken`` ones, whatever it makes of capitals and accents."""
+    plain = re.sub(r"[^a-z0-9_.]", "_", name.lower())[:80]
+    file = f"{plain}-{generation}.safetensors"
+    return file if file not in taken else f"{plain}.{len(taken)}-{generation}.safetensors"
+
+
 def _write_tensor(file: Path, name: str, tensor: Tensor) -> _Entry:
     entry = _Entry(name, file.name, tensor.dtype, tuple(tensor.shape), "")
-    if not NAME.fullmatch(name) or tensor.dtype not in DTYPES:
+    if not _is_name(name) or tensor.dtype not in DTYPES:
         raise ArgumentError(f"tensors: expected a plain name and one of {list(DTYPES)}, got {name!r}, {tensor.dtype}")
     flat = tensor.detach().reshape(-1)
     step = max(1, CHUNK // tensor.dtype.itemsize)
@@ -462,7 +472,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(found: Any) -> _Entry:
     name, file, dtype, shape, digest = (found[key] for key in ("name", "file", "dtype", "shape", "blake2b"))
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not _is_name(name):
         raise ValueError(f"the name {name!r}")
     if not isinstance(file, str) or not DATA_FILE.fullmatch(file):
         raise ValueError(f"the file name {file!r}")

@@ -157,7 +157,12 @@ def write_snapshot(
                 entries.append(_write_tensor(file, name, tensor))
             draft = directory / f"{MANIFEST}-{generation}"
             written.append(draft)
-            _write_bytes(draft, _manifest(entries, description))
+            manifest = _manifest(entries, description)
+            if len(manifest) > LARGEST_MANIFEST:
+                raise ArgumentError(
+                    f"tensors: expected what a manifest of {LARGEST_MANIFEST} bytes has room for, got {len(tensors)}"
+                )
+            _write_bytes(draft, manifest)
             _sync(directory)
             swapping = True
             os.replace(draft, directory / MANIFEST)

@@ -481,7 +481,11 @@ def _entry(found: Any) -> _Entry:
         raise ValueError(f"the name {name!r}")
     if not isinstance(file, str) or not DATA_FILE.fullmatch(file):
         raise ValueError(f"the file name {file!r}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+    if (
+        not isinstance(shape, list)
+        or not all(type(size) is int and 0 <= size < 2**63 for size in shape)
+        or math.prod(size for size in shape if size) >= 2**63  # what torch could not count, of no rows either
+    ):
         raise ValueError(f"the shape {shape!r}")
     if not isinstance(digest, str):
         raise ValueError("no hash")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ import safetensors.torch
 import torch
 
 import softdb
-from softdb import CorruptSnapshotError, LockedError, SoftKVStore, snapshot
+from softdb import CorruptSnapshotError, SoftKVStore, snapshot
 from softdb.snapshot import read_snapshot, write_snapshot
 
 FORK = multiprocessing.get_context("fork")
@@ -105,128 +101,6 @@ def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: py
     assert tensors["none"].shape == (0, 5)
     assert int(tensors["one"]) == 7
     assert description == {"a": [1, None]}
-
-
-# -- faults of the system --------------------------------------------------------------------------------
-
-
-def operations(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
-    """Call ``act`` with a number before each operation on files; the list holds how many there were."""
-    count = [0]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            count[0] += 1
-            act(count[0])
-            return function(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(snapshot, "_write_all", counted(snapshot._write_all))
-    for name in ("fsync", "replace", "open"):
-        monkeypatch.setattr(snapshot.os, name, counted(getattr(os, name)))
-    return count
-
-
-@pytest.fixture(scope="module")
-def count(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many operations a save over a snapshot takes."""
-    path = tmp_path_factory.mktemp("count")
-    make(1.0).save(path)
-    with pytest.MonkeyPatch.context() as patch:
-        counted = operations(patch, lambda number: None)
-        make(2.0).save(path)
-    assert counted[0] > 20
-    return counted[0]
-
-
-@pytest.mark.parametrize("sticky", [False, True])
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_an_error_at_any_operation_leaves_a_snapshot(sticky: bool, code: int, count: int, tmp_path: Path) -> None:
-    for number in range(1, count + 1):
-        path = tmp_path / str(number)
-        make(1.0).save(path)
-        store = make(2.0)
-        with pytest.MonkeyPatch.context() as patch:
-
-            def fail(now: int, number: int = number) -> None:
-                if now == number or (sticky and now > number):
-                    raise OSError(code, "no")
-
-            operations(patch, fail)
-            with pytest.raises(OSError, match="no"):
-                store.save(path)
-        found = value_of(path)
-        assert found == 1.0 or number >= count - 1, number  # by then the manifest is in place, but may not last
-        if found == 1.0:
-            assert names(path) == names_of_one(path), number
-        assert float(store.values[0, 0]) == 2.0
-        store.save(path)
-        assert value_of(path) == 2.0
-        assert names(path) == names_of_one(path)
-
-
-def names_of_one(path: Path) -> list[str]:
-    """What belongs to the snapshot in the directory."""
-    listed = json.loads((path / "manifest.json").read_text())["snapshot"]["tensors"]
-    return sorted([".lock", "manifest.json", *(one["file"] for one in listed)])
-
-
-def test_a_kill_at_any_operation_leaves_a_snapshot(count: int, tmp_path: Path) -> None:
-    for number in range(1, count + 1):
-        path = tmp_path / str(number)
-        make(1.0).save(path)
-
-        def saving(path: Path = path, number: int = number) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                operations(patch, lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == number else None)
-                make(2.0).save(path)
-
-        child = FORK.Process(target=saving)
-        child.start()
-        child.join(30)
-        assert child.exitcode == -signal.SIGKILL
-        assert value_of(path) in (1.0, 2.0)
-        make(3.0).save(path)  # the lock is free
-        assert value_of(path) == 3.0
-        assert names(path) == names_of_one(path)
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    make(1.0).save(tmp_path)
-    script = (
-        "import resource, signal, sys, torch\nfrom softdb import SoftKVStore\n"
-        "store = SoftKVStore(64, 64)\nstore.add(torch.zeros(4000, 64), torch.zeros(4000, 64))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18))\n"
-        "try:\n    store.save(sys.argv[1])\nexcept OSError as error:\n    print('refused', error.errno, len(store))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == f"refused {errno.EFBIG} 4000", done.stderr
-    assert value_of(tmp_path) == 1.0
-    assert names(tmp_path) == names_of_one(tmp_path)
-
-
-def test_one_saves_at_a_time(tmp_path: Path) -> None:
-    make(1.0).save(tmp_path)
-    ready, go = FORK.Event(), FORK.Event()
-
-    def holding() -> None:
-        with snapshot._locked(tmp_path, 0.0):
-            ready.set()
-            go.wait(60)
-
-    child = FORK.Process(target=holding)
-    child.start()
-    assert ready.wait(30)
-    with pytest.raises(LockedError, match="somebody does; wait with timeout"):
-        make(2.0).save(tmp_path)
-    with pytest.raises(LockedError):
-        make(2.0).save(tmp_path, timeout=0.1)
-    assert value_of(tmp_path) == 1.0  # readers need no lock
-    os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
-    make(2.0).save(tmp_path, timeout=30.0)
-    child.join(30)
-    assert value_of(tmp_path) == 2.0
 
 
 # -- damaged and hostile files ---------------------------------------------------------------------------
@@ -360,13 +234,3 @@ def test_links_and_planted_files(tmp_path: Path) -> None:
         SoftKVStore.load(path)
     with pytest.raises(FileNotFoundError):
         SoftKVStore.load(tmp_path / "nowhere")
-
-
-def test_what_a_crash_left_over_goes_with_the_next_save(tmp_path: Path) -> None:
-    make(1.0).save(tmp_path)
-    (tmp_path / "keys-9.safetensors").write_bytes(b"half")
-    (tmp_path / "manifest.json-9").write_bytes(b"half")
-    assert value_of(tmp_path) == 1.0
-    make(2.0).save(tmp_path)
-    assert value_of(tmp_path) == 2.0
-    assert names(tmp_path) == names_of_one(tmp_path)

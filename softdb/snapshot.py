@@ -379,7 +379,7 @@ def examine_snapshot(
         ArgumentError: The snapshot was made by a newer softdb.
     """
     directory = Path(path)
-    present = sorted(file.name for file in directory.iterdir())
+    present = [] if directory.is_file() else sorted(file.name for file in directory.iterdir())
     try:
         entries, description = _read_manifest(directory / MANIFEST)
     except CorruptSnapshotError as error:

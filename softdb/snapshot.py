@@ -483,6 +483,7 @@ def _entry(found: Any) -> _Entry:
         raise ValueError(f"the file name {file!r}")
     if (
         not isinstance(shape, list)
+        or len(shape) > 64
         or not all(type(size) is int and 0 <= size < 2**63 for size in shape)
         or math.prod(size for size in shape if size) >= 2**63  # what torch could not count, of no rows either
     ):

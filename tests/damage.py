@@ -26,7 +26,7 @@ from softdb import ArgumentError, CorruptSnapshotError, SoftKVStore, snapshot
 
 MANIFEST = "manifest.json"
 # What loading small files may take of memory, of address space beside what importing softdb takes, and of seconds.
-MEMORY, ADDRESSES, TIME = 2**26, 2**29, 120.0
+MEMORY, ADDRESSES, TIME = 2**26, 2**28, 120.0
 
 
 # -- writing what softdb would not write -----------------------------------------------------------------
@@ -280,9 +280,9 @@ def sparse(name: str) -> Callable[[Path], None]:
 
 
 def more_than_memory(path: Path) -> None:
-    header = header_of("keys", {"dtype": "F32", "shape": [ADDRESSES, 1], "data_offsets": [0, 4 * ADDRESSES]})
-    replace(path, 0, header, b"", shape=[ADDRESSES, 1])
-    os.truncate(keys_file(path), len(header) + 4 * ADDRESSES)
+    header = header_of("keys", {"dtype": "F32", "shape": [ADDRESSES // 4, 1], "data_offsets": [0, ADDRESSES]})
+    replace(path, 0, header, b"", shape=[ADDRESSES // 4, 1])
+    os.truncate(keys_file(path), len(header) + ADDRESSES)
 
 
 def exchanged(path: Path) -> None:

@@ -590,6 +590,7 @@ def power_failures(
     lost: Callable[[Step], bool] = lambda step: False,
     seed: int = 0,
     again: int = 1,
+    subsets: int = 6,
     patient: bool = True,
 ) -> list[Step]:
     """Cut the power after each operation of a save to a ``place`` with "a snapshot", "nothing", or "a directory".
@@ -613,7 +614,7 @@ def power_failures(
     tried: set[tuple[Any, ...]] = set()
     for count in reversed(range(len(steps) + 1)):
         allowed = ["new"] if count == len(steps) else [old, "new"] if count > swap else [old]
-        for state in states_after(there, steps[:count], path, chance):
+        for state in states_after(there, steps[:count], path, chance, subsets):
             key = (*allowed, None if state is None else tuple(sorted(state.items())))
             if key in tried:
                 continue

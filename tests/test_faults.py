@@ -48,7 +48,11 @@ def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["rename", "write", "fsync"])
-def test_an_interrupt_right_after_an_operation_leaves_a_whole_snapshot(kind: str, tmp_path: Path) -> None:
+def test_an_interrupt_right_after_an_operation_leaves_a_whole_snapshot(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before_test))
     path, before, stores, steps = faults.start(tmp_path)
     for number in range(sum(step.kind == kind for step in steps)):
         faults.fill(path, before)

@@ -144,7 +144,9 @@ def write_snapshot(
     directory = Path(path)
     directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
     if not (directory / MANIFEST).exists():
-        _sync(directory.parent)  # nor is it known whether who made it has made its name durable
+        # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
+        with suppress(PermissionError):
+            _sync(directory.parent)
     with _locked(directory, timeout):
         swapping = False
         generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)

@@ -225,6 +225,19 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
     assert left == [0]
 
 
+def test_a_directory_within_one_that_may_not_be_read_can_be_saved_to(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    def refuse(step: Step) -> None:
+        if step.path == tmp_path:
+            raise PermissionError(errno.EACCES, "no")
+
+    path.mkdir()
+    with faults.hooks(path, refuse):
+        make(2.0).save(path)
+    assert which(path, OLD_NEW) == "new"
+
+
 # -- names -----------------------------------------------------------------------------------------------
 
 

@@ -405,6 +405,8 @@ def examine_snapshot(
             done += len(entry.header) + entry.nbytes
             report(0, done)
             states.append(FileState(entry.file, entry.name, entry.dtype, entry.shape, entry.nbytes, problem))
+    if any(state.problem for state in states) and _is_replaced(directory, entries):
+        return examine_snapshot(path, progress=progress)
     known = {MANIFEST, LOCK, *(entry.file for entry in entries)}
     return Examination(description, None, states, [name for name in present if name not in known])
 
@@ -417,11 +419,16 @@ def _open_all(directory: Path, files: ExitStack) -> tuple[list[_Entry], dict[str
             try:
                 sources = [opened.enter_context(_open(directory / entry.file)) for entry in entries]
             except CorruptSnapshotError:
-                if _read_manifest(directory / MANIFEST)[0] == entries:
+                if not _is_replaced(directory, entries):
                     raise
-                continue  # somebody has saved meanwhile
+                continue
             files.enter_context(opened.pop_all())
             return entries, description, sources
+
+
+def _is_replaced(directory: Path, entries: list[_Entry]) -> bool:
+    """Whether somebody has saved since the manifest listed these."""
+    return _read_manifest(directory / MANIFEST)[0] != entries
 
 
 def _open(file: Path) -> Any:

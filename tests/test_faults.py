@@ -207,8 +207,17 @@ def test_who_loads_while_others_save_gets_one_whole_store_after_the_other(tmp_pa
     holds(faults.loads_beside_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
 
 
+def loaded_whole(path: Path) -> bool:
+    return which(path, OLD_NEW) == "new"
+
+
+def examined_whole(path: Path) -> bool:
+    return snapshot.examine_snapshot(path).is_whole
+
+
+@pytest.mark.parametrize("look_at", [loaded_whole, examined_whole])
 def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look_at: Callable[[Path], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(1.0).save(tmp_path)
     look, left = snapshot._read_manifest, [2]
@@ -221,7 +230,7 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
         return found
 
     monkeypatch.setattr(snapshot, "_read_manifest", slow_look)
-    assert which(tmp_path, OLD_NEW) == "new"
+    assert look_at(tmp_path)
     assert left == [0]
 
 

@@ -359,7 +359,7 @@ def kills_at_every_step(report: Report, folder: Path, *, every: int = 1) -> None
                 stores["new"].save(path)
 
         fill(path, before)
-        child = FORK.Process(target=saving)
+        child = FORK.Process(target=saving, daemon=True)
         child.start()
         what = f"killed {'in' if halfway else 'before'} step {number}, {steps[number]}"
         report.check(ends(child) == -signal.SIGKILL, f"{what}: the child ended by {child.exitcode}")
@@ -378,7 +378,7 @@ class Saver:
         self.begun = self.done = first
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self.process = FORK.Process(target=self._run, args=(writer,))
+        self.process = FORK.Process(target=self._run, args=(writer,), daemon=True)
         self.process.start()
         os.close(writer)
 

@@ -145,7 +145,7 @@ def holding(path: Path) -> tuple[Any, Any]:
             ready.set()
             go.wait(faults.PATIENCE)
 
-    child = FORK.Process(target=hold)
+    child = FORK.Process(target=hold, daemon=True)
     child.start()
     assert ready.wait(faults.PATIENCE)
     return child, go
@@ -185,7 +185,7 @@ def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
             barrier.wait(faults.PATIENCE)
             store.save(path, timeout=faults.PATIENCE)
 
-        children = [FORK.Process(target=saving, args=(store,)) for store in OLD_NEW.values()]
+        children = [FORK.Process(target=saving, args=(store,), daemon=True) for store in OLD_NEW.values()]
         for child in children:
             child.start()
         assert [faults.ends(child) for child in children] == [0, 0]
@@ -196,7 +196,7 @@ def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
 def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     with snapshot._locked(tmp_path, 0.0):
-        child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,))
+        child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,), daemon=True)
         child.start()
     make(2.0).save(tmp_path)
     child.kill()

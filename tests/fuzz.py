@@ -188,6 +188,12 @@ def violations(recipe: Recipe, folder: Path) -> list[str]:
     known = ("fine", "corrupt", "newer", "missing")
     if read not in known:
         found.append(f"read_snapshot: {read}: {message}")
+    mapped, message = outcome_of(lambda: snapshot.read_snapshot(path, mapped=WORDS))
+    if mapped != read:
+        found.append(f"read_snapshot: {read}, but {mapped} if mapped: {message}")
+    unseen, message = outcome_of(lambda: snapshot.read_snapshot(path, mapped=WORDS, verify=False))
+    if unseen not in known or (read == "fine") > (unseen == "fine"):
+        found.append(f"read_snapshot: {read}, but {unseen} if mapped unverified: {message}")
     outcome, message = outcome_of(lambda: loaded.append(SoftKVStore.load(path)))
     if outcome not in known:
         found.append(f"load: {outcome}: {message}")

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 
 import softdb
 from softdb import ArgumentError, CorruptSnapshotError, SoftKVStore
+from softdb.snapshot import read_snapshot
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1"
 
@@ -63,6 +64,14 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 def test_a_hostile_directory_is_a_typed_error_in_little_memory_and_nothing_outside_is_touched(tmp_path: Path) -> None:
     holds(damage.hostile, tmp_path, len(damage.CASES))
+
+
+@pytest.mark.parametrize("name", ["../x", "a\0b", "a\nb", "a b", "", ".", "\ud800"])
+def test_no_tensor_has_a_name_that_is_none_though_its_file_says_the_same(name: str, tmp_path: Path) -> None:
+    make(rows=3).save(tmp_path)
+    damage.replace(tmp_path, 0, damage.header_of(name, damage.GOOD), name=name)
+    with pytest.raises(CorruptSnapshotError, match="the name"):
+        read_snapshot(tmp_path)
 
 
 def test_a_link_that_is_replaced_by_a_save_leaves_what_it_led_to(tmp_path: Path) -> None:

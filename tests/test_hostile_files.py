@@ -6,6 +6,7 @@ The campaigns are in `damage`; ``scripts/faults`` runs them at length.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_no_tensor_has_a_name_that_is_none_though_its_file_says_the_same(name: s
     make(rows=3).save(tmp_path)
     damage.replace(tmp_path, 0, damage.header_of(name, damage.GOOD), name=name)
     with pytest.raises(CorruptSnapshotError, match="the name"):
+        read_snapshot(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[True, 12], [1] * 65, [0, 2**62, 2**62], [0, 2**64]])
+def test_no_tensor_has_a_shape_that_is_none_though_its_file_says_the_same(shape: list[int], tmp_path: Path) -> None:
+    make(rows=3).save(tmp_path)
+    nbytes = 4 * math.prod(shape)
+    header = damage.header_of("keys", {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]})
+    damage.replace(tmp_path, 0, header, bytes(nbytes), shape=shape)
+    with pytest.raises(CorruptSnapshotError, match="the shape"):
         read_snapshot(tmp_path)
 
 

@@ -20,6 +20,7 @@ side, and while other bytes are written or read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -49,8 +50,25 @@ MANIFEST, LOCK = "manifest.json", ".lock"
 LARGEST_MANIFEST = 2**20
 # As many bytes are hashed at a time: part of the format.
 CHUNK = 2**23
-# So many threads hash, or read and hash; and so many times as many chunks wait for one, at the most.
-THREADS, AHEAD = min(4, os.cpu_count() or 1), 2
+# So many threads write and hash, or read and hash; and so many chunks wait for one, or are under way, at the most.
+THREADS = min(4, os.cpu_count() or 1)
+WAITING = THREADS + 2
+# Of errors when a file is opened, those that tell of another kind of file than a save makes, or of none.
+DAMAGE = (
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.EILSEQ,
+    errno.ENAMETOOLONG,
+)
+# As many bytes at a time, so that they are still in the processor's cache when they are hashed, or written.
+PART = 2**18
+# The disk is told to write after so many bytes: it has something to do while more are hashed.
+SYNC = 2**26
 # Where the numbers in a file begin: at a multiple of so many bytes.
 ALIGNMENT = 64
 # How often somebody who waits for a lock looks again.
@@ -105,7 +123,7 @@ class _Digest:
     def add(self, hashed: Callable[..., bytes], *arguments: Any) -> None:
         """Add the chunk whose hash ``hashed`` makes in another thread; waits where many are under way."""
         self._waiting.append(self._threads.submit(hashed, *arguments))
-        if len(self._waiting) > AHEAD * THREADS:
+        if len(self._waiting) > WAITING:
             self._whole.update(self._waiting.popleft().result())
 
     def hexdigest(self) -> str:
@@ -152,11 +170,12 @@ def write_snapshot(
         generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
         written: list[Path] = []
         try:
-            entries = []
-            for name, tensor in tensors.items():
-                file = directory / _file_name(name, generation, {file.name for file in written})
-                written.append(file)
-                entries.append(_write_tensor(file, name, tensor))
+            with _Writer() as writer:
+                for name, tensor in tensors.items():
+                    file = directory / _file_name(name, generation, {file.name for file in written})
+                    written.append(file)
+                    writer.write(file, name, tensor)
+                entries = writer.finish()
             draft = directory / f"{MANIFEST}-{generation}"
             written.append(draft)
             manifest = _manifest(entries, description)
@@ -176,9 +195,9 @@ def write_snapshot(
             raise
         _sync(directory)
         kept = {entry.file for entry in entries}
-        for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
-            with suppress(OSError):
-                file.unlink()
+        with ThreadPoolExecutor(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
+            for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
+                threads.submit(file.unlink)  # what cannot be removed is left to the next save
 
 
 def _numbered(directory: Path) -> Iterator[tuple[Path, int]]:
@@ -196,34 +215,77 @@ def _file_name(name: str, generation: int, taken: Collection[str]) -> str:
     return file if file not in taken else f"{plain}.{len(taken)}-{generation}.safetensors"
 
 
-def _write_tensor(file: Path, name: str, tensor: Tensor) -> _Entry:
-    entry = _Entry(name, file.name, tensor.dtype, tuple(tensor.shape), "")
-    if not _is_name(name) or tensor.dtype not in DTYPES:
-        raise ArgumentError(f"tensors: expected a plain name and one of {list(DTYPES)}, got {name!r}, {tensor.dtype}")
-    flat = tensor.detach().reshape(-1)
-    step = max(1, CHUNK // tensor.dtype.itemsize)
-    with open(file, "xb", buffering=0) as out, ThreadPoolExecutor(THREADS) as threads:
-        digest = _Digest(threads)
-        digest.add(_hashed, entry.header)
-        _write_all(out, memoryview(entry.header))
-        for start in range(0, len(flat), step):
-            # A copy: what is written is what is hashed, whoever may write to the tensor meanwhile.
-            part = _bytes_of(flat[start : start + step].to("cpu", copy=True))
-            digest.add(_hashed, part)
-            _write_all(out, part)
-        os.fsync(out.fileno())
-        return entry._replace(blake2b=digest.hexdigest())
+class _Writer:
+    """Writes tensors to files, durably, in threads of its own: they copy, hash and write, and one syncs."""
+
+    def __enter__(self) -> _Writer:
+        self._entries: list[_Entry] = []
+        self._syncs: list[Future[None]] = []  # of large files, under way
+        with ExitStack() as held:
+            self._files = held.enter_context(ExitStack())  # closed once no thread needs them any more
+            self._threads = held.enter_context(ThreadPoolExecutor(THREADS))
+            self._syncing = held.enter_context(ThreadPoolExecutor(1))
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.close()
+
+    def write(self, file: Path, name: str, tensor: Tensor) -> None:
+        """Make a file; of a large one the disk still has to write when this returns."""
+        entry = _Entry(name, file.name, tensor.dtype, tuple(tensor.shape), "")
+        if not _is_name(name) or tensor.dtype not in DTYPES:
+            raise ArgumentError(
+                f"tensors: expected a plain name and one of {list(DTYPES)}, got {name!r}, {tensor.dtype}"
+            )
+        flat, first, width = tensor.detach().reshape(-1), len(entry.header), tensor.dtype.itemsize
+        with ExitStack() as opened:
+            out = opened.enter_context(open(file, "xb", buffering=0))
+            digest, step, synced = _Digest(self._threads), max(1, CHUNK // width), 0
+            _write_all(out.fileno(), entry.header, 0)
+            digest.add(_hashed, entry.header)
+            for start in range(0, len(flat), step):
+                chunk = _bytes_of(flat[start : start + step].cpu())
+                digest.add(_write_and_hash, out.fileno(), chunk, first + start * width)
+                if start * width - synced >= SYNC:
+                    self._syncs.append(self._syncing.submit(os.fsync, out.fileno()))
+                    synced = start * width
+            self._entries.append(entry._replace(blake2b=digest.hexdigest()))
+            if synced:
+                self._syncs.append(self._syncing.submit(os.fsync, out.fileno()))
+                self._files.enter_context(opened.pop_all())
+            else:
+                os.fsync(out.fileno())
+
+    def finish(self) -> list[_Entry]:
+        """What was written, once all of it is durable."""
+        for sync in self._syncs:
+            sync.result()
+        return self._entries
+
+
+def _write_and_hash(descriptor: int, chunk: memoryview, start: int) -> bytes:
+    """Write a chunk to its place in a file; its hash."""
+    digest, copy = hashlib.blake2b(), memoryview(bytearray(min(PART, len(chunk))))
+    for place in range(0, len(chunk), PART):
+        part = copy[: len(chunk) - place]
+        part[:] = chunk[place : place + PART]  # what is written is what is hashed, whoever may write to it meanwhile
+        digest.update(part)
+        _write_all(descriptor, part, start + place)
+    return digest.digest()
 
 
 def _write_bytes(file: Path, content: bytes) -> None:
     with open(file, "xb", buffering=0) as out:
-        _write_all(out, memoryview(content))
+        _write_all(out.fileno(), content, 0)
         os.fsync(out.fileno())
 
 
-def _write_all(out: Any, content: memoryview) -> None:
-    while len(content):
-        content = content[out.write(content) :]
+def _write_all(descriptor: int, content: memoryview | bytes, start: int) -> None:
+    left = memoryview(content)
+    while len(left):
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written
 
 
 def _manifest(entries: list[_Entry], description: Mapping[str, Any]) -> bytes:
@@ -316,6 +378,8 @@ def read_snapshot(
         FileNotFoundError: There is no snapshot.
         CorruptSnapshotError: A file is not what it was when it was saved; it names the file and the tensor.
         ArgumentError: The snapshot was made by a newer softdb.
+        OSError: The system refuses to read, which says nothing about the snapshot.
+        MemoryError: It does not fit.
     """
     directory, tensors = Path(path), {}
     with ExitStack() as files:
@@ -325,7 +389,7 @@ def read_snapshot(
             file = directory / entry.file
             _check_size_and_header(file, entry, source)
             if entry.name not in mapped:
-                tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+                tensors[entry.name] = _room_for(file, entry)
                 _check_hash(file, entry, source, threads, _bytes_of(tensors[entry.name].reshape(-1)))
             else:
                 if verify:
@@ -436,7 +500,8 @@ def _open(file: Path) -> Any:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and file.name == MANIFEST:
+        # Others say nothing about the snapshot: who may read it, how many files are open, what the disk does.
+        if error.errno not in DAMAGE or (isinstance(error, FileNotFoundError) and file.name == MANIFEST):
             raise
         raise CorruptSnapshotError(f"{file}: expected a file of the snapshot, got: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -523,10 +588,14 @@ def _check_hash(
     first = len(entry.header)
 
     def read(start: int) -> bytes:
-        place = memoryview(bytearray(min(CHUNK, entry.nbytes - start))) if into is None else into[start : start + CHUNK]
-        if not _fill(source.fileno(), place, first + start):
-            raise CorruptSnapshotError(f"{file}: the tensor {entry.name!r} was cut while it was read")
-        return _hashed(place)
+        digest, size = hashlib.blake2b(), min(CHUNK, entry.nbytes - start)
+        buffer = memoryview(bytearray(min(PART, size))) if into is None else into[start : start + size]
+        for place in range(0, size, PART):
+            part = buffer[: size - place] if into is None else buffer[place : place + PART]
+            if not _fill(source.fileno(), part, first + start + place):
+                raise CorruptSnapshotError(f"{file}: the tensor {entry.name!r} was cut while it was read")
+            digest.update(part)
+        return digest.digest()
 
     digest = _Digest(threads)
     digest.add(_hashed, entry.header)
@@ -547,6 +616,16 @@ def _fill(descriptor: int, place: memoryview, start: int) -> bool:
             return False
         place, start = place[count:], start + count
     return True
+
+
+def _room_for(file: Path, entry: _Entry) -> Tensor:
+    try:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    except RuntimeError as error:  # torch's for no memory
+        raise MemoryError(
+            f"{file}: there is no memory for the {entry.nbytes} bytes of the tensor {entry.name!r}; load(mmap=True) "
+            "leaves keys and values where they are"
+        ) from error
 
 
 def _mapped(entry: _Entry, source: Any) -> Tensor:

@@ -1062,6 +1062,7 @@ class SoftKVStore(nn.Module):
             FileNotFoundError: There is no snapshot.
             CorruptSnapshotError: The snapshot is not what was saved; names the file and the tensor.
             ArgumentError: It was made by a newer softdb, or is to be mapped on a ``device`` that is not the CPU.
+            OSError, MemoryError: It cannot be read, or does not fit, which says nothing against it.
 
         Example:
             >>> import tempfile, torch
@@ -1086,6 +1087,8 @@ class SoftKVStore(nn.Module):
             store = cls(**options, index=index, device=device, dtype=tensors["keys"].dtype)
             store.capacity = None if capacity is None else check_positive("capacity", capacity)
             store._take_over(tensors, mapped=mmap)
+        except torch.OutOfMemoryError:  # of a GPU
+            raise
         except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
         return store

@@ -159,6 +159,7 @@ class Step(NamedTuple):
     path: Path
     content: bytes = b""
     target: Path | None = None
+    start: int = 0  # where in the file the content goes
 
     def __str__(self) -> str:
         return f"{self.kind} {self.path.name}"
@@ -176,6 +177,7 @@ class _Hooks:
         self.root, self.before, self.after, self.lost = root, before, after, lost
         self.paths: dict[int, Path] = {}
         self.open_descriptor, self.open_file = os.open, open
+        self.pwrite = os.pwrite
         self.fsync, self.rename, self.unlink, self.mkdir = os.fsync, os.replace, os.unlink, os.mkdir
 
     def around(self, step: Step, act: Callable[[], Any]) -> Any:
@@ -200,7 +202,16 @@ class _Hooks:
             return self.open_file(path, mode, *args, **options)
         file = self.around(Step("create", Path(path)), lambda: self.open_file(path, mode, *args, **options))
         self.paths[file.fileno()] = Path(path)
-        return _File(self, file, Path(path))
+        return file
+
+    def hooked_write(self, descriptor: int, content: Any, start: int) -> int:
+        step = Step("write", self.paths[descriptor], bytes(content[:PART]), start=start)
+        if self.lost(step):
+            return len(step.content)
+        limit = self.before(step)
+        written: int = self.pwrite(descriptor, step.content[: PART if limit is None else limit], start)
+        self.after(step._replace(content=step.content[:written]))
+        return written
 
     def hooked_fsync(self, descriptor: int) -> None:
         self.around(Step("fsync", self.paths.get(descriptor, Path())), lambda: self.fsync(descriptor))
@@ -218,31 +229,6 @@ class _Hooks:
         self.around(Step("mkdir", Path(path)), lambda: self.mkdir(path, mode, **options))
 
 
-class _File:
-    """A file that is written to by steps."""
-
-    def __init__(self, hooks: _Hooks, file: Any, path: Path) -> None:
-        self.hooks, self.file, self.path = hooks, file, path
-
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.close()
-
-    def fileno(self) -> int:
-        return int(self.file.fileno())
-
-    def write(self, content: Any) -> int:
-        hooks, step = self.hooks, Step("write", self.path, bytes(content[:PART]))
-        if hooks.lost(step):
-            return len(step.content)
-        limit = hooks.before(step)
-        written = int(self.file.write(step.content[: PART if limit is None else limit]))
-        hooks.after(step._replace(content=step.content[:written]))
-        return written
-
-
 @contextmanager
 def hooks(
     root: Path,
@@ -256,6 +242,7 @@ def hooks(
         stack.enter_context(mock.patch.object(snapshot, "open", made.hooked_file, create=True))
         for name, function in {
             "open": made.hooked_open,
+            "pwrite": made.hooked_write,
             "fsync": made.hooked_fsync,
             "replace": made.hooked_rename,
             "rename": made.hooked_rename,

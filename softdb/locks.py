@@ -61,8 +61,13 @@ class SharedLock:
             yield
             return
         own = self._lock_of_this_thread()
-        with self._gate, own, _all_of([lock for lock in self._all if lock is not own]):
-            yield
+        with self._gate, own:
+            others = [lock for lock in self._all if lock is not own]
+            if not others:
+                yield
+                return
+            with _all_of(others):
+                yield
 
     def _lock_of_this_thread(self) -> Any:
         lock = getattr(self._own, "lock", None)

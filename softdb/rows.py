@@ -383,9 +383,9 @@ class RowTable(nn.Module):
     # -- use and eviction ------------------------------------------------------------------------------------
 
     def note_use(self, slots: Tensor) -> None:
-        """Note that the rows at ``slots``, on the table's device, are used now, all at the same turn."""
+        """Note that the rows at ``slots`` are used now, all at the same turn."""
         if self.evict == "lru":
-            self.used_at[slots] = self._next_turn
+            self.used_at[slots.to(self.used_at.device)] = self._next_turn
             self._next_turn += 1
 
     def note_read(self, slots: Tensor, weights: Tensor) -> None:  # of one shape

@@ -1159,18 +1159,19 @@ class SoftKVStore(nn.Module):
 
     def _carry_out(self, change: _Change) -> None:
         """Write. Where that breaks off, by an interrupt or for want of memory, `_catch_up` brings it to its end."""
-        placed, finished = self._chosen(change)
-        change = change._replace(placed=placed)
+        finished, rows = self._finished, self.rows
+        if len(change.ids):
+            placed, finished = self._chosen(change)
+            change = change._replace(placed=placed)
         try:
             self._unfinished = functools.partial(self._finish, change)
-            gone = self.rows.ids[change.leaving.to(self.rows.ids.device)].cpu()
-            if len(gone):
-                self.rows.remove(gone, change.leaving)
+            if len(change.leaving):
+                rows.remove(rows.ids[change.leaving.to(rows.ids.device)].cpu(), change.leaving)
                 if len(change.placed) == 0:
-                    self.rows.release(change.leaving)
+                    rows.release(change.leaving)
             if len(change.placed):
-                self.rows.place(change.ids, change.placed)
-            self.rows.mark_changed(change.slots, keys=change.keys is not None)
+                rows.place(change.ids, change.placed)
+            rows.mark_changed(change.slots, keys=change.keys is not None)
             self._write(change)
         except Exception:
             if self._finished == finished:
@@ -1190,7 +1191,7 @@ class SoftKVStore(nn.Module):
             finished = self._finished
             self._unfinished = self.rows.rebuild
             try:
-                placed = self.rows.choose(len(change.ids), change.leaving) if len(change.ids) else NO_SLOTS
+                placed = self.rows.choose(len(change.ids), change.leaving)
             except Exception:
                 if self._finished == finished:
                     raise
@@ -1204,26 +1205,31 @@ class SoftKVStore(nn.Module):
 
     def _write(self, change: _Change) -> None:
         """Write what lies in the rows: as often as need be."""
-        self._forget_gradients(change.leaving)
+        if len(change.leaving):
+            self._forget_gradients(change.leaving)
+            # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
+            zero = torch.zeros((), device=self.keys.device)
+            self._put(change.leaving[~torch.isin(change.leaving, change.placed)], zero, zero)
         if change.afresh:
             self.rows.start_afresh(change.slots)
             self._forget_gradients(change.slots)
-        # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
-        empty = change.leaving[~torch.isin(change.leaving, change.placed)] if len(change.leaving) else NO_SLOTS
-        zero = torch.zeros((), device=self.keys.device)
-        written = torch.cat([change.slots, change.placed]) if len(change.slots) else change.placed
-        for slots, keys, values in ((empty, zero, zero), (written, change.keys, change.values)):
-            if len(slots) == 0:
-                continue
-            place = _place(slots.to(self.keys.device))
-            # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
-            # these rows know by `Snapshot`.
-            for table, rows in ((self.keys, keys), (self.values, values)):
-                if rows is not None:
-                    table.data[place] = rows.to(table.dtype)
+        written = change.slots if len(change.placed) == 0 else torch.cat([change.slots, change.placed])
+        self._put(written, change.keys, change.values)
         self.rows.set_fields(written, change.fields)
         if change.keys is not None or change.values is not None:
-            self.rows.note_use(written.to(self.keys.device))
+            self.rows.note_use(written)
+
+    def _put(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+        if len(slots) == 0:
+            return
+        place: slice | Tensor | None = None
+        # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
+        # these rows know by `Snapshot`.
+        for name, rows in (("keys", keys), ("values", values)):
+            if rows is not None:
+                table = getattr(self, name).data
+                place = _place(slots.to(table.device)) if place is None else place
+                table[place] = rows.to(table.dtype)
 
     def _forget_gradients(self, slots: Tensor) -> None:
         """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
@@ -1659,8 +1665,11 @@ class _Guard(torch.autograd.Function):
 
 def _place(slots: Tensor) -> slice | Tensor:
     """``slots`` as an index, by a slice where they follow each other."""
-    first, count = (int(slots[0]), len(slots)) if len(slots) else (0, 0)
-    in_order = count > 0 and int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all())
+    count = len(slots)
+    if count == 0:
+        return slots
+    first = int(slots[0])
+    in_order = count == 1 or (int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all()))
     return slice(first, first + count) if in_order else slots
 
 

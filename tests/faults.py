@@ -530,7 +530,8 @@ def states_after(
             there[name] = _Inode(b"", 0)
             pending.append(_Entry(None, name, there[name]))
         elif step.kind == "write":
-            there[name].content += step.content
+            content, end = there[name].content.ljust(step.start, b"\0"), step.start + len(step.content)
+            there[name].content = content[: step.start] + step.content + content[end:]
         elif step.kind == "fsync" and step.path == root.parent:
             made = True
         elif step.kind == "fsync" and step.path == root:

@@ -36,10 +36,20 @@ def holds(campaign: Callable[..., Any], folder: Path, least: dict[str, int], **o
         assert report.outcomes[outcome] >= count, report.outcomes
 
 
+@pytest.fixture(params=["whole", "in chunks"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether files are large beside what is written at a time: then threads write and sync them."""
+    name: str = request.param
+    if name == "in chunks":
+        for constant, value in {"CHUNK": 64, "PART": 24, "SYNC": 64}.items():
+            monkeypatch.setattr(snapshot, constant, value)
+    return name
+
+
 # -- processes that are killed ---------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_operation_leaves_the_old_snapshot_or_the_new_one(tmp_path: Path) -> None:
+def test_a_kill_at_any_operation_leaves_the_old_snapshot_or_the_new_one(size: str, tmp_path: Path) -> None:
     holds(faults.kills_at_every_step, tmp_path, {"old": 10, "new": 2}, every=3)
 
 
@@ -76,7 +86,9 @@ def test_an_interrupt_right_after_an_operation_leaves_a_whole_snapshot(
 
 
 @pytest.mark.parametrize("sticky", [False, True])
-def test_an_error_at_any_operation_leaves_the_old_snapshot_or_the_new_one(sticky: bool, tmp_path: Path) -> None:
+def test_an_error_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
+    sticky: bool, size: str, tmp_path: Path
+) -> None:
     codes = (errno.ENOSPC, errno.EIO) if sticky else (errno.EIO, errno.ENOSPC)
     holds(faults.errors_at_every_step, tmp_path, {"old": 20, "new": 2}, codes=codes, sticky=sticky)
 
@@ -106,7 +118,9 @@ def test_a_disk_that_takes_few_bytes_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["a snapshot", "a directory", "nothing"])
-def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one(place: str, tmp_path: Path) -> None:
+def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
+    place: str, size: str, tmp_path: Path
+) -> None:
     holds(faults.power_failures, tmp_path, {"new": 1}, place=place, again=40)
 
 

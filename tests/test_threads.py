@@ -522,6 +522,7 @@ def recall_of(store: SoftKVStore) -> float:
     return store.audit(queries, k=1).mean_recall
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was just opened
 def test_an_interrupted_save_leaves_a_snapshot(tmp_path: Path) -> None:
     store = table()
     store.save(tmp_path)

@@ -161,11 +161,12 @@ def test_counts_of_readers_add_up() -> None:
     store, _ = small_store(track_usage=True)
 
     def read() -> None:
-        for _ in range(200):
-            store.read(torch.ones(1, WIDTH), "topk", k=5)
+        for _ in range(20):
+            store.read(torch.ones(256, WIDTH), "topk", k=300)
 
     run_together([read] * 4)
-    assert int(store.usage.reads.sum()) == 4 * 200 * 5
+    assert int(store.usage.reads.sum()) == 4 * 20 * 256 * 300
+    assert float(store.usage.weight.sum()) == pytest.approx(4 * 20 * 256, rel=1e-4)
 
 
 def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path) -> None:
@@ -192,6 +193,29 @@ def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path
 
     store.update(ids, values=torch.zeros(400, 2))
     run_together([write, read, save])
+
+
+def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path) -> None:
+    store = SoftKVStore(64, 64)
+    store.add(torch.zeros(20_000, 64), torch.zeros(20_000, 64))
+    stop = threading.Event()
+
+    def write() -> None:
+        values = store.values.data
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            values.fill_(float(number))
+
+    def save() -> None:
+        try:
+            for _ in range(5):
+                store.save(tmp_path)
+                SoftKVStore.load(tmp_path)  # of many times, perhaps, but as its hashes say
+        finally:
+            stop.set()
+
+    run_together([write, save])
 
 
 # -- builds that fail ------------------------------------------------------------------------------------
@@ -266,14 +290,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "trainable": {"trainable": True},
     "oldest": {"capacity": 18, "evict": "oldest", "track_usage": True},
     "lru": {"capacity": 18, "evict": "lru"},
+    "graph": {"index": IndexConfig("HNSW8", garbage=1.0)},
 }
+USUAL = ("plain", "trainable", "graph")
 
 
 def table(like: SoftKVStore | None = None, rows: int = 16, **options: Any) -> SoftKVStore:
     if like is not None:
         options = {"capacity": like.capacity, "evict": like.evict, "track_usage": like.rows.track_usage}
-        options["trainable"] = like.trainable
-    store = SoftKVStore(4, 2, fields=("time",), index=IndexConfig("IVF2,Flat"), **options)
+        options |= {"trainable": like.trainable, "index": like._index.config}
+    options.setdefault("index", IndexConfig("IVF2,Flat"))
+    store = SoftKVStore(4, 2, fields=("time",), **options)
     keys = torch.randn(rows + 1, 4, generator=torch.Generator().manual_seed(rows))
     store.add(keys, keys[:, :2], fields={"time": 1})
     store.delete([1])
@@ -319,25 +346,32 @@ class Interrupts:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in WRITES for kind in KINDS if kind in ("plain", "trainable") or name not in ELSEWHERE],
+    [(name, kind) for name in WRITES for kind in KINDS if (kind in USUAL if name in ELSEWHERE else kind != "graph")],
 )
 def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, kind: str) -> None:
     write = WRITES[name]
     original = table(**KINDS[kind])
+    copied = copy.deepcopy
     if name == "refresh":
-        original.build_index()
-        original.update([4], torch.ones(1, 4))
-    whole = copy.deepcopy(original)
+
+        def copied(store: SoftKVStore) -> SoftKVStore:  # with an index, which copies do not take along
+            store = copy.deepcopy(store)
+            store.build_index()
+            store.update([4, 7, 9], torch.ones(3, 4))
+            store.add(torch.ones(2, 4), torch.ones(2, 2), fields={"time": 2})
+            return store
+
+    whole = copied(original)
     write(whole)
     counter = Interrupts(None)
-    tried = copy.deepcopy(original)
+    tried = copied(original)
     with counter.on():
         write(tried)
     assert counter.count > 10
     step = max(1, counter.count // POINTS)
     outcomes = set()
     for at in range(1 + len(name) % step, counter.count + 1, step):
-        store = copy.deepcopy(original)
+        store = copied(original)
         before = contents(store)
         interrupts = Interrupts(at)
         try:
@@ -355,7 +389,7 @@ def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, ki
         store.delete(store.ids[:1])
         store._check()
         if name in ELSEWHERE:
-            assert recall_of(store) == 1.0
+            assert recall_of(store) >= (0.8 if kind == "graph" else 1.0)
     if name in ("add", "delete", "update"):
         assert outcomes == {True, False}  # some came before, some after the point of no return
 

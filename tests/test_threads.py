@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -511,3 +512,46 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
         growing[name](store)
         store._check()
     assert number > 5
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+from softdb import SoftKVStore
+torch.set_num_threads(1)
+store = SoftKVStore(64, 64, trainable=sys.argv[1] == "trainable")
+rows = torch.ones(20_000, 64)
+store.add(rows, rows)
+store.read(rows[:2], k=3)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**27
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+added = 1
+while True:
+    before = len(store), int(store.rows.next_id), store.rows.version, store.rows.capacity
+    try:
+        store.add(rows, rows + added)
+    except (MemoryError, RuntimeError) as error:
+        break
+    added += 1
+assert before == (len(store), int(store.rows.next_id), store.rows.version, store.rows.capacity), before
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+store._check()
+wanted = torch.arange(added).repeat_interleave(20_000).float() + 1
+wanted[:20_000] = 1
+assert torch.equal(store.values[:len(store), 5].detach(), wanted)
+assert store.add(rows, rows)[0] == before[1]
+store._check()
+print("enough", added)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["plain", "trainable"])
+def test_a_store_that_memory_is_too_small_for_stays_as_it_was(kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, kind], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.startswith("enough "), done.stderr[-2000:]
+    assert int(done.stdout.split()[1]) > 1

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softdb.errors import ArgumentError, CorruptSnapshotError, LockedError
+from softdb.errors import ArgumentError, CorruptSnapshotError, LockedError, check_number
 
 __all__ = ["FORMAT", "Examination", "FileState", "examine_snapshot", "read_snapshot", "write_snapshot"]
 
@@ -159,13 +159,14 @@ def write_snapshot(
         LockedError: Somebody else was saving for longer than that.
         OSError: The system refuses; the snapshot that was there is intact.
     """
+    patience = math.inf if timeout == math.inf else check_number("timeout", timeout)
     directory = Path(path)
     directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
     if not (directory / MANIFEST).exists():
         # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
         with suppress(PermissionError):
             _sync(directory.parent)
-    with _locked(directory, timeout):
+    with _locked(directory, patience):
         swapping = False
         generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
         written: list[Path] = []

@@ -25,6 +25,7 @@ from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,
+    DeviceError,
     DtypeError,
     GrowthError,
     NonFiniteError,
@@ -107,9 +108,10 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
         if cast("SoftKVStore", args[0])._is_mapped:
+            name = "load_state_dict" if method.__name__ == "_load_from_state_dict" else method.__name__
             raise ReadOnlyError(
-                f"{method.__name__}: expected a store in memory, but its rows lie in the files of a snapshot, which "
-                "are not written to; call store.materialize() first"
+                f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
+                "written to; call store.materialize() first"
             )
         return method(*args, **kwargs)
 
@@ -1002,8 +1004,9 @@ class SoftKVStore(nn.Module):
         yours. The rows are not copied on the way.
 
         Args:
-            path: A directory; made if it does not exist. A snapshot that it holds is replaced once the new one is
-                complete.
+            path: A directory; made if it does not exist, but not those above it. A snapshot that it holds is replaced
+                once the new one is complete, so there must be room for both. Give it a directory of its own: a
+                ``manifest.json`` of another program is replaced, too.
             timeout: How many seconds to wait while somebody else saves to it.
 
         Raises:
@@ -1062,6 +1065,7 @@ class SoftKVStore(nn.Module):
             FileNotFoundError: There is no snapshot.
             CorruptSnapshotError: The snapshot is not what was saved; names the file and the tensor.
             ArgumentError: It was made by a newer softdb, or is to be mapped on a ``device`` that is not the CPU.
+            DeviceError: There is no such ``device`` here, or none that holds numbers.
             OSError, MemoryError: It cannot be read, or does not fit, which says nothing against it.
 
         Example:
@@ -1075,16 +1079,18 @@ class SoftKVStore(nn.Module):
             ...     mapped(torch.ones(4))
             tensor([1., 1.])
         """
-        place = torch.device("cpu" if device is None else device) if mmap else None
-        if place is not None and place.type != "cpu":
+        place = _usable(device)
+        if mmap and place.type != "cpu":
             raise ArgumentError(f"device: expected the CPU beside mmap=True, got {place}; load without mmap")
+        if place.type == "meta":
+            raise DeviceError("device: expected one that holds numbers, got meta, which holds none")
         tensors, description = read_snapshot(path, mapped=MAPPED if mmap else (), verify=verify or not mmap)
         try:
             options = {name: description[name] for name in (*SETTINGS, "fields", "track_usage")}
             capacity = options["capacity"]
             options["capacity"] = None if capacity is None else 1  # it gets tensors that are there already
             index = IndexConfig(**description["index"])
-            store = cls(**options, index=index, device=device, dtype=tensors["keys"].dtype)
+            store = cls(**options, index=index, device=place, dtype=tensors["keys"].dtype)
             store.capacity = None if capacity is None else check_positive("capacity", capacity)
             store._take_over(tensors, mapped=mmap)
         except torch.OutOfMemoryError:  # of a GPU
@@ -1587,6 +1593,18 @@ def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
     empty = bool((store.keys.detach()[~live] == 0).all()) and bool((store.values.detach()[~live] == 0).all())
     yield "slots without a row hold zeros", empty
     yield "no write is unfinished", store._unfinished is None
+
+
+def _usable(device: torch.device | str | None) -> torch.device:
+    """The device, if tensors can be put there: what it raises would else look like a fault of the snapshot."""
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DeviceError(f"device: expected one that torch can use here, got {device!r}: {error}") from error
+    return place
 
 
 def _empty(name: str) -> int:

@@ -81,3 +81,18 @@ def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: py
     assert tensors["none"].shape == (0, 5)
     assert int(tensors["one"]) == 7
     assert description == {"a": [1, None]}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_says_nothing_against_the_snapshot(device: str, tmp_path: Path) -> None:
+    make().save(tmp_path)
+    with pytest.raises(softdb.DeviceError, match="device: expected one that"):
+        SoftKVStore.load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("timeout", ["a minute", None, -1, float("nan")])
+def test_a_timeout_that_makes_no_sense_is_refused_before_anything_is_made(timeout: Any, tmp_path: Path) -> None:
+    with pytest.raises(softdb.SoftDBError, match="timeout: expected"):
+        make().save(tmp_path / "store", timeout=timeout)
+    assert not (tmp_path / "store").exists()
+    make().save(tmp_path / "store", timeout=float("inf"))

@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=what,
-            description=f"{more} whether every byte is as it was saved. The exit code is 0 if so, and 1 if not.",
+            description=(
+                f"{more} whether every byte is as it was saved. The exit code is 0 if so, 1 if it is damaged, or not "
+                "there, or cannot be read, and 2 if a newer softdb saved it."
+            ),
         )
         command.add_argument("path", metavar="PATH", help="the directory that store.save() wrote")
     return parser
@@ -154,7 +157,7 @@ def _examine(path: str, *, tell: bool) -> int:
         print(_printable(f"damaged: {problem}"))
     total = _size(sum(state.nbytes for state in found.files))
     if not problems:
-        print(f"{path}: every byte is as it was saved ({len(found.files)} files, {total})")
+        print(_printable(f"{path}: every byte is as it was saved ({len(found.files)} files, {total})"))
     sys.stdout.flush()
     return 1 if problems else 0
 
@@ -192,8 +195,10 @@ def _contents(path: str, found: Examination) -> Iterator[str]:
 
 
 def _printable(line: str) -> str:
-    """A line with what others may have put into names, but nothing that a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in line)
+    """A line with what others may have put into names, but nothing that a terminal would obey or cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "".join(character if character.isprintable() else "?" for character in line)
+    return shown.encode(encoding, "replace").decode(encoding)
 
 
 def _size(count: int) -> str:
@@ -282,6 +287,11 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStore:
     """A store of the ``keys`` and ``values`` in a file."""
+    if os.path.isdir(path):
+        raise ArgumentError(
+            f"STORE: expected a .safetensors or .npz file, got the directory {path!r}; compare a saved store in "
+            "Python, by softdb.lab.compare(SoftKVStore.load(path), queries)"
+        )
     tensors = _read(path, _load_npz if path.endswith(".npz") else safetensors.torch.load_file)
     if not {"keys", "values"} <= tensors.keys():
         found = ", ".join(map(repr, sorted(tensors))) or "none"

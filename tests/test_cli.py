@@ -329,6 +329,24 @@ def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path
     assert re.search(r"values-1.safetensors.* DAMAGED\n", done.stdout)
 
 
+def test_a_path_that_the_terminal_cannot_show_is_shown_in_part(tmp_path: Path) -> None:
+    path = saved(tmp_path / "späces 数据")
+    done = run("verify", str(path), encoding="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sp?ces ??: every byte is as it was saved" in done.stdout
+    path = path.rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"\xff"))
+    for command in ("verify", "info"):
+        done = run(command, str(path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "odd?: every byte is as it was saved" in done.stdout
+
+
+def test_a_saved_store_is_not_a_file_to_compare(tmp_path: Path) -> None:
+    done = run("compare", str(saved(tmp_path / "store")), "queries.npy")
+    assert done.returncode == 2
+    assert re.search(r"STORE: expected a .safetensors or .npz file, got the directory .*lab.compare", done.stderr)
+
+
 def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
     path = saved(tmp_path / "store")
     (path / "manifest.json").write_text("{}", encoding="utf-8")

@@ -1395,6 +1395,7 @@ class SoftKVStore(nn.Module):
             self._finished += 1
         self._notice_writes()
         if query is not None and not self._index.is_current(self.rows):
+            check_finite("query", query)  # before the index is tuned by it
             query = query.reshape(-1, self.key_dim)
             self._index.follow(self.rows, self.keys.detach(), query, k or 1)
 

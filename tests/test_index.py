@@ -996,3 +996,15 @@ def test_a_filter_asks_for_a_wider_search() -> None:
         kept = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < share
         assert store.audit(queries[256:], 32, where=kept).mean_recall > 0.92, share
     assert store.audit(queries[256:], 1000).mean_recall > 0.92
+
+
+def test_a_query_that_is_refused_tunes_no_index() -> None:
+    store, queries = make("IVF16,Flat"), clustered(64, seed=2)
+    with pytest.raises(softdb.NonFiniteError, match="query: "):
+        store.read(torch.full((64, 16), math.nan), "topk", k=10)
+    assert store.index_stats().builds == 0
+    store.read(queries, "topk", k=10)
+    fresh = make("IVF16,Flat")
+    fresh.read(queries, "topk", k=10)
+    assert store.index_stats().nprobe == fresh.index_stats().nprobe
+    assert store.index_stats().recall == fresh.index_stats().recall

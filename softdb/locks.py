@@ -87,10 +87,12 @@ class SharedLock:
 
 @contextmanager
 def _all_of(locks: Sequence[Any]) -> Iterator[None]:
-    if not locks:
-        yield
-    else:
-        with locks[0], _all_of(locks[1:]):
+    middle = len(locks) // 2
+    if middle == 0:
+        with locks[0]:
+            yield
+    else:  # by halves: there may be more threads than calls within each other
+        with _all_of(locks[:middle]), _all_of(locks[middle:]):
             yield
 
 

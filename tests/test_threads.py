@@ -51,6 +51,32 @@ def test_readers_read_together_and_a_writer_writes_alone() -> None:
     assert not any(seen)
 
 
+def test_more_threads_may_read_than_calls_may_be_nested() -> None:
+    lock, done = SharedLock(), threading.Event()
+    count = sys.getrecursionlimit() + 1
+    together = threading.Barrier(count + 1, timeout=60)
+
+    def read() -> None:
+        with lock.reading():
+            pass
+        together.wait()
+        done.wait()
+
+    threads = [threading.Thread(target=read) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    try:
+        with lock.writing():
+            assert lock.is_written
+        assert not lock.is_written
+        assert not lock.is_read
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_holding_may_be_nested() -> None:
     lock = SharedLock()
     with lock.writing(), lock.reading(), lock.writing(), lock.reading():

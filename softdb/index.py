@@ -727,7 +727,7 @@ class Index:
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
+        self._lock: Any = threading.RLock()
         self._aside: _Aside | None = None
         _indexes.add(self)
 
@@ -752,7 +752,7 @@ class Index:
 
     def forget_threads(self) -> None:
         """Drop a build under way: this process does not have its thread."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._aside = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -765,6 +765,11 @@ class Index:
         self.__dict__.update(state)
         self.reset()
         self._begin()
+
+    @property
+    def _is_interrupted(self) -> bool:
+        """Whether a signal's handler asks, in the middle of what its thread does here: it is to leave that alone."""
+        return bool(self._lock._is_owned())
 
     # -- searching -------------------------------------------------------------------------------------------
 
@@ -782,6 +787,8 @@ class Index:
         """The k best rows of each query, as far as the index finds them; with ``careful``, more of them."""
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
         selection = scan.selection
+        if self._is_interrupted:
+            return Found(exact_top_k(operand, keys, scan, k)[1], True, 1.0)
         with self._lock, torch.inference_mode(False):
             if self._noted is None or query.data_ptr() != self._noted.data_ptr():
                 self._note_queries(query, k)
@@ -869,9 +876,10 @@ class Index:
 
     def outline(self, keys: Tensor, size: int) -> Outline | None:
         """The slots below ``size`` in the order of the base's lists, and where those lie; None where there are none."""
+        interrupted = self._is_interrupted
         with self._lock, torch.inference_mode(False):
             base = self._awake
-            return None if base is None else base.outline(keys, size)
+            return None if base is None or interrupted else base.outline(keys, size)
 
     # -- following the rows ----------------------------------------------------------------------------------
 
@@ -881,6 +889,8 @@ class Index:
 
     def follow(self, rows: RowTable, keys: Tensor, query: Tensor, k: int) -> None:
         """Take note of every change to the rows, for a search of ``query``, while nobody else searches."""
+        if self._is_interrupted:
+            return
         with self._changing():
             self._note_queries(query.detach(), k)
             self._noted = query.detach()
@@ -1074,6 +1084,8 @@ class Index:
 
     def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
+        if self._is_interrupted:
+            return
         with self._changing():
             self._follow(rows, keys)
             self._settle(rows, keys, now=True)
@@ -1095,6 +1107,8 @@ class Index:
 
     def build(self, rows: RowTable, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
+        if self._is_interrupted:
+            return
         with self._changing():
             queries = self._queries
             self.reset()

@@ -446,6 +446,36 @@ def test_a_signal_handler_may_save_in_the_middle_of_a_write(name: str, kind: str
         assert contents(SoftKVStore.load(tmp_path)) in (before, contents(whole))
 
 
+def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
+    queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
+
+    def search(store: SoftKVStore) -> list[list[int]]:
+        ids = store.read(queries, "topk", k=2).ids
+        assert ids is not None
+        return ids.tolist()
+
+    def search_within_searches() -> None:
+        original = table(rows=64)
+        original.build_index()
+        original.update(torch.arange(2, 12), torch.ones(10, 4))
+        counter, tried = Interrupts(None), copy.deepcopy(original)
+        with counter.on():
+            wanted = search(tried)
+        for at in range(1, counter.count, max(1, counter.count // (8 * POINTS))):
+            store, found = copy.deepcopy(original), list[list[list[int]]]()
+
+            def handle(store: SoftKVStore = store, found: list[list[list[int]]] = found) -> None:
+                found.append(search(store))
+
+            with Interrupts(at, handle).on():
+                found.append(search(store))
+            assert found == [wanted, wanted]
+            store._check()
+            assert recall_of(store) == 1.0
+
+    run_together([search_within_searches])
+
+
 def recall_of(store: SoftKVStore) -> float:
     """Of reads through whatever index there is: two lists, both of them visited."""
     queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))

@@ -81,6 +81,8 @@ SETTINGS = ("key_dim", "value_dim", "metric", "temperature", "trainable", "spars
 MAPPED = ("keys", "values", "rows.generation")
 # A read tries so many times to find nobody writing, before it keeps others from doing so.
 ATTEMPTS = 3
+# Under which name torch saves what a subclass adds by `get_extra_state`.
+EXTRA_STATE = "_extra_state"
 NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
@@ -1497,9 +1499,14 @@ class SoftKVStore(nn.Module):
         *args: Any,
     ) -> None:
         """All of it or, where something is missing or wrong, nothing; that of the rows, too."""
+        hooks, none = self._load_state_dict_pre_hooks, type(self._load_state_dict_pre_hooks)()
+        for hook in hooks.values():  # they may rename what is there, or bring what is missing
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
         names = {prefix + name for name in ("keys", "values", *(f"rows.{name}" for name in self.rows.saved))}
         missing = sorted(names - state_dict.keys())
         own = {*self._parameters, *self._buffers, *self._modules} - {"rows"}
+        if type(self).set_extra_state is not nn.Module.set_extra_state:
+            own.add(EXTRA_STATE)
         given = [name for name in state_dict if name.startswith(prefix) and name not in names] if strict else []
         unexpected = [name for name in given if name.removeprefix(prefix).partition(".")[0] not in own]
         if missing or unexpected:
@@ -1512,7 +1519,11 @@ class SoftKVStore(nn.Module):
         def load() -> None:
             if growth is not None:
                 self._grow(growth)
-            super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
+            try:
+                self._load_state_dict_pre_hooks = none
+                super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
+            finally:
+                self._load_state_dict_pre_hooks = hooks
             self.rows.load(state_dict, f"{prefix}rows.", *others)
 
         self._unfinished = load

@@ -1154,3 +1154,44 @@ def test_copies_of_an_empty_store_are_empty() -> None:
     store = SoftKVStore(4, 2)
     for copied in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), copy.deepcopy(store).double()):
         assert (copied.read(torch.randn(3, 4)).values == 0).all()
+
+
+class StoreWithMore(SoftKVStore):
+    """A subclass that saves something of its own."""
+
+    more = 0
+
+    def get_extra_state(self) -> int:
+        return self.more
+
+    def set_extra_state(self, state: int) -> None:
+        self.more = state
+
+
+def test_a_subclass_may_have_extra_state() -> None:
+    saved, loaded, plain = StoreWithMore(2, 1), StoreWithMore(2, 1), SoftKVStore(2, 1)
+    saved.more = 5
+    saved.add(torch.eye(2), torch.ones(2, 1))
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.more == 5
+    assert len(loaded) == 2
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_extra_state"):
+        plain.load_state_dict(saved.state_dict())
+    assert len(plain) == 0
+
+
+def test_hooks_may_rename_what_is_loaded_into_a_store_of_another_size() -> None:
+    saved, loaded, calls = SoftKVStore(2, 1), SoftKVStore(2, 1), []
+    saved.add(torch.eye(2), torch.ones(2, 1))
+    state = {name.replace("keys", "addresses"): tensor for name, tensor in saved.state_dict().items()}
+
+    def rename(module: torch.nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        calls.append(prefix)
+        state[f"{prefix}keys"] = state.pop(f"{prefix}addresses")
+
+    loaded.register_load_state_dict_pre_hook(rename)
+    torch.nn.ModuleDict({"store": loaded}).load_state_dict({f"store.{name}": state[name] for name in state})
+    assert calls == ["store."]
+    assert torch.equal(loaded.get([0, 1]).keys, torch.eye(2))
+    loaded.load_state_dict(state)  # the hook is still there
+    assert calls == ["store.", ""]

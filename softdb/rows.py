@@ -521,6 +521,8 @@ class RowTable(nn.Module):
     def load(self, *args: Any) -> None:
         """What modules do with the arguments of ``_load_from_state_dict``."""
         super()._load_from_state_dict(*args)
+        if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
+            self.install(self.stamps(self.capacity, lasting=True))
         self.rebuild()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1195,3 +1195,19 @@ def test_hooks_may_rename_what_is_loaded_into_a_store_of_another_size() -> None:
     assert torch.equal(loaded.get([0, 1]).keys, torch.eye(2))
     loaded.load_state_dict(state)  # the hook is still there
     assert calls == ["store.", ""]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_store_without_memory_takes_the_tensors_that_it_loads(trainable: bool) -> None:
+    saved = SoftKVStore(4, 2, trainable=trainable, index="IVF2,Flat")
+    saved.add(torch.randn(100, 4), torch.randn(100, 2))
+    with torch.device("meta"):
+        loaded = SoftKVStore(4, 2, trainable=trainable, index="IVF2,Flat")
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()), assign=True)
+    loaded._check()
+    query = torch.randn(5, 4)
+    assert torch.equal(loaded.read(query, "topk", k=3).values, saved.read(query, "topk", k=3).values)
+    loaded.update([7], keys=query[:1] * 100)
+    loaded.add(query, torch.ones(5, 2))
+    assert loaded.read(query[0], "topk", k=1).ids == 7
+    loaded._check()

@@ -1568,6 +1568,13 @@ class SoftKVStore(nn.Module):
             pass
         return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SoftKVStore:
+        """A copy of one version of the rows, whoever writes meanwhile."""
+        with self.writing():
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.rows.know(self._tables())

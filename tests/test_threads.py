@@ -196,6 +196,34 @@ def test_counts_of_readers_add_up() -> None:
     assert float(store.usage.weight.sum()) == pytest.approx(4 * 20 * 256, rel=1e-4)
 
 
+def test_a_copy_beside_a_writer_is_of_one_version() -> None:
+    store = SoftKVStore(4, 1)
+    store.add(torch.zeros(20, 4), torch.zeros(20, 1))
+    done = threading.Event()
+
+    def write() -> None:
+        number = 0.0
+        while not done.is_set():
+            number += 1
+            with store.writing():
+                count = len(store) + 20 if len(store) < 2000 else 20
+                store.delete(store.ids)
+                store.add(torch.full((count, 4), number), torch.full((count, 1), number))
+
+    def check() -> None:
+        try:
+            for _ in range(60):
+                copied = copy.deepcopy(store)
+                copied._check()
+                rows = copied.get(copied.ids)
+                assert len(rows.values) % 20 == 0
+                assert len(torch.cat([rows.keys, rows.values], dim=1).unique()) == 1
+        finally:
+            done.set()
+
+    run_together([write, check])
+
+
 def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path) -> None:
     store, ids = small_store(track_usage=True)
     stop = threading.Event()

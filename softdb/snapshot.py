@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softdb.errors import ArgumentError, CorruptSnapshotError, LockedError, check_number
+from softdb.errors import ArgumentError, CorruptSnapshotError, DtypeError, LockedError, check_number, describe
 
 __all__ = ["FORMAT", "Examination", "FileState", "examine_snapshot", "read_snapshot", "write_snapshot"]
 
@@ -158,9 +158,10 @@ def write_snapshot(
     Raises:
         LockedError: Somebody else was saving for longer than that.
         OSError: The system refuses; the snapshot that was there is intact.
+        ArgumentError, DtypeError: An argument is not as above.
     """
     patience = math.inf if timeout == math.inf else check_number("timeout", timeout)
-    directory = Path(path)
+    directory = _directory(path)
     directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
     if not (directory / MANIFEST).exists():
         # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
@@ -199,6 +200,16 @@ def write_snapshot(
         with ThreadPoolExecutor(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
             for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
                 threads.submit(file.unlink)  # what cannot be removed is left to the next save
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
+    try:
+        directory = Path(path)
+    except TypeError as error:
+        raise DtypeError(f"path: expected a str or a pathlib.Path, got {describe(path)}") from error
+    if "\0" in str(directory):
+        raise ArgumentError(f"path: expected a path, got {str(directory)!r}, with a null character in it")
+    return directory
 
 
 def _numbered(directory: Path) -> Iterator[tuple[Path, int]]:
@@ -382,7 +393,7 @@ def read_snapshot(
         OSError: The system refuses to read, which says nothing about the snapshot.
         MemoryError: It does not fit.
     """
-    directory, tensors = Path(path), {}
+    directory, tensors = _directory(path), {}
     with ExitStack() as files:
         entries, description, sources = _open_all(directory, files)
         threads = files.enter_context(ThreadPoolExecutor(THREADS))
@@ -445,7 +456,7 @@ def examine_snapshot(
         FileNotFoundError: There is no such directory, or no manifest in it.
         ArgumentError: The snapshot was made by a newer softdb.
     """
-    directory = Path(path)
+    directory = _directory(path)
     present = [] if directory.is_file() else sorted(file.name for file in directory.iterdir())
     try:
         entries, description = _read_manifest(directory / MANIFEST)

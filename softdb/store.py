@@ -1014,6 +1014,7 @@ class SoftKVStore(nn.Module):
         Raises:
             LockedError: Somebody else was saving for longer than that.
             OSError: The system refuses; the snapshot that was there, and the store, are as they were.
+            ArgumentError, DtypeError: An argument is not as above.
 
         Example:
             >>> import tempfile, torch
@@ -1081,6 +1082,8 @@ class SoftKVStore(nn.Module):
             ...     mapped(torch.ones(4))
             tensor([1., 1.])
         """
+        if mmap and device is None:
+            device = "cpu"  # whatever torch\'s default is
         place = _usable(device)
         if mmap and place.type != "cpu":
             raise ArgumentError(f"device: expected the CPU beside mmap=True, got {place}; load without mmap")

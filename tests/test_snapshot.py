@@ -11,7 +11,7 @@ import torch
 
 import softdb
 from softdb import SoftKVStore, snapshot
-from softdb.snapshot import read_snapshot, write_snapshot
+from softdb.snapshot import examine_snapshot, read_snapshot, write_snapshot
 
 
 def make(value: float = 1.0, rows: int = 12, **options: Any) -> SoftKVStore:
@@ -83,16 +83,35 @@ def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: py
     assert description == {"a": [1, None]}
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
-def test_a_device_that_is_not_there_says_nothing_against_the_snapshot(device: str, tmp_path: Path) -> None:
-    make().save(tmp_path)
-    with pytest.raises(softdb.DeviceError, match="device: expected one that"):
-        SoftKVStore.load(tmp_path, device=device)
-
-
 @pytest.mark.parametrize("timeout", ["a minute", None, -1, float("nan")])
 def test_a_timeout_that_makes_no_sense_is_refused_before_anything_is_made(timeout: Any, tmp_path: Path) -> None:
     with pytest.raises(softdb.SoftDBError, match="timeout: expected"):
         make().save(tmp_path / "store", timeout=timeout)
     assert not (tmp_path / "store").exists()
     make().save(tmp_path / "store", timeout=float("inf"))
+
+
+@pytest.mark.parametrize("path", [b"path", 3, None, "a\0b"], ids=repr)
+def test_what_is_no_path_is_a_typed_error(path: Any) -> None:
+    wanted = softdb.ArgumentError if isinstance(path, str) else softdb.DtypeError
+    for call in (SoftKVStore(4, 2).save, SoftKVStore.load, examine_snapshot):
+        with pytest.raises(wanted, match=r"^path: expected a "):
+            call(path)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", "meta", 3.5, "cpu:-7"])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_device_that_is_none_is_no_fault_of_the_snapshot(device: Any, mmap: bool, tmp_path: Path) -> None:
+    SoftKVStore(4, 2).save(tmp_path)
+    with pytest.raises(softdb.ArgumentError, match=r"^device: expected ") as caught:
+        SoftKVStore.load(tmp_path, device=device, mmap=mmap)
+    assert not isinstance(caught.value, softdb.CorruptSnapshotError)
+
+
+def test_a_mapped_store_lies_on_the_cpu_whatever_the_default_is(tmp_path: Path) -> None:
+    store = SoftKVStore(4, 2)
+    store.add(torch.eye(4), torch.ones(4, 2))
+    store.save(tmp_path)
+    with torch.device("meta"):
+        loaded = SoftKVStore.load(tmp_path, mmap=True)
+    assert torch.equal(loaded.keys, torch.eye(4))

@@ -112,10 +112,26 @@ def _is_name(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
+class _Threads(ThreadPoolExecutor):
+    """Does at once what it is given where no thread is to be had: there are too many, or Python is about to end."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As that of any executor."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(fn(*args, **kwargs))
+            except Exception as error:
+                done.set_exception(error)
+            return done
+
+
 class _Digest:
     """The hash of a file, of those of its chunks."""
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: _Threads) -> None:
         self._threads = threads
         self._waiting: deque[Future[bytes]] = deque()
         self._whole = hashlib.blake2b()
@@ -197,7 +213,7 @@ def write_snapshot(
             raise
         _sync(directory)
         kept = {entry.file for entry in entries}
-        with ThreadPoolExecutor(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
+        with _Threads(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
             for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
                 threads.submit(file.unlink)  # what cannot be removed is left to the next save
 
@@ -235,8 +251,8 @@ class _Writer:
         self._syncs: list[Future[None]] = []  # of large files, under way
         with ExitStack() as held:
             self._files = held.enter_context(ExitStack())  # closed once no thread needs them any more
-            self._threads = held.enter_context(ThreadPoolExecutor(THREADS))
-            self._syncing = held.enter_context(ThreadPoolExecutor(1))
+            self._threads = held.enter_context(_Threads(THREADS))
+            self._syncing = held.enter_context(_Threads(1))
             self._held = held.pop_all()
         return self
 
@@ -396,7 +412,7 @@ def read_snapshot(
     directory, tensors = _directory(path), {}
     with ExitStack() as files:
         entries, description, sources = _open_all(directory, files)
-        threads = files.enter_context(ThreadPoolExecutor(THREADS))
+        threads = files.enter_context(_Threads(THREADS))
         for entry, source in zip(entries, sources, strict=True):
             file = directory / entry.file
             _check_size_and_header(file, entry, source)
@@ -464,7 +480,7 @@ def examine_snapshot(
         return Examination(None, str(error), [], [name for name in present if name not in (MANIFEST, LOCK)])
     total = sum(len(entry.header) + entry.nbytes for entry in entries)
     done, states = 0, []
-    with ThreadPoolExecutor(THREADS) as threads:
+    with _Threads(THREADS) as threads:
         for entry in entries:
             file, problem = directory / entry.file, None
 
@@ -591,7 +607,7 @@ def _check_hash(
     file: Path,
     entry: _Entry,
     source: Any,
-    threads: ThreadPoolExecutor,
+    threads: _Threads,
     into: memoryview | None = None,
     *,
     report: Callable[[int], None] | None = None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,48 @@ def test_a_mapped_store_lies_on_the_cpu_whatever_the_default_is(tmp_path: Path) 
     with torch.device("meta"):
         loaded = SoftKVStore.load(tmp_path, mmap=True)
     assert torch.equal(loaded.keys, torch.eye(4))
+
+
+AT_THE_END = """
+import atexit, sys, threading, time
+import torch
+from softdb import SoftKVStore
+
+store = SoftKVStore(4, 2)
+store.add(torch.eye(4), torch.ones(4, 2))
+
+def save():
+    if threading.current_thread() is not threading.main_thread():
+        threading.main_thread().join()
+        time.sleep(0.1)
+    store.save(sys.argv[1])
+    print(len(SoftKVStore.load(sys.argv[1])), flush=True)
+
+if sys.argv[2] == "atexit":
+    atexit.register(save)
+else:
+    threading.Thread(target=save).start()
+"""
+
+
+@pytest.mark.parametrize("way", ["atexit", "thread"])
+def test_a_store_is_saved_as_python_ends(way: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_THE_END, str(tmp_path / "saved"), way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "4\n", done.stderr
+    assert len(SoftKVStore.load(tmp_path / "saved")) == 4
+
+
+def test_a_store_is_saved_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    make(3.0).save(tmp_path)
+    make(4.0).save(tmp_path)
+    assert bool((SoftKVStore.load(tmp_path).values == 4.0).all())
+    assert len(list(tmp_path.iterdir())) == len(list(tmp_path.glob("*-2.safetensors"))) + 2  # the old files are gone
+    file = next(tmp_path.glob("values-*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(softdb.CorruptSnapshotError, match="its hash differs"):
+        SoftKVStore.load(tmp_path)

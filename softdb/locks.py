@@ -20,7 +20,8 @@ __all__ = ["SharedLock"]
 class SharedLock:
     """Held by any number of threads for reading, or by one for writing; both may be nested, in this order or the other.
 
-    A thread that reads and wants to write waits for the other readers: two that do so at once would wait for ever.
+    A thread that reads and wants to write waits for the other readers, and for who writes already: beside another that
+    wants to write, both would wait for ever.
 
     Attributes:
         alone: Held for a moment by readers, one at a time, for what little they write.

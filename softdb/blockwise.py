@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.filters import Block, Selection
+from softdb.locks import kept_property
 from softdb.normalizers import GumbelNoise
 from softdb.rows import row_sparse
 from softdb.scores import prepare_keys, prepare_keys_backward
@@ -1072,7 +1073,7 @@ class Places:
         """Numbers that can be looked up, 0 at padding."""
         return self.numbers.clamp(min=0) if self.padded else self.numbers
 
-    @cached_property
+    @kept_property
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Each number once, ascending, and which of them each entry is; without padding, flat."""
         rows, place = self.numbers[~self.missing].unique(return_inverse=True)

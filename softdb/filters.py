@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from softdb.errors import (
     check_vector,
     describe,
 )
+from softdb.locks import kept_property
 from softdb.rows import RowTable
 
 __all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]
@@ -115,14 +115,14 @@ class Selection:
         """How many rows a pass over this selection goes through."""
         return self.size if self.visit is None else len(self.visit)
 
-    @cached_property
+    @kept_property
     def shared_count(self) -> int:
         """How many rows some query may see, as far as ``rule`` and ``excluded`` do not tell."""
         if self.visit is not None:
             return len(self.visit)
         return self.size if self.shared is None else int(self.shared.sum())
 
-    @cached_property
+    @kept_property
     def shows_some_to_all(self) -> bool:
         """Whether it is known that every query sees some row."""
         return self.is_shared and self.shared_count > 0

@@ -10,11 +10,29 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-__all__ = ["SharedLock"]
+__all__ = ["SharedLock", "kept_property"]
+
+T = TypeVar("T")
+
+
+class kept_property(Generic[T]):
+    """A property that each object computes once: `functools.cached_property`, but without a lock.
+
+    Python 3.11 has one for all objects there: threads wait for each other, and a forked child for ever for a thread
+    that it does not have.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> T:
+        value = instance.__dict__[self._compute.__name__] = self._compute(instance)  # found before this from now on
+        return value
 
 
 class SharedLock:

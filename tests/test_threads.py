@@ -24,6 +24,7 @@ from torch import Tensor
 
 import softdb
 from softdb import IndexBuildError, IndexConfig, SoftKVStore
+from softdb.filters import Selection
 from softdb.locks import SharedLock
 
 # -- the lock --------------------------------------------------------------------------------------------
@@ -142,6 +143,39 @@ def test_a_forked_child_is_not_kept_waiting_by_threads_that_it_does_not_have() -
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class SlowMask:
+    """Stands for a mask whose entries take long to count."""
+
+    def __init__(self) -> None:
+        self.counting, self.done = threading.Event(), threading.Event()
+
+    def sum(self) -> int:
+        self.counting.set()
+        self.done.wait(30)
+        return 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_reads_though_a_thread_was_in_the_middle_of_a_read() -> None:
+    store, mask = SoftKVStore(WIDTH, 2), SlowMask()
+    store.add(torch.ones(9, WIDTH), torch.ones(9, 2))
+    selection: Any = Selection(1, shared=mask)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: selection.shared_count)
+    thread.start()
+    assert mask.counting.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        store.delete([1, 2])
+        store.read(torch.ones(1, WIDTH))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    mask.done.set()
+    thread.join()
+    assert status == 0
 
 
 # -- many readers and a writer ---------------------------------------------------------------------------

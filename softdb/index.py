@@ -908,7 +908,8 @@ class Index:
 
     def _follow(self, rows: RowTable, keys: Tensor) -> None:
         """Take note of every change since the last call."""
-        if rows.version == self._version:
+        version = rows.version
+        if version == self._version:
             return
         if self._aside is not None and self._aside.is_done:
             self._adopt(self._aside)
@@ -917,7 +918,7 @@ class Index:
                 self._base.widen(rows.capacity)
                 if not self._asleep:
                     self._note_changes(self._base, rows, keys)
-        self._version = rows.version
+        self._version = version  # a signal's handler may have written meanwhile
         self._settle(rows, keys)
         self._list_beside()
 

@@ -42,7 +42,15 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, CorruptSnapshotError, DtypeError, LockedError, check_number, describe
 
-__all__ = ["FORMAT", "Examination", "FileState", "examine_snapshot", "read_snapshot", "write_snapshot"]
+__all__ = [
+    "FORMAT",
+    "Examination",
+    "FileState",
+    "examine_snapshot",
+    "locked",
+    "read_snapshot",
+    "write_snapshot",
+]
 
 FORMAT = 1
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -120,12 +128,16 @@ class _Threads(ThreadPoolExecutor):
         try:
             return super().submit(fn, *args, **kwargs)
         except RuntimeError:
-            done: Future[Any] = Future()
-            try:
-                done.set_result(fn(*args, **kwargs))
-            except Exception as error:
-                done.set_exception(error)
-            return done
+            return _at_once(fn, *args, **kwargs)
+
+
+def _at_once(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    try:
+        done.set_result(fn(*args, **kwargs))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 class _Digest:
@@ -136,9 +148,10 @@ class _Digest:
         self._waiting: deque[Future[bytes]] = deque()
         self._whole = hashlib.blake2b()
 
-    def add(self, hashed: Callable[..., bytes], *arguments: Any) -> None:
-        """Add the chunk whose hash ``hashed`` makes in another thread; waits where many are under way."""
-        self._waiting.append(self._threads.submit(hashed, *arguments))
+    def add(self, size: int, hashed: Callable[..., bytes], *arguments: Any) -> None:
+        """Add the chunk of ``size`` bytes whose hash ``hashed`` makes; waits where many are under way."""
+        do = self._threads.submit if size > PART else _at_once  # to start a thread would take longer
+        self._waiting.append(do(hashed, *arguments))
         if len(self._waiting) > WAITING:
             self._whole.update(self._waiting.popleft().result())
 
@@ -156,66 +169,50 @@ def _hashed(content: memoryview | bytes) -> bytes:
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-def write_snapshot(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    description: Mapping[str, Any],
-    *,
-    timeout: float = 0.0,
-) -> None:
-    """Make the directory ``path`` hold these tensors and this description, durably, or leave it as it was.
+def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Make a directory hold these tensors and this description, durably, or leave it as it was; within `locked`.
 
     Args:
-        path: The directory; made if it does not exist, not its parents.
+        directory: That is `locked`.
         tensors: By name.
         description: What JSON can hold.
-        timeout: How many seconds to wait while somebody else saves.
 
     Raises:
-        LockedError: Somebody else was saving for longer than that.
         OSError: The system refuses; the snapshot that was there is intact.
-        ArgumentError, DtypeError: An argument is not as above.
+        ArgumentError: There are more tensors than a manifest has room for, or they are of a type that none has.
     """
-    patience = math.inf if timeout == math.inf else check_number("timeout", timeout)
-    directory = _directory(path)
-    directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
-    if not (directory / MANIFEST).exists():
-        # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
-        with suppress(PermissionError):
-            _sync(directory.parent)
-    with _locked(directory, patience):
-        swapping = False
-        generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
-        written: list[Path] = []
-        try:
-            with _Writer() as writer:
-                for name, tensor in tensors.items():
-                    file = directory / _file_name(name, generation, {file.name for file in written})
-                    written.append(file)
-                    writer.write(file, name, tensor)
-                entries = writer.finish()
-            draft = directory / f"{MANIFEST}-{generation}"
-            written.append(draft)
-            manifest = _manifest(entries, description)
-            if len(manifest) > LARGEST_MANIFEST:
-                raise ArgumentError(
-                    f"tensors: expected what a manifest of {LARGEST_MANIFEST} bytes has room for, got {len(tensors)}"
-                )
-            _write_bytes(draft, manifest)
-            _sync(directory)
-            swapping = True
-            os.replace(draft, directory / MANIFEST)
-        except BaseException:
-            # An interrupt, or a disk far away, may report an error after the manifest has been swapped.
-            for file in written if not swapping or os.path.exists(draft) else []:
-                with suppress(OSError):
-                    file.unlink()
-            raise
+    swapping = False
+    generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
+    written: list[Path] = []
+    try:
+        with _Writer() as writer:
+            for name, tensor in tensors.items():
+                file = directory / _file_name(name, generation, {file.name for file in written})
+                written.append(file)
+                writer.write(file, name, tensor)
+            entries = writer.finish()
+        draft = directory / f"{MANIFEST}-{generation}"
+        written.append(draft)
+        manifest = _manifest(entries, description)
+        if len(manifest) > LARGEST_MANIFEST:
+            raise ArgumentError(
+                f"tensors: expected what a manifest of {LARGEST_MANIFEST} bytes has room for, got {len(tensors)}"
+            )
+        _write_bytes(draft, manifest)
         _sync(directory)
-        kept = {entry.file for entry in entries}
-        with _Threads(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
-            for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
-                threads.submit(file.unlink)  # what cannot be removed is left to the next save
+        swapping = True
+        os.replace(draft, directory / MANIFEST)
+    except BaseException:
+        # An interrupt, or a disk far away, may report an error after the manifest has been swapped.
+        for file in written if not swapping or os.path.exists(draft) else []:
+            with suppress(OSError):
+                file.unlink()
+        raise
+    _sync(directory)
+    kept = {entry.file for entry in entries}
+    with _Threads(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
+        for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
+            threads.submit(file.unlink)  # what cannot be removed is left to the next save
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
@@ -271,10 +268,10 @@ class _Writer:
             out = opened.enter_context(open(file, "xb", buffering=0))
             digest, step, synced = _Digest(self._threads), max(1, CHUNK // width), 0
             _write_all(out.fileno(), entry.header, 0)
-            digest.add(_hashed, entry.header)
+            digest.add(len(entry.header), _hashed, entry.header)
             for start in range(0, len(flat), step):
                 chunk = _bytes_of(flat[start : start + step].cpu())
-                digest.add(_write_and_hash, out.fileno(), chunk, first + start * width)
+                digest.add(len(chunk), _write_and_hash, out.fileno(), chunk, first + start * width)
                 if start * width - synced >= SYNC:
                     self._syncs.append(self._syncing.submit(os.fsync, out.fileno()))
                     synced = start * width
@@ -352,8 +349,32 @@ def _sync(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path, timeout: float) -> Iterator[None]:
-    """Hold the directory's lock; the system frees it if the process ends."""
+def locked(path: str | os.PathLike[str], timeout: float) -> Iterator[Path]:
+    """Make the directory ``path``, if need be, and let nobody else save to it; the system lets go if the process ends.
+
+    Args:
+        path: The directory; made if it does not exist, not its parents.
+        timeout: How many seconds to wait while somebody else saves.
+
+    Raises:
+        LockedError: Somebody else was saving for longer than that.
+        OSError: The directory cannot be made, or looked at.
+        ArgumentError, DtypeError: An argument is not as above.
+    """
+    patience = math.inf if timeout == math.inf else check_number("timeout", timeout)
+    directory = _directory(path)
+    directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
+    if not (directory / MANIFEST).exists():
+        # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
+        with suppress(PermissionError):
+            _sync(directory.parent)
+    with _held(directory, patience):
+        yield directory
+
+
+@contextmanager
+def _held(directory: Path, timeout: float) -> Iterator[None]:
+    """Hold the directory's lock."""
     import fcntl  # which Windows does not have
 
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -626,9 +647,9 @@ def _check_hash(
         return digest.digest()
 
     digest = _Digest(threads)
-    digest.add(_hashed, entry.header)
+    digest.add(len(entry.header), _hashed, entry.header)
     for start in range(0, entry.nbytes, CHUNK):
-        digest.add(read, start)
+        digest.add(min(CHUNK, entry.nbytes - start), read, start)
         if report is not None:
             report(start)
     if digest.hexdigest() != entry.blake2b:

@@ -61,7 +61,7 @@ from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.snapshot import read_snapshot, write_snapshot
+from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
 from softdb.version import __version__
 
@@ -1026,7 +1026,8 @@ class SoftKVStore(nn.Module):
             ...     len(SoftKVStore.load(folder))
             4
         """
-        self._reading(lambda: write_snapshot(path, *self._contents(), timeout=timeout))
+        with locked(path, timeout) as directory:  # until then nobody waits who wants to write rows
+            self._reading(lambda: write_snapshot(directory, *self._contents()))
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a snapshot holds of the store."""

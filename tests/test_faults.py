@@ -155,7 +155,7 @@ def holding(path: Path) -> tuple[Any, Any]:
     ready, go = FORK.Event(), FORK.Event()
 
     def hold() -> None:
-        with snapshot._locked(path, 0.0):
+        with snapshot.locked(path, 0.0):
             ready.set()
             go.wait(faults.PATIENCE)
 
@@ -209,7 +209,7 @@ def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
-    with snapshot._locked(tmp_path, 0.0):
+    with snapshot.locked(tmp_path, 0.0):
         child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,), daemon=True)
         child.start()
     make(2.0).save(tmp_path)

@@ -14,7 +14,7 @@ import torch
 
 import softdb
 from softdb import SoftKVStore, snapshot
-from softdb.snapshot import examine_snapshot, read_snapshot, write_snapshot
+from softdb.snapshot import examine_snapshot, locked, read_snapshot, write_snapshot
 
 
 def make(value: float = 1.0, rows: int = 12, **options: Any) -> SoftKVStore:
@@ -78,7 +78,8 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "CHUNK", 64)
     wide = torch.randn(9, 30).T
-    write_snapshot(tmp_path, {"wide": wide, "none": torch.empty(0, 5), "one": torch.tensor(7)}, {"a": [1, None]})
+    with locked(tmp_path, 0.0) as directory:
+        write_snapshot(directory, {"wide": wide, "none": torch.empty(0, 5), "one": torch.tensor(7)}, {"a": [1, None]})
     tensors, description = read_snapshot(tmp_path)
     assert torch.equal(tensors["wide"], wide)
     assert tensors["none"].shape == (0, 5)

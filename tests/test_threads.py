@@ -23,7 +23,7 @@ from races import WIDTH, race, run_together
 from torch import Tensor
 
 import softdb
-from softdb import IndexBuildError, IndexConfig, SoftKVStore
+from softdb import IndexBuildError, IndexConfig, SoftKVStore, snapshot
 from softdb.filters import Selection
 from softdb.locks import SharedLock
 
@@ -305,6 +305,19 @@ def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path
             stop.set()
 
     run_together([write, save])
+
+
+def test_who_waits_to_save_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    store, ids = small_store()
+    waiting = threading.Thread(target=lambda: store.save(tmp_path, timeout=60))
+    with snapshot.locked(tmp_path, 0.0):
+        waiting.start()
+        for _ in range(20):
+            time.sleep(0.005)
+            store.update(ids, values=torch.ones(400, 2))
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert bool((SoftKVStore.load(tmp_path).values == 1).all())
 
 
 # -- builds that fail ------------------------------------------------------------------------------------

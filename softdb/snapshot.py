@@ -31,7 +31,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -184,6 +184,7 @@ def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: 
     swapping = False
     generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
     written: list[Path] = []
+    _make_room(file for file, _ in _numbered(directory))
     try:
         with _Writer() as writer:
             for name, tensor in tensors.items():
@@ -213,6 +214,18 @@ def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: 
     with _Threads(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
         for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
             threads.submit(file.unlink)  # what cannot be removed is left to the next save
+
+
+def _make_room(files: Iterable[Path]) -> None:
+    """Let new files have the memory that the system keeps what is in these in: they are about to go."""
+    for file in files:
+        with suppress(OSError, AttributeError):  # it is advice, which not every system takes
+            if file.lstat().st_size > SYNC:
+                descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(descriptor)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:

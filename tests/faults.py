@@ -477,10 +477,13 @@ def errors_at_every_step(report: Report, folder: Path, *, codes: Sequence[int], 
             said = f"error {error.errno}"
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-        report.check(said == (f"error {code}" if steps[number].kind != "unlink" else "saved"), f"{what}: {said}")
+        # Old files are opened to say that the system need not remember them: it may decline.
+        declined = steps[number].kind == "open" and steps[number].path.suffix == ".safetensors" and not sticky
+        harmless = declined or steps[number].kind == "unlink"
+        report.check(said == ("saved" if harmless else f"error {code}"), f"{what}: {said}")
         found = which(path, stores)
-        report.note(found, ["old"] if number <= swap else ["new"], what)
-        if number <= swap and not sticky:
+        report.note(found, ["old"] if number <= swap and not declined else ["new"], what)
+        if number <= swap and not sticky and not declined:
             report.check(content_of(path) == before, f"{what}: leaves {names(path)}")
         report.check(contents(stores["new"]) == new, f"{what}: the store in memory has changed")
         save_again(path, report, what)

@@ -579,6 +579,7 @@ def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
     store = table()
     chance = random.Random(0)
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     interrupted, deadline = 0, time.monotonic() + 20
     try:
         while interrupted < 100 and time.monotonic() < deadline:
@@ -597,6 +598,7 @@ def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
             store._check()
     finally:
         signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
     assert interrupted > 20
 
 

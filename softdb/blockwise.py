@@ -7,9 +7,13 @@ Milakov & Gimelshein 2018 (arXiv 1805.02867) and the tiling of FlashAttention (D
 backward makes the scores again, and from them and the saved m and l the weights.
 
 Where the time goes: two products a block forward, and every pass over its scores costs a tenth to a third of one.
-So there is no maximum and no shift (m = 0) as long as a bound on the scores says that exp is safe without; each thread
-multiplies a part of the block by itself, a *lane* with running numbers of its own, merged at the end; products are made
-the way round that is faster; memory is used again. Few rows are read at once, and keep their weights for backward.
+So there is no maximum and no shift (m = 0) as long as a bound on the scores says that exp is safe without; a block is
+multiplied in *partitions*, at least one for each thread; products are made the way round that is faster; memory is used
+again. Few rows are read at once, and keep their weights for backward.
+
+What holds on every processor: libraries round a product differently for other shapes and memory layouts, and some add
+up its terms one after the other. So backward makes the scores by the same calls as forward, as the read's `Tiling` says
+(otherwise the weights would not sum to 1), and no product sums over more than `SUM_ROWS` rows.
 
 Shapes: G groups of B queries, each group over its own N rows. A store is one group.
 """
@@ -39,6 +43,7 @@ __all__ = [
     "BestRows",
     "Places",
     "Scan",
+    "Tiling",
     "blend_at",
     "blend_back",
     "check_scores",
@@ -60,6 +65,9 @@ TILE_QUERIES = 1024
 TILE_ROWS = 2**18
 # As many numbers of a block's rows are copied at a time, where they have to be: 4 MiB of float32.
 COPIED_ELEMENTS = 2**20
+# The most rows whose weighted values one product sums up, and the fewest that are worth a product of their own. Over
+# 70,000 equal summands one float32 product was off by 6e-4 (AMD EPYC, Zen 3); the error grows with their number.
+SUM_ROWS, LEAST_SUM_ROWS = 1024, 256
 # Few enough rows to be padded by a copy; no fewer than a group.
 FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
@@ -84,6 +92,25 @@ MAXIMA_ELEMENTS, GATHER_ELEMENTS = 2**23, 2**20
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How a pass over the rows is cut into products. Backward cuts as forward did, so that it makes the same scores.
+
+    Attributes:
+        queries: The queries of a tile.
+        rows: The rows of a block, a multiple of ``partition``.
+        partition: The rows that one product takes where a block is split.
+        tall: Whether tiles lie with their rows along the longer stride: see `_Product`.
+        even: Whether equal rows give equal scores: see `_Product`.
+    """
+
+    queries: int
+    rows: int
+    partition: int
+    tall: bool
+    even: bool
+
+
+@dataclass(frozen=True)
 class Scan:
     """How queries meet rows: everything about an exact pass but the operands.
 
@@ -105,29 +132,46 @@ class Scan:
     narrow: bool = False
     noise: GumbelNoise | None = None
 
-    def tiles(
-        self, groups: int, queries: int, copied: int, k: int = 0, lanes: int = 1
-    ) -> Iterator[tuple[slice, Block, list[slice]]]:
+    def tiling(self, query: Tensor, copied: int, k: int = 0) -> Tiling:  # (G, B, w)
+        """Choose the tiles of a pass.
+
+        Args:
+            query: Prepared queries.
+            copied: How many numbers of each row of a block are copied: where they are, blocks are smaller.
+            k: How many of the best rows are looked for in each tile: a tile for many is wide.
+        """
+        queries, width = query.shape[1:]
+        if k:
+            height = min(queries, max(16, TILE_ELEMENTS // (8 * GROUP * k)))
+        else:
+            height = -(-queries // max(1, -(-queries // TILE_QUERIES)))
+        rows = min(TILE_ELEMENTS // max(1, height), COPIED_ELEMENTS // max(1, copied), TILE_ROWS)
+        rows = max(rows // GROUP, 1) * GROUP
+        partition = min(SUM_ROWS, rows)
+        if query.device.type == "cpu":
+            # A thread that multiplies a part of the rows by itself shares no operand and no result with the others.
+            share = rows // torch.get_num_threads() // GROUP * GROUP
+            partition = share if min(LEAST_SUM_ROWS, partition) <= share < partition else partition
+        tall = k == 0 and _is_tall(height, width)
+        return Tiling(height, rows // partition * partition, partition, tall, even=k > 0)
+
+    def tiles(self, tiling: Tiling, groups: int, queries: int) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Groups × block of rows × slices of queries, such that a tile of scores fits in cache.
 
         Args:
+            tiling: How large they are.
             groups: G.
             queries: B.
-            copied: How many numbers of each row of a block are copied: where they are, blocks are smaller.
-            k: How many of the best rows are looked for in each tile: a tile for many is wide.
-            lanes: Into how many parts each block but the last has to be divisible.
         """
         count = self.selection.count
         if groups == 0 or queries == 0 or count == 0:
             return
-        height = self.height(queries, k)
-        width = min(TILE_ELEMENTS // height, COPIED_ELEMENTS // max(1, copied), TILE_ROWS)
-        width = max(width // (GROUP * lanes), 1) * GROUP * lanes
+        height, width = tiling.queries, tiling.rows
         depth = max(1, TILE_ELEMENTS // (height * min(width, count)))
         slices = [slice(start, min(start + height, queries)) for start in range(0, queries, height)]
         edges = list(range(0, count, width))
-        if k and count % GROUP and count - edges[-1] > FEW_ROWS:
-            edges.append(count - count % GROUP)  # a small last block, cheap to pad: see `_Product`
+        if count - edges[-1] > tiling.partition and count % tiling.partition:
+            edges.append(count - count % tiling.partition)
         edges.append(count)
         for first in range(0, groups, depth):
             for start, stop in itertools.pairwise(edges):
@@ -135,19 +179,10 @@ class Scan:
                 if block is not None:
                     yield slice(first, min(first + depth, groups)), block, slices
 
-    def height(self, queries: int, k: int = 0) -> int:
-        """How many of the queries a tile is for."""
-        if k:
-            return min(queries, max(16, TILE_ELEMENTS // (8 * GROUP * k)))
-        return -(-queries // max(1, -(-queries // TILE_QUERIES)))
-
-    def lanes(self, query: Tensor) -> int:  # (G, B, w)
-        """Into how many parts a block's rows are split, so that each thread has a product of its own.
-
-        A thread that multiplies a part of the rows by itself shares no operand and no result with the others.
-        """
-        alone = query.shape[0] == 1 and query.device.type == "cpu" and self.noise is None
-        return torch.get_num_threads() if alone else 1
+    def partitions(self, tiling: Tiling, groups: slice, block: Block) -> int:
+        """Into how many parts the rows of a block are split to be multiplied; 1 where its tile has to be one piece."""
+        whole = tiling.even or block.hides or self.noise is not None or groups.stop - groups.start > 1
+        return 1 if whole or block.count % tiling.partition else block.count // tiling.partition
 
     def bound(self, query: Tensor) -> Callable[[Tensor], float]:  # (G, B, w)
         """A function that tells how large a score with the prepared keys of a block (g, C, w) can be.
@@ -335,7 +370,7 @@ def exact_top_k(
         block = _small_block(query.shape[1], scan, scan.copied(keys), k)
         if block is not None:
             everyone, queries = slice(0, 1), slice(0, query.shape[1])
-            scores = _Product()(query, scan.operand(_Rows(keys, scan.dtype).block(everyone, block)), even=True)
+            scores = _Product(even=True)(query, scan.operand(_Rows(keys, scan.dtype).block(everyone, block)))
             block.hide(scores, everyone, queries, -torch.inf)
             found, _, rows = _best_of_block(scores[0].to(scan.dtype), block, k)
             return found, rows
@@ -348,12 +383,12 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, scan: Scan, k: int) -> tuple
     """The best of each tile, joined to the best so far."""
     batch = query.shape[1]
     best = _Best(1, batch, k, scan.dtype, query.device)
-    product = _Product()
+    product = _Product(even=True)
     key_rows = _Rows(keys, scan.dtype)
-    for groups, block, slices in scan.tiles(1, batch, scan.copied(keys), k):
+    for groups, block, slices in scan.tiles(scan.tiling(query, scan.copied(keys), k), 1, batch):
         operand = scan.operand(key_rows.block(groups, block))
         for queries in slices:
-            scores = product(query[:, queries], operand, even=True)
+            scores = product(query[:, queries], operand)
             block.hide(scores, groups, queries, -torch.inf)
             # Scores are compared as they are reported: two that round to one are a tie.
             best.add(scores.to(scan.dtype), groups, queries, block)
@@ -389,13 +424,13 @@ def _columns_of_best_groups(
     count = scan.selection.count
     groups = -(-count // GROUP)
     maxima = torch.full((part.stop - part.start, groups), -torch.inf, dtype=scan.dtype, device=query.device)
-    product = _Product()
+    product = _Product(even=True)
     key_rows = _Rows(keys, scan.dtype)
-    for chunk, block, slices in scan.tiles(1, len(maxima), scan.copied(keys)):
+    for chunk, block, slices in scan.tiles(scan.tiling(query[:, part], scan.copied(keys)), 1, len(maxima)):
         operand = scan.operand(key_rows.block(chunk, block))
         for queries in slices:
             whole = slice(part.start + queries.start, part.start + queries.stop)
-            scores = product(query[:, whole], operand, even=True)
+            scores = product(query[:, whole], operand)
             block.hide(scores, chunk, whole, -torch.inf)
             scores = scores[0].to(scan.dtype)
             first, even = block.start // GROUP, scores.shape[1] // GROUP
@@ -416,23 +451,20 @@ class _Product:
     Args:
         tall: Whether a tile lies with its rows along the longer stride, (g, C, b), as the product ``keys @ query.T``
             leaves it. For a few dozen queries that product is up to three times as fast as ``query @ keys.T``.
+        even: Whether equal rows of the right operand give equal numbers. The libraries behind a product have other
+            kernels, which round otherwise, for its last columns and for small products: then it is padded. Blocks that
+            are not a multiple of 32 rows are short, see `Scan.tiles`.
     """
 
-    def __init__(self, tall: bool = False) -> None:
-        self._tall = tall
+    def __init__(self, tall: bool = False, even: bool = False) -> None:
+        self._tall, self._even = tall, even
         self._memory = _Memory()
 
-    def __call__(
-        self, left: Tensor, right: Tensor, *, even: bool = False
-    ) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
-        """``left @ right.mT``; with ``even``, equal rows of ``right`` give equal numbers.
-
-        The libraries behind a product have other kernels, which round otherwise, for its last columns and for small
-        products: then it is padded. Blocks that are not a multiple of 32 rows are short, see `Scan.tiles`.
-        """
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
+        """``left @ right.mT``."""
         groups, height, width = left.shape
         count = wanted = right.shape[1]
-        if even:
+        if self._even:
             wanted = max(count, -(-SMALL_PRODUCT // (height * width)))
             wanted += -wanted % GROUP
         if wanted > count:
@@ -442,6 +474,36 @@ class _Product:
             return torch.bmm(right, left.mT, out=tile).mT[..., :count]
         tile = self._memory.take(left, (groups, height, wanted), left.dtype)
         return torch.bmm(left, right.mT, out=tile)[..., :count]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # (g, b, x), (n, b, C), (n, C, x)
+    """Add ``left @ right`` to ``total``, in sums over at most `SUM_ROWS` rows.
+
+    With one group there may be n > 1 partitions of its rows.
+    """
+    if len(left) > len(total):
+        total += torch.bmm(left, right).sum(0, keepdim=True, dtype=total.dtype)
+        return
+    count = right.shape[1]
+    if count <= SUM_ROWS and left.dtype == total.dtype:
+        total.baddbmm_(left, right)
+        return
+    whole = count - count % SUM_ROWS
+    for into, weights, rows in zip(total, left, right, strict=True):
+        if whole:
+            runs = weights[:, :whole].unflatten(-1, (-1, SUM_ROWS)).transpose(0, 1)  # (runs, b, SUM_ROWS)
+            into += torch.bmm(runs, rows[:whole].unflatten(0, (-1, SUM_ROWS))).sum(0, dtype=into.dtype)
+        if whole < count:
+            into += weights[:, whole:] @ rows[whole:]
+
+
+def _product_in_runs(left: Tensor, right: Tensor) -> Tensor:  # (*G, b, C), (*G, C, x) -> (*G, b, x)
+    """``left @ right``, in sums over at most `SUM_ROWS` rows."""
+    if right.shape[-2] <= SUM_ROWS:
+        return left @ right
+    total = left.new_zeros(*left.shape[:-1], right.shape[-1])
+    _add_product(*(tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in (total, left, right)))
+    return total
 
 
 def _is_tall(queries: int, width: int) -> bool:
@@ -523,23 +585,22 @@ class _Blend(NamedTuple):
 
 
 def _read_in_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int, *, shifted: bool = False
+    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, k: int, tiling: Tiling, *, shifted: bool = False
 ) -> _Blend:
     """One block of rows after the other, in tiles that fit in cache; with a shift once needed, or from the start."""
     count, height = query.shape[:2]
-    lanes = scan.lanes(query) if k == 0 else 1
-    shape = (max(count, lanes), height)
+    shape = (count, height)
     total = query.new_zeros(shape, dtype=scan.dtype)
     blend = query.new_zeros((*shape, values.shape[-1]), dtype=scan.dtype)
     shift: Tensor | None = None  # a running maximum, once it is needed
     lowest = query.new_zeros(())
     best = _Best(count, height, k, scan.dtype, query.device) if k else None
-    product = _Product(k == 0 and _is_tall(scan.height(height), query.shape[-1]))
+    product = _Product(tiling.tall, tiling.even)
     key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, values.dtype if scan.narrow else scan.dtype)
     bound_of = scan.bound(query)
     # What a rule showed each query, to be compared in backward.
     seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
-    for groups, block, slices in scan.tiles(count, height, scan.copied(keys, values), k, lanes):
+    for groups, block, slices in scan.tiles(tiling, count, height):
         rows = key_rows.block(groups, block)  # (g, C, d)
         operand = scan.operand(rows)  # (g, C, w)
         block_values = value_rows.block(groups, block)  # (g, C, dv)
@@ -548,13 +609,10 @@ def _read_in_blocks(
         bound = bound_of(operand)
         if shift is None and (shifted or not bound <= UNSHIFTED):  # nor if it is NaN
             shift = query.new_zeros(shape).masked_fill_(total == 0, -torch.inf)
-        here = groups
-        if lanes > 1:
-            operand, block_values = _split(operand, lanes, block), _split(block_values, lanes, block)
-            here = slice(0, len(operand))
+        parts = scan.partitions(tiling, groups, block)
+        operand, block_values = _split(operand, parts), _split(block_values, parts)
         for queries in slices:
-            part = query[groups, queries].expand(len(operand), -1, -1)
-            scores = product(part, operand, even=best is not None)  # (g, b, C)
+            scores = product(_repeated(query[groups, queries], parts), operand)  # (n, b, c), n groups or partitions
             scan.disturb(scores, block, groups, queries)
             if not bound < LARGEST:  # an infinite key may give a score of -inf, which would pass for hidden
                 block.hide(scores, groups, queries, torch.inf)
@@ -567,20 +625,18 @@ def _read_in_blocks(
                 weights = _exponentials(scores, None, scan.dtype)
                 block.hide(weights, groups, queries, 0.0)
             else:
-                before = shift[here, queries]
-                after = torch.maximum(before, scores.amax(-1))
+                before, highest = shift[groups, queries], scores.amax(-1)
+                after = torch.maximum(before, highest.amax(0, keepdim=True) if parts > 1 else highest)
                 finite = _finite_or_zero(after)
                 weights = _exponentials(scores, finite, scan.dtype)
                 scale = (before - finite).to(scan.dtype).exp_()
                 before.copy_(after)
-                total[here, queries] *= scale
-                blend[here, queries] *= scale.unsqueeze(-1)
-            total[here, queries] += weights.sum(-1)
-            if block_values.dtype == weights.dtype:
-                blend[here, queries].baddbmm_(weights, block_values)
-            else:
-                blend[here, queries] += torch.bmm(weights.to(block_values.dtype), block_values)
-    total, blend, shift = _merged(total, blend, shift, count)
+                total[groups, queries] *= scale
+                blend[groups, queries] *= scale.unsqueeze(-1)
+            sums = weights.sum(-1)
+            total[groups, queries] += sums.sum(0, keepdim=True) if parts > 1 else sums
+            _add_product(blend[groups, queries], weights.to(block_values.dtype), block_values)
+    shift = None if shift is None else _finite_or_zero(shift)
     lse = total.flatten().log()
     if shift is not None:
         lse = (lse + shift.flatten()).to(lse.dtype)
@@ -594,33 +650,27 @@ def _read_in_blocks(
     return _Blend(blend.flatten(0, 1) / total.flatten().unsqueeze(-1), lse, total, shift, found, seen)
 
 
-def _split(rows: Tensor, lanes: int, block: Block) -> Tensor:  # (1, C, d) -> (lanes, C / lanes, d)
-    """A block's rows, one part for each thread; as they are where a part would not know what is hidden from it."""
-    if block.hides or rows.shape[1] % lanes:
-        return rows
-    return rows.view(lanes, -1, rows.shape[-1])
+def _split(rows: Tensor, parts: int) -> Tensor:  # (g, C, d) -> (parts, C / parts, d)
+    """The rows of a block, as partitions if there is more than one."""
+    return rows.view(parts, -1, rows.shape[-1]) if parts > 1 else rows
 
 
-def _merged(total: Tensor, blend: Tensor, shift: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The parts that the lanes have read, as one; no shift is -inf any more."""
-    if len(total) == count:
-        return total, blend, None if shift is None else _finite_or_zero(shift)
-    if shift is None:
-        return total.sum(0, keepdim=True), blend.sum(0, keepdim=True), None
-    largest = _finite_or_zero(shift.amax(0, keepdim=True))
-    scale = (shift - largest).to(total.dtype).exp_()
-    return (total * scale).sum(0, keepdim=True), (blend * scale.unsqueeze(-1)).sum(0, keepdim=True), largest
+def _repeated(queries: Tensor, parts: int) -> Tensor:  # (g, b, d) -> (parts, b, d)
+    """Queries, to meet every partition of the rows."""
+    return queries.expand(parts, -1, -1) if parts > 1 else queries
 
 
-def _read_surely(query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int) -> _Blend:
+def _read_surely(
+    query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int, tiling: Tiling
+) -> _Blend:
     """`_read_in_blocks`, again with a shift where it cannot be trusted without."""
     query, keys, values = _grouped(groups, query), _grouped(groups, keys), _grouped(groups, values)
     with suppress(NonFiniteError):
-        read = _read_in_blocks(query, keys, values, scan, k)
+        read = _read_in_blocks(query, keys, values, scan, k, tiling)
         if read.shift is not None or (_is_plausible(read.lse, scan.selection) and _is_sizable(read)):
             return read
     # Somebody wrote to the keys and did not say so, or they are not finite indeed, or values are huge or tiny.
-    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k, shifted=True)
+    return _read_in_blocks(query, keys, values, replace(scan, key_norm=None), k, tiling, shifted=True)
 
 
 def _is_sizable(read: _Blend) -> bool:
@@ -649,7 +699,10 @@ class _ExactRead(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scan: Scan, groups: int, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
-        read = _read_surely(query, keys, values, scan, groups, k)
+        # Gradients of rows take memory too, where they cannot be written in place.
+        copied = scan.copied(keys, values) * (1 + any(ctx.needs_input_grad[1:3]))
+        tiling = scan.tiling(_grouped(groups, query), copied, k)
+        read = _read_surely(query, keys, values, scan, groups, k, tiling)
         total, shift = read.total, read.shift
         if total.numel():
             # Backward divides the gradients by the total: a large one would drive small gradients to underflow.
@@ -658,7 +711,7 @@ class _ExactRead(torch.autograd.Function):
                 more = total.log()
                 total = (total.double() * more.double().neg().exp()).to(total.dtype)
                 shift = more if shift is None else shift + more
-        ctx.scan, ctx.groups = scan, groups
+        ctx.scan, ctx.groups, ctx.tiling = scan, groups, tiling
         ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))
         ctx.set_materialize_grads(False)
         return read.values, read.lse, read.best
@@ -669,7 +722,9 @@ class _ExactRead(torch.autograd.Function):
         results: list[Tensor | None] = [None, None, None]
         if grads[0] is not None or grads[1] is not None:
             with torch.no_grad(), full_precision(saved.query.device):
-                results = _gradients_in_blocks(saved, ctx.scan, ctx.groups, grads[0], grads[1], ctx.needs_input_grad)
+                results = _gradients_in_blocks(
+                    saved, ctx.scan, ctx.groups, ctx.tiling, grads[0], grads[1], ctx.needs_input_grad
+                )
         return *_once_only(results, *saved[:3], *grads), None, None, None
 
 
@@ -700,6 +755,7 @@ def _gradients_in_blocks(
     saved: _Saved,
     scan: Scan,
     group_count: int,
+    tiling: Tiling,
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
@@ -712,8 +768,7 @@ def _gradients_in_blocks(
     needs_query, needs_keys, needs_values = needs[:3]
     needs_values = needs_values and grad_blend is not None
     count, height = query.shape[:2]
-    lanes = scan.lanes(query)
-    grad_query = query.new_zeros(max(count, lanes), *query.shape[1:]) if needs_query else None
+    grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = _empty_gradient(keys, scan, height) if needs_keys else None
     grad_values = _empty_gradient(values, scan, height) if needs_values else None
     # The division by the total is done to the small factors.
@@ -723,37 +778,30 @@ def _gradients_in_blocks(
         grad_blend = grad_blend / total.unsqueeze(-1)
     else:
         delta = delta / total
-    tall = _is_tall(scan.height(height), query.shape[-1])
-    product, value_product = _Product(tall), _Product(tall)
+    product, value_product = _Product(tiling.tall, tiling.even), _Product(tiling.tall)
     key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, scan.dtype)
     again = None if seen is None else torch.zeros_like(seen)
-    copied = scan.copied(keys, values)
-    copied *= 1 + (needs_keys or needs_values)  # their gradients, too, where they cannot be written in place
-    for groups, block, slices in scan.tiles(count, height, copied, lanes=lanes):
+    for groups, block, slices in scan.tiles(tiling, count, height):
         rows = key_rows.block(groups, block)  # (g, C, d)
         operand = scan.operand(rows)  # (g, C, w)
         block_values = value_rows.block(groups, block)  # (g, C, dv)
         if again is not None:
             again += block.fingerprint()
-        here = groups
-        if lanes > 1:
-            operand, block_values = _split(operand, lanes, block), _split(block_values, lanes, block)
-            here = slice(0, len(operand))
+        parts = scan.partitions(tiling, groups, block)
+        operand, block_values = _split(operand, parts), _split(block_values, parts)
         grad_operand = None if grad_keys is None else _room(grad_keys, groups, block, operand)
         grad_block_values = None if grad_values is None else _room(grad_values, groups, block, block_values)
         for queries in slices:
             fresh = 0.0 if queries.start == 0 else 1.0
-            part = query[groups, queries].expand(len(operand), -1, -1)
-            scores = product(part, operand)  # (g, b, C)
+            part = _repeated(query[groups, queries], parts)
+            scores = product(part, operand)  # (n, b, c), as forward made them
             scan.disturb(scores, block, groups, queries)
             if shift is not None:
                 block.hide(scores, groups, queries, -torch.inf)
             weights = _exponentials(scores, None if shift is None else shift[groups, queries], scan.dtype)
             if shift is None:
                 block.hide(weights, groups, queries, 0.0)
-            upstream = None
-            if grad_blend is not None:
-                upstream = grad_blend[groups, queries].expand(len(operand), -1, -1)
+            upstream = None if grad_blend is None else _repeated(grad_blend[groups, queries], parts)
             if grad_block_values is not None and upstream is not None:
                 grad_block_values.baddbmm_(weights.mT, upstream, beta=fresh)
             if not (needs_query or needs_keys):
@@ -765,7 +813,7 @@ def _gradients_in_blocks(
                 grad_scores = value_product(upstream, block_values).sub_(minus).mul_(weights)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
-                grad_query[here, queries].baddbmm_(grad_scores, operand)
+                _add_product(grad_query[groups, queries], grad_scores, operand)
             if grad_operand is not None:
                 grad_operand.baddbmm_(grad_scores.mT, part, beta=fresh)
         if grad_keys is not None and grad_operand is not None:
@@ -773,8 +821,6 @@ def _gradients_in_blocks(
             _write(grad_keys, groups, block, scan.operand_backward(grad_operand, rows))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
-    if grad_query is not None and len(grad_query) > count:
-        grad_query = grad_query.sum(0, keepdim=True)
     if seen is not None and again is not None:
         _check_again(seen, again)
     return [None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)]
@@ -877,7 +923,8 @@ class _DenseRead(torch.autograd.Function):
             _check_again(ctx.seen, scan.selection.block(0, scan.selection.count).fingerprint())
         with torch.no_grad(), full_precision(query.device):
             if needs_values and grad_blend is not None:
-                grad_values = _spread(values, groups, block, weights.mT @ _by_group(groups, grad_blend))
+                grad_rows = _product_in_runs(weights.mT, _by_group(groups, grad_blend))
+                grad_values = _spread(values, groups, block, grad_rows)
             if needs_query or needs_keys:
                 grad_scores = weights
                 if grad_blend is not None:
@@ -892,9 +939,9 @@ class _DenseRead(torch.autograd.Function):
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _rows(keys, groups, block)
                 if needs_query:
-                    grad_query = _flat(groups, grad_scores @ scan.operand(rows))
+                    grad_query = _flat(groups, _product_in_runs(grad_scores, scan.operand(rows)))
                 if needs_keys:
-                    grad_operand = grad_scores.mT @ _by_group(groups, query)
+                    grad_operand = _product_in_runs(grad_scores.mT, _by_group(groups, query))
                     grad_keys = _spread(keys, groups, block, scan.operand_backward(grad_operand, rows))
         results = _once_only([grad_query, grad_keys, grad_values], query, keys, values, *grads)
         return *results, None, None, None, None
@@ -907,7 +954,7 @@ def _read_densely(
     operand = scan.operand(_rows(keys, groups, block))
     query = _by_group(groups, query)
     if k:
-        scores = _Product()(*((query[None], operand[None]) if groups == 1 else (query, operand)), even=True)
+        scores = _Product(even=True)(*((query[None], operand[None]) if groups == 1 else (query, operand)))
         scores = scores[0] if groups == 1 else scores
     else:
         scores = _pairwise(query, operand)
@@ -921,6 +968,8 @@ def _read_densely(
         _hide_all(scores, block, -torch.inf)
     # Along whichever dimension lies that way in memory.
     weights = torch.softmax(scores, -1) if scores.is_contiguous() else torch.softmax(scores.mT, -2).mT
+    if block.count > SUM_ROWS:  # torch adds up the exponentials of a row one after the other
+        weights /= weights.sum(-1, keepdim=True)
     lse = scores.amax(-1) - weights.amax(-1).log()
     if block.hides:
         nothing = lse.isnan()
@@ -929,7 +978,7 @@ def _read_densely(
     if scores.dtype != scan.dtype:
         lse, weights = lse.to(scan.dtype), weights.to(scan.dtype)
     weights = _cut(weights)
-    blend = _flat(groups, weights @ _cast(_rows(values, groups, block), scan.dtype))
+    blend = _flat(groups, _product_in_runs(weights, _cast(_rows(values, groups, block), scan.dtype)))
     lse = _flat(groups, lse)
     if k == 0:
         return blend, lse, None, weights
@@ -1031,7 +1080,8 @@ def exact_read(
         result = _DenseRead.apply(query, keys, values, scan, groups, block, k)  # type: ignore[no-untyped-call]
     else:
         if not wanted:
-            read = _read_surely(query, keys, values, scan, groups, k)
+            tiling = scan.tiling(_grouped(groups, query), scan.copied(keys, values), k)
+            read = _read_surely(query, keys, values, scan, groups, k, tiling)
             return read.values, read.lse, read.best
         result = _ExactRead.apply(query, keys, values, scan, groups, k)  # type: ignore[no-untyped-call]
     return result

@@ -81,8 +81,9 @@ def test_every_tile_is_visited_once() -> None:
     for groups, queries, rows in ((1, 1, 1), (3, 5, 100), (40, 300, 70), (1, 2000, 100_000)):
         for k in (0, 1, 40):
             scan = Scan("dot", None, Selection(rows), torch.float32)
+            tiling = scan.tiling(torch.empty(groups, queries, 8), 0, k)
             seen = 0
-            for chunk, block, slices in scan.tiles(groups, queries, 0, k):
+            for chunk, block, slices in scan.tiles(tiling, groups, queries):
                 assert isinstance(block.rows, slice)
                 for part in slices:
                     area = (part.stop - part.start) * (block.rows.stop - block.rows.start)
@@ -96,7 +97,7 @@ def test_every_tile_is_visited_once() -> None:
 def read_in_blocks(
     query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **scan: object
 ) -> tuple[Tensor, Tensor]:
-    force_dispatch("two lanes", patch)
+    force_dispatch("two partitions", patch)
     how = Scan("dot", None, Selection(len(keys)), query.dtype, **scan)  # type: ignore[arg-type]
     values, lse, _ = exact_read(query, keys, values, how)
     return values, lse
@@ -132,7 +133,7 @@ def test_a_block_that_passes_the_bound_shifts_what_went_before(monkeypatch: pyte
 
 def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    force_dispatch("two lanes", monkeypatch)
+    force_dispatch("two partitions", monkeypatch)
     query, keys, values = torch.ones(4, 1), 38 + 0.5 * torch.randn(900, 1), torch.randn(900, 2)
     how = Scan("dot", None, Selection(900), torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (query, keys, values)]

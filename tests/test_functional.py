@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, largest_error
+from contract import DISPATCH, METRICS, Problem, ReadContract, RoundingNoise, force_dispatch, largest_error
 from torch import Tensor
 
 import softdb
@@ -68,9 +68,35 @@ class TestSoftReadWithBestRows(ReadContract):
 
 
 class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
-    @pytest.fixture(autouse=True, params=["small tiles, rows first", "small tiles, always shifted", "two lanes"])
+    @pytest.fixture(
+        autouse=True,
+        params=["small tiles, rows first", "small tiles, always shifted", "two partitions", "one tile, short sums"],
+    )
     def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         force_dispatch(request.param, monkeypatch)
+
+
+class TestRoundingNoise:
+    """However products round for other shapes and layouts, gradients are right: no read relies on equal bits."""
+
+    @pytest.mark.parametrize("dispatch", [None, "two partitions", "five partitions, always shifted, rows first"])
+    @pytest.mark.parametrize("reader", [TestSoftRead, TestSoftReadWithBestRows])
+    @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_gradients_agree(
+        self,
+        metric: str,
+        scale: float,
+        reader: type[ReadContract],
+        dispatch: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        if dispatch is not None:
+            force_dispatch(dispatch, monkeypatch)
+        contract = reader()
+        contract.rounding = RoundingNoise
+        for key_dim in (1, 33):
+            contract.check(Problem.random(rows=507, key_dim=key_dim, metric=metric, scale=scale), scale)
 
 
 class TestTopkReadOfAllRows(ReadContract):

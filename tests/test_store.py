@@ -117,7 +117,9 @@ class TestExactAmongHoles(StoreContract):
 
 
 class TestExactAmongHolesInSmallTiles(TestExactAmongHoles):
-    @pytest.fixture(autouse=True, params=["tiny tiles", "two lanes", "three lanes, always shifted, rows first"])
+    @pytest.fixture(
+        autouse=True, params=["tiny tiles", "two partitions", "five partitions, always shifted, rows first"]
+    )
     def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         force_dispatch(request.param, monkeypatch)
 

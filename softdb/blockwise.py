@@ -57,6 +57,7 @@ __all__ = [
     "query_numbers",
     "scores_at",
     "top_k",
+    "weighted_sum",
 ]
 
 # A tile of scores stays in the second-level cache beside the operands that made it.
@@ -67,7 +68,7 @@ TILE_ROWS = 2**18
 COPIED_ELEMENTS = 2**20
 # The most rows whose weighted values one product sums up, and the fewest that are worth a product of their own. Over
 # 70,000 equal summands one float32 product was off by 6e-4 (AMD EPYC, Zen 3); the error grows with their number.
-SUM_ROWS, LEAST_SUM_ROWS = 1024, 256
+SUM_ROWS, LEAST_SUM_ROWS = 512, 256
 # Few enough rows to be padded by a copy; no fewer than a group.
 FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
@@ -479,14 +480,15 @@ class _Product:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # (g, b, x), (n, b, C), (n, C, x)
     """Add ``left @ right`` to ``total``, in sums over at most `SUM_ROWS` rows.
 
-    With one group there may be n > 1 partitions of its rows.
+    With one group there may be n > 1 partitions of its rows. Not by `torch.baddbmm`, which may add each term to what is
+    there.
     """
     if len(left) > len(total):
         total += torch.bmm(left, right).sum(0, keepdim=True, dtype=total.dtype)
         return
     count = right.shape[1]
-    if count <= SUM_ROWS and left.dtype == total.dtype:
-        total.baddbmm_(left, right)
+    if count <= SUM_ROWS:
+        total += torch.bmm(left, right)
         return
     whole = count - count % SUM_ROWS
     for into, weights, rows in zip(total, left, right, strict=True):
@@ -495,6 +497,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # (g, b, 
             into += torch.bmm(runs, rows[:whole].unflatten(0, (-1, SUM_ROWS))).sum(0, dtype=into.dtype)
         if whole < count:
             into += weights[:, whole:] @ rows[whole:]
+
+
+def _put_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:  # (n, c, x), (n, c, b), (n, b, x)
+    """Write ``left @ right`` to ``total`` if it is the first product there, else add it."""
+    if first:
+        total.baddbmm_(left, right, beta=0.0)
+    else:
+        total += torch.bmm(left, right)
 
 
 def _product_in_runs(left: Tensor, right: Tensor) -> Tensor:  # (*G, b, C), (*G, C, x) -> (*G, b, x)
@@ -792,7 +802,7 @@ def _gradients_in_blocks(
         grad_operand = None if grad_keys is None else _room(grad_keys, groups, block, operand)
         grad_block_values = None if grad_values is None else _room(grad_values, groups, block, block_values)
         for queries in slices:
-            fresh = 0.0 if queries.start == 0 else 1.0
+            first = queries.start == 0
             part = _repeated(query[groups, queries], parts)
             scores = product(part, operand)  # (n, b, c), as forward made them
             scan.disturb(scores, block, groups, queries)
@@ -803,7 +813,7 @@ def _gradients_in_blocks(
                 block.hide(weights, groups, queries, 0.0)
             upstream = None if grad_blend is None else _repeated(grad_blend[groups, queries], parts)
             if grad_block_values is not None and upstream is not None:
-                grad_block_values.baddbmm_(weights.mT, upstream, beta=fresh)
+                _put_product(grad_block_values, weights.mT, upstream, first)
             if not (needs_query or needs_keys):
                 continue
             minus = delta[groups, queries].unsqueeze(-1)
@@ -815,7 +825,7 @@ def _gradients_in_blocks(
             if grad_query is not None:
                 _add_product(grad_query[groups, queries], grad_scores, operand)
             if grad_operand is not None:
-                grad_operand.baddbmm_(grad_scores.mT, part, beta=fresh)
+                _put_product(grad_operand, grad_scores.mT, part, first)
         if grad_keys is not None and grad_operand is not None:
             grad_operand = grad_operand.view(-1, block.count, grad_operand.shape[-1])
             _write(grad_keys, groups, block, scan.operand_backward(grad_operand, rows))
@@ -1195,12 +1205,28 @@ def _gathered(table: Tensor, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def blend_at(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
     """The weighted sum of the values at ``numbers``, none of them -1; no gradient, and no (M, k, dv)."""
-    if values.dtype == weights.dtype:
+    count, k = numbers.shape
+    if values.dtype == weights.dtype and k <= SUM_ROWS:
         return F.embedding_bag(numbers, values, per_sample_weights=weights, mode="sum")
-    blend = weights.new_empty(len(numbers), values.shape[-1])
+    if values.dtype == weights.dtype:
+        starts = torch.arange(0, k, SUM_ROWS, device=numbers.device)
+        bags = (torch.arange(count, device=numbers.device).unsqueeze(-1) * k + starts).flatten()
+        flat = weights.flatten()
+        sums = F.embedding_bag(numbers.flatten(), values, bags, per_sample_weights=flat, mode="sum")
+        return sums.view(count, len(starts), values.shape[-1]).sum(1)
+    blend = weights.new_empty(count, values.shape[-1])
     for part, rows in _gathered(values, numbers):
-        blend[part] = torch.bmm(weights[part].unsqueeze(1), rows.to(weights.dtype)).squeeze(1)
+        blend[part] = weighted_sum(weights[part], rows.to(weights.dtype))
     return blend
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k, dv) -> (M, dv)
+    """``(weights[..., None] * rows).sum(1)``, in sums over at most `SUM_ROWS` rows; differentiable."""
+    sums = torch.bmm(weights[:, :SUM_ROWS].unsqueeze(1), rows[:, :SUM_ROWS]).squeeze(1)
+    for start in range(SUM_ROWS, weights.shape[1], SUM_ROWS):
+        run = slice(start, start + SUM_ROWS)
+        sums = sums + torch.bmm(weights[:, run].unsqueeze(1), rows[:, run]).squeeze(1)
+    return sums
 
 
 def blend_back(

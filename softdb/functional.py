@@ -23,6 +23,7 @@ from softdb.blockwise import (
     is_narrow,
     query_numbers,
     scores_at,
+    weighted_sum,
 )
 from softdb.errors import (
     ArgumentError,
@@ -328,7 +329,7 @@ def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) 
         values = weights.new_zeros(*weights.shape, width, dtype=dtype)
     else:
         values = tables.gather_values(places, dtype)
-    return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+    return weighted_sum(weights, values)
 
 
 def _choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)

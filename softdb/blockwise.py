@@ -37,7 +37,7 @@ from softdb.filters import Block, Selection
 from softdb.locks import kept_property
 from softdb.normalizers import GumbelNoise
 from softdb.rows import row_sparse
-from softdb.scores import prepare_keys, prepare_keys_backward
+from softdb.scores import prepare_keys, prepare_keys_backward, widest_dtype
 
 __all__ = [
     "BestRows",
@@ -609,7 +609,7 @@ def _read_in_blocks(
     key_rows, value_rows = _Rows(keys, scan.dtype), _Rows(values, values.dtype if scan.narrow else scan.dtype)
     bound_of = scan.bound(query)
     # What a rule showed each query, to be compared in backward.
-    seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.float64)
+    seen = None if scan.selection.rule is None else query.new_zeros(height, dtype=torch.int64)
     for groups, block, slices in scan.tiles(tiling, count, height):
         rows = key_rows.block(groups, block)  # (g, C, d)
         operand = scan.operand(rows)  # (g, C, w)
@@ -719,7 +719,8 @@ class _ExactRead(torch.autograd.Function):
             smallest, largest = total.aminmax()
             if float(smallest) < 1 / COMFORTABLE_TOTAL or float(largest) > COMFORTABLE_TOTAL:
                 more = total.log()
-                total = (total.double() * more.double().neg().exp()).to(total.dtype)
+                wide = widest_dtype(total.device)
+                total = (total.to(wide) * more.to(wide).neg().exp()).to(total.dtype)
                 shift = more if shift is None else shift + more
         ctx.scan, ctx.groups, ctx.tiling = scan, groups, tiling
         ctx.save_for_backward(*_Saved(query, keys, values, read.values, total, shift, read.seen, scan.selection.mask))

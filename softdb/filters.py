@@ -81,13 +81,13 @@ class Block:
             inside = (query >= queries.start) & (query < queries.stop)
             scores[:, query[inside] - queries.start, column[inside]] = value
 
-    def fingerprint(self) -> Tensor:  # (B,) or (), float64
+    def fingerprint(self) -> Tensor:  # (B,) or (), int64
         """A number that another mask is most unlikely to have, exact whatever the order of its sum."""
         mask, rows = self.mask, self.rows
         device = None if mask is None else mask.device
         slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact in float64
-        return (marks if mask is None else mask * marks).sum(-1, dtype=torch.float64)
+        marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact
+        return (marks if mask is None else mask * marks).sum(-1)
 
 
 @dataclass(frozen=True)

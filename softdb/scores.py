@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softdb.errors import DeviceError
+
 __all__ = [
     "METRICS",
     "Metric",
@@ -39,6 +41,7 @@ __all__ = [
     "prepare_keys",
     "prepare_keys_backward",
     "prepare_query",
+    "widest_dtype",
 ]
 
 Metric = Literal["dot", "scaled_dot", "cosine", "l2"]
@@ -54,16 +57,37 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def operand_dtype(metric: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the prepared operands of a read that is computed in ``dtype``."""
-    return torch.float64 if metric == "l2" else dtype
+# Types of devices whose tensors cannot be float64.
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Choose the dtype of the prepared operands of a read that is computed in ``dtype``.
+
+    Raises:
+        DeviceError: The metric is l2, whose expansion needs float64, and the device has none.
+    """
+    if metric != "l2":
+        return dtype
+    if widest_dtype(device) != torch.float64:
+        raise DeviceError(
+            f"metric: 'l2' is computed in float64, which {device.type} devices do not have; use another metric, or "
+            "read on the CPU"
+        )
+    return torch.float64
 
 
 def centre_of(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
     """The point that l2 is expanded around; None for the other metrics."""
     if metric != "l2" or query.numel() == 0:
         return None
-    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=torch.float64)
+    wanted = operand_dtype(metric, torch.float64, query.device)
+    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=wanted)
 
 
 def prepare_query(
@@ -74,7 +98,7 @@ def prepare_query(
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """The left operand of the product that gives the scores."""
-    wanted = operand_dtype(metric, dtype)
+    wanted = operand_dtype(metric, dtype, query.device)
     divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     if isinstance(temperature, float):
         divisor *= temperature
@@ -82,7 +106,7 @@ def prepare_query(
     # before it is taken.
     operand = query
     if metric == "cosine" or query.dtype != wanted:
-        operand = query.to(torch.float64 if metric == "cosine" else wanted)
+        operand = query.to(widest_dtype(query.device) if metric == "cosine" else wanted)
     if metric == "l2":
         if centre is not None:
             operand = operand - centre
@@ -104,7 +128,7 @@ def prepare_keys(
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """The right operand of the product that gives the scores; ``keys`` itself where nothing is to be done."""
-    wanted = operand_dtype(metric, dtype)
+    wanted = operand_dtype(metric, dtype, keys.device)
     operand = keys if keys.dtype == wanted else keys.to(wanted)
     if metric == "cosine":
         return F.normalize(operand, dim=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,13 +17,27 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from softdb.errors import ArgumentError, DtypeError, NonFiniteError, ShapeError, check_number
+from softdb.errors import (
+    ArgumentError,
+    DtypeError,
+    NonFiniteError,
+    ShapeError,
+    check_dense,
+    check_float_tensor,
+    check_number,
+    check_shape,
+    describe,
+)
 from softdb.rows import RowTable, coalesced, note_move, of, trust
 
 __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
 
 # As many numbers of a table are worked on at a time. On a CPU they stay in its cache, and are enough for two threads.
 CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24
+
+# The dtypes of Parameters that a step can move.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
 
 State = dict[str, Any]
 
@@ -38,13 +52,12 @@ class _RowOptimizer(Optimizer):
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, self._checked_options(defaults))
 
     # -- what an optimiser adds ------------------------------------------------------------------------------
 
     @abstractmethod
-    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
+    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
         """What is remembered of every row, and what a new row begins with."""
 
     @abstractmethod
@@ -52,29 +65,36 @@ class _RowOptimizer(Optimizer):
         """The shape of each of them, for a Parameter of ``shape``."""
 
     @abstractmethod
-    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
+    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
         """By what a step is multiplied when a row takes its ``age``-th."""
 
     @abstractmethod
     def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Remember the gradient of a block of rows; where to move them, as numerator and denominator."""
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        """Raise unless the options of a group are in range."""
-        check_number("lr", options["lr"])
-        check_number("eps", options["eps"])
-        check_number("weight_decay", options["weight_decay"])
+    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a group as plain numbers; raise unless they are in range."""
+        lr = options["lr"]
+        number = check_number("lr", lr)
+        return {
+            # Schedulers write into a tensor, and the group has to keep it.
+            "lr": lr if isinstance(lr, Tensor) and lr.is_floating_point() else number,
+            "eps": check_number("eps", options["eps"]),
+            "weight_decay": check_number("weight_decay", options["weight_decay"]),
+        }
 
     # -- as every optimiser ----------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of Parameters with options of its own, as in torch."""
-        self._check_options({**self.defaults, **param_group})
+        # torch refuses what is no dictionary.
+        options = self._checked_options({**self.defaults, **param_group}) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
+        param_group.update(options)
         for parameter in param_group["params"]:
-            if not parameter.is_floating_point() or parameter.layout != torch.strided:
+            if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
@@ -99,47 +119,109 @@ class _RowOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for parameter, group in due:
-            _check_gradient(parameter)
-            self._check_options(group)
-            if float(group["lr"]) * group["weight_decay"] >= 1:
+        due: list[tuple[Tensor, dict[str, Any]]] = []
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                _check_gradient(parameter)
+            group.update(self._checked_options(group))
+            options = group | {"lr": float(group["lr"])}
+            if options["lr"] * options["weight_decay"] >= 1:
                 raise ArgumentError(
-                    f"weight_decay: expected lr * weight_decay below 1, got {float(group['lr'])} * "
-                    f"{group['weight_decay']}, which turns rows around; lower one of them"
+                    f"weight_decay: expected lr * weight_decay below 1, got {options['lr']} * "
+                    f"{options['weight_decay']}, which turns rows around; lower one of them"
                 )
+            due += [(parameter, options) for parameter in parameters]
         tables = {id(table): table for parameter, _ in due if (table := of(parameter)) is not None}
         with ExitStack() as held:
             for number in sorted(tables):  # so that two of these never wait for each other
                 held.enter_context(tables[number].access.writing())
-            for parameter, group in due:
-                self._update(parameter, group)
+            for parameter, options in due:
+                self._update(parameter, options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, as in torch; load the store before the next step.
 
-        Tensors keep their dtype, and are copied.
+        Tensors are copied. Moments of any floating dtype keep their values, in at least float32. State of
+        `torch.optim.SparseAdam` or `torch.optim.AdamW` is a state of `RowAdam`; options that it lacks keep this
+        optimiser's defaults.
+
+        Raises:
+            ArgumentError, DtypeError, ShapeError: The state or an option does not fit; nothing has changed.
         """
-        # torch casts state to the Parameter's dtype, which would round moments, and the numbers of generations. What
-        # the other hooks make of the dictionary is what counts, so this one comes last.
-        loaded: list[dict[str, Any]] = []
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        loaded: dict[Tensor, State] = {}
+
+        def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
+            groups = given["param_groups"]
+            if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+                return None  # which torch refuses
+            groups = [group | self._checked_options({**self.defaults, **group}) for group in groups]
+            others = dict(given["state"])
+            for group, own in zip(groups, self.param_groups, strict=True):
+                for number, parameter in zip(group["params"], own["params"], strict=True):
+                    if number in others:
+                        loaded[parameter] = self._converted_state(others.pop(number), parameter, group)
+            return {**given, "param_groups": groups, "state": others}
+
+        # torch would cast every tensor to the Parameter's dtype, which rounds moments and counts. The first hook runs
+        # after all other hooks that edit the dictionary, the second before all that look at the loaded state.
+        hooks = (
+            self.register_load_state_dict_pre_hook(convert),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        saved = [number for group in loaded[0]["param_groups"] for number in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(saved, own, strict=True):
-            for name, value in loaded[0]["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    copy = _filled(value.shape, 0, value.dtype, parameter.device)
-                    self.state[parameter][name] = copy.copy_(value)
+            for hook in hooks:
+                hook.remove()
+
+    def _converted_state(self, given: State, parameter: Tensor, options: dict[str, Any]) -> State:
+        """Copy the state of ``parameter`` that ``given`` holds, in the types that a step continues from."""
+        moments = self._initial(options)
+        groups = ("step", *moments), ("generation", "born"), ("log_decay", "decayed"), ("seed",)
+        known = [name for names in groups for name in names]
+        for name in given:
+            if name not in known:
+                expected = ", ".join(map(repr, known))
+                raise ArgumentError(
+                    f"state: expected the names {expected}, got {name!r}; load the state of a {type(self).__name__}"
+                )
+        for names in groups:
+            missing = [name for name in names if name not in given]
+            if given and missing and ("step" in names or len(missing) < len(names)):
+                raise ArgumentError(
+                    f"state: expected {', '.join(map(repr, names))} together, {missing[0]!r} is missing; "
+                    "load a complete state"
+                )
+        shape = parameter.shape or torch.Size([1])
+        # State of a store's rows may be longer or shorter: the store is loaded, or grows, later.
+        count: int | None = shape[0] if of(parameter) is None else None
+        state: State = {}
+        for name, value in given.items():
+            label = f"state[{name!r}]"
+            if name in ("step", "seed"):
+                state[name] = _check_whole(label, value)
+                continue
+            if name == "log_decay":
+                state[name] = _check_log(label, value)
+                continue
+            wanted = (count, *(self._state_shape(shape)[1:] if name in moments else ()))
+            if name in ("generation", "born"):
+                _check_integers(label, value, wanted)
+                dtype = torch.int64
+            else:
+                check_float_tensor(label, value, wanted)
+                dtype = torch.float64 if name == "decayed" or value.dtype == torch.float64 else torch.float32
+            count = len(value)
+            state[name] = _filled(value.shape, 0, dtype, parameter.device).copy_(value.detach())
+        return state
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
         table = of(parameter)
         # torch need not count a write to a store's rows: the hooks of `rows` note which rows moved, where a count
         # would say that any may have.
@@ -149,7 +231,7 @@ class _RowOptimizer(Optimizer):
             return
         if rows.dim() == 0:
             rows, gradient = rows.view(1), gradient.view(1)
-        state = self._fitted_state(parameter, rows, table, group)
+        state = self._fitted_state(parameter, rows, table, options)
         slots: Tensor | None = None  # None: every row
         values = gradient
         if gradient.layout == torch.sparse_coo:
@@ -161,11 +243,11 @@ class _RowOptimizer(Optimizer):
                     slots, values = slots[live], values[live]
         state["step"] += 1
         if table is not None:
-            self._welcome(state, table, table.live_slots() if slots is None else slots, group)
-        size = self._step_size(_ages(state, slots), group)
-        factor = _decay(state, slots, group)
+            self._welcome(state, table, table.live_slots() if slots is None else slots, options)
+        size = self._step_size(_ages(state, slots), options)
+        factor = _decay(state, slots, options)
 
-        moments = [state[name] for name in self._initial(group)]
+        moments = [state[name] for name in self._initial(options)]
         count = max(1, (CHUNK if rows.device.type == "cpu" else CHUNK_ELSEWHERE) // max(1, rows[:1].numel()))
         count = min(count, len(rows) if slots is None else len(slots))
         dtype = _state_dtype(rows.dtype)
@@ -173,7 +255,7 @@ class _RowOptimizer(Optimizer):
         try:
             for part, place in _parts(slots, table, len(rows), count):
                 block = _Block(part, count, buffers)
-                numerator, denominator = self._direction(block, values[place].to(dtype), moments, group)
+                numerator, denominator = self._direction(block, values[place].to(dtype), moments, options)
                 stored = block.take(rows)
                 working = stored.to(dtype)  # itself, unless it is of low precision
                 if factor is not None:
@@ -186,11 +268,11 @@ class _RowOptimizer(Optimizer):
         finally:  # whatever happens: some rows may have moved
             note_move(parameter, slots)
 
-    def _fitted_state(self, parameter: Tensor, rows: Tensor, table: RowTable | None, group: dict[str, Any]) -> State:
+    def _fitted_state(self, parameter: Tensor, rows: Tensor, table: RowTable | None, options: dict[str, Any]) -> State:
         """What is remembered of ``parameter``, for as many rows as it now has."""
         state: State = self.state[parameter]
         count, device, dtype = len(rows), rows.device, _state_dtype(rows.dtype)
-        initial = self._initial(group)
+        initial = self._initial(options)
         state.setdefault("step", 0)
         for name, start in initial.items():
             if name not in state:
@@ -198,7 +280,7 @@ class _RowOptimizer(Optimizer):
         if table is not None and "generation" not in state:
             state["generation"] = table.generation.clone()
             state["born"] = torch.zeros(count, dtype=torch.int64, device=device)
-        if group["weight_decay"] != 0 and "decayed" not in state:
+        if options["weight_decay"] != 0 and "decayed" not in state:
             state["log_decay"] = 0.0
             state["decayed"] = torch.zeros(count, dtype=torch.float64, device=device)
         # No row has been in a slot -1 times, so that one that comes into the new slots is not known.
@@ -214,14 +296,14 @@ class _RowOptimizer(Optimizer):
                 state[name] = state[name].to(device)
         return state
 
-    def _welcome(self, state: State, table: RowTable, slots: Tensor, group: dict[str, Any]) -> None:
+    def _welcome(self, state: State, table: RowTable, slots: Tensor, options: dict[str, Any]) -> None:
         """Start those of the rows at ``slots`` afresh that are not the ones known."""
         generation = table.generation.index_select(0, slots)
         new = state["generation"].index_select(0, slots) != generation
         if not bool(new.any()):
             return
         slots = slots[new]
-        for name, start in self._initial(group).items():
+        for name, start in self._initial(options).items():
             state[name].index_fill_(0, slots, start)
         state["generation"].index_copy_(0, slots, generation[new])
         state["born"].index_fill_(0, slots, state["step"] - 1)
@@ -293,37 +375,40 @@ class RowAdam(_RowOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
-        betas = options["betas"]
+    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        checked, given = super()._checked_options(options), options["betas"]
+        betas = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise DtypeError(f"betas: expected two numbers, got {betas!r}")
-        for number, beta in enumerate(betas):
-            check_number(f"betas[{number}]", beta, below=1.0)
+            raise DtypeError(f"betas: expected two numbers, got {describe(given)}")
+        pair = tuple(check_number(f"betas[{number}]", beta, below=1.0) for number, beta in enumerate(betas))
+        return checked | {"betas": pair}
 
-    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
+    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
         return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def _state_shape(self, shape: torch.Size) -> torch.Size:
         return shape
 
-    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
-        lr, beta1, beta2 = float(group["lr"]), float(group["betas"][0]), float(group["betas"][1])
+    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
+        lr: float = options["lr"]
+        beta1: float
+        beta2: float
+        beta1, beta2 = options["betas"]
         if isinstance(age, int):
             return lr * math.sqrt(1 - beta2**age) / (1 - beta1**age)
         exponent = age.to(torch.float64)
         return torch.sqrt(1 - torch.pow(beta2, exponent)).mul_(lr).div_(1 - torch.pow(beta1, exponent))
 
     def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         means, squares = moments
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = options["betas"]
         mean = block.take(means)
         block.put(means, mean.lerp_(gradient, 1 - beta1))
         square = block.take(squares)
         block.put(squares, square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2))
-        return mean, torch.sqrt(square, out=block.spare(square)).add_(group["eps"])
+        return mean, torch.sqrt(square, out=block.spare(square)).add_(options["eps"])
 
 
 @trust
@@ -383,27 +468,28 @@ class RowAdagrad(_RowOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        super()._check_options(options)
-        check_number("initial_accumulator_value", options["initial_accumulator_value"])
+    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        name = "initial_accumulator_value"
+        return super()._checked_options(options) | {name: check_number(name, options[name])}
 
-    def _initial(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"sum": float(group["initial_accumulator_value"])}
+    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
+        return {"sum": options["initial_accumulator_value"]}
 
     def _state_shape(self, shape: torch.Size) -> torch.Size:
         return shape[:1]
 
-    def _step_size(self, age: int | Tensor, group: dict[str, Any]) -> float | Tensor:
-        return float(group["lr"])
+    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
+        lr: float = options["lr"]
+        return lr
 
     def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], group: dict[str, Any]
+        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         (totals,) = moments
         squares = torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1).square_()
         total = block.take(totals)
         block.put(totals, total.add_(squares, alpha=1 / max(1, math.prod(gradient.shape[1:]))))
-        return gradient, total.sqrt().add_(group["eps"]).view(-1, *[1] * (gradient.dim() - 1))
+        return gradient, total.sqrt().add_(options["eps"]).view(-1, *[1] * (gradient.dim() - 1))
 
 
 @torch.no_grad()
@@ -475,6 +561,45 @@ def clip_row_grad_norm_(
     for gradient in filled:
         gradient.mul_(factor.to(gradient.device))
     return total
+
+
+# -- loaded state ------------------------------------------------------------------------------------------------------
+
+
+def _plain(name: str, value: object) -> int | float:
+    """Return ``value`` as a number of Python: a scalar, or an array or tensor of one entry."""
+    number = value
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise DtypeError(f"{name}: expected a number, got {describe(value)}")
+    return number
+
+
+def _check_whole(name: str, value: object) -> int:
+    """Return ``value`` as an int that is at least 0."""
+    number = _plain(name, value)
+    if not 0 <= number < 2**63 or number != int(number):
+        raise ArgumentError(f"{name}: expected a whole number of at least 0, got {number}")
+    return int(number)
+
+
+def _check_log(name: str, value: object) -> float:
+    """Return ``value`` as the logarithm of a factor that is above 0 and at most 1."""
+    number = float(_plain(name, value))
+    if not -math.inf < number <= 0:
+        raise ArgumentError(f"{name}: expected a finite number of at most 0, got {number}")
+    return number
+
+
+def _check_integers(name: str, value: object, shape: Sequence[int | None]) -> None:
+    """Raise unless ``value`` is an integer tensor of ``shape``."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name}: expected an integer tensor, got {describe(value)}")
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise DtypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+    check_dense(name, value)
+    check_shape(name, value, shape)
 
 
 # -- gradients and rows ------------------------------------------------------------------------------------------------
@@ -567,14 +692,14 @@ def _ages(state: State, slots: Tensor | None) -> int | Tensor:
     return step - lowest if lowest == highest else step - born
 
 
-def _decay(state: State, slots: Tensor | None, group: dict[str, Any]) -> Tensor | None:
+def _decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tensor | None:
     """By what each row is multiplied to make up for the decay since it last moved, this step's included."""
     if "decayed" not in state:
         return None
-    state["log_decay"] += math.log1p(-float(group["lr"]) * group["weight_decay"])
+    state["log_decay"] += math.log1p(-options["lr"] * options["weight_decay"])
     decayed: Tensor = state["decayed"]
     before = decayed if slots is None else decayed.index_select(0, slots)
-    factor = torch.sub(torch.tensor(state["log_decay"], dtype=torch.float64), before).exp_()
+    factor: Tensor = (state["log_decay"] - before).exp_()
     if slots is None:
         decayed.fill_(state["log_decay"])
     else:
@@ -589,11 +714,10 @@ def _column(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:
 
 def _filled(shape: Iterable[int], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor full of ``fill``."""
-    if device.type != "cpu":
+    if device.type != "cpu" or dtype not in NUMPY_DTYPES:
         return torch.full(tuple(shape), fill, dtype=dtype, device=device)
     # numpy asks Linux for huge pages, torch does not: a step in rows all over a large table is then a tenth faster.
-    numbers = np.zeros(tuple(shape), dtype={torch.float32: np.float32, torch.float64: np.float64}.get(dtype, np.int64))
-    tensor = torch.from_numpy(numbers)
+    tensor = torch.from_numpy(np.zeros(tuple(shape), dtype=NUMPY_DTYPES[dtype]))
     return tensor if fill == 0 else tensor.fill_(fill)
 
 

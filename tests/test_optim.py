@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -435,6 +436,143 @@ def test_a_copy_trains_on_by_itself(kind: type, copied: Callable[[Any], Any]) ->
         one.step()
     assert torch.equal(store.keys[:14], twin.keys[:14])
     assert torch.equal(store.values[:14], twin.values[:14])
+
+
+# -- state of other sources --------------------------------------------------------------------------------------------
+
+
+def trained_state(kind: type, shape: tuple[int, ...] = (4, 2), **options: Any) -> dict[str, Any]:
+    """The state dict of an optimiser after three steps with a dense gradient."""
+    parameter = parameter_of(*shape)
+    optimizer = kind([parameter], lr=0.1, **options)
+    for seed in range(3):
+        parameter.grad = torch.randn(shape, generator=seeded(seed))
+        optimizer.step()
+    return copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_of_any_floating_dtype_keep_their_values(
+    kind: type, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> None:
+    saved = trained_state(kind)
+    moments = {name: value.to(dtype) for name, value in saved["state"][0].items() if isinstance(value, Tensor)}
+    saved["state"][0].update(moments)
+    parameter = parameter_of(4, 2, dtype=parameter_dtype)
+    optimizer = kind([parameter])
+    optimizer.load_state_dict(saved)
+    for name, value in moments.items():
+        loaded = optimizer.state[parameter][name]
+        assert loaded.dtype in (torch.float32, torch.float64)
+        assert torch.equal(loaded.double(), value.double())
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name in moments:
+        assert optimizer.state[parameter][name].dtype == torch.promote_types(parameter_dtype, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "number", [7, 7.0, np.int64(7), np.float32(7), np.array(7), torch.tensor(7), torch.tensor(7.0)]
+)
+def test_a_step_count_of_any_type_of_number_is_loaded_as_an_int(number: Any) -> None:
+    saved = trained_state(RowAdam, weight_decay=0.1)
+    saved["state"][0].update(step=number, log_decay=torch.tensor(-0.5) if number == 7.0 else np.float64(-0.5))
+    parameter = parameter_of(4, 2)
+    optimizer = RowAdam([parameter])
+    optimizer.load_state_dict(saved)
+    state = optimizer.state[parameter]
+    assert (type(state["step"]), state["step"]) == (int, 7)
+    assert (type(state["log_decay"]), state["log_decay"]) == (float, -0.5)
+
+
+def test_state_of_sparse_adam_is_continued() -> None:
+    parameter, peer = parameter_of(6, 2), parameter_of(6, 2)
+    given = torch.optim.SparseAdam([peer], lr=0.05)
+    for step in range(3):
+        peer.grad = row_gradient((6, 2), 3, seed=step)
+        given.step()
+    saved = given.state_dict()
+    saved["state"][0]["step"] = torch.tensor(float(saved["state"][0]["step"]))
+    optimizer = RowAdam([parameter], lr=1.0, weight_decay=0.0)
+    optimizer.load_state_dict(saved)
+    parameter.data.copy_(peer.data)
+    for step in range(3, 6):
+        for each, one in ((parameter, optimizer), (peer, given)):
+            each.grad = row_gradient((6, 2), 3, seed=step)
+            one.step()
+    assert torch.allclose(parameter, peer, rtol=0, atol=1e-6)
+
+
+BAD_STATE: list[tuple[str, Any, type[Exception], str]] = [
+    ("exp_avg", torch.zeros(4, 3), softdb.ShapeError, r"state\['exp_avg'\]: expected shape \(4, 2\), got \(4, 3\)"),
+    ("exp_avg", torch.zeros(4), softdb.ShapeError, r"state\['exp_avg'\]: expected shape"),
+    ("exp_avg_sq", torch.zeros(5, 2), softdb.ShapeError, r"state\['exp_avg_sq'\]: expected shape \(4, 2\)"),
+    ("exp_avg", torch.zeros(4, 2, dtype=torch.int64), softdb.DtypeError, r"state\['exp_avg'\]: expected a floating"),
+    ("exp_avg", torch.zeros(4, 2).to_sparse(), softdb.DtypeError, r"state\['exp_avg'\]: expected a dense tensor"),
+    ("exp_avg", [[0.0, 0.0]] * 4, softdb.DtypeError, r"state\['exp_avg'\]: expected a floating"),
+    ("exp_avg", None, softdb.DtypeError, r"state\['exp_avg'\]: expected a floating"),
+    ("decayed", torch.zeros(3), softdb.ShapeError, r"state\['decayed'\]: expected shape \(4,\)"),
+    ("born", torch.zeros(4), softdb.DtypeError, r"state\['born'\]: expected an integer tensor, got torch.float32"),
+    ("generation", torch.zeros(4, dtype=torch.bool), softdb.DtypeError, r"state\['generation'\]: expected an integer"),
+    ("step", "many", softdb.DtypeError, r"state\['step'\]: expected a number"),
+    ("step", True, softdb.DtypeError, r"state\['step'\]: expected a number"),
+    ("step", 2.5, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got 2.5"),
+    ("step", -1, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got -1"),
+    ("step", math.nan, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got nan"),
+    ("step", torch.zeros(2), softdb.DtypeError, r"state\['step'\]: expected a number"),
+    ("log_decay", math.nan, softdb.ArgumentError, r"state\['log_decay'\]: expected a finite number of at most 0"),
+    ("log_decay", 0.5, softdb.ArgumentError, r"state\['log_decay'\]: expected a finite number of at most 0"),
+    ("seed", 0.5, softdb.ArgumentError, r"state\['seed'\]: expected a whole number"),
+    ("sum", torch.zeros(4), softdb.ArgumentError, r"state: expected the names 'step', 'exp_avg', .*, got 'sum'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_STATE)
+def test_state_that_does_not_fit_is_an_error_and_changes_nothing(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    parameter = parameter_of(4, 2)
+    optimizer = RowAdam([parameter], lr=0.3, weight_decay=0.1)
+    parameter.grad = torch.ones(4, 2)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = trained_state(RowAdam, weight_decay=0.1)
+    rows = torch.zeros(4, dtype=torch.int64)
+    saved["state"][0].update({"generation": rows, "born": rows, name: value})
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"][0].keys() == before["state"][0].keys()
+    for own, other in zip(after["state"][0].values(), before["state"][0].values(), strict=True):
+        assert torch.equal(own, other) if isinstance(own, Tensor) else own == other
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq", "log_decay", "decayed"])
+def test_state_with_a_part_missing_is_an_error(name: str) -> None:
+    saved = trained_state(RowAdam, weight_decay=0.1)
+    del saved["state"][0][name]
+    with pytest.raises(softdb.ArgumentError, match=f"state: expected .*, '{name}' is missing"):
+        RowAdam([parameter_of(4, 2)]).load_state_dict(saved)
+
+
+def test_options_that_do_not_fit_are_not_loaded() -> None:
+    optimizer = RowAdam([parameter_of(4, 2)], lr=0.3)
+    saved = trained_state(RowAdam)
+    saved["param_groups"][0]["lr"] = "fast"
+    with pytest.raises(softdb.DtypeError, match="lr: expected a number"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_parameters_that_no_step_can_move_are_refused(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
+    with pytest.raises(softdb.DtypeError, match="params: expected dense floating-point Parameters"):
+        RowAdam([parameter])
 
 
 # -- as every optimiser ------------------------------------------------------------------------------------------------

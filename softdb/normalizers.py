@@ -31,6 +31,7 @@ __all__ = [
     "noise_for",
     "softmax",
     "sparsemax",
+    "splitmix64",
     "straight_through",
 ]
 
@@ -225,8 +226,8 @@ class GumbelNoise:
 
     def at(self, queries: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:  # (..., b), (..., C) -> (..., b, C)
         """The noise of queries with rows, each given by its number; an own list of rows for each query is (b, 1, k)."""
-        query_hash = _mixed(queries * _GOLDEN + self.seed).unsqueeze(-1)
-        row_hash = _mixed(rows * _GOLDEN + ~self.seed).unsqueeze(-2)
+        query_hash = splitmix64(self.seed, queries).unsqueeze(-1)
+        row_hash = splitmix64(~self.seed, rows).unsqueeze(-2)
         bits = _mixed(query_hash + row_hash)
         uniform = (bits >> 11).bitwise_and_(2**53 - 1).to(dtype).mul_(2.0**-53)
         # The large ones come of u near 1, so it is 1 - u that is exact there.
@@ -240,6 +241,11 @@ def _signed(number: int) -> int:
 
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _FACTORS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
+
+
+def splitmix64(seed: int | Tensor, numbers: Tensor) -> Tensor:
+    """Compute the random int64 at the places ``numbers`` of the SplitMix64 stream of ``seed``."""
+    return _mixed(numbers * _GOLDEN + seed)
 
 
 def _mixed(numbers: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from softdb.errors import (
     check_shape,
     describe,
 )
+from softdb.normalizers import splitmix64
 from softdb.rows import RowTable, coalesced, note_move, of, trust
 
 __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
@@ -38,6 +39,8 @@ CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24
 # The dtypes of Parameters that a step can move.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
+# Half precision is rounded at random: bfloat16 drops 16 bits of a float32, float16 up to 24 that count.
+NOISE_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
 
 State = dict[str, Any]
 
@@ -48,7 +51,7 @@ class _RowOptimizer(Optimizer):
     State of a Parameter: ``step``, the number of its steps; a tensor for each name of `_initial`; for a store's also
     ``generation`` (n,), which row of each slot is known, and ``born`` (n,), the step after which it began; once there
     was weight decay also ``log_decay``, the logarithm of the product of all factors so far, and ``decayed`` (n,), what
-    that was when each row was last moved.
+    that was when each row was last moved; for rows of half precision also ``seed``, which its noise is drawn by.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -252,6 +255,7 @@ class _RowOptimizer(Optimizer):
         count = min(count, len(rows) if slots is None else len(slots))
         dtype = _state_dtype(rows.dtype)
         buffers: dict[int, Tensor] = {}
+        streams = _random_streams(state, rows) if rows.dtype in NOISE_DTYPES else None
         try:
             for part, place in _parts(slots, table, len(rows), count):
                 block = _Block(part, count, buffers)
@@ -264,7 +268,9 @@ class _RowOptimizer(Optimizer):
                     working.addcdiv_(numerator, denominator, value=-size)
                 else:  # rounded as the line above would
                     working.addcdiv_(numerator * _column(size, place, working), denominator, value=-1)
-                block.put(rows, stored if working is stored else stored.copy_(working))
+                if streams is not None:
+                    stored.copy_(_round_at_random(working, stored.dtype, _noise(streams, part, stored)))
+                block.put(rows, stored)
         finally:  # whatever happens: some rows may have moved
             note_move(parameter, slots)
 
@@ -277,6 +283,8 @@ class _RowOptimizer(Optimizer):
         for name, start in initial.items():
             if name not in state:
                 state[name] = _filled(self._state_shape(rows.shape), start, dtype, device)
+        if rows.dtype in NOISE_DTYPES and "seed" not in state:
+            state["seed"] = self._new_seed(parameter)
         if table is not None and "generation" not in state:
             state["generation"] = table.generation.clone()
             state["born"] = torch.zeros(count, dtype=torch.int64, device=device)
@@ -295,6 +303,14 @@ class _RowOptimizer(Optimizer):
             if state[name].device != device:
                 state[name] = state[name].to(device)
         return state
+
+    def _new_seed(self, parameter: Tensor) -> int:
+        """Draw the seed of the noise that rounds ``parameter``."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Replicas on several ranks must round alike, and their generators may differ.
+            every = [other for group in self.param_groups for other in group["params"]]
+            return next(place for place, other in enumerate(every) if other is parameter)
+        return int(torch.randint(2**62, (), device="cpu"))
 
     def _welcome(self, state: State, table: RowTable, slots: Tensor, options: dict[str, Any]) -> None:
         """Start those of the rows at ``slots`` afresh that are not the ones known."""
@@ -335,6 +351,17 @@ class RowAdam(_RowOptimizer):
     depend on the size of the batch. A read in between sees the row as it was left. The decay of a row that came into
     a store later begins with its first step.
 
+    Rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the neighbours
+    of p in the rows' dtype, a <= p < b::
+
+        p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
+
+    The mean of the stored numbers is p, so steps that are far smaller than b - a add up; rounding to the nearest would
+    drop each of them. A number that the dtype holds is stored as it is. u is a hash of a seed, the Parameter's step,
+    the row and the column. torch's default generator draws the seed at the first step, one per Parameter, so
+    `torch.manual_seed` repeats a run; the seed is part of `state_dict`, so a resumed run is the same to the bit. In a
+    process group of `torch.distributed` the seed is the Parameter's place in the optimiser, so replicas stay equal.
+
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimiser.
         lr: The step size, at least 0.
@@ -349,7 +376,8 @@ class RowAdam(_RowOptimizer):
         ArgumentError, DtypeError: An argument is not as above.
 
     Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for the decay; the lazy
-    variant is that of `torch.optim.SparseAdam`.
+    variant is that of `torch.optim.SparseAdam`; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding, Zamirai
+    et al. 2020 (arXiv 2010.06192) for its use in the update of bfloat16 weights.
 
     Example:
         >>> import torch
@@ -422,7 +450,8 @@ class RowAdagrad(_RowOptimizer):
         p   = p - lr * g / (sqrt(a) + eps)
 
     It needs hardly any memory beside the rows, which is why large embedding tables are trained so. Rows, growth and
-    weight decay are as for `RowAdam`. Nothing is read, written or allocated for rows without gradient.
+    weight decay are as for `RowAdam`, as is the stochastic rounding of rows in bfloat16 or float16. Nothing is read,
+    written or allocated for rows without gradient.
 
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimiser.
@@ -437,7 +466,8 @@ class RowAdagrad(_RowOptimizer):
     Raises:
         ArgumentError, DtypeError: An argument is not as above.
 
-    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158).
+    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158);
+    Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding.
 
     Example:
         >>> import torch
@@ -705,6 +735,43 @@ def _decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tenso
     else:
         decayed.index_fill_(0, slots, state["log_decay"])
     return factor
+
+
+def _random_streams(state: State, rows: Tensor) -> Tensor:
+    """Start a random stream for this step and each column of ``rows``; a number serves as many columns as it holds."""
+    key = int(splitmix64(state["seed"], torch.tensor(state["step"], device="cpu")))
+    columns_per_number = 64 // torch.iinfo(NOISE_DTYPES[rows.dtype]).bits
+    streams = -(-math.prod(rows.shape[1:]) // columns_per_number)
+    return splitmix64(key, torch.arange(streams, device=rows.device))
+
+
+def _noise(streams: Tensor, part: slice | Tensor, rows: Tensor) -> Tensor:
+    """Draw a random integer for each entry of ``rows``, which lie at ``part``, by its row and column alone."""
+    slots = torch.arange(part.start, part.stop, device=rows.device) if isinstance(part, slice) else part
+    numbers = splitmix64(streams, slots.unsqueeze(-1)).view(NOISE_DTYPES[rows.dtype])
+    return numbers[:, : math.prod(rows.shape[1:])].reshape(rows.shape)
+
+
+def _round_at_random(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """Round float32 numbers to one of the two nearest of ``dtype``, with odds that keep their mean; in float32."""
+    largest = torch.finfo(dtype).max
+    within = numbers.clamp(-largest, largest)
+    bits = within.view(torch.int32)
+    if dtype == torch.bfloat16:
+        # bfloat16 is the upper half of float32. Random bits in the lower half carry over with the right odds.
+        bits = bits.add(noise).add_(2**15).bitwise_and_(-(2**16))
+        rounded = bits.view(torch.float32)
+    else:
+        # Neighbours in float16 are 2^-10 of the number's power of two apart, at least 2^-24: all steps are exact.
+        spacing = bits.bitwise_and(0xFF << 23).clamp_(min=(127 - 14) << 23).sub_(10 << 23).view(torch.float32)
+        odds = within.abs().div_(spacing)
+        rounded = odds.floor()
+        odds -= rounded
+        uniform = noise.bitwise_and(2**24 - 1).to(torch.float32).mul_(2.0**-24)
+        rounded.add_(uniform < odds).mul_(spacing).copysign_(within)
+    # What lies beyond the largest number, is infinite or NaN is left to the conversion. The difference is 0 elsewhere,
+    # and subtracted, since adding it would turn -0 into 0.
+    return rounded.sub_(within.sub_(numbers))
 
 
 def _column(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:

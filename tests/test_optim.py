@@ -164,10 +164,224 @@ def test_state_of_narrow_parameters_is_float32(dtype: torch.dtype, sparse: bool)
         for parameter, optimizer in zip((narrow, wide), optimizers, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()
-        assert torch.equal(narrow, wide.to(dtype))
+        assert bool(((narrow.float() - wide).abs() <= torch.finfo(dtype).eps * wide.abs()).all())  # rounded at random
     moments = [optimizer.state[p]["exp_avg"] for p, optimizer in zip((narrow, wide), optimizers, strict=True)]
     assert moments[0].dtype == torch.float32
     assert torch.equal(*moments)
+
+
+# -- rows of half precision --------------------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def advance(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range, sparse: bool = False) -> None:
+    for step in steps:
+        if sparse:
+            parameter.grad = row_gradient(tuple(parameter.shape), 5, seed=step, dtype=parameter.dtype)
+        else:
+            parameter.grad = torch.randn(parameter.shape, generator=seeded(step)).to(parameter.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_steps_move_half_precision_rows_in_the_mean(kind: type, dtype: torch.dtype, sparse: bool) -> None:
+    torch.manual_seed(0)
+    lr, columns = 1e-3 if kind is RowAdam else 1e-2, 1024
+    gradient = torch.ones(1, columns)
+    tables = [nn.Parameter(torch.ones(3, columns, dtype=each)) for each in (dtype, torch.float32)]
+    for table in tables:
+        optimizer = kind([table], lr=lr)
+        for _ in range(200):
+            table.grad = torch.sparse_coo_tensor(
+                torch.tensor([[1]]), gradient.to(table.dtype), table.shape, is_coalesced=True, check_invariants=True
+            )
+            if not sparse:
+                table.grad = table.grad.to_dense()
+            optimizer.step()
+    moved, wanted = (1 - table.detach()[1].double().mean() for table in tables)
+    assert wanted > 0.1
+    # A step of lr is a coin for a unit in the last place: 200 steps deviate by sqrt(200 * lr * ulp) at the most.
+    deviation = math.sqrt(200 * lr * torch.finfo(dtype).eps / columns)
+    assert abs(moved - wanted) < 4 * deviation
+    assert torch.equal(tables[0].detach()[[0, 2]], torch.ones(2, columns, dtype=dtype))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_rounds_as_the_uninterrupted_one(kind: type, dtype: torch.dtype, sparse: bool) -> None:
+    torch.manual_seed(1)
+    whole = parameter_of(9, 7, dtype=dtype)
+    optimizer = kind([whole], lr=1e-3, weight_decay=0.1)
+    advance(whole, optimizer, range(5), sparse)
+    file = io.BytesIO()
+    torch.save({"rows": whole.detach(), "optimizer": optimizer.state_dict()}, file)
+    advance(whole, optimizer, range(5, 10), sparse)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    torch.manual_seed(2)
+    resumed = nn.Parameter(saved["rows"])
+    other = kind([resumed], lr=1e-3)
+    other.load_state_dict(saved["optimizer"])
+    advance(resumed, other, range(5, 10), sparse)
+    assert torch.equal(whole, resumed)
+    assert type(optimizer.state[whole]["seed"]) is int
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_does_not_depend_on_blocks_threads_or_the_other_rows(
+    kind: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(rows: list[int], sparse: bool) -> Tensor:
+        torch.manual_seed(3)
+        table = nn.Parameter(torch.ones(12, 5, dtype=dtype))
+        optimizer = kind([table], lr=1e-3)
+        for step in range(20):
+            gradient = torch.randn(12, 5, generator=seeded(step)).to(dtype)
+            places = torch.tensor([rows])
+            if sparse:
+                table.grad = torch.sparse_coo_tensor(places, gradient[rows], (12, 5), check_invariants=True)
+            else:
+                table.grad = gradient
+            optimizer.step()
+        return table.detach()
+
+    everything = trained(list(range(12)), sparse=False)
+    assert bool((everything != 1).any(1).all())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("softdb.optim.CHUNK", 3 * 5)
+    try:
+        assert torch.equal(trained(list(range(12)), sparse=False), everything)
+        assert torch.equal(trained([7, 2, 11, 3], sparse=True)[[2, 3, 7, 11]], everything[[2, 3, 7, 11]])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rows_columns_steps_and_parameters_are_rounded_independently(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    tables = [nn.Parameter(torch.ones(64, 64, dtype=dtype)) for _ in range(2)]
+    optimizer = RowAdagrad(tables, lr=torch.finfo(dtype).eps / 4, eps=0.0)
+    found = []
+    for _ in range(3):
+        for table in tables:
+            table.data.fill_(1.0)
+            table.grad = torch.full((64, 64), -1.0, dtype=dtype)
+            optimizer.state[table].pop("sum", None)
+        optimizer.step()
+        found += [(table.detach() != 1).double() for table in tables]
+    ups = torch.stack(found).flatten(1)
+    assert bool(((ups.mean(1) - 0.25).abs() < 0.03).all())
+    shifted = torch.cat([ups, ups.view(6, 64, 64).roll(1, 1).flatten(1), ups.view(6, 64, 64).roll(1, 2).flatten(1)])
+    correlation = torch.corrcoef(shifted) - torch.eye(18, dtype=torch.float64)
+    assert correlation.abs().max() < 5 / 64
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rounding_of_numbers_that_do_not_change(kind: type, dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # all there are
+    table = nn.Parameter(patterns.view(dtype).view(64, 1024).clone())
+    optimizer = kind([table], lr=0.5)
+    for _ in range(2):
+        table.grad = torch.zeros_like(table)
+        optimizer.step()
+    after, before = table.detach().flatten(), patterns.view(dtype)
+    numbers = ~before.isnan()
+    assert torch.equal(after.view(torch.int16)[numbers], patterns[numbers])
+    assert bool(after[~numbers].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_numbers_are_rounded_to_a_neighbour_with_the_right_odds(dtype: torch.dtype) -> None:
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    least = smallest * torch.finfo(dtype).eps
+    columns = 2**16
+    given = [1.0, 1.9, -3.3, 100.3, 1e-3, smallest, -smallest * 0.77, 5.3 * least, 0.3 * least, -0.3 * least, largest]
+    numbers = torch.tensor(given, dtype=torch.float64).float()[:, None] * torch.tensor([1.0, 1 - 2.0**-13])
+    for number in numbers.flatten().tolist():
+        # A step of 1 from 0 by -number is a step to it.
+        table = nn.Parameter(torch.zeros(1, columns, dtype=dtype))
+        optimizer = RowAdagrad([table], lr=abs(number), eps=0.0)
+        table.grad = torch.full((1, columns), -math.copysign(1.0, number), dtype=dtype)
+        optimizer.step()
+        rounded = table.detach().double().flatten()
+        exact = torch.tensor(number, dtype=torch.float64)
+        spacing = max(2.0 ** math.floor(math.log2(abs(number))) * torch.finfo(dtype).eps, least)
+        assert bool(((rounded - exact).abs() < spacing).all())
+        assert len(rounded.unique()) <= 2
+        assert abs(rounded.mean() - exact) < 2.5 * spacing / math.sqrt(columns)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_numbers_beyond_the_largest_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    unit = 2.0 ** math.floor(math.log2(largest)) * torch.finfo(dtype).eps
+    for sign in (1.0, -1.0):
+        for number in (largest + 0.4 * unit, largest + 0.6 * unit):
+            table = nn.Parameter(torch.zeros(8, 64, dtype=dtype))
+            table.grad = torch.full((8, 64), -sign, dtype=dtype)
+            RowAdagrad([table], lr=number, eps=0.0).step()
+            assert torch.equal(table.detach(), torch.full((8, 64), sign * number, dtype=torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeds_come_from_torchs_generator_and_only_for_half_precision(kind: type) -> None:
+    def seed(number: int) -> int:
+        torch.manual_seed(number)
+        table = parameter_of(4, 2, dtype=torch.bfloat16)
+        optimizer = kind([table], lr=1e-3)
+        advance(table, optimizer, range(2))
+        found: int = optimizer.state[table]["seed"]
+        return found
+
+    assert seed(0) == seed(0)
+    assert seed(0) != seed(1)
+    table = parameter_of(4, 2)
+    before = torch.get_rng_state()
+    optimizer = kind([table, parameter_of(4, 2, dtype=torch.bfloat16)], lr=1e-3)
+    advance(table, optimizer, range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "seed" not in optimizer.state[table]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_of_a_process_group_round_alike(kind: type) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        replicas = []
+        for number in range(2):
+            torch.manual_seed(number)
+            tables = [parameter_of(6, 5, dtype=torch.bfloat16) for _ in range(2)]
+            optimizer = kind(tables, lr=1e-3)
+            for table in tables:
+                advance(table, optimizer, range(3))
+                table.grad = None
+            replicas.append(tables)
+        for own, other in zip(*replicas, strict=True):
+            assert torch.equal(own, other)
+        assert not torch.equal(*replicas[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4), (3, 0), (2, 5)])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_parameters_of_any_shape(kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    parameter = parameter_of(*shape, dtype=dtype)
+    before = parameter.detach().clone()
+    optimizer = kind([parameter], lr=0.1)
+    parameter.grad = torch.full(shape, 2.0, dtype=dtype)
+    optimizer.step()
+    assert torch.allclose(parameter.float(), before.float() - 0.1, atol=0.02)
 
 
 # -- weight decay ------------------------------------------------------------------------------------------------------

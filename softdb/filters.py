@@ -84,7 +84,7 @@ class Block:
     def fingerprint(self) -> Tensor:  # (B,) or (), int64
         """A number that another mask is most unlikely to have, exact whatever the order of its sum."""
         mask, rows = self.mask, self.rows
-        device = None if mask is None else mask.device
+        device = "cpu" if mask is None else mask.device
         slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
         marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact
         return (marks if mask is None else mask * marks).sum(-1)
@@ -132,7 +132,7 @@ class Selection:
         """The slots that `shared_count` counts, ascending."""
         if self.visit is not None:
             return self.visit
-        return torch.arange(self.size) if self.shared is None else self.shared.nonzero().squeeze(-1)
+        return torch.arange(self.size, device="cpu") if self.shared is None else self.shared.nonzero().squeeze(-1)
 
     @property
     def is_shared(self) -> bool:

@@ -355,7 +355,7 @@ class SoftKVStore(nn.Module):
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
-        self._stamp = (-1, torch.empty(0))  # and the version itself, as reads that wait for their backward hold it
+        self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
         self._watch()
         self.rows.know(self._tables())
 

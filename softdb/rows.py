@@ -553,7 +553,7 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
 
 def check_column(name: str, column: object, count: int) -> Tensor:
     try:
-        values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column)
+        values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
         values = values.cpu()
         if values.numel() == 0:
             values = values.to(torch.int64)
@@ -760,6 +760,7 @@ def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m
         rows.unsqueeze(0),
         values,
         shape,
+        device=values.device,
         is_coalesced=True,
         check_invariants=False,  # said in so many words, or torch warns
     )

@@ -235,7 +235,7 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         if isinstance(value, (list, tuple)) and any(isinstance(number, bool) for number in value):
             raise DtypeError(f"{name}: expected int64 ids, got torch.bool among them; ids are whole numbers")
         try:
-            ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
+            ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
         if ids.numel() == 0:

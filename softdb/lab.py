@@ -791,7 +791,7 @@ class Explanation(_Printed):
 
     def _heat_map(self, axes: Any, shown: int) -> None:
         rows = self._rows_seen(shown)
-        weights = torch.zeros(len(rows), len(self.queries))
+        weights = torch.zeros(len(rows), len(self.queries), device="cpu")
         for query, ids in enumerate(self.ids.tolist()):
             for place, row in enumerate(ids):
                 if row in rows:

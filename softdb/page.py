@@ -294,7 +294,7 @@ def _explorer(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], ent
         widest = max(widest, float(gaps[-1]))
         seconds.append(float(gaps[1]) if count > 1 else 0.0)
         top = order[:kept].tolist()
-        rest = store.get(order[kept:]).values.cpu() if width else torch.zeros(count - kept, 0)
+        rest = store.get(order[kept:]).values.cpu() if width else torch.zeros(count - kept, 0, device="cpu")
         found.append(
             {
                 "best": best,
@@ -304,7 +304,7 @@ def _explorer(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], ent
                 "tail": _histogram(gaps[kept:], rest),
             }
         )
-    values = store.get(torch.tensor(list(places), dtype=torch.int64)).values if places else torch.zeros(0, width)
+    values = store.get(list(places)).values.cpu() if places else torch.zeros(0, width, device="cpu")
     temperature = float(store.temperature)
     return {
         "rows": count,
@@ -343,12 +343,12 @@ def _histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) ascendin
     if low < high:
         bins = ((gaps.clamp(min=low) / low).log() * (BINS / math.log(high / low))).long().clamp(max=BINS - 1)
     else:
-        bins = torch.zeros(len(gaps), dtype=torch.int64)
+        bins = torch.zeros_like(gaps, dtype=torch.int64)
     counts = torch.bincount(bins, minlength=BINS)
     filled = counts > 0
     totals = counts[filled].double()
-    gap_sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, gaps)
-    value_sums = torch.zeros(BINS, values.shape[1], dtype=torch.float64).index_add_(0, bins, values.double())
+    gap_sums = gaps.new_zeros(BINS).index_add_(0, bins, gaps)
+    value_sums = gaps.new_zeros(BINS, values.shape[1]).index_add_(0, bins, values.double())
     return {
         "counts": counts[filled].tolist(),
         "gaps": _rounded(gap_sums[filled] / totals),

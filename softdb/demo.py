@@ -95,7 +95,7 @@ class Senses:
     def parts_of_speech(self) -> Tensor:
         """Each row's part of speech, one-hot in the order of `PARTS_OF_SPEECH`, (4096, 3) float32."""
         letters = list(PARTS_OF_SPEECH)
-        numbers = torch.tensor([letters.index(row.synset[0]) for row in self.rows])
+        numbers = torch.tensor([letters.index(row.synset[0]) for row in self.rows], device="cpu")
         return torch.nn.functional.one_hot(numbers, len(letters)).float()
 
 
@@ -116,7 +116,7 @@ def load_senses() -> Senses:
 def store_of(senses: Senses, *, trainable: bool = False) -> SoftKVStore:
     """A store of the senses, each with its part of speech; its ids, 0, 1, 2, ..., are positions in ``senses.rows``."""
     widths = senses.keys.shape[1], len(PARTS_OF_SPEECH)
-    store = SoftKVStore(*widths, metric="cosine", temperature=TEMPERATURE, trainable=trainable)
+    store = SoftKVStore(*widths, metric="cosine", temperature=TEMPERATURE, trainable=trainable, device="cpu")
     store.add(senses.keys, senses.parts_of_speech())
     return store
 

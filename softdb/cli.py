@@ -302,7 +302,7 @@ def _read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStor
             raise ArgumentError(f"STORE: expected {name} of floating-point numbers, (rows, n), got {describe(rows)}")
     dtype = torch.promote_types(keys.dtype, values.dtype)
     divisor = 1.0 if temperature is None else temperature
-    store = SoftKVStore(keys.shape[1], values.shape[1], metric=metric, temperature=divisor, dtype=dtype)
+    store = SoftKVStore(keys.shape[1], values.shape[1], metric=metric, temperature=divisor, device="cpu", dtype=dtype)
     store.add(keys, values)
     return store
 

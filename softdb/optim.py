@@ -579,7 +579,7 @@ def clip_row_grad_norm_(
             gradients.append(gradient)
     filled = [gradient for gradient in gradients if gradient.numel()]  # nothing has no largest entry
     if not filled:
-        return torch.zeros((), device=gradients[0].device if gradients else None)
+        return torch.zeros((), device=given[0].device if given else None)
     norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):

@@ -558,9 +558,13 @@ def clip_row_grad_norm_(
         >>> table.weight.grad.to_dense()[3]
         tensor([0.7071, 0.7071])
     """
-    check_number("max_norm", max_norm)
-    if norm_type != math.inf:
-        check_number("norm_type", norm_type)
+    max_norm = check_number("max_norm", max_norm)
+    try:
+        norm_type = check_number("norm_type", norm_type)
+    except ArgumentError:  # which infinity is too
+        norm_type = float(norm_type)
+        if norm_type != math.inf:
+            raise
     if norm_type == 0:
         raise ArgumentError("norm_type: expected a number above 0, got 0; use 2.0 for the Euclidean norm")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)

@@ -859,6 +859,148 @@ def test_bad_options_of_one_kind() -> None:
         RowAdam([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
 
 
+# Each holds the number 0.5, or 1: what is accepted as an option, alike everywhere.
+NUMBERS: dict[str, Any] = {
+    "float": 0.5,
+    "int": 1,
+    "float32": np.float32(0.5),
+    "float64": np.float64(0.5),
+    "int64": np.int64(1),
+    "array": np.array(0.5),
+    "int array": np.array(1),
+    "tensor": torch.tensor(0.5),
+    "int tensor": torch.tensor(1),
+    "tensor of one": torch.tensor([0.5]),
+}
+NO_NUMBERS: dict[str, Any] = {
+    "bool": True,
+    "bool of numpy": np.bool_(True),
+    "bool tensor": torch.tensor(True),
+    "string": "0.5",
+    "complex": 0.5j,
+    "two": torch.tensor([0.5, 0.5]),
+    "array of two": np.array([0.5, 0.5]),
+    "nothing": None,
+}
+OPTIONS = [(RowAdam, name) for name in ("lr", "eps", "weight_decay")]
+OPTIONS += [(RowAdagrad, name) for name in ("lr", "eps", "weight_decay", "initial_accumulator_value")]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+def test_options_are_any_number_and_kept_as_pythons(kind: type, name: str, number: str) -> None:
+    parameter, peer, late = parameter_of(4, 2), parameter_of(4, 2), parameter_of(4, 2)
+    given = NUMBERS[number]
+    others = {} if name == "lr" else {"lr": 0.1}
+    optimizer = kind([parameter], **{name: given}, **others)
+    optimizer.add_param_group({"params": [late], name: given})
+    plain = kind([peer], **{name: float(given)}, **others)
+    for each in (parameter, peer, late):
+        each.grad = torch.ones(4, 2)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(parameter, peer)
+    assert torch.equal(late, peer)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    for group in (*optimizer.param_groups, *loaded["param_groups"]):
+        kept = group[name]
+        if name == "lr" and isinstance(given, Tensor) and given.is_floating_point():
+            assert isinstance(kept, Tensor)  # schedulers write into it
+        else:
+            assert type(kept) is float
+        assert float(kept) == float(given)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+def test_options_that_are_no_numbers(kind: type, name: str, value: str) -> None:
+    with pytest.raises(softdb.DtypeError, match=f"{name}: expected a number, got"):
+        kind([parameter_of(4, 2)], **{name: NO_NUMBERS[value]})
+
+
+PAIRS: dict[str, Any] = {
+    "list": [0.5, 0.75],
+    "numbers of numpy": (np.float32(0.5), np.float64(0.75)),
+    "array": np.array([0.5, 0.75], dtype=np.float32),
+    "tensor": torch.tensor([0.5, 0.75]),
+    "tensors": (torch.tensor(0.5), torch.tensor(0.75)),
+    "arrays": (np.array(0.5), np.array(0.75)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_betas_are_any_two_numbers_and_kept_as_pythons(pair: str) -> None:
+    optimizer = RowAdam([parameter_of(2, 2)], betas=PAIRS[pair])
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert [type(beta) for beta in optimizer.param_groups[0]["betas"]] == [float, float]
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), np.array(0.9), torch.ones(3) / 2, "ab", {0.1, 0.2}, None])
+def test_betas_that_are_not_two_numbers(betas: Any) -> None:
+    with pytest.raises(softdb.DtypeError, match="betas: expected two numbers, got"):
+        RowAdam([parameter_of(2, 2)], betas=betas)
+
+
+def test_options_changed_between_steps_are_kept_as_pythons() -> None:
+    parameter = parameter_of(4, 2)
+    optimizer = RowAdam([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5**step))
+    parameter.grad = torch.ones(4, 2)
+    optimizer.step()
+    schedule.step()
+    optimizer.param_groups[0]["weight_decay"] = np.float32(0.25)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.25)
+
+
+def test_a_learning_rate_that_is_a_tensor_follows_its_schedule() -> None:
+    parameter = parameter_of(4, 2)
+    lr = torch.tensor(0.1)
+    optimizer = RowAdam([parameter], lr=lr)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    parameter.grad = torch.ones(4, 2)
+    optimizer.step()
+    schedule.step()
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert torch.allclose(before - parameter, torch.full((4, 2), 0.05), atol=1e-5)
+
+
+def test_a_group_that_is_no_dictionary() -> None:
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        RowAdam([parameter_of(2, 2)]).add_param_group([parameter_of(2, 2)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_and_parameters_of_any_strides(kind: type) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        results = []
+        for contiguous in (True, False):
+            torch.manual_seed(0)
+            table = parameter_of(5, 8, dtype=dtype).detach()
+            table = nn.Parameter(table if contiguous else table.t().contiguous().t())
+            optimizer = kind([table], lr=0.01, weight_decay=0.1)
+            for step in range(6):
+                gradient = torch.randn(5, 8, generator=seeded(step)).to(dtype)
+                rows = torch.tensor([[0, 3]])
+                if step % 2:
+                    values = gradient[rows[0]] if contiguous else gradient[rows[0]].t().contiguous().t()
+                    table.grad = torch.sparse_coo_tensor(rows, values, (5, 8), check_invariants=True)
+                else:
+                    table.grad = gradient if contiguous else gradient.t().contiguous().t()
+                optimizer.step()
+                table.grad = None
+            results.append(table.detach().contiguous())
+        assert torch.allclose(*results, atol=2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_gradients_change_nothing(kind: type) -> None:
     first, second = parameter_of(4, 2), parameter_of(4, 2)
@@ -923,3 +1065,40 @@ def test_clipping_with_bad_arguments() -> None:
     parameter.grad = torch.ones(3, 2).to_sparse()
     with pytest.raises(softdb.DtypeError, match="sparse dimensions"):
         clip_row_grad_norm_(parameter, 1.0)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", ["max_norm", "norm_type"])
+def test_clipping_takes_any_number(name: str, number: str) -> None:
+    parameters = [parameter_of(3, 2), parameter_of(3, 2)]
+    norms = []
+    for parameter, given in zip(parameters, (NUMBERS[number], float(NUMBERS[number])), strict=True):
+        parameter.grad = torch.ones(3, 2)
+        norms.append(clip_row_grad_norm_(parameter, **{"max_norm": 0.1, name: given}))
+    assert torch.equal(*norms)
+    assert torch.equal(parameters[0].grad, parameters[1].grad)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("name", ["max_norm", "norm_type"])
+def test_clipping_by_what_is_no_number(name: str, value: str) -> None:
+    parameter = parameter_of(3, 2)
+    parameter.grad = torch.ones(3, 2)
+    with pytest.raises(softdb.DtypeError, match=f"{name}: expected a number, got"):
+        clip_row_grad_norm_(parameter, **{"max_norm": 0.1, name: NO_NUMBERS[value]})
+    assert torch.equal(parameter.grad, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("order", [math.inf, np.float32("inf"), np.array(math.inf), torch.tensor(math.inf)])
+def test_the_largest_entry_is_any_infinity(order: Any) -> None:
+    parameter = parameter_of(3, 2)
+    parameter.grad = torch.tensor([[1.0, -3.0], [0.0, 2.0], [0.0, 0.0]])
+    assert float(clip_row_grad_norm_(parameter, 1.0, order)) == 3.0
+
+
+@pytest.mark.parametrize("order", [math.nan, -1.0, -math.inf, torch.tensor(math.nan)])
+def test_norms_that_there_are_none_of(order: Any) -> None:
+    parameter = parameter_of(3, 2)
+    parameter.grad = torch.ones(3, 2)
+    with pytest.raises(softdb.ArgumentError, match="norm_type: expected a"):
+        clip_row_grad_norm_(parameter, 1.0, order)

@@ -57,6 +57,10 @@ __all__ = [
 ]
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 class SoftDBError(Exception):
     """The root of everything softdb raises on purpose."""
 
@@ -135,31 +139,64 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_positive(name: str, value: object) -> int:
-    """``value`` as an int that is at least 1."""
+def _as_scalar(value: object) -> object:
+    """Convert a 0-d NumPy array, or a tensor of one element, to the Python number that it holds."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return value.item()
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and not value.is_meta:
+        return value.item()
+    return value
+
+
+def check_whole(name: str, value: object, *, least: int = 1) -> int:
+    """Convert any integer (Python's, NumPy's, a 0-d array or tensor) to an int of at least ``least``."""
+    value = _as_scalar(value)
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None:
         raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
-    if number < 1:
-        raise ArgumentError(f"{name}: expected an integer of at least 1, got {number}")
+    if number < least:
+        raise ArgumentError(f"{name}: expected an integer of at least {least}, got {number}")
     if number >= 2**63:
         raise ArgumentError(f"{name}: expected an integer that int64 holds, got {number}")
     return number
 
 
-def check_number(name: str, value: object, *, below: float = math.inf) -> float:
-    """``value`` as a float that is at least 0 and under ``below``; a tensor with one entry will do."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+def check_positive(name: str, value: object) -> int:
+    """Convert any integer to an int of at least 1."""
+    return check_whole(name, value)
+
+
+def check_real(name: str, value: object) -> float:
+    """Convert any real number (Python's, NumPy's, a 0-d array or tensor) to a float, which may be NaN or infinite."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise DtypeError(f"{name}: expected a number, got a tensor that requires grad; pass it detached")
+    value = _as_scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DtypeError(f"{name}: expected a number, got {describe(value)}")
-    number = float(value)
+    try:
+        return float(value)
+    except OverflowError:  # of an int or a Fraction beyond every float
+        return -math.inf if value < 0 else math.inf
+
+
+def check_number(name: str, value: object, *, below: float = math.inf) -> float:
+    """Convert any real number to a float that is at least 0 and under ``below``."""
+    number = check_real(name, value)
     if not 0 <= number < below:
         wanted = "a finite number of at least 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ArgumentError(f"{name}: expected {wanted}, got {number}")
+    return number
+
+
+def check_above_zero(name: str, value: object, *, most: float = sys.float_info.max) -> float:
+    """Convert any real number to a float that is above 0 and at most ``most``."""
+    number = check_real(name, value)
+    if not 0 < number <= most:
+        wanted = "a finite number above 0" if most == sys.float_info.max else f"a number above 0 and at most {most:g}"
+        raise ArgumentError(f"{name}: expected {wanted}, got {value}")
     return number
 
 
@@ -282,26 +319,22 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 def check_temperature(
     value: float | Tensor, shape: Sequence[int], device: torch.device | None = None
 ) -> float | Tensor:
-    """``value`` if it is a positive finite number, or a tensor of them on ``device`` that broadcasts to ``shape``."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise DtypeError(f"temperature: expected a float or a floating-point tensor, got {value.dtype}")
-        check_dense("temperature", value)
-        if device is not None:
-            check_device("temperature", value, device)
-        if not broadcasts(value.shape, shape):
-            raise ShapeError(
-                f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
-                f"{tuple(shape)}, got shape {tuple(value.shape)}"
-            )
-        if not bool(((value > 0) & (value < math.inf)).all()):
-            raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with others")
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise DtypeError(f"temperature: expected a float or a tensor, got {describe(value)}")
-    if not 0 < value <= sys.float_info.max:
-        raise ArgumentError(f"temperature: expected a finite number above 0, got {value}")
-    return float(value)
+    """Convert a positive finite number to a float; a floating tensor of them on ``device`` broadcasts to ``shape``."""
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.dtype in INTEGERS):
+        return check_above_zero("temperature", value)
+    if not value.is_floating_point():
+        raise DtypeError(f"temperature: expected a number or a floating-point tensor, got {describe(value)}")
+    check_dense("temperature", value)
+    if device is not None:
+        check_device("temperature", value, device)
+    if not broadcasts(value.shape, shape):
+        raise ShapeError(
+            f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
+            f"{tuple(shape)}, got shape {tuple(value.shape)}"
+        )
+    if not bool(((value > 0) & (value < math.inf)).all()):
+        raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with others")
+    return value
 
 
 def list_ids(ids: Tensor) -> str:

@@ -29,6 +29,7 @@ from softdb.errors import (
     ArgumentError,
     DeviceError,
     DtypeError,
+    DuplicateIdError,
     NonFiniteError,
     ShapeError,
     broadcasts,
@@ -40,6 +41,7 @@ from softdb.errors import (
     check_temperature,
     describe,
     is_finite,
+    list_ids,
 )
 from softdb.filters import Selection
 from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
@@ -413,7 +415,7 @@ def soft_read(
         >>> soft_read(heads, heads, heads, mask=causal).values.shape
         torch.Size([2, 4, 10, 8])
     """
-    batch = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
+    batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
     if mask is not None:
@@ -488,7 +490,7 @@ def topk_read(
         >>> read.ids
         tensor([[ 0,  2, -1]])
     """
-    batch = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
+    batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     check_finite("query", query)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with full_precision(query.device):
@@ -654,8 +656,8 @@ def _check_operands(
     temperature: float | Tensor,
     normalizer: str,
     generator: torch.Generator | None,
-) -> tuple[int, ...]:
-    """The batch shape of operands that pass."""
+) -> tuple[tuple[int, ...], float | Tensor]:
+    """Check the operands; return their batch shape, and the temperature as a float or a tensor."""
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
     check_float_tensor("query", query, (-1, None, None))
@@ -664,8 +666,7 @@ def _check_operands(
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
     batch = _batch_shape(query, keys, values)
-    check_temperature(temperature, (*batch, query.shape[-2]), query.device)
-    return batch
+    return batch, check_temperature(temperature, (*batch, query.shape[-2]), query.device)
 
 
 def _batch_shape(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
@@ -704,8 +705,11 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
     if ids.numel() and int(ids.max()) >= count:
         raise ArgumentError(f"candidates: expected row numbers below {count}, got {int(ids.max())}")
     ordered = ids.sort(-1).values
-    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        raise ArgumentError("candidates: expected each row at most once per query, got one twice")
+    twice = ordered[..., 1:][(ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)]
+    if len(twice):
+        raise DuplicateIdError(
+            f"candidates: expected each row at most once per query, got {list_ids(twice.unique())} more than once"
+        )
     return ids.expand(*shape, -1).to(device)
 
 

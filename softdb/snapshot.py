@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softdb.errors import ArgumentError, CorruptSnapshotError, DtypeError, LockedError, check_number, describe
+from softdb.errors import ArgumentError, CorruptSnapshotError, DtypeError, LockedError, check_real, describe
 
 __all__ = [
     "FORMAT",
@@ -374,7 +374,9 @@ def locked(path: str | os.PathLike[str], timeout: float) -> Iterator[Path]:
         OSError: The directory cannot be made, or looked at.
         ArgumentError, DtypeError: An argument is not as above.
     """
-    patience = math.inf if timeout == math.inf else check_number("timeout", timeout)
+    patience = check_real("timeout", timeout)
+    if not patience >= 0:
+        raise ArgumentError(f"timeout: expected a number of seconds of at least 0, got {timeout}")
     directory = _directory(path)
     directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
     if not (directory / MANIFEST).exists():

@@ -33,6 +33,7 @@ from softdb.errors import (
     ShapeError,
     SoftDBError,
     StaleReadError,
+    check_above_zero,
     check_choice,
     check_finite,
     check_float_tensor,
@@ -40,6 +41,7 @@ from softdb.errors import (
     check_positive,
     check_temperature,
     check_vector,
+    check_whole,
     describe,
 )
 from softdb.filters import Selection, Where, select
@@ -77,6 +79,8 @@ Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # What a snapshot says of a store, beside its fields and its index.
 SETTINGS = ("key_dim", "value_dim", "metric", "temperature", "trainable", "sparse_grad", "capacity", "evict")
+# What cannot be assigned once the store is made: its tensors and its index are laid out by them.
+FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
 # What `load` leaves in its files: what only a look at rows, or an optimiser, wants to know.
 MAPPED = ("keys", "values", "rows.generation")
 # A read tries so many times to find nobody writing, before it keeps others from doing so.
@@ -295,6 +299,7 @@ class SoftKVStore(nn.Module):
 
     keys: Tensor
     values: Tensor
+    temperature: float
 
     @torch.inference_mode(False)
     def __init__(
@@ -319,9 +324,7 @@ class SoftKVStore(nn.Module):
         self.value_dim = check_positive("value_dim", value_dim)
         check_choice("metric", metric, METRICS)
         self.metric = metric
-        if isinstance(temperature, Tensor):
-            raise DtypeError("temperature: expected a float; pass a tensor to read(temperature=...) instead")
-        self.temperature = check_temperature(temperature, ())
+        self.temperature = temperature
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise DtypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
         if not isinstance(index, (str, IndexConfig)):
@@ -358,6 +361,20 @@ class SoftKVStore(nn.Module):
         self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
         self._watch()
         self.rows.know(self._tables())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise DtypeError(
+                    "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"
+                )
+            value = check_above_zero(name, value)
+        elif name in FIXED and value != self.__dict__.get(name, value):
+            raise ArgumentError(
+                f"{name}: expected {self.__dict__[name]!r}, which the store was made with, got {value!r}; make another "
+                f"store with {name}=..."
+            )
+        super().__setattr__(name, value)
 
     # -- the table -------------------------------------------------------------------------------------------
 
@@ -680,6 +697,8 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
+        tail_samples = check_whole("tail_samples", tail_samples, least=0)
+        tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
         k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
 
@@ -1097,7 +1116,7 @@ class SoftKVStore(nn.Module):
             options["capacity"] = None if capacity is None else 1  # it gets tensors that are there already
             index = IndexConfig(**description["index"])
             store = cls(**options, index=index, device=place, dtype=tensors["keys"].dtype)
-            store.capacity = None if capacity is None else check_positive("capacity", capacity)
+            store.__dict__["capacity"] = None if capacity is None else check_positive("capacity", capacity)
             store._take_over(tensors, mapped=mmap)
         except torch.OutOfMemoryError:  # of a GPU
             raise
@@ -1466,7 +1485,7 @@ class SoftKVStore(nn.Module):
             f"value_dim={self.value_dim}",
             f"metric={self.metric!r}",
         ]
-        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+        if self.temperature != 1.0:
             parts.append(f"temperature={self.temperature}")
         if self.fields:
             parts.append(f"fields={self.fields}")
@@ -1731,7 +1750,7 @@ def check_options(
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> int | None:
-    """The arguments of a read that depend on its mode; the checked k."""
+    """Check the arguments of a read that depend on its mode; return k as an int."""
     check_choice("mode", mode, MODES)
     if mode == "hard":
         _refuse(k is not None, "k", "hard mode reads one row")
@@ -1739,18 +1758,12 @@ def check_options(
     if mode != "topk":
         _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail", ", or pass mode='topk'")
         _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing", ", or pass mode='topk'")
-    if not isinstance(tail_samples, int) or isinstance(tail_samples, bool) or tail_samples < 0:
-        raise ArgumentError(f"tail_samples: expected a whole number of rows, 0 or more, got {describe(tail_samples)}")
     if tail_samples:
         _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
     if tolerance is not None:
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-            raise DtypeError(f"tolerance: expected a number, got {describe(tolerance)}")
-        if not 0 < tolerance < math.inf:
-            raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance}; or use mode='exact'")
         _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
         _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     elif mode == "topk" and k is None:

@@ -175,10 +175,12 @@ def temperature_faults() -> Iterator[Fault]:
     for number in (0, 0.0, -0.0, -1.0, NAN, INF, -INF, 10**400):
         yield Fault(short(number), number, ArgumentError, f"expected a finite number above 0, got {number}")
     for value in (True, "1", 1j, [1.0], np.array([1.0])):
-        yield Fault(short(value), value, DtypeError, "expected a float or a tensor, got ")
-    for dtype in (torch.int64, torch.bool, torch.complex64):
-        message = f"expected a float or a floating-point tensor, got {dtype}"
+        yield Fault(short(value), value, DtypeError, "expected a number, got ")
+    for dtype in (torch.bool, torch.complex64):
+        message = f"expected a number or a floating-point tensor, got a {dtype} tensor"
         yield Fault(str(dtype), torch.ones((), dtype=dtype), DtypeError, message)
+    integers = "expected a number or a floating-point tensor, got a torch.int64 tensor of shape \\(2,\\)"
+    yield Fault("integers", torch.ones(2, dtype=torch.int64), DtypeError, integers)
     for entry in (0.0, -1.0, NAN, INF):
         tensor = torch.tensor([1.0, entry])
         yield Fault(f"[1, {entry}]", tensor, ArgumentError, "expected finite numbers above 0, got a tensor with others")
@@ -363,11 +365,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[softdb.SoftDBError], str]] = [
     (dict(generator=torch.Generator()), ArgumentError, "generator: expected nothing"),
     (dict(mode="hard", generator=torch.Generator()), ArgumentError, "generator: expected nothing"),
     (dict(normalizer="gumbel", generator=7), DtypeError, "generator: expected a torch.Generator"),
-    (dict(mode="topk", k=2, tail_samples=-1), ArgumentError, "tail_samples: expected a whole number of rows"),
-    (dict(mode="topk", k=2, tail_samples=True), ArgumentError, "tail_samples: expected a whole number of rows"),
-    (dict(mode="topk", k=2, tail_samples=2.0), ArgumentError, "tail_samples: expected a whole number of rows"),
-    (dict(mode="topk", k=2, tail_samples=NAN), ArgumentError, "tail_samples: expected a whole number of rows"),
-    (dict(mode="topk", k=2, tail_samples=None), ArgumentError, "tail_samples: expected a whole number of rows"),
+    (dict(mode="topk", k=2, tail_samples=-1), ArgumentError, "tail_samples: expected an integer of at least 0, got -1"),
+    (dict(mode="topk", k=2, tail_samples=True), DtypeError, "tail_samples: expected an integer, got "),
+    (dict(mode="topk", k=2, tail_samples=2.0), DtypeError, "tail_samples: expected an integer, got "),
+    (dict(mode="topk", k=2, tail_samples=NAN), DtypeError, "tail_samples: expected an integer, got "),
+    (dict(mode="topk", k=2, tail_samples=None), DtypeError, "tail_samples: expected an integer, got "),
     (dict(mode="topk", k=2, tail_samples=5, normalizer="gumbel"), ArgumentError, "normalizer: expected nothing"),
     (dict(mode="topk", k=2, tail_samples=3, generator="x"), DtypeError, "generator: expected a torch.Generator"),
     (dict(mode="topk", tolerance=0.1, generator=7), DtypeError, "generator: expected a torch.Generator"),

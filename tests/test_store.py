@@ -7,6 +7,8 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -15,7 +17,7 @@ from contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, l
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import softdb
@@ -1213,3 +1215,38 @@ def test_a_store_without_memory_takes_the_tensors_that_it_loads(trainable: bool)
     loaded.add(query, torch.ones(5, 2))
     assert loaded.read(query[0], "topk", k=1).ids == 7
     loaded._check()
+
+
+# -- settings that are assigned -----------------------------------------------------------------------------
+
+
+def test_a_temperature_that_is_assigned_is_a_number_that_can_be_saved(tmp_path: Path) -> None:
+    store = SoftKVStore(2, 1)
+    store.add(torch.eye(2), torch.eye(2)[:, :1])
+    query = torch.randn(3, 2)
+    store.temperature = torch.tensor(0.5)
+    assert type(store.temperature) is float
+    assert torch.equal(store(query), store(query, temperature=0.5))
+    store.save(tmp_path)
+    assert SoftKVStore.load(tmp_path).temperature == copy.deepcopy(store).temperature == 0.5
+    for learnable in (torch.tensor(1.0, requires_grad=True), nn.Parameter(torch.tensor(1.0))):
+        with pytest.raises(softdb.DtypeError, match=r"requires grad; pass it to read\(temperature=...\)"):
+            store.temperature = learnable
+        with pytest.raises(softdb.DtypeError, match=r"requires grad; pass it to read\(temperature=...\)"):
+            SoftKVStore(2, 1, temperature=learnable)
+    with pytest.raises(softdb.ArgumentError, match="temperature: expected a finite number above 0, got 0"):
+        store.temperature = 0
+    assert store.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metric", "l2"), ("key_dim", 3), ("value_dim", 2), ("capacity", 9), ("evict", "lru"), ("trainable", True)],
+)
+def test_a_setting_that_the_tensors_or_the_index_depend_on_cannot_be_assigned(name: str, value: Any) -> None:
+    store = SoftKVStore(2, 1)
+    before = getattr(store, name)
+    with pytest.raises(softdb.ArgumentError, match=f"{name}: expected .* which the store was made with"):
+        setattr(store, name, value)
+    setattr(store, name, before)
+    assert getattr(store, name) == before

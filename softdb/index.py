@@ -41,7 +41,7 @@ from torch.nn import functional as F
 import faiss  # after torch: so that both share one OpenMP runtime
 
 from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
-from softdb.errors import ArgumentError, DtypeError, IndexBuildError, describe
+from softdb.errors import ArgumentError, DtypeError, IndexBuildError, check_above_zero, check_number, describe
 from softdb.filters import Selection, select
 from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
@@ -137,15 +137,9 @@ class IndexConfig:
             raise DtypeError(
                 f"factory: expected 'auto', 'Flat' or a FAISS factory string, got {describe(self.factory)}"
             )
-        for name in ("recall", "tolerance", "garbage"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise DtypeError(f"{name}: expected a number, got {describe(value)}")
         for name in ("recall", "garbage"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ArgumentError(f"{name}: expected a number above 0 and at most 1, got {getattr(self, name)}")
-        if not 0 <= self.tolerance < math.inf:
-            raise ArgumentError(f"tolerance: expected a finite number of at least 0, got {self.tolerance}")
+            object.__setattr__(self, name, check_above_zero(name, getattr(self, name), most=1))
+        object.__setattr__(self, "tolerance", check_number("tolerance", self.tolerance))
         if not isinstance(self.background, bool):
             raise DtypeError(f"background: expected True or False, got {describe(self.background)}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -31,11 +32,12 @@ from softdb.errors import (
     DtypeError,
     MissingPackageError,
     ShapeError,
+    check_above_zero,
     check_choice,
     check_finite,
     check_float_tensor,
     check_positive,
-    check_temperature,
+    check_real,
     describe,
 )
 from softdb.functional import Read
@@ -297,7 +299,7 @@ def compare(
     if len(queries) == 0:
         raise ShapeError("queries: expected at least one, got none")
     modes, normalizers = _chosen("modes", modes, MODES), _chosen("normalizers", normalizers, NORMALIZERS)
-    candidates = [check_positive("ks", k) for k in (_given("ks", ks) if "topk" in modes else ())]
+    candidates = _given("ks", ks, functools.partial(check_positive, "ks")) if "topk" in modes else []
     cooling = _temperatures(store, temperatures)
     judge, judged = _judge(queries, targets, metric)
     ways: list[tuple[str, str, int | None]] = []
@@ -514,9 +516,7 @@ def _judge(
 
 
 def _number(result: object) -> float:
-    if isinstance(result, (int, float)) or (isinstance(result, Tensor) and result.numel() == 1):
-        return float(result)
-    raise DtypeError(f"metric: expected it to return a number, got {describe(result)}")
+    return check_real("metric(values, targets)", result.detach() if isinstance(result, Tensor) else result)
 
 
 # -- anneal ----------------------------------------------------------------------------------------------
@@ -891,7 +891,7 @@ def explain(
     queries = query.reshape(-1, query.shape[-1])
     count = check_positive("k", k)
     cooling = _temperatures(store, temperatures)
-    own = float(store.temperature if temperature is None else check_temperature(temperature, ()))
+    own = float(store.temperature) if temperature is None else check_above_zero("temperature", temperature)
     names = (
         tuple(f"query {number}" for number in range(len(queries)))
         if query_labels is None
@@ -941,11 +941,11 @@ def _labels(store: Any, labels: Labels | None, wanted: list[int]) -> dict[int, s
 # -- checks, tables and pictures -------------------------------------------------------------------------
 
 
-def _given(name: str, values: Iterable[T]) -> list[T]:
-    """Each once, and at least one."""
+def _given(name: str, values: Iterable[Any], check: Callable[[Any], T]) -> list[T]:
+    """Check each of ``values``; return each once, and at least one."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise DtypeError(f"{name}: expected a sequence, got {values!r}; write ({values!r},)")
-    found = list(dict.fromkeys(values))
+    found = list(dict.fromkeys(map(check, values)))
     if not found:
         raise ArgumentError(f"{name}: expected at least one, got none")
     return found
@@ -953,10 +953,12 @@ def _given(name: str, values: Iterable[T]) -> list[T]:
 
 def _chosen(name: str, values: Iterable[str], choices: Sequence[str]) -> list[str]:
     """Each once, at least one, and all among ``choices``."""
-    found = _given(name, values)
-    for value in found:
+
+    def checked(value: str) -> str:
         check_choice(name, value, choices)
-    return found
+        return value
+
+    return _given(name, values, checked)
 
 
 def _temperatures(store: Any, temperatures: Sequence[float] | None) -> list[float]:
@@ -964,8 +966,9 @@ def _temperatures(store: Any, temperatures: Sequence[float] | None) -> list[floa
     if temperatures is None:
         own = float(getattr(store, "temperature", 1.0))
         return [factor * own for factor in FACTORS]
-    given = _given("temperatures", temperatures)
-    return sorted({float(check_temperature(temperature, ())) for temperature in given}, reverse=True)
+    return sorted(
+        _given("temperatures", temperatures, functools.partial(check_above_zero, "temperature")), reverse=True
+    )
 
 
 def _aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

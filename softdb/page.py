@@ -25,6 +25,7 @@ from softdb.errors import (
     check_float_tensor,
     check_number,
     check_positive,
+    check_real,
     describe,
 )
 from softdb.store import SoftKVStore
@@ -263,10 +264,7 @@ def _measurement(name: str, value: Any) -> float | None:
     """``value`` as a float; None for what was not measured, None or not finite."""
     if value is None:
         return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise DtypeError(f"columns[{name!r}]: expected numbers or None, got {describe(value)}") from error
+    number = check_real(f"columns[{name!r}]", value)
     return number if math.isfinite(number) else None
 
 

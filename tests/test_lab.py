@@ -248,7 +248,7 @@ BAD = [
     (
         dict(targets=torch.zeros(QUERIES), metric=lambda values, targets: "good"),
         softdb.DtypeError,
-        "metric: expected it to return a number, got str 'good'",
+        r"metric\(values, targets\): expected a number, got str 'good'",
     ),
     (dict(metric=lambda values, targets: 0.0), softdb.ArgumentError, "targets: expected what metric compares"),
 ]

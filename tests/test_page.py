@@ -316,7 +316,7 @@ def without(name: str) -> dict[str, list[Any]]:
         (
             {"columns": {**measurements(), "mass": ["x"] * 16}},
             DtypeError,
-            "mass.*expected numbers or None, got str 'x'",
+            "mass.*expected a number, got str 'x'",
         ),
     ],
 )

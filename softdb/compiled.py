@@ -44,7 +44,7 @@ class Store(Protocol):
     keys: Tensor
     values: Tensor
     rows: RowTable
-    temperature: float | Tensor
+    temperature: float
     trainable: bool
     sparse_grad: bool
     _handle: Tensor

@@ -29,6 +29,7 @@ from softdb.errors import (
     SoftDBError,
     StaleReadError,
     check_choice,
+    check_dtype,
     check_float_tensor,
     check_ids,
     check_positive,
@@ -71,6 +72,7 @@ class _Queries(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_dtype(dtype)
         if norm is not None:
             check_choice("query_norm", norm, QUERY_NORMS)
         self.shape = (heads, parts, width)

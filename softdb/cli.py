@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from softdb import __version__, demo, lab, page
-from softdb.errors import ArgumentError, DtypeError, MissingPackageError, describe
+from softdb.errors import FLOATS, ArgumentError, DtypeError, MissingPackageError, describe
 from softdb.normalizers import NORMALIZERS
 from softdb.scores import METRICS
 from softdb.snapshot import FORMAT, Examination, examine_snapshot
@@ -25,7 +25,6 @@ __all__ = ["main"]
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Loaded = TypeVar("Loaded")
 
 

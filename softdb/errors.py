@@ -58,6 +58,7 @@ __all__ = [
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -208,13 +209,20 @@ def check_float_tensor(
         raise DtypeError(
             f"{name}: expected a floating-point torch.Tensor, got {describe(value)}; convert it with torch.as_tensor"
         )
-    if not value.is_floating_point():
-        raise DtypeError(f"{name}: expected a floating-point tensor, got {value.dtype}; convert it with .float()")
+    if value.dtype not in FLOATS:
+        wanted = f"one of {FLOAT_NAMES}" if value.is_floating_point() else "a floating-point tensor"
+        raise DtypeError(f"{name}: expected {wanted}, got {value.dtype}; convert it with .float()")
     check_dense(name, value)
     check_shape(name, value, shape)
     if device is not None:
         check_device(name, value, device)
     return value
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless ``dtype`` is one that keys, values and queries may have, or None for torch's default."""
+    if dtype is not None and dtype not in FLOATS:
+        raise DtypeError(f"dtype: expected one of {FLOAT_NAMES}, got {describe(dtype)}")
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -322,7 +330,7 @@ def check_temperature(
     """Convert a positive finite number to a float; a floating tensor of them on ``device`` broadcasts to ``shape``."""
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.dtype in INTEGERS):
         return check_above_zero("temperature", value)
-    if not value.is_floating_point():
+    if value.dtype not in FLOATS:
         raise DtypeError(f"temperature: expected a number or a floating-point tensor, got {describe(value)}")
     check_dense("temperature", value)
     if device is not None:
@@ -345,6 +353,8 @@ def list_ids(ids: Tensor) -> str:
 
 def describe(value: Any) -> str:
     """What ``value`` is, for a message."""
+    if isinstance(value, torch.dtype):
+        return str(value)
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     text = repr(value)

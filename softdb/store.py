@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
+    FLOAT_NAMES,
+    FLOATS,
+    INTEGERS,
     ArgumentError,
     CorruptSnapshotError,
     DeviceError,
@@ -35,6 +38,7 @@ from softdb.errors import (
     StaleReadError,
     check_above_zero,
     check_choice,
+    check_dtype,
     check_finite,
     check_float_tensor,
     check_ids,
@@ -87,7 +91,6 @@ MAPPED = ("keys", "values", "rows.generation")
 ATTEMPTS = 3
 # Under which name torch saves what a subclass adds by `get_extra_state`.
 EXTRA_STATE = "_extra_state"
-NO_NUMBERS = (torch.bool, torch.complex64, torch.complex128)
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
@@ -325,8 +328,7 @@ class SoftKVStore(nn.Module):
         check_choice("metric", metric, METRICS)
         self.metric = metric
         self.temperature = temperature
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise DtypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
+        check_dtype(dtype)
         if not isinstance(index, (str, IndexConfig)):
             raise DtypeError(
                 f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
@@ -1498,6 +1500,11 @@ class SoftKVStore(nn.Module):
 
     @_alone
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
+        # Before anything is converted, by a try on tensors of no numbers.
+        check_dtype(fn(self.keys.detach().new_empty(0)).dtype)
+        whole = fn(self.rows.ids.new_empty(0)).dtype
+        if whole != torch.int64:
+            raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
         before = self.keys.data_ptr(), self.values.data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
@@ -1578,9 +1585,9 @@ class SoftKVStore(nn.Module):
             if name in ("keys", "values"):
                 shape = (capacity, self.key_dim if name == "keys" else self.value_dim)
             inexact = name in ("keys", "values", "rows.weight")
-            if tensor.is_floating_point() is not inexact or tensor.dtype in NO_NUMBERS:
-                wanted = "floating-point" if inexact else "int64"
-                raise DtypeError(f"state_dict[{name!r}]: expected {wanted} numbers, got {tensor.dtype}")
+            if tensor.dtype not in (FLOATS if inexact else INTEGERS):
+                wanted = f"one of {FLOAT_NAMES}" if inexact else "int64"
+                raise DtypeError(f"state_dict[{name!r}]: expected {wanted}, got {tensor.dtype}")
             if tuple(tensor.shape) != shape:
                 raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
         if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:

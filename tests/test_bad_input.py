@@ -30,6 +30,8 @@ from softdb import (
     SoftKVStore,
     UnknownIdError,
 )
+from softdb.functional import soft_read, topk_read
+from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 
 ROOT = Path(__file__).parent.parent
 Call = Callable[[SoftKVStore], object]
@@ -82,6 +84,8 @@ def number_faults(good: Tensor) -> Iterator[Fault]:
     yield Fault("NaN everywhere", good * NAN, NonFiniteError, finite.format(good.numel()))
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
         yield Fault(str(dtype), good.to(dtype), DtypeError, f"expected a floating-point tensor, got {dtype}")
+    narrow = torch.float8_e4m3fn
+    yield Fault(str(narrow), good.to(narrow), DtypeError, f"expected one of float16, .* got {narrow}")
     for value in (good.numpy(), good.tolist(), 1.0, "keys"):
         kind = type(value).__name__
         yield Fault(kind, value, DtypeError, rf"expected a floating-point torch.Tensor, got .*{kind}")
@@ -710,3 +714,74 @@ def test_scores_of_ten_thousand(metric: str, mode: str, by: str) -> None:
     else:
         agrees(mode, metric, query, keys, values, temperature=1e-4)
         agrees(mode, metric, query, keys, values, temperature=1e4)
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------
+
+WORKING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OTHERS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int64, torch.int8, torch.bool)
+LISTED = r"expected one of float16, bfloat16, float32, float64, got "
+
+
+@pytest.mark.parametrize("dtype", [*OTHERS, "float32", float], ids=str)
+def test_a_dtype_that_no_read_works_in_is_refused_when_the_store_or_layer_is_made(dtype: Any) -> None:
+    makers: list[Callable[[], object]] = [
+        lambda: SoftKVStore(3, 2, dtype=dtype),
+        lambda: MemoryLayer(4, 8, dtype=dtype),
+        lambda: ContextMemory(4, 8, dtype=dtype),
+        lambda: ProductKeyMemory(4, 64, dtype=dtype),
+    ]
+    for make in makers:
+        with pytest.raises(DtypeError, match="dtype: " + LISTED):
+            make()
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_a_store_is_not_converted_to_a_dtype_that_no_read_works_in(options: dict[str, Any]) -> None:
+    store = SoftKVStore(3, 2, fields=("time",), track_usage=True, **options)
+    store.add(KEYS, VALUES, fields=FIELDS)
+    before = {name: tensor.clone() for name, tensor in store.state_dict().items()}
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64):
+        with pytest.raises(DtypeError, match="dtype: " + LISTED):
+            store.to(dtype)
+    for dtype in (torch.float64, torch.int64, torch.float8_e4m3fn):  # type() converts ids and fields as well
+        with pytest.raises(DtypeError, match="dtype: expected "):
+            store.type(dtype)
+    after = store.state_dict()
+    assert {name: tensor.dtype for name, tensor in before.items()} == {name: t.dtype for name, t in after.items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for dtype in WORKING:
+        assert store.to(dtype).keys.dtype == dtype
+        assert store.rows.ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+def test_tensors_of_a_dtype_that_no_read_works_in_are_refused(dtype: torch.dtype) -> None:
+    store = SoftKVStore(3, 2)
+    store.add(KEYS, VALUES)
+    state = {name: tensor.clone() for name, tensor in store.state_dict().items()}
+    keys, values, query = KEYS.to(dtype), VALUES.to(dtype), torch.ones(2, 3)
+    candidates = torch.zeros(2, 1, dtype=torch.int64)
+    calls: dict[str, Callable[[], object]] = {
+        "keys": lambda: store.add(keys, VALUES),
+        "values": lambda: store.update([0, 1], values=values),
+        "query": lambda: store.read(keys),
+        "queries": lambda: store.audit(keys, 1),
+        "query ": lambda: soft_read(keys, KEYS, VALUES),
+        "keys ": lambda: soft_read(query, keys, VALUES),
+        "values ": lambda: topk_read(query, KEYS, values, candidates),
+        "temperature": lambda: store.read(query, temperature=torch.ones(2).to(dtype)),
+        "x": lambda: ProductKeyMemory(3, 64)(keys),
+    }
+    for name, call in calls.items():
+        with pytest.raises(DtypeError, match=f"^{name.strip()}: expected "):
+            call()
+    for name in ("keys", "values"):
+        with pytest.raises(DtypeError, match=rf"state_dict\['{name}'\]: expected "):
+            store.load_state_dict(state | {name: state[name].to(dtype)})
+    for name in ("rows.ids", "rows.next_id", "rows.generation"):
+        if dtype not in (torch.int64, torch.int8):
+            with pytest.raises(DtypeError, match=rf"state_dict\['{name}'\]: expected "):
+                store.load_state_dict(state | {name: state[name].to(dtype)})
+    assert all(torch.equal(tensor, state[name]) for name, tensor in store.state_dict().items())

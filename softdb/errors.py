@@ -134,6 +134,14 @@ class ReadOnlyError(SoftDBError, RuntimeError):
     """The rows lie in the files of a snapshot, as ``load(mmap=True)`` leaves them: call ``materialize()`` first."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: Python's error, a device's, or torch's RuntimeError of the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("DefaultCPUAllocator", "out of memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -282,6 +290,8 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         try:
             ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
         if ids.numel() == 0:
             ids = ids.to(torch.int64)

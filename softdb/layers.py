@@ -35,6 +35,7 @@ from softdb.errors import (
     check_positive,
     check_shape,
     describe,
+    is_out_of_memory,
 )
 from softdb.filters import Where
 from softdb.functional import Read, answer_dtype, merge, soft_read
@@ -497,6 +498,8 @@ class ContextMemory(nn.Module):
         try:
             self._past.load({name: given[name] for name in given if name not in unexpected}, start, like)
         except (SoftDBError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             error_msgs.append(
                 f"{error}; to load weights alone, leave out what starts with {start!r}, with strict=False"
             )

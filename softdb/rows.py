@@ -37,6 +37,7 @@ from softdb.errors import (
     UnknownIdError,
     check_dense,
     describe,
+    is_out_of_memory,
     list_ids,
 )
 from softdb.locks import SharedLock
@@ -558,6 +559,8 @@ def check_column(name: str, column: object, count: int) -> Tensor:
         if values.numel() == 0:
             values = values.to(torch.int64)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {describe(column)}") from error
     check_dense(f"fields[{name!r}]", values)
     if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from softdb import __version__, demo, lab, page
-from softdb.errors import FLOATS, ArgumentError, DtypeError, MissingPackageError, describe
+from softdb.errors import FLOATS, ArgumentError, DtypeError, MissingPackageError, describe, is_out_of_memory
 from softdb.normalizers import NORMALIZERS
 from softdb.scores import METRICS
 from softdb.snapshot import FORMAT, Examination, examine_snapshot
@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
         print(f"softdb: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"softdb: there is not enough memory: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -324,6 +329,8 @@ def _read(path: str, load: Callable[[str], Loaded]) -> Loaded:
     except OSError:
         raise
     except Exception as error:  # of whatever kind a broken file is to numpy, zipfile, zlib, tokenize or safetensors
+        if is_out_of_memory(error):
+            raise
         raise ArgumentError(f"{path}: expected arrays as numpy or safetensors write them: {error}") from error
 
 

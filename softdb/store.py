@@ -47,6 +47,7 @@ from softdb.errors import (
     check_vector,
     check_whole,
     describe,
+    is_out_of_memory,
 )
 from softdb.filters import Selection, Where, select
 from softdb.functional import (
@@ -1123,6 +1124,8 @@ class SoftKVStore(nn.Module):
         except torch.OutOfMemoryError:  # of a GPU
             raise
         except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError(f"{path}: there is no memory for the store: {error}") from error
             raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
         return store
 
@@ -1650,7 +1653,7 @@ def _usable(device: torch.device | str | None) -> torch.device:
         place = torch.device("cpu" if device is None else device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise DeviceError(f"device: expected one that torch can use here, got {device!r}: {error}") from error
     return place

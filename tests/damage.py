@@ -183,8 +183,8 @@ def setting(index: int, key: str, value: Any) -> Case:
     return Case(lambda path: sign(path, lambda body: body["tensors"][index].update({key: value})))
 
 
-def describing(**changes: Any) -> Case:
-    return Case(lambda path: sign(path, lambda body: body["description"].update(changes)))
+def describing(outcome: str = "corrupt", **changes: Any) -> Case:
+    return Case(lambda path: sign(path, lambda body: body["description"].update(changes)), outcome)
 
 
 def saying(change: Callable[[dict[str, Any]], Any], outcome: str = "corrupt") -> Case:
@@ -391,7 +391,7 @@ CASES: dict[str, Case] = {
     "a field that leads up": describing(fields=["../x"]),
     "fields of a number": describing(fields=7),
     "a field too many": describing(fields=["time", "more"]),
-    "a capacity beyond memory": describing(capacity=2**50),
+    "a capacity beyond memory": describing("MemoryError", capacity=2**50),
     "a capacity beyond numbers": describing(capacity=10**400),
     "an eviction of anything": describing(capacity=3, evict="all"),
     # Headers, each with a right hash in the manifest.

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -366,3 +366,19 @@ def test_what_is_no_snapshot_is_a_plain_message(command: str, tmp_path: Path) ->
         assert done.returncode == 1
         assert re.match(r"softdb: .*No such file or directory", done.stderr)
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "shortage", [MemoryError("none left"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_no_fault_of_the_files(
+    shortage: Exception, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise shortage
+
+    for name in ("numpy.load", "softdb.lab.compare"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, refuse)
+            assert main(["compare", str(files / "store.npz"), str(files / "queries.npy")]) == 1
+        assert capsys.readouterr().err == f"softdb: there is not enough memory: {shortage}\n"

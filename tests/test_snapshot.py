@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 import safetensors.torch
 import torch
@@ -164,3 +165,43 @@ def test_a_store_is_saved_where_no_thread_can_be_had(tmp_path: Path, monkeypatch
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(softdb.CorruptSnapshotError, match="its hash differs"):
         SoftKVStore.load(tmp_path)
+
+
+# -- memory that runs out ----------------------------------------------------------------------------------
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4096 bytes. Error code 12 (Cannot allocate memory)"
+)
+SHORTAGES = {
+    "torch on Linux": RuntimeError(ALLOCATOR),
+    "torch on Windows": RuntimeError("[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory"),
+    "Python": MemoryError(),
+    "a device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4096 bytes"),
+}
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
+@pytest.mark.parametrize("place", ["softdb.store.resized", "torch.zeros", "softdb.rows.SlotTable.put"])
+def test_too_little_memory_to_load_is_no_fault_of_the_snapshot(
+    shortage: Exception, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(capacity=40).save(tmp_path)
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise shortage
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, refuse)
+        with pytest.raises((MemoryError, torch.OutOfMemoryError)) as caught:
+            SoftKVStore.load(tmp_path)
+    assert not isinstance(caught.value, softdb.SoftDBError)
+    assert len(SoftKVStore.load(tmp_path)) == 12
+
+
+def test_a_capacity_that_memory_is_too_small_for_is_no_fault_of_the_snapshot(tmp_path: Path) -> None:
+    make().save(tmp_path)
+    damage.sign(tmp_path, lambda body: body["description"].update(capacity=2**50))
+    with pytest.raises(MemoryError, match="no memory"):
+        SoftKVStore.load(tmp_path)
+    assert examine_snapshot(tmp_path).is_whole

@@ -125,9 +125,13 @@ class RowTable(nn.Module):
     @property
     def columns(self) -> list[str]:
         """The names of the buffers that are saved with an entry for every slot, beside ``ids``."""
-        optional = [] if self.evict is None else [TURNS[self.evict]]
-        optional += ["reads", "weight"] if self.track_usage else []
-        return ["generation", *(f"field_{name}" for name in self.fields), *optional]
+        return ["generation", *(f"field_{name}" for name in self.fields), *self.optional]
+
+    @property
+    def optional(self) -> list[str]:
+        """The names of the columns that a state to be loaded may lack: clocks and counters."""
+        clocks = [] if self.evict is None else [TURNS[self.evict]]
+        return clocks + (["reads", "weight"] if self.track_usage else [])
 
     @property
     def saved(self) -> list[str]:
@@ -519,9 +523,16 @@ class RowTable(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: the store loads its rows and these together, or neither."""
 
-    def load(self, *args: Any) -> None:
-        """What modules do with the arguments of ``_load_from_state_dict``."""
-        super()._load_from_state_dict(*args)
+    def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load as modules do by ``_load_from_state_dict``; clocks and counters that are missing start from 0."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self.optional:
+            if prefix + name not in state_dict:
+                dtype = torch.float64 if name == "weight" else torch.int64
+                begun = torch.zeros(self.capacity, dtype=dtype, device=self.ids.device)
+                if name == TURNS["oldest"]:  # no two rows are as old
+                    begun = torch.arange(self.capacity, device=self.ids.device)
+                setattr(self, name, begun)
         if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
             self.install(self.stamps(self.capacity, lasting=True))
         self.rebuild()

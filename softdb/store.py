@@ -304,6 +304,8 @@ class SoftKVStore(nn.Module):
     keys: Tensor
     values: Tensor
     temperature: float
+    # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
+    _is_strict = False
 
     @torch.inference_mode(False)
     def __init__(
@@ -1517,6 +1519,35 @@ class SoftKVStore(nn.Module):
         self._watch()
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load rows and what is known of their use, all of it or nothing.
+
+        Counters (``rows.reads``, ``rows.weight``) and eviction clocks (``rows.used_at``, ``rows.added_at``) that
+        ``state_dict`` lacks start from 0; equally old rows are evicted in slot order. They are reported as missing, and
+        those that this store does not keep as unexpected, which is an error where ``strict``. Where rows cannot be
+        loaded, ``keys`` and ``values`` are among the missing ones.
+
+        Args:
+            state_dict: What ``state_dict()`` of a store returned.
+            strict: Whether names that are missing or unexpected are an error; then nothing is loaded. As part of
+                another module, rows are loaded before that error is raised.
+            assign: As for any module.
+
+        Returns:
+            The missing and the unexpected names, as for any module.
+
+        Raises:
+            RuntimeError: ``strict``, and names differ.
+            ArgumentError, DtypeError, ShapeError, NonFiniteError, DuplicateIdError: A tensor is not one of a store.
+            GrowthError: The storage would have to change its size while it cannot.
+        """
+        with self.rows.access.writing():
+            self._is_strict = bool(strict)
+            try:
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            finally:
+                self._is_strict = False
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self._reading(lambda: super(SoftKVStore, self)._save_to_state_dict(*args))
 
@@ -1531,25 +1562,33 @@ class SoftKVStore(nn.Module):
         unexpected_keys: list[str],
         *args: Any,
     ) -> None:
-        """All of it or, where something is missing or wrong, nothing; that of the rows, too."""
+        """Load all of it or, where something is wrong or what rows consist of is missing, nothing."""
         hooks, none = self._load_state_dict_pre_hooks, type(self._load_state_dict_pre_hooks)()
         for hook in hooks.values():  # they may rename what is there, or bring what is missing
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
         names = {prefix + name for name in ("keys", "values", *(f"rows.{name}" for name in self.rows.saved))}
-        missing = sorted(names - state_dict.keys())
+        optional = {f"{prefix}rows.{name}" for name in self.rows.optional}
+        missing = names - state_dict.keys()
         own = {*self._parameters, *self._buffers, *self._modules} - {"rows"}
         if type(self).set_extra_state is not nn.Module.set_extra_state:
             own.add(EXTRA_STATE)
-        given = [name for name in state_dict if name.startswith(prefix) and name not in names] if strict else []
+        given = [name for name in state_dict if name.startswith(prefix) and name not in names]
         unexpected = [name for name in given if name.removeprefix(prefix).partition(".")[0] not in own]
+        if not missing <= optional:
+            missing |= {f"{prefix}keys", f"{prefix}values"}  # which are not loaded without the rest
+        elif not (self._is_strict and (missing or unexpected)):
+            missing, unexpected = set(), []  # torch reports them
         if missing or unexpected:
-            missing_keys.extend(missing)
+            missing_keys.extend(sorted(missing))
             unexpected_keys.extend(unexpected)
             return
-        growth = self._room_for({name.removeprefix(prefix): state_dict[name] for name in names})
+        growth = self._room_for({name.removeprefix(prefix): state_dict[name] for name in names & state_dict.keys()})
         others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
 
+        reported = len(missing_keys), len(unexpected_keys)
+
         def load() -> None:
+            del missing_keys[reported[0] :], unexpected_keys[reported[1] :]  # of an earlier try
             if growth is not None:
                 self._grow(growth)
             try:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import softdb
 from softdb import SoftKVStore
+from softdb.layers import MemoryLayer
 from softdb.normalizers import SPARSE
 
 
@@ -1250,3 +1251,112 @@ def test_a_setting_that_the_tensors_or_the_index_depend_on_cannot_be_assigned(na
         setattr(store, name, value)
     setattr(store, name, before)
     assert getattr(store, name) == before
+
+
+# -- state dicts of stores with other options -----------------------------------------------------------------------
+
+HISTORIES: dict[str, dict[str, Any]] = {
+    "nothing counted": {},
+    "usage": {"track_usage": True},
+    "lru": {"evict": "lru"},
+    "oldest": {"evict": "oldest"},
+    "lru and usage": {"evict": "lru", "track_usage": True},
+}
+OPTIONAL = {"reads", "weight", "used_at", "added_at"}
+
+
+def with_history(options: dict[str, Any], number: float, rows: int = 5) -> SoftKVStore:
+    store = SoftKVStore(2, 1, capacity=8, fields=("time",), **options)
+    store.add(torch.full((rows, 2), number), torch.full((rows, 1), number), fields={"time": 7})
+    store.delete([1])
+    for _ in range(3):
+        store.read(torch.ones(2, 2), "topk", k=rows - 2)
+    return store
+
+
+def wrapped(store: SoftKVStore, how: str) -> nn.Module:
+    """The store itself, or a model that it is part of."""
+    if how == "a model":
+        return nn.ModuleDict({"memory": store, "linear": nn.Linear(2, 2)})
+    return MemoryLayer(2, len(store), key_dim=2, value_dim=1, store=store) if how == "a layer" else store
+
+
+def prefix_of(how: str) -> str:
+    return {"a store": "", "a model": "memory.", "a layer": "stores.0."}[how]
+
+
+@pytest.mark.parametrize("how", ["a store", "a model", "a layer"])
+@pytest.mark.parametrize("old", HISTORIES)
+@pytest.mark.parametrize("new", HISTORIES)
+def test_counters_and_clocks_are_optional_in_a_state_that_is_loaded(new: str, old: str, how: str) -> None:
+    saved = with_history(HISTORIES[old], 2.0)
+    loaded = with_history(HISTORIES[new], 1.0)
+    model = wrapped(loaded, how)
+    found = model.load_state_dict(wrapped(saved, how).state_dict(), strict=False)
+    start = f"{prefix_of(how)}rows."
+    absent = set(loaded.rows.saved) - set(saved.rows.saved)
+    assert absent <= OPTIONAL
+    assert set(found.missing_keys) == {start + name for name in absent}
+    assert set(found.unexpected_keys) == {start + name for name in set(saved.rows.saved) - set(loaded.rows.saved)}
+    assert torch.equal(loaded.get(loaded.ids).keys, saved.get(saved.ids).keys)
+    assert loaded.ids.tolist() == [0, 2, 3, 4]
+    loaded._check()
+    if loaded.rows.track_usage:
+        wanted = saved.usage.reads if saved.rows.track_usage else torch.zeros(4, dtype=torch.int64)
+        assert torch.equal(loaded.usage.reads, wanted)
+        assert bool((loaded.usage.weight > 0).any()) == saved.rows.track_usage
+    if loaded.evict is not None:  # clocks that start anew go by slot, the lowest first
+        loaded.add(torch.ones(5, 2), torch.ones(5, 1), fields={"time": 1})
+        if {"used_at", "added_at"} & absent:
+            assert 0 not in loaded
+            assert all(number in loaded for number in (2, 3, 4))
+        loaded._check()
+
+
+@pytest.mark.parametrize(
+    ("new", "old"), [("usage", "nothing counted"), ("nothing counted", "usage"), ("lru", "oldest")]
+)
+def test_a_strict_load_of_other_counters_is_torchs_error_and_changes_nothing(new: str, old: str) -> None:
+    saved, loaded = with_history(HISTORIES[old], 2.0), with_history(HISTORIES[new], 1.0)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    differing = sorted(set(saved.rows.saved) ^ set(loaded.rows.saved))
+    with pytest.raises(RuntimeError, match=r"(?s)(Missing|Unexpected) key\(s\)") as caught:
+        loaded.load_state_dict(saved.state_dict())
+    assert all(f"rows.{name}" in str(caught.value) for name in differing)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"(?s)(Missing|Unexpected) key\(s\)") as caught:
+        wrapped(loaded, "a model").load_state_dict(wrapped(saved, "a model").state_dict())
+    assert all(f"memory.rows.{name}" in str(caught.value) for name in differing)
+    loaded._check()
+
+
+@pytest.mark.parametrize("gone", ["values", "rows.ids", "rows.field_time", "rows.generation"])
+@pytest.mark.parametrize("how", ["a store", "a model"])
+def test_where_rows_cannot_be_loaded_keys_and_values_are_named_as_missing(gone: str, how: str) -> None:
+    saved, loaded = with_history({}, 2.0), with_history({"track_usage": True}, 1.0)
+    state = wrapped(saved, how).state_dict()
+    before, prefix = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}, prefix_of(how)
+    del state[prefix + gone]
+    found = wrapped(loaded, how).load_state_dict(state | {f"{prefix}more": torch.zeros(1)}, strict=False)
+    named = {"keys", "values", gone, "rows.reads", "rows.weight"}
+    assert set(found.missing_keys) == {prefix + name for name in named}
+    assert found.unexpected_keys == [f"{prefix}more"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_names_that_belong_to_nothing_do_not_keep_rows_from_loading_unless_the_load_is_strict() -> None:
+    saved, loaded = with_history({}, 2.0), with_history({}, 1.0)
+    found = loaded.load_state_dict(saved.state_dict() | {"more": torch.zeros(1)}, strict=False)
+    assert found.unexpected_keys == ["more"]
+    assert torch.equal(loaded.keys, saved.keys)
+
+
+def test_a_state_without_counters_is_assigned_to_a_store_on_meta() -> None:
+    saved = with_history({}, 2.0)
+    with torch.device("meta"):
+        loaded = SoftKVStore(2, 1, capacity=8, fields=("time",), evict="oldest", track_usage=True)
+    found = loaded.load_state_dict(saved.state_dict(), strict=False, assign=True)
+    assert set(found.missing_keys) == {"rows.reads", "rows.weight", "rows.added_at"}
+    assert loaded.ids.tolist() == [0, 2, 3, 4]
+    assert loaded.usage.reads.tolist() == [0] * 4
+    loaded._check()

@@ -306,6 +306,8 @@ class SoftKVStore(nn.Module):
     temperature: float
     # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
     _is_strict = False
+    # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
+    _frozen_in_files: tuple[str, ...] = ()
 
     @torch.inference_mode(False)
     def __init__(
@@ -1063,6 +1065,8 @@ class SoftKVStore(nn.Module):
         description = {name: getattr(self, name) for name in SETTINGS}
         description |= {"fields": list(self.fields), "index": asdict(self._index.config)}
         description |= {"track_usage": self.rows.track_usage, "rows": len(self), "softdb": __version__}
+        if self._frozen:  # snapshots without it say that all is as trainable as the store
+            description["frozen"] = list(self._frozen)
         return tensors, description
 
     @classmethod
@@ -1122,7 +1126,7 @@ class SoftKVStore(nn.Module):
             index = IndexConfig(**description["index"])
             store = cls(**options, index=index, device=place, dtype=tensors["keys"].dtype)
             store.__dict__["capacity"] = None if capacity is None else check_positive("capacity", capacity)
-            store._take_over(tensors, mapped=mmap)
+            store._take_over(tensors, mapped=mmap, frozen=description.get("frozen", []))
         except torch.OutOfMemoryError:  # of a GPU
             raise
         except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -1131,8 +1135,10 @@ class SoftKVStore(nn.Module):
             raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
         return store
 
-    def _take_over(self, tensors: Mapping[str, Tensor], *, mapped: bool) -> None:
+    def _take_over(self, tensors: Mapping[str, Tensor], *, mapped: bool, frozen: Any) -> None:
         """Let these be the store's own tensors, instead of those of an empty one."""
+        if not isinstance(frozen, list) or not all(name in ("keys", "values") for name in frozen):
+            raise ValueError(f"frozen rows {frozen!r}")
         names = {"keys", "values", *(f"rows.{name}" for name in self.rows.saved)}
         if tensors.keys() != names:
             raise ValueError(f"the tensors {sorted(tensors)}")
@@ -1156,9 +1162,17 @@ class SoftKVStore(nn.Module):
             raise ValueError("an id twice")
         self._index.reset()
         self._is_mapped = mapped
-        for table in self._tables().values():
-            table.requires_grad_(self.trainable and not mapped)
+        self._frozen_in_files = tuple(frozen)
+        for name, table in self._tables().items():
+            table.requires_grad_(self.trainable and not mapped and name not in frozen)
         self._watch()
+
+    @property
+    def _frozen(self) -> tuple[str, ...]:
+        """The names of the Parameters that get no gradient, or will get none once rows in files are materialized."""
+        if self._is_mapped:
+            return self._frozen_in_files
+        return tuple(name for name, table in self._tables().items() if self.trainable and not table.requires_grad)
 
     @_alone
     def materialize(self) -> None:
@@ -1168,9 +1182,9 @@ class SoftKVStore(nn.Module):
         """
         if self._is_mapped:
             self._resize(self.capacity or self.rows.capacity)
+            for name, table in self._tables().items():
+                table.requires_grad_(self.trainable and name not in self._frozen_in_files)
             self._is_mapped = False
-            for table in self._tables().values():
-                table.requires_grad_(self.trainable)
             self._watch()
 
     # -- storage ---------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,62 @@ def test_a_capacity_that_memory_is_too_small_for_is_no_fault_of_the_snapshot(tmp
     with pytest.raises(MemoryError, match="no memory"):
         SoftKVStore.load(tmp_path)
     assert examine_snapshot(tmp_path).is_whole
+
+
+# -- rows that are frozen ----------------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[SoftKVStore, Path], SoftKVStore]] = {
+    "save and load": lambda store, path: store.save(path) or SoftKVStore.load(path),  # type: ignore[func-returns-value]
+    "mapped and materialized": lambda store, path: materialized(store, path),
+    "mapped, saved, loaded": lambda store, path: saved_from_files(store, path),
+    "deepcopy": lambda store, path: copy.deepcopy(store),
+    "pickle": lambda store, path: pickle.loads(pickle.dumps(store)),
+    "growth": lambda store, path: store.reserve(1000) or store,  # type: ignore[func-returns-value]
+    "to": lambda store, path: store.to(torch.float64),
+    "to_empty": lambda store, path: store.to_empty(device="cpu"),
+    "load_state_dict": lambda store, path: loaded_from(store, assign=False),
+    "load_state_dict(assign=True)": lambda store, path: loaded_from(store, assign=True),
+    "eviction and revival": lambda store, path: store.revive([0], torch.ones(1, 4), torch.ones(1, 3)) or store,  # type: ignore[func-returns-value]
+}
+
+
+def materialized(store: SoftKVStore, path: Path) -> SoftKVStore:
+    store.save(path)
+    mapped = SoftKVStore.load(path, mmap=True)
+    assert not mapped.keys.requires_grad
+    assert not mapped.values.requires_grad
+    mapped.materialize()
+    return mapped
+
+
+def saved_from_files(store: SoftKVStore, path: Path) -> SoftKVStore:
+    store.save(path)
+    SoftKVStore.load(path, mmap=True).save(path / "again")
+    return SoftKVStore.load(path / "again")
+
+
+def loaded_from(store: SoftKVStore, *, assign: bool) -> SoftKVStore:
+    store.load_state_dict(make(2.0, rows=30, trainable=True).state_dict(), assign=assign)
+    return store
+
+
+@pytest.mark.parametrize("frozen", [(), ("keys",), ("values",), ("keys", "values")], ids=str)
+@pytest.mark.parametrize("way", COPIES)
+def test_frozen_keys_and_values_stay_frozen(way: str, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    store = make(trainable=True)
+    for name in frozen:
+        getattr(store, name).requires_grad_(False)
+    store = COPIES[way](store, tmp_path)
+    assert isinstance(store.keys, torch.nn.Parameter)
+    assert {name for name in ("keys", "values") if not getattr(store, name).requires_grad} == set(frozen)
+
+
+def test_a_snapshot_that_says_nothing_of_frozen_rows_is_trainable(tmp_path: Path) -> None:
+    make(trainable=True).save(tmp_path)
+    damage.sign(tmp_path, lambda body: body["description"].pop("frozen", None))
+    assert SoftKVStore.load(tmp_path).keys.requires_grad
+    make(trainable=True).save(tmp_path)
+    for wrong in (["rows"], "keys", 3, None):
+        damage.sign(tmp_path, lambda body, wrong=wrong: body["description"].update(frozen=wrong))
+        with pytest.raises(softdb.CorruptSnapshotError, match="frozen"):
+            SoftKVStore.load(tmp_path)

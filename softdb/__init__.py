@@ -22,6 +22,7 @@ from softdb.errors import (
     ShapeError,
     SoftDBError,
     StaleReadError,
+    UnfinishedWriteError,
     UnknownIdError,
 )
 from softdb.functional import Read
@@ -52,6 +53,7 @@ __all__ = [
     "SoftDBError",
     "SoftKVStore",
     "StaleReadError",
+    "UnfinishedWriteError",
     "UnknownIdError",
     "Usage",
     "__version__",

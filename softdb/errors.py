@@ -18,9 +18,10 @@
     ├── IndexBuildError        (RuntimeError)  the index could not be built; searches are exact
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
     ├── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
-    └── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
+    ├── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
+    └── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
 
-Whenever one of these is raised by a method that writes, nothing has been written.
+Whenever one of these is raised by a method that writes, nothing has been written, except by an `UnfinishedWriteError`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ __all__ = [
     "ShapeError",
     "SoftDBError",
     "StaleReadError",
+    "UnfinishedWriteError",
     "UnknownIdError",
 ]
 
@@ -88,6 +90,10 @@ class DuplicateIdError(ArgumentError):
 
 class DtypeError(SoftDBError, TypeError):
     """A tensor or an argument has the wrong type."""
+
+
+class UnfinishedWriteError(SoftDBError, RuntimeError):
+    """Memory ran out in the middle of a write, which is recorded: the next use of the store completes it."""
 
 
 class _LookupFailure(SoftDBError, KeyError):

@@ -36,6 +36,7 @@ from softdb.errors import (
     ShapeError,
     SoftDBError,
     StaleReadError,
+    UnfinishedWriteError,
     check_above_zero,
     check_choice,
     check_dtype,
@@ -162,6 +163,24 @@ class _Change(NamedTuple):
     fields: Mapping[str, Tensor] = MappingProxyType({})
     placed: Tensor = NO_SLOTS
     afresh: bool = False
+
+
+class _Outcome(NamedTuple):
+    """What has come of a write that broke off, in words: ``done`` if it was applied again, else ``pending``."""
+
+    done: str
+    pending: str
+
+
+WRITTEN = _Outcome(
+    "the write has been completed",
+    "it is recorded: the next use of the store completes it, so do not repeat the call, and until then leave the "
+    "tensors that were passed to it as they are",
+)
+RESIZED = _Outcome(
+    "the storage has been resized, and nothing else was written",
+    "the next use of the store resizes the storage; nothing else was written",
+)
 
 
 class _Growth(NamedTuple):
@@ -468,6 +487,7 @@ class SoftKVStore(nn.Module):
             DuplicateIdError: An id is in the store, or is given twice.
             GrowthError: The storage would have to grow while it cannot; call `reserve` beforehand. Or past its
                 ``capacity``, and there is no ``evict``.
+            UnfinishedWriteError: Memory ran out once the write was recorded: do not repeat it.
             ArgumentError: There are more rows than the ``capacity``.
             ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError: An argument is not as above.
         """
@@ -479,9 +499,10 @@ class SoftKVStore(nn.Module):
             self._check_count(new, len(keys))
             self.rows.check_new(new)
         columns = self.rows.check_fields(fields, len(keys), complete=True)
+        added = new.to(self.keys.device)  # now: afterwards an error would not say that the rows are there
         leaving = self._admit(new)
         self._carry_out(_Change(leaving, new, NO_SLOTS, stored_keys, stored_values, columns))
-        return new.to(self.keys.device)
+        return added
 
     @_writes
     def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None = None) -> None:
@@ -956,7 +977,8 @@ class SoftKVStore(nn.Module):
         """
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
-        self.rows.mark_changed(self.rows.slots_of("ids", given).unique())
+        slots = self.rows.slots_of("ids", given).unique()
+        self._commit(functools.partial(self.rows.mark_changed, slots), WRITTEN)
 
     @torch.no_grad()
     def audit(
@@ -1210,13 +1232,14 @@ class SoftKVStore(nn.Module):
             raise ShapeError(f"ids: expected {count} ids, one for each row, got {len(ids)}")
 
     def _carry_out(self, change: _Change) -> None:
-        """Write. Where that breaks off, by an interrupt or for want of memory, `_catch_up` brings it to its end."""
+        """Write. Where an interrupt or a shortage of memory breaks that off, it is applied again at once."""
         finished, rows = self._finished, self.rows
         if len(change.ids):
             placed, finished = self._chosen(change)
             change = change._replace(placed=placed)
+        finish = functools.partial(self._finish, change)
         try:
-            self._unfinished = functools.partial(self._finish, change)
+            self._unfinished = finish
             if len(change.leaving):
                 rows.remove(rows.ids[change.leaving.to(rows.ids.device)].cpu(), change.leaving)
                 if len(change.placed) == 0:
@@ -1225,14 +1248,38 @@ class SoftKVStore(nn.Module):
                 rows.place(change.ids, change.placed)
             rows.mark_changed(change.slots, keys=change.keys is not None)
             self._write(change)
-        except Exception:
-            if self._finished == finished:
-                raise
+        except BaseException as error:
+            self._apply_again(finish, error, WRITTEN)
         if self._finished != finished:
             # A signal's handler has looked at the store meanwhile: the books are those that it has drawn up.
-            self._unfinished = functools.partial(self._finish, change)
+            self._unfinished = finish
             self._catch_up()
         self._unfinished = None
+
+    def _commit(self, apply: Callable[[], None], outcome: _Outcome) -> None:
+        """Record a write, and apply it."""
+        try:
+            self._unfinished = apply
+            apply()
+        except BaseException as error:
+            self._apply_again(apply, error, outcome)
+        self._unfinished = None
+
+    def _apply_again(self, apply: Callable[[], None], error: BaseException, outcome: _Outcome) -> None:
+        """Apply a recorded write again that ``error`` broke off; an interrupt is raised again when that is done."""
+        said = outcome.done
+        self._unfinished = apply
+        try:
+            self._catch_up()
+        except BaseException as again:
+            said = outcome.pending
+            if not isinstance(again, Exception):
+                error = again
+            elif isinstance(error, Exception):
+                raise UnfinishedWriteError(f"expected to write at once, got {error!r}; {said}") from error
+        if not isinstance(error, Exception):
+            error.args = error.args or (said,)
+            raise error
 
     def _chosen(self, change: _Change) -> tuple[Tensor, int]:
         """The slots for new rows, and how many writes had been finished when the books said so.
@@ -1324,10 +1371,7 @@ class SoftKVStore(nn.Module):
             self._resize(needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, capacity: int) -> None:
-        grow = functools.partial(self._grow, self._resized(capacity))
-        self._unfinished = grow
-        grow()
-        self._unfinished = None
+        self._commit(functools.partial(self._grow, self._resized(capacity)), RESIZED)
 
     def _resized(self, capacity: int) -> _Growth:
         """All that it takes, before any of it is set: memory may run out in between."""
@@ -1612,11 +1656,9 @@ class SoftKVStore(nn.Module):
                 self._load_state_dict_pre_hooks = hooks
             self.rows.load(state_dict, f"{prefix}rows.", *others)
 
-        self._unfinished = load
-        load()
+        self._commit(load, WRITTEN)
         self._index.reset()
         self._watch()
-        self._unfinished = None
 
     def _room_for(self, state: Mapping[str, Any]) -> _Growth | None:
         """Check what is to be loaded; tensors of its size, if that is another."""

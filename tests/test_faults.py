@@ -311,3 +311,184 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(softdb.ArgumentError, match="has room for"):
         SoftKVStore(4, 3, fields=tuple(f"f{n}" for n in range(9))).save(tmp_path)
     assert faults.content_of(tmp_path) == before
+
+
+# -- writes that memory or an interrupt breaks off --------------------------------------------------------
+
+FULL: dict[str, Any] = {"trainable": True, "capacity": 6, "evict": "oldest", "track_usage": True}
+OTHERS = {options.get("evict"): make(3.0, rows=5, **options).state_dict() for options in ({}, FULL)}
+ROWS = (torch.full((3, 4), 5.0), torch.full((3, 3), 6.0))
+CHANGES: dict[str, Callable[[SoftKVStore], object]] = {
+    "add": lambda store: store.add(*ROWS, fields={"time": 9}),
+    "put": lambda store: store.put([0, 50, 2], *ROWS, fields={"time": 9}),
+    "update": lambda store: store.update([0, 1, 2], *ROWS, fields={"time": 9}),
+    "revive": lambda store: store.revive([0, 1, 2], *ROWS),
+    "delete": lambda store: store.delete([0, 1, 2]),
+    "touch": lambda store: store.touch([0, 1]),
+    "load_state_dict": lambda store: store.load_state_dict(OTHERS[store.evict]),
+}
+# What a write does once it is recorded; each is made to fail, at one call after the other.
+STEPS = (
+    "remove",
+    "place",
+    "release",
+    "mark_changed",
+    "start_afresh",
+    "set_fields",
+    "note_use",
+    "install",
+    "load",
+    "rebuild",
+    "know",
+)
+SHORTAGES: dict[str, type[BaseException]] = {"memory": MemoryError, "interrupt": KeyboardInterrupt}
+
+
+def state_of(store: SoftKVStore) -> dict[str, Any]:
+    """All that a write may change, but the clocks."""
+    rows = store.get(store.ids)
+    numbers = torch.cat([rows.keys, rows.values, rows.fields["time"].unsqueeze(-1)], dim=-1)
+    found = dict(zip(store.ids.tolist(), numbers.tolist(), strict=True))
+    return {"rows": found, "next id": int(store.rows.next_id)}
+
+
+class Failing:
+    """Has the call number ``at`` of a step of a write fail, and as many after it as ``times`` says."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, step: str, at: int, times: int, failure: type[BaseException]) -> None:
+        self.calls, self.at, self.times = 0, at, times
+        original = getattr(softdb.rows.RowTable, step)
+
+        def failing(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.at <= self.calls < self.at + self.times:
+                raise failure
+            return original(*args, **options)
+
+        patch.setattr(softdb.rows.RowTable, step, failing)
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+@pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_write_that_breaks_off_is_done_at_once_or_never(
+    name: str, options: dict[str, Any], shortage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One failure: the call returns and all is written; or it raises, and what it says is so at once and stays so."""
+    change, outcomes = CHANGES[name], set()
+    whole = make(1.0, rows=6, **options)
+    change(whole)
+    for step in STEPS:
+        for at in range(1, 4):
+            store = make(1.0, rows=6, **options)
+            before, completed = state_of(store), False
+            with monkeypatch.context() as patch:
+                failing = Failing(patch, step, at, 1, SHORTAGES[shortage])
+                try:
+                    change(store)
+                    completed = True
+                except MemoryError:
+                    assert shortage == "memory"
+                except KeyboardInterrupt as error:
+                    completed = "has been completed" in str(error)
+            if failing.calls < at:
+                break
+            assert state_of(store) == (state_of(whole) if completed else before), f"{step}, call {at}"
+            store._check()
+            store.delete(store.ids[:1])
+            store._check()
+            outcomes.add(completed)
+    if name != "touch":
+        assert True in outcomes
+
+
+@pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_write_that_cannot_be_completed_at_once_says_that_it_is_recorded(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call of a step fails from one on: the error says what the next use of the store does, and it does so."""
+    change, recorded = CHANGES[name], 0
+    whole = make(1.0, rows=6, **options)
+    change(whole)
+    for step in STEPS:
+        for failure in (MemoryError, KeyboardInterrupt):
+            store = make(1.0, rows=6, **options)
+            before = state_of(store)
+            with monkeypatch.context() as patch:
+                failing = Failing(patch, step, 1, 100, failure)
+                try:
+                    change(store)
+                    said = None
+                except (softdb.UnfinishedWriteError, MemoryError, KeyboardInterrupt) as error:
+                    said = str(error)
+            failing.times = 0  # the write that is recorded may refer to it
+            if not failing.calls:
+                continue
+            promised = said is None or "the next use of the store completes" in said
+            recorded += promised and said is not None
+            promised = promised or "the write has been completed" in str(said)
+            assert state_of(store) == (state_of(whole) if promised else before), step
+            store._check()
+    if name != "touch":
+        assert recorded
+
+
+@pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
+def test_growth_that_breaks_off_adds_no_rows(failure: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage may be larger at the next use; the rows of the call that raised never come."""
+    many = torch.ones(90, 4), torch.ones(90, 3)
+    calls: list[Callable[[SoftKVStore], object]] = [
+        lambda store: store.add(*many, fields={"time": 9}),
+        lambda store: store.put(torch.arange(3, 93), *many, fields={"time": 9}),
+        lambda store: store.reserve(100),
+    ]
+    for call in calls:
+        store = make(1.0, rows=6)
+        before = state_of(store)
+        with monkeypatch.context() as patch:
+            Failing(patch, "install", 1, 100, failure)
+            with pytest.raises(
+                (softdb.UnfinishedWriteError, KeyboardInterrupt), match="the next use of the store resizes the storage"
+            ) as caught:
+                call(store)
+        assert (type(caught.value.__cause__) is failure) == (failure is MemoryError)
+        assert state_of(store) == before
+        assert store.rows.capacity >= 90
+        store._check()
+        call(store)
+        store._check()
+
+
+def test_a_reserve_that_breaks_off_once_is_completed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for failure in (MemoryError, KeyboardInterrupt):
+        store = make(1.0, rows=6)
+        with monkeypatch.context() as patch:
+            Failing(patch, "install", 1, 1, failure)
+            try:
+                store.reserve(100)
+                said = "the storage has been resized"
+            except KeyboardInterrupt as error:
+                said = str(error)
+        assert "the storage has been resized" in said
+        assert store.keys.shape[0] == 100
+        store._check()
+
+
+def test_a_mapped_store_that_memory_is_too_small_for_can_be_materialized_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(1.0).save(tmp_path)
+    store = SoftKVStore.load(tmp_path, mmap=True)
+    with monkeypatch.context() as patch:
+        Failing(patch, "install", 1, 1, MemoryError)
+        store.materialize()
+    store.add(torch.ones(1, 4), torch.ones(1, 3), fields={"time": 9})
+    store = SoftKVStore.load(tmp_path, mmap=True)
+    with monkeypatch.context() as patch:
+        Failing(patch, "install", 1, 100, MemoryError)
+        with pytest.raises(softdb.UnfinishedWriteError, match="the storage"):
+            store.materialize()
+    store.materialize()
+    store.add(torch.ones(1, 4), torch.ones(1, 3), fields={"time": 9})
+    store._check()

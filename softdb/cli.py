@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments, without the command's own name; those of the process if None.
 
     Returns:
-        The exit code: 0 if all went well, 1 if a snapshot is damaged or a file cannot be read or written, 2 for
-        arguments that make no sense, 130 after Ctrl-C, 141 if the reader of the output went away.
+        The exit code: 0 if all went well, 1 if a snapshot is damaged, a file cannot be read or written or memory runs
+        out, 2 for arguments that make no sense, 130 after Ctrl-C, 141 if the reader of the output went away.
 
     Raises:
         SystemExit: From argparse, after ``--help``, ``--version`` or arguments it cannot parse.

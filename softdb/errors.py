@@ -173,7 +173,7 @@ def check_whole(name: str, value: object, *, least: int = 1) -> int:
     if number is None:
         raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
     if number < least:
-        raise ArgumentError(f"{name}: expected an integer of at least {least}, got {number}")
+        raise ArgumentError(f"{name}: expected an integer of at least {least}, got {_printed(number)}")
     if number >= 2**63:
         raise ArgumentError(f"{name}: expected an integer that int64 holds, got {number}")
     return number
@@ -211,8 +211,16 @@ def check_above_zero(name: str, value: object, *, most: float = sys.float_info.m
     number = check_real(name, value)
     if not 0 < number <= most:
         wanted = "a finite number above 0" if most == sys.float_info.max else f"a number above 0 and at most {most:g}"
-        raise ArgumentError(f"{name}: expected {wanted}, got {value}")
+        raise ArgumentError(f"{name}: expected {wanted}, got {_printed(value)}")
     return number
+
+
+def _printed(number: object) -> str:
+    """Print a number for a message."""
+    try:
+        return str(number)
+    except ValueError:  # Python prints no int of more than 4,300 digits
+        return "a number with too many digits to print"
 
 
 def check_float_tensor(
@@ -373,5 +381,5 @@ def describe(value: Any) -> str:
         return str(value)
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = repr(value) if not isinstance(value, int) else _printed(value)
     return f"{type(value).__name__} {text}" if len(text) <= 40 else f"a {type(value).__name__}"

@@ -121,11 +121,14 @@ def test_saving_over_the_snapshot_it_lies_in_is_safe(tmp_path: Path) -> None:
     for _ in range(3):
         mapped.save(tmp_path)
     saved(tmp_path, rows=5)
-    query = torch.randn(3, 4)
-    assert torch.equal(mapped.read(query).values, store.read(query).values)
+    wanted = store.get(store.ids)
+    assert torch.equal(mapped.get(store.ids).keys, wanted.keys)  # answers may differ by rounding: by where rows lie
+    assert torch.equal(mapped.get(store.ids).values, wanted.values)
     mapped.materialize()
     mapped.save(tmp_path)
-    assert torch.equal(SoftKVStore.load(tmp_path).read(query).values, store.read(query).values)
+    loaded, query = SoftKVStore.load(tmp_path), torch.randn(3, 4)
+    assert torch.equal(loaded.get(store.ids).keys, wanted.keys)
+    torch.testing.assert_close(loaded.read(query).values, store.read(query).values)
 
 
 def test_rows_are_compared_with_their_hashes_on_demand(tmp_path: Path) -> None:

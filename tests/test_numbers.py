@@ -20,6 +20,7 @@ KEYS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 VALUES = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
 QUERY = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
 HUGE = 10**400
+DIGITS = 10**5000  # more than Python prints
 SHORT = ("nan", "NumPy nan", "tensor nan", "-1", "10**400")
 CANDIDATES = torch.tensor([[0, 1, 2], [3, 4, 5], [5, 6, -1]])
 
@@ -257,3 +258,18 @@ def test_a_real_number_out_of_range_is_an_argument_error(number: Number, value: 
         return  # it stands for infinity
     with pytest.raises(ArgumentError, match=r": expected "):
         print(number.call(value))
+
+
+@pytest.mark.parametrize("number", [DIGITS, -DIGITS], ids=["many digits", "negative"])
+def test_a_number_of_too_many_digits_to_print_is_an_argument_error(number: int) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: filled().read(QUERY, k=number),
+        lambda: filled().read(QUERY, temperature=number),
+        lambda: SoftKVStore(number, 2),
+        lambda: SoftKVStore(2, 2, temperature=number),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match=": expected "):
+            call()
+    with pytest.raises(DtypeError, match="expected a SoftKVStore, got a"):
+        MemoryLayer(4, 8, store=number)  # type: ignore[arg-type]

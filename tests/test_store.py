@@ -481,7 +481,11 @@ def test_ids_of_any_size(ids: list[int]) -> None:
         (dict(value_dim=2.0), softdb.DtypeError, "value_dim: expected an integer"),
         (dict(metric="l1"), softdb.ArgumentError, "metric: expected one of"),
         (dict(temperature=0), softdb.ArgumentError, "temperature: "),
-        (dict(temperature=torch.tensor(1.0)), softdb.DtypeError, r"pass a tensor to read\(temperature=...\)"),
+        (
+            dict(temperature=torch.ones((), requires_grad=True)),
+            softdb.DtypeError,
+            r"pass it to read\(temperature=...\)",
+        ),
         (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected one of float16, .* got torch.int32"),
         (dict(fields=("id",)), softdb.FieldError, "'id' is reserved"),
         (dict(fields=("a", "a")), softdb.FieldError, "each name once"),

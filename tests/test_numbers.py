@@ -271,5 +271,5 @@ def test_a_number_of_too_many_digits_to_print_is_an_argument_error(number: int) 
     for call in calls:
         with pytest.raises(ArgumentError, match=": expected "):
             call()
-    with pytest.raises(DtypeError, match="expected a SoftKVStore, got a"):
+    with pytest.raises(DtypeError, match="expected a SoftKVStore, got int a number"):
         MemoryLayer(4, 8, store=number)  # type: ignore[arg-type]

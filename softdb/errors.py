@@ -175,7 +175,7 @@ def check_whole(name: str, value: object, *, least: int = 1) -> int:
     if number < least:
         raise ArgumentError(f"{name}: expected an integer of at least {least}, got {_printed(number)}")
     if number >= 2**63:
-        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {number}")
+        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {_printed(number)}")
     return number
 
 

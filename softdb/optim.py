@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ from softdb.errors import (
     DtypeError,
     NonFiniteError,
     ShapeError,
+    check_above_zero,
     check_dense,
     check_float_tensor,
     check_number,
+    check_real,
     check_shape,
+    check_whole,
     describe,
 )
 from softdb.normalizers import splitmix64
@@ -559,14 +562,7 @@ def clip_row_grad_norm_(
         tensor([0.7071, 0.7071])
     """
     max_norm = check_number("max_norm", max_norm)
-    try:
-        norm_type = check_number("norm_type", norm_type)
-    except ArgumentError:  # which infinity is too
-        norm_type = float(norm_type)
-        if norm_type != math.inf:
-            raise
-    if norm_type == 0:
-        raise ArgumentError("norm_type: expected a number above 0, got 0; use 2.0 for the Euclidean norm")
+    norm_type = check_above_zero("norm_type", norm_type, most=math.inf)
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owners = [parameter for parameter in given if parameter.grad is not None]
     for parameter in owners:
@@ -600,27 +596,19 @@ def clip_row_grad_norm_(
 # -- loaded state ------------------------------------------------------------------------------------------------------
 
 
-def _plain(name: str, value: object) -> int | float:
-    """Return ``value`` as a number of Python: a scalar, or an array or tensor of one entry."""
-    number = value
-    if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
-        number = value.item()
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise DtypeError(f"{name}: expected a number, got {describe(value)}")
-    return number
-
-
 def _check_whole(name: str, value: object) -> int:
-    """Return ``value`` as an int that is at least 0."""
-    number = _plain(name, value)
-    if not 0 <= number < 2**63 or number != int(number):
+    """Return ``value`` as an int that is at least 0; it may be a float, as other optimisers keep their step."""
+    with suppress(DtypeError):
+        return check_whole(name, value, least=0)
+    number = check_real(name, value)
+    if not 0 <= number < 2**63 or not number.is_integer():
         raise ArgumentError(f"{name}: expected a whole number of at least 0, got {number}")
     return int(number)
 
 
 def _check_log(name: str, value: object) -> float:
     """Return ``value`` as the logarithm of a factor that is above 0 and at most 1."""
-    number = float(_plain(name, value))
+    number = check_real(name, value)
     if not -math.inf < number <= 0:
         raise ArgumentError(f"{name}: expected a finite number of at most 0, got {number}")
     return number

@@ -733,7 +733,7 @@ BAD_STATE: list[tuple[str, Any, type[Exception], str]] = [
     ("step", "many", softdb.DtypeError, r"state\['step'\]: expected a number"),
     ("step", True, softdb.DtypeError, r"state\['step'\]: expected a number"),
     ("step", 2.5, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got 2.5"),
-    ("step", -1, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got -1"),
+    ("step", -1, softdb.ArgumentError, r"state\['step'\]: expected an integer of at least 0, got -1"),
     ("step", math.nan, softdb.ArgumentError, r"state\['step'\]: expected a whole number of at least 0, got nan"),
     ("step", torch.zeros(2), softdb.DtypeError, r"state\['step'\]: expected a number"),
     ("log_decay", math.nan, softdb.ArgumentError, r"state\['log_decay'\]: expected a finite number of at most 0"),

@@ -1172,8 +1172,8 @@ def gather_rows(table: Tensor, places: Places, dtype: torch.dtype, *, sparse: bo
 
 
 def gathered_scores(query: Tensor, keys: Tensor, scan: Scan) -> Tensor:  # (M, w), (M, k, d) -> (M, k)
-    """Scores of prepared queries with each its own k keys, differentiable."""
-    return torch.bmm(scan.operand(keys), query.unsqueeze(-1)).squeeze(-1).to(scan.dtype)
+    """Scores of prepared queries with each its own k keys, differentiable; equal keys have equal scores."""
+    return _row_products(scan.operand(keys), query).to(scan.dtype)
 
 
 def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, scan: Scan) -> Tensor:  # (M, w), (N, d) -> (M, k)
@@ -1188,8 +1188,17 @@ def products_at(query: Tensor, table: Tensor, numbers: Tensor) -> Tensor:  # (M,
     """Products of queries with the rows at ``numbers``, none of them -1; no gradient, and no (M, k, d)."""
     products = query.new_empty(numbers.shape)
     for part, rows in _gathered(table, numbers):
-        products[part] = torch.bmm(rows.to(query.dtype), query[part].unsqueeze(-1)).squeeze(-1)
+        products[part] = _row_products(rows.to(query.dtype), query[part])
     return products
+
+
+def _row_products(rows: Tensor, query: Tensor) -> Tensor:  # (M, k, d), (M, d) -> (M, k)
+    """Products of queries with each its own rows.
+
+    Not by `torch.bmm`, which may round the last of an odd number of rows differently, so that equal rows would not tie.
+    The bits of this sum depend on the width alone.
+    """
+    return (rows * query.unsqueeze(1)).sum(-1)
 
 
 def _gathered(table: Tensor, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:  # (N, d), (M, k)

@@ -1364,3 +1364,23 @@ def test_a_state_without_counters_is_assigned_to_a_store_on_meta() -> None:
     assert loaded.ids.tolist() == [0, 2, 3, 4]
     assert loaded.usage.reads.tolist() == [0] * 4
     loaded._check()
+
+
+@pytest.mark.parametrize("key_dim", [3, 16, 64, 100])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("rows", [2, 5, 9, 31, 33, 1000, 5001])
+def test_equal_rows_tie_to_the_lowest_slot(rows: int, queries: int, key_dim: int) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(key_dim, 2, trainable=True)
+    store.add(torch.randn(1, key_dim).expand(rows, key_dim), torch.randn(rows, 2))
+    query = torch.randn(queries, key_dim)
+    for k in (1, 2, 9, 31, 33):
+        wanted = torch.arange(min(k, rows)).expand(queries, -1)
+        for mode in ("exact", "topk"):
+            for asked in (query, query.clone().requires_grad_()):
+                read = store.read(asked, mode, k=k)
+                assert torch.equal(read.ids[:, :rows], wanted)
+                assert (read.scores[:, :rows] == read.scores[:, :1]).all()
+            with torch.no_grad():
+                assert torch.equal(store.read(query, mode, k=k).ids[:, :rows], wanted)
+    assert (store.read(query, "hard").ids == 0).all()

@@ -24,6 +24,7 @@ from softdb.errors import (
     StaleReadError,
     UnfinishedWriteError,
     UnknownIdError,
+    UnsupportedSystemError,
 )
 from softdb.functional import Read
 from softdb.index import IndexConfig, IndexStats
@@ -55,6 +56,7 @@ __all__ = [
     "StaleReadError",
     "UnfinishedWriteError",
     "UnknownIdError",
+    "UnsupportedSystemError",
     "Usage",
     "__version__",
     "errors",

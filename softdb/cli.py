@@ -13,7 +13,15 @@ import safetensors.torch
 import torch
 
 from softdb import __version__, demo, lab, page
-from softdb.errors import FLOATS, ArgumentError, DtypeError, MissingPackageError, describe, is_out_of_memory
+from softdb.errors import (
+    FLOATS,
+    ArgumentError,
+    DtypeError,
+    MissingPackageError,
+    UnsupportedSystemError,
+    describe,
+    is_out_of_memory,
+)
 from softdb.normalizers import NORMALIZERS
 from softdb.scores import METRICS
 from softdb.snapshot import FORMAT, Examination, examine_snapshot
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _examine(options.path, tell=options.command == "info")
         else:
             print(parser.format_help(), end="", flush=True)
-    except (ArgumentError, DtypeError, MissingPackageError) as error:
+    except (ArgumentError, DtypeError, MissingPackageError, UnsupportedSystemError) as error:
         print(f"softdb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

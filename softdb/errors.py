@@ -19,7 +19,8 @@
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
     ├── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
     ├── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
-    └── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
+    ├── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
+    └── UnsupportedSystemError (RuntimeError)  the operating system lacks what saving and loading need
 
 Whenever one of these is raised by a method that writes, nothing has been written, except by an `UnfinishedWriteError`.
 """
@@ -56,6 +57,7 @@ __all__ = [
     "StaleReadError",
     "UnfinishedWriteError",
     "UnknownIdError",
+    "UnsupportedSystemError",
 ]
 
 
@@ -138,6 +140,10 @@ class MissingPackageError(SoftDBError, ImportError):
 
 class ReadOnlyError(SoftDBError, RuntimeError):
     """The rows lie in the files of a snapshot, as ``load(mmap=True)`` leaves them: call ``materialize()`` first."""
+
+
+class UnsupportedSystemError(SoftDBError, RuntimeError):
+    """The operating system lacks what saving and loading need: keep ``state_dict()`` with ``torch.save`` there."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

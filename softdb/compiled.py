@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from softdb.blockwise import blend_at, blend_back, products_at
 from softdb.errors import ArgumentError, NonFiniteError, StaleReadError, is_finite
 from softdb.functional import Read, answer_dtype
+from softdb.locks import note_openmp
 from softdb.normalizers import SPARSE
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
@@ -445,6 +446,7 @@ def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
 
 @torch.library.custom_op("softdb::blend", mutates_args=())
 def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    note_openmp()
     if not is_finite(weights):
         raise NonFiniteError(
             "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "

@@ -44,6 +44,7 @@ from softdb.errors import (
     list_ids,
 )
 from softdb.filters import Selection
+from softdb.locks import note_openmp
 from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 
@@ -658,6 +659,7 @@ def _check_operands(
     generator: torch.Generator | None,
 ) -> tuple[tuple[int, ...], float | Tensor]:
     """Check the operands; return their batch shape, and the temperature as a float or a tensor."""
+    note_openmp()
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
     check_float_tensor("query", query, (-1, None, None))

@@ -23,7 +23,6 @@ This is the only module that imports faiss.
 from __future__ import annotations
 
 import math
-import os
 import re
 import threading
 import time
@@ -43,6 +42,7 @@ import faiss  # after torch: so that both share one OpenMP runtime
 from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
 from softdb.errors import ArgumentError, DtypeError, IndexBuildError, check_above_zero, check_number, describe
 from softdb.filters import Selection, select
+from softdb.locks import is_openmp_used, note_openmp, run_in_forked_children
 from softdb.rows import RowTable, resized
 from softdb.scores import centre_of, compute_dtype, prepare_query
 from softdb.tail import FIRST_QUERY_COST, Outline
@@ -181,16 +181,19 @@ _indexes: weakref.WeakSet[Index] = weakref.WeakSet()
 def _after_fork() -> None:
     """Make a forked child able to search.
 
-    It hangs in its first parallel region, torch's or FAISS's (faiss issue 5206): the OpenMP runtime waits for threads
-    that fork() did not copy. Nor did it copy a thread that was building, or one that held a lock.
+    If its parent has run a parallel region, torch's or FAISS's, the child hangs in its first one (faiss issue 5206):
+    the OpenMP runtime waits for threads that fork() did not copy. One thread needs no others. A child of a process
+    that has only imported softdb keeps its threads. fork() did not copy a thread that was building either, or one that
+    held a lock.
     """
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
+    if is_openmp_used():
+        torch.set_num_threads(1)
+        faiss.omp_set_num_threads(1)
     for index in list(_indexes):
         index.forget_threads()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+run_in_forked_children(_after_fork)
 
 
 # -- the base --------------------------------------------------------------------------------------------
@@ -723,6 +726,7 @@ class Index:
     def _begin(self) -> None:
         self._lock: Any = threading.RLock()
         self._aside: _Aside | None = None
+        note_openmp()  # every store has an index
         _indexes.add(self)
 
     def reset(self) -> None:

@@ -14,9 +14,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-__all__ = ["SharedLock", "kept_property"]
+__all__ = ["SharedLock", "is_openmp_used", "kept_property", "note_openmp", "run_in_forked_children"]
 
 T = TypeVar("T")
+
+
+def run_in_forked_children(function: Callable[[], None]) -> None:
+    """Call ``function`` in each child forked from now on; do nothing where processes cannot fork."""
+    if hasattr(os, "register_at_fork"):  # Windows has none
+        os.register_at_fork(after_in_child=function)
+
+
+_openmp_used = False
+
+
+def note_openmp() -> None:
+    """Note that this process is about to run softdb's kernels, which may start OpenMP threads."""
+    global _openmp_used
+    _openmp_used = True
+
+
+def is_openmp_used() -> bool:
+    """Return whether `note_openmp` was called in this process, or in its parent before the fork."""
+    return _openmp_used
 
 
 class kept_property(Generic[T]):
@@ -124,4 +144,4 @@ def _after_fork() -> None:
         lock._begin()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+run_in_forked_children(_after_fork)

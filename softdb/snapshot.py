@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import mmap
@@ -40,7 +41,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softdb.errors import ArgumentError, CorruptSnapshotError, DtypeError, LockedError, check_real, describe
+from softdb.errors import (
+    ArgumentError,
+    CorruptSnapshotError,
+    DtypeError,
+    LockedError,
+    UnsupportedSystemError,
+    check_real,
+    describe,
+)
+from softdb.locks import run_in_forked_children
 
 __all__ = [
     "FORMAT",
@@ -92,6 +102,8 @@ DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 DATA_FILE = re.compile(r"[a-z_][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
 DRAFT = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
 LARGEST = 10**18 - 1  # generation that these names have room for
+# Without any one of these, a snapshot is not durable, or links are followed, or threads share a place in a file.
+POSIX = ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "preadv", "pwrite")
 
 
 class _Entry(NamedTuple):
@@ -229,6 +241,13 @@ def _make_room(files: Iterable[Path]) -> None:
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
+    missing = [f"os.{name}" for name in POSIX if not hasattr(os, name)]
+    missing += [] if importlib.util.find_spec("fcntl") else ["fcntl"]
+    if missing:
+        raise UnsupportedSystemError(
+            f"path: expected a system with POSIX files and locks, got {sys.platform} without {', '.join(missing)}; "
+            "keep the rows with torch.save(store.state_dict(), file)"
+        )
     try:
         directory = Path(path)
     except TypeError as error:
@@ -421,7 +440,7 @@ def _after_fork() -> None:
         os.close(_lock_files.pop())
 
 
-os.register_at_fork(after_in_child=_after_fork)
+run_in_forked_children(_after_fork)
 
 
 # -- reading ---------------------------------------------------------------------------------------------

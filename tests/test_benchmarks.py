@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Case, Work, compare, peak_memory
+from programs import check_exit
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
@@ -83,7 +84,7 @@ def test_script_runs_at_small_sizes(name, tmp_path):
     script = str(BENCHMARKS / f"{name}.py")
     command = [sys.executable, "-W", "error", script, "--small", "--seconds", "0.01", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    check_exit(run)
     report = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert report["lines"]
     _head, _rule, *lines = rows_of(run.stdout)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from programs import check_exit
 
 import softdb
 from softdb.cli import main
@@ -44,7 +45,7 @@ def environment(encoding: str = "utf-8") -> dict[str, str]:
 
 def test_the_demo_answers() -> None:
     done = run("demo")
-    assert done.returncode == 0
+    check_exit(done)
     assert done.stderr == ""
     assert "bank (noun): sloping land" in done.stdout
     assert "a financial institution" in done.stdout
@@ -54,7 +55,7 @@ def test_the_demo_answers() -> None:
 
 def test_bars_are_plain_where_the_encoding_has_no_blocks() -> None:
     done = run("demo", "river", encoding="ascii")
-    assert done.returncode == 0
+    check_exit(done)
     assert "####" in done.stdout
     assert done.stdout.isascii()
 
@@ -105,7 +106,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell and s
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-"], ids=["stdin", "stdin and stdout"])
 def test_it_runs_with_closed_streams(closed: str) -> None:
     done = run("demo", "river", command=["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND])
-    assert done.returncode == 0, done.stderr
+    check_exit(done)
     assert done.stderr == ""
     assert ("sloping land" in done.stdout) is (closed == "<&-")
 
@@ -127,7 +128,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_a_full_disk_is_said_plainly() -> None:
     with Path("/dev/full").open("w") as full:
         done = run("demo", stdout=full)
-    assert done.returncode == 1
+    check_exit(done, 1)
     assert done.stderr.startswith("softdb: ")
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
@@ -205,7 +206,8 @@ def test_compare_has_targets_and_writes_files(files: Path, capsys: pytest.Captur
 
 def test_compare_of_the_demo() -> None:
     done = run("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
-    assert (done.returncode, done.stderr) == (0, "")
+    check_exit(done)
+    assert done.stderr == ""
     assert [line[0] for line in table(done.stdout)] == ["read", "exact", "topk", "hard"]
 
 
@@ -294,7 +296,7 @@ def saved(path: Path, rows: int = 1200) -> Path:
 
 def test_info_tells_what_a_snapshot_holds(tmp_path: Path) -> None:
     done = run("info", str(saved(tmp_path / "store")))
-    assert done.returncode == 0
+    check_exit(done)
     assert done.stderr == ""
     for part in (
         rf"store: a snapshot of format 1, saved by softdb {re.escape(softdb.__version__)}\n",
@@ -311,7 +313,8 @@ def test_info_tells_what_a_snapshot_holds(tmp_path: Path) -> None:
 def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path) -> None:
     path = saved(tmp_path / "store")
     done = run("verify", str(path))
-    assert (done.returncode, done.stderr) == (0, "")
+    check_exit(done)
+    assert done.stderr == ""
     assert done.stdout.endswith("every byte is as it was saved (6 files, 62.4 kB)\n")
     (file,) = path.glob("values-*")
     content = bytearray(file.read_bytes())
@@ -321,7 +324,7 @@ def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path
     other.write_bytes(other.read_bytes()[:-3])
     for command in ("verify", "info"):
         done = run(command, str(path))
-        assert done.returncode == 1
+        check_exit(done, 1)
         assert re.search(r"damaged: .*values-1.*the tensor 'values' as saved", done.stdout)
         assert re.search(r"damaged: .*keys-1.*bytes for the tensor 'keys'", done.stdout)
         assert len(re.findall("damaged: ", done.stdout)) == 2
@@ -332,18 +335,20 @@ def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path
 def test_a_path_that_the_terminal_cannot_show_is_shown_in_part(tmp_path: Path) -> None:
     path = saved(tmp_path / "späces 数据")
     done = run("verify", str(path), encoding="ascii")
-    assert (done.returncode, done.stderr) == (0, "")
+    check_exit(done)
+    assert done.stderr == ""
     assert "sp?ces ??: every byte is as it was saved" in done.stdout
     path = path.rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"\xff"))
     for command in ("verify", "info"):
         done = run(command, str(path))
-        assert (done.returncode, done.stderr) == (0, "")
+        check_exit(done)
+        assert done.stderr == ""
         assert "odd?: every byte is as it was saved" in done.stdout
 
 
 def test_a_saved_store_is_not_a_file_to_compare(tmp_path: Path) -> None:
     done = run("compare", str(saved(tmp_path / "store")), "queries.npy")
-    assert done.returncode == 2
+    check_exit(done, 2)
     assert re.search(r"STORE: expected a .safetensors or .npz file, got the directory .*lab.compare", done.stderr)
 
 
@@ -352,7 +357,7 @@ def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
     (path / "manifest.json").write_text("{}", encoding="utf-8")
     (path / "odd\x1b[2Jname").write_text("", encoding="utf-8")
     done = run("info", str(path))
-    assert done.returncode == 1
+    check_exit(done, 1)
     assert "a snapshot whose manifest is damaged" in done.stdout
     assert re.search(r"files there: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
     assert "\x1b" not in done.stdout
@@ -363,7 +368,7 @@ def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
 def test_what_is_no_snapshot_is_a_plain_message(command: str, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         done = run(command, str(path))
-        assert done.returncode == 1
+        check_exit(done, 1)
         assert re.match(r"softdb: .*No such file or directory", done.stderr)
         assert done.stdout == ""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import check_exit
 from torch import Tensor, nn
 
 from softdb import ArgumentError, GrowthError, Read, SoftKVStore, StaleReadError, UnknownIdError, compiled
@@ -421,4 +422,4 @@ def test_opcheck(mode: str, wanted: bool) -> None:
 
 def test_importing_softdb_does_not_import_the_compiler() -> None:
     program = "import sys, softdb; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    check_exit(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False))

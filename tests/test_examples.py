@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import check_exit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -26,7 +27,7 @@ def run(name: str, *arguments: str) -> str:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    check_exit(done)
     assert done.stderr == ""
     return done.stdout
 

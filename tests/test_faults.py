@@ -20,6 +20,7 @@ import faults
 import pytest
 import torch
 from faults import FORK, Report, Step, make, names, names_of_one, which
+from programs import check_exit
 
 import softdb
 from softdb import LockedError, SoftKVStore, snapshot
@@ -102,7 +103,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         "try:\n    store.save(sys.argv[1])\nexcept OSError as error:\n    print('refused', error.errno, len(store))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == f"refused {errno.EFBIG} 4000", done.stderr
+    check_exit(done)
+    assert done.stdout.strip() == f"refused {errno.EFBIG} 4000"
     assert which(tmp_path, OLD_NEW) == "old"
     assert names(tmp_path) == names_of_one(tmp_path)
 

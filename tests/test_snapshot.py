@@ -15,6 +15,7 @@ import damage
 import pytest
 import safetensors.torch
 import torch
+from programs import check_exit
 
 import softdb
 from softdb import SoftKVStore, snapshot
@@ -151,7 +152,8 @@ else:
 def test_a_store_is_saved_as_python_ends(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_THE_END, str(tmp_path / "saved"), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "4\n", done.stderr
+    check_exit(done)
+    assert done.stdout == "4\n"
     assert len(SoftKVStore.load(tmp_path / "saved")) == 4
 
 

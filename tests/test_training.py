@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import check_exit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -250,7 +251,12 @@ if __name__ == "__main__":
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT.replace("TESTS", repr(str(Path(__file__).parent))), encoding="utf-8")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(Path(softdb.__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(Path(softdb.__file__).parents[1]),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(tmp_path / "meeting")],
@@ -262,10 +268,11 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
+        said = [rank.communicate(timeout=300) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    for out, err in said:
-        assert out.strip() == "equal", err
+    for rank, (out, err) in zip(ranks, said, strict=True):
+        check_exit(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
+        assert out.strip() == "equal"

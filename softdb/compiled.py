@@ -13,7 +13,6 @@ Stores enter a graph as a tensor too, the *handle* that each has: as a constant 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +64,8 @@ UNTRACED = (
 _numbers = itertools.count(1)
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 _kept: dict[int, _Kept] = {}
-# Stand-ins of tables in graphs that are being traced, if something there gives them row-sparse gradients.
-_traced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# How often the tables of graphs that are being traced are read there, by the tensors that stand for them.
+_reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # At which version of its rows a store was last read for a backward.
 _last_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary()
 
@@ -111,7 +110,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         and not (mode == "topk" and normalizer in SPARSE)  # k may be doubled
         and normalizer != "gumbel"  # two reads that are written alike are not to become one
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
-        and (where is None or isinstance(where, Tensor))
+        and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() alone
         and (exclude is None or isinstance(exclude, Tensor))
         and isinstance(chosen, (int, float, Tensor))
         and not isinstance(chosen, bool)
@@ -156,26 +155,13 @@ def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[...
     """Have a function run eagerly where a graph that is being traced calls it, which breaks that graph; say why."""
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> T:
-            if not _disabled:
-                _disabled.append(torch.compiler.disable(_call))
-            result: T = _disabled[0](function, *args, **kwargs)
-            return result
-
-        # What torch.compiler.disable would note, but it imports torch's compiler, two seconds: that may wait.
+        # torch.compiler.disable, but it imports torch's compiler (two seconds) when the function is first called.
+        call: Callable[..., T] = torch._disable_dynamo(function)
         call._torchdynamo_disable = True  # type: ignore[attr-defined]
         call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
         return call
 
     return decorate
-
-
-_disabled: list[Callable[..., Any]] = []
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 @outside_of_graphs(UNTRACED)
@@ -270,14 +256,18 @@ def _(
     )
 
 
-@torch.library.custom_op(
+# Not torch.library.custom_op: in torch 2.6, the operators that it makes cannot return row-sparse tensors.
+torch.library.define(
     "softdb::read_backward",
-    mutates_args=(),
-    schema="(Tensor ticket, Tensor? values, Tensor? weights, Tensor? scores, Tensor? lse, Tensor? mass, "
+    "(Tensor ticket, Tensor? values, Tensor? weights, Tensor? scores, Tensor? lse, Tensor? mass, "
     "Tensor? temperature, SymInt[] query_shape, ScalarType query_dtype, SymInt[] keys_shape, ScalarType keys_dtype, "
     "SymInt[] values_shape, ScalarType values_dtype, Device device, bool[] wanted, bool sparse) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
+
+
+@torch.library.impl("softdb::read_backward", "default")
 def _read_backward(
     ticket: Tensor,
     values: Tensor | None,
@@ -321,7 +311,7 @@ def _read_backward(
     )
 
 
-@_read_backward.register_fake
+@torch.library.register_fake("softdb::read_backward")
 def _(
     ticket: Tensor,
     values: Tensor | None,
@@ -356,7 +346,8 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, keys, values, temperature = inputs[:4]
-    mode, k, ctx.wanted, ctx.sparse = inputs[7], inputs[8], inputs[12], inputs[13] and _alone(keys)
+    mode, k, ctx.wanted, ctx.sparse = inputs[7], inputs[8], inputs[12], inputs[13]
+    ctx.reads = _count_read(keys)
     ctx.shapes = [part for table in (query, keys, values) for part in (table.shape, table.dtype)]
     ctx.device = query.device
     ctx.save_for_backward(output[-1], temperature)
@@ -368,8 +359,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     ticket, temperature = ctx.saved_tensors
     values, _, weights, scores, lse, mass, _ = grads
+    sparse = ctx.sparse and ctx.reads.count == 1
     results = torch.ops.softdb.read_backward.default(
-        ticket, values, weights, scores, lse, mass, temperature, *ctx.shapes, ctx.device, ctx.wanted, ctx.sparse
+        ticket, values, weights, scores, lse, mass, temperature, *ctx.shapes, ctx.device, ctx.wanted, sparse
     )
     return *(result if want else None for result, want in zip(results, ctx.wanted, strict=True)), *[None] * 10
 
@@ -398,16 +390,22 @@ def _laid_out(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
     return gradient.to_dense() if gradient.layout != torch.strided else gradient.contiguous()
 
 
-def _alone(table: Tensor) -> bool:
-    """Whether this is the first row-sparse gradient of ``table`` in the graph that is being traced.
+@dataclass
+class _Reads:
+    """How often a table is read in one graph."""
 
-    Inductor cannot add row-sparse gradients to each other, only to dense ones: all others have to be dense.
+    count: int = 0
+
+
+def _count_read(table: Tensor) -> _Reads:
+    """Count a read of ``table`` in the graph that is being traced; its backward is traced after all reads.
+
+    Inductor cannot add a row-sparse gradient to another one: where there are several, they have to be dense.
     """
-    if type(table) in (Tensor, torch.nn.Parameter):  # no tracing
-        return True
-    first = table not in _traced
-    _traced[table] = True
-    return first
+    is_traced = type(table) not in (Tensor, torch.nn.Parameter)
+    reads: _Reads = _reads_in_graph.setdefault(table, _Reads()) if is_traced else _Reads()
+    reads.count += 1
+    return reads
 
 
 def _check_repetition(store: Store) -> None:
@@ -460,7 +458,14 @@ def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
     return weights.new_empty(len(weights), values.shape[1])
 
 
-@torch.library.custom_op("softdb::blend_backward", mutates_args=())
+torch.library.define(
+    "softdb::blend_backward",
+    "(Tensor gradient, Tensor weights, Tensor values, Tensor numbers, bool[] wanted, bool sparse) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("softdb::blend_backward", "default")
 def _blend_backward(
     gradient: Tensor,  # (M, dv)
     weights: Tensor,  # (M, k)
@@ -475,7 +480,7 @@ def _blend_backward(
     return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
 
 
-@_blend_backward.register_fake
+@torch.library.register_fake("softdb::blend_backward")
 def _(
     gradient: Tensor, weights: Tensor, values: Tensor, numbers: Tensor, wanted: Sequence[bool], sparse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -491,13 +496,14 @@ def _(
 def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, values, numbers, sparse = inputs
     ctx.save_for_backward(weights, values, numbers)
-    ctx.sparse = sparse and _alone(values)
+    ctx.sparse, ctx.reads = sparse, _count_read(values)
 
 
 def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weights, values, numbers = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, ctx.sparse)
+    sparse = ctx.sparse and ctx.reads.count == 1
+    results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, sparse)
     return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -156,7 +157,7 @@ def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[...
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
         # torch.compiler.disable, but it imports torch's compiler (two seconds) when the function is first called.
-        call: Callable[..., T] = torch._disable_dynamo(function)
+        call: Callable[..., T] = _disable_dynamo(function)
         call._torchdynamo_disable = True  # type: ignore[attr-defined]
         call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
         return call
@@ -311,8 +312,7 @@ def _read_backward(
     )
 
 
-@torch.library.register_fake("softdb::read_backward")
-def _(
+def _fake_read_backward(
     ticket: Tensor,
     values: Tensor | None,
     weights: Tensor | None,
@@ -342,6 +342,9 @@ def _(
     ]
     divisor = temperature if temperature is not None and wanted[3] else torch.empty(0, device=device)
     return results[0], results[1], results[2], torch.empty_like(divisor, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("softdb::read_backward", _fake_read_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -480,8 +483,7 @@ def _blend_backward(
     return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
 
 
-@torch.library.register_fake("softdb::blend_backward")
-def _(
+def _fake_blend_backward(
     gradient: Tensor, weights: Tensor, values: Tensor, numbers: Tensor, wanted: Sequence[bool], sparse: bool
 ) -> tuple[Tensor, Tensor]:
     layout = torch.sparse_coo if sparse else torch.strided
@@ -491,6 +493,9 @@ def _(
         if wanted[1]
         else weights.new_empty(0),
     )
+
+
+torch.library.register_fake("softdb::blend_backward", _fake_blend_backward)
 
 
 def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

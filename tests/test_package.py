@@ -203,6 +203,18 @@ assert extra < 120, extra  # the scores alone would be 390 MiB
     check_exit(run("-c", code))
 
 
+def test_the_matrix_has_a_setting_for_each_python_and_the_lowest_versions() -> None:
+    done = run("scripts/matrix", "--list")
+    check_exit(done)
+    for version in re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()):
+        if version != "3.11":  # what .ci/run runs everything with
+            assert f"Python {version}, constraints.txt: all tests\n" in done.stdout
+    assert "Python 3.10, the lowest versions: all tests\n" in done.stdout
+    done = run("scripts/matrix", "python2")
+    check_exit(done, 2)
+    assert "NAME: expected some of avx2, " in done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_project_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):

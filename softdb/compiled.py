@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.blockwise import blend_at, blend_back, products_at
-from softdb.errors import ArgumentError, NonFiniteError, StaleReadError, is_finite
+from softdb.errors import ArgumentError, NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.functional import Read, answer_dtype
 from softdb.locks import note_openmp
 from softdb.normalizers import SPARSE
@@ -344,7 +344,15 @@ def _fake_read_backward(
     return results[0], results[1], results[2], torch.empty_like(divisor, memory_format=torch.contiguous_format)
 
 
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise SecondDerivativeError(
+        "a compiled read and a ProductKeyMemory have no second derivatives; for a few rows, use "
+        "softdb.functional.topk_read with all of them as candidates, which has"
+    )
+
+
 torch.library.register_fake("softdb::read_backward", _fake_read_backward)
+torch.library.register_autograd("softdb::read_backward", _refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -496,6 +504,7 @@ def _fake_blend_backward(
 
 
 torch.library.register_fake("softdb::blend_backward", _fake_blend_backward)
+torch.library.register_autograd("softdb::blend_backward", _refuse_second_derivative)
 
 
 def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from softdb import ArgumentError, DtypeError, NonFiniteError, ShapeError, SoftKVStore, StaleReadError, layers
+from softdb import (
+    ArgumentError,
+    DtypeError,
+    NonFiniteError,
+    SecondDerivativeError,
+    ShapeError,
+    SoftKVStore,
+    StaleReadError,
+    layers,
+)
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdam
 
@@ -864,7 +873,7 @@ def test_there_is_no_second_derivative() -> None:
     layer = ProductKeyMemory(12, 100, k=5, key_dim=8)
     x = torch.randn(3, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SecondDerivativeError, match="a ProductKeyMemory have no second derivatives"):
         gradient.sum().backward()
 
 

@@ -425,7 +425,11 @@ def _held(directory: Path, timeout: float) -> Iterator[None]:
                         f"path: expected nobody else to save to {directory}, but somebody does; wait with timeout=..."
                     ) from None
                 time.sleep(PATIENCE)
-        yield
+        try:
+            yield
+        finally:
+            # Closing would not release it while a child that was just forked has not closed its copy yet.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         _lock_files.discard(descriptor)
         os.close(descriptor)

@@ -219,6 +219,15 @@ def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> No
     child.join()
 
 
+def test_a_lock_is_released_though_a_forked_child_has_not_closed_its_copy_yet(tmp_path: Path) -> None:
+    with snapshot.locked(tmp_path, 0.0):
+        copies = [os.dup(descriptor) for descriptor in snapshot._lock_files]
+    assert copies
+    make(2.0).save(tmp_path)
+    for descriptor in copies:
+        os.close(descriptor)
+
+
 def test_who_loads_while_others_save_gets_one_whole_store_after_the_other(tmp_path: Path) -> None:
     holds(faults.loads_beside_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
 

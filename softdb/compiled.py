@@ -30,7 +30,7 @@ from softdb.blockwise import blend_at, blend_back, products_at
 from softdb.errors import ArgumentError, NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
 from softdb.functional import Read, answer_dtype
 from softdb.locks import note_openmp
-from softdb.normalizers import SPARSE
+from softdb.normalizers import SPARSE, in_eval_mode
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
 
@@ -48,6 +48,7 @@ class Store(Protocol):
     temperature: float
     trainable: bool
     sparse_grad: bool
+    training: bool
     _handle: Tensor
 
     @property
@@ -103,6 +104,8 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     """``store.read(query, **options)`` as an operator of the graph; where that cannot be, a graph break."""
     mode, k, normalizer = options["mode"], options["k"], options["normalizer"]
     where, exclude, temperature = options["where"], options["exclude"], options["temperature"]
+    if not store.training:
+        normalizer = in_eval_mode(normalizer)
     chosen = store.temperature if temperature is None else temperature
     fits = (
         isinstance(query, Tensor)

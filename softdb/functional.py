@@ -192,7 +192,11 @@ class Tables:
 
 
 def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
-    """An exact read of prepared queries (M, w); everything in ``scan.dtype``."""
+    """An exact read of prepared queries (M, w); everything in ``scan.dtype``.
+
+    Without ``k`` it reports the rows that a sparse or hard normalizer gives weight all the same, without gradients:
+    whoever has counted them drops them by `best_of`.
+    """
     if normalizer in SPARSE:
         return _read_support(query, tables, scan, k, normalizer)
     hard = is_hard(normalizer)
@@ -205,7 +209,7 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     if hard:
         values = straight_through(_choose(tables, places, scan.dtype), values)
     if k is None:
-        return Read(values, None, None, None, lse, mass, normalizer=normalizer)
+        return Read(values, rows, _one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
         again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)  # noise has no gradient
@@ -244,9 +248,11 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
     everything = torch.ones(len(query), dtype=torch.bool, device=query.device)
     # As of every exact read, gradients of the rows are dense.
     read = read_candidates(query, replace(tables, sparse=False), scan, rows, normalizer, complete=everything)
-    if k is None or read.ids is None or read.weights is None or read.scores is None:
-        return Read(read.values, None, None, None, lse, read.mass, normalizer=normalizer)
-    ids, weights, scores = read.ids[:, :k], read.weights[:, :k], read.scores[:, :k]
+    ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
+    if k is None:
+        ids = ids.masked_fill(weights == 0, -1)
+        return replace(read, ids=ids, weights=weights.detach(), scores=scores.detach(), lse=lse)
+    ids, weights, scores = ids[:, :k], weights[:, :k], scores[:, :k]
     return Read(read.values, ids, weights, scores, lse, share_of(weights), normalizer=normalizer)
 
 
@@ -441,6 +447,7 @@ def soft_read(
             raise
     if not is_finite(read.values):
         check_finite("values", values)
+    read = best_of(read, k)
     return finish(transform(read, fold.unfold) if batch else read, query)
 
 

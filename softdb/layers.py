@@ -11,6 +11,8 @@ They are modules like any other: ``device`` and ``dtype``, construction on the m
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -38,7 +40,7 @@ from softdb.errors import (
     is_out_of_memory,
 )
 from softdb.filters import Where
-from softdb.functional import Read, answer_dtype, merge, soft_read
+from softdb.functional import Read, answer_dtype, merge, soft_read, widened
 from softdb.normalizers import softmax
 from softdb.scores import compute_dtype
 from softdb.store import Mode, SoftKVStore, Usage, check_options
@@ -56,6 +58,21 @@ INDEXED_ROWS = 4096
 COLUMNS_PER_BEST, GROUP = 8, 4
 # As many scores of product keys are held at a time.
 SCORES = 2**22
+# The options of its stores that a `MemoryLayer` takes, and those of stores and reads that it does not: why, and what to
+# do instead.
+STORE_OPTIONS = ("metric", "temperature", "index", "sparse_grad", "track_usage")
+REFUSED_OPTIONS = {
+    "trainable": "the rows of a MemoryLayer are learned; freeze them with layer.stores.requires_grad_(False), or pass "
+    "store=...",
+    **dict.fromkeys(
+        ("fields", "capacity", "evict"), "a MemoryLayer makes stores without it; pass store=..., one that has it"
+    ),
+    **dict.fromkeys(
+        ("exclude", "tail_samples", "tolerance", "generator"),
+        "a MemoryLayer does not pass it to its reads; read one of layer.stores yourself",
+    ),
+    "where": "a MemoryLayer is made for all rows; pass it to the layer's call",
+}
 
 
 class _Queries(nn.Module):
@@ -76,6 +93,7 @@ class _Queries(nn.Module):
         check_dtype(dtype)
         if norm is not None:
             check_choice("query_norm", norm, QUERY_NORMS)
+        _check_dtype(dtype)
         self.shape = (heads, parts, width)
         self.projection = nn.Linear(dim, heads * parts * width, bias=False, device=device, dtype=dtype)
         self.norm: nn.Module | None = None
@@ -98,6 +116,15 @@ class _Queries(nn.Module):
         return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
 
 
+def _check_dtype(dtype: object) -> None:
+    """Raise unless parameters can be made, and trained, in ``dtype``."""
+    if dtype is None:
+        return
+    # Types of 8 bits are for storage only: torch neither draws nor multiplies in them.
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and torch.finfo(dtype).bits >= 16):
+        raise DtypeError(f"dtype: expected a floating-point torch.dtype of 16 bits or more, got {describe(dtype)}")
+
+
 def _output(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
     return nn.Linear(heads * value_dim, dim, bias=False, device=device, dtype=dtype)
 
@@ -108,6 +135,9 @@ def _reset_output(output: nn.Linear) -> None:
 
 def _stack(reads: Sequence[Read], dimension: int) -> Read:
     """Reads of several stores as one, along a new dimension."""
+    widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
+    if len(widths) > 1:  # a sparse normalizer doubles k where one store needs it
+        reads = [widened(read, max(widths)) for read in reads]
     members: dict[str, Any] = {}
     for name in MEMBERS:
         given = [getattr(read, name) for read in reads]
@@ -145,7 +175,7 @@ class MemoryLayer(nn.Module):
         mode: "exact", "topk" or "hard", as in `softdb.SoftKVStore.read`. A hard read trains values only: for queries
             and keys too take ``normalizer="straight_through"`` with another mode.
         k: In topk mode the number of candidates; in exact mode how many of the best rows ``return_read`` reports.
-        normalizer: As in `softdb.SoftKVStore.read`.
+        normalizer: As in `softdb.SoftKVStore.read`; "gumbel" draws in training mode only.
         shared: Whether the heads read one store; else each has its own, of ``rows`` rows.
         query_norm: "layer" normalises each query by itself, "batch" each of its numbers over the batch; None neither.
         gate: Whether x decides, number by number, what is let through.
@@ -154,13 +184,16 @@ class MemoryLayer(nn.Module):
         device, dtype: Of the parameters, as for any module.
         **store_options: For the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``, ``track_usage``,
             as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse unless
-            ``sparse_grad=False``: train them with `softdb.optim.RowAdam`.
+            ``sparse_grad=False``: train them with `softdb.optim.RowAdam`. ``track_usage`` counts the rows that reads
+            are known to use; a softmax over all rows names none, so with the mode "exact" it needs ``k`` or another
+            normalizer.
 
     Attributes:
         stores: The store that all heads read, or one for each.
 
     Raises:
         ArgumentError, DtypeError, ShapeError: An argument is not as above.
+        TypeError: There is no argument of this name.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; learned rows in place of a context as in
     Sukhbaatar et al. 2019 (arXiv 1907.01470); the gate is that of Berges et al. 2024 (arXiv 2412.09764).
@@ -196,10 +229,15 @@ class MemoryLayer(nn.Module):
         **store_options: Any,
     ) -> None:
         super().__init__()
+        _check_store_options(store_options)
         self.dim, rows = check_positive("dim", dim), check_positive("rows", rows)
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
         self.mode, self.normalizer, self.k = mode, normalizer, check_options(mode, k, normalizer)
+        if store is not None:
+            self._check_store(store, rows, shared, store_options)
+        if mode == "exact" and self.k is None and normalizer == "softmax":
+            _check_untracked(store, store_options)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.queries = _Queries(self.dim, self.heads, self.key_dim, query_norm, **made)
         if store is None:
@@ -211,7 +249,6 @@ class MemoryLayer(nn.Module):
             for own in self.stores:
                 own.reserve(rows)  # type: ignore[operator]
         else:
-            self._check_store(store, rows, shared, store_options)
             self.stores = nn.ModuleList([store])
         self._own = store is None
         width = self.heads * self.value_dim
@@ -290,6 +327,29 @@ class MemoryLayer(nn.Module):
         """What ``repr`` shows between the brackets."""
         k = "" if self.k is None else f", k={self.k}"
         return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
+
+
+def _check_store_options(options: Mapping[str, Any]) -> None:
+    """Raise for options that a `MemoryLayer` does not have, or does not take."""
+    for name in options:
+        if name in REFUSED_OPTIONS:
+            raise ArgumentError(f"{name}: expected nothing, since {REFUSED_OPTIONS[name]}")
+        if name not in STORE_OPTIONS:
+            known = [*inspect.signature(MemoryLayer).parameters, *STORE_OPTIONS]
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            hint = f"did you mean {close[0]}=...?" if close else f"its stores take {', '.join(STORE_OPTIONS)}"
+            raise TypeError(f"{name}: MemoryLayer has no such argument; {hint}")
+
+
+def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:
+    """Raise where `usage` is to be counted, but reads name no row: every one would seem unused."""
+    tracked = options.get("track_usage", False) if store is None else store.rows.track_usage
+    if tracked:
+        name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
+        raise ArgumentError(
+            f"{name}, since a softmax over all rows names none to count; pass k=... for the best rows to count, "
+            "mode='topk', or another normalizer"
+        )
 
 
 def _fill(store: SoftKVStore, deviation: float) -> None:

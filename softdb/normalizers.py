@@ -7,6 +7,9 @@ entmax15                max(score / 2 - t, 0) ** 2, likewise: between softmax an
 straight_through        forward: 1 for the best row, 0 for the rest; backward: that of softmax
 gumbel                  straight_through, of scores with noise: a row drawn by its softmax weight
 ======================  ==========================================================================
+
+As dropout, gumbel is for training: a store in eval mode reads by straight_through instead, and draws nothing. The
+functions of `softdb.functional` have no mode and always draw.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ __all__ = [
     "GumbelNoise",
     "check_normalizer",
     "entmax15",
+    "in_eval_mode",
     "is_hard",
     "noise_for",
     "softmax",
@@ -57,6 +61,11 @@ def check_normalizer(name: str, generator: torch.Generator | None = None) -> Non
 def is_hard(name: str) -> bool:
     """Whether forward gives one row weight 1, and backward has the gradient of a softmax."""
     return name in ("straight_through", "gumbel")
+
+
+def in_eval_mode(name: str) -> str:
+    """Return the normalizer by which a module in eval mode reads: the same, but without noise."""
+    return "straight_through" if name == "gumbel" else name
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:  # (..., k) -> (..., k), (...,)

@@ -66,7 +66,7 @@ from softdb.functional import (
     widened,
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
-from softdb.normalizers import SPARSE, check_normalizer, noise_for
+from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
 from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
@@ -211,8 +211,9 @@ class Usage:
     """How the rows have been read, as `SoftKVStore.usage` returns it: copies, in the order of ``store.ids``.
 
     Attributes:
-        reads: (n,) int64: how many times a row's id stood in ``read.ids``.
-        weight: (n,) float64: the sum of its ``read.weights`` there.
+        reads: (n,) int64: how many queries were told of the row: how many times its id stood in ``read.ids``, or it had
+            weight in an exact read without ``k``.
+        weight: (n,) float64: the sum of its weights there.
     """
 
     reads: Tensor
@@ -289,8 +290,8 @@ class SoftKVStore(nn.Module):
         evict: Which rows make room when there are more than ``capacity``; else that is an error. "oldest": those that
             `add` or `put` brought in first; replacing, updating or reviving a row makes it no younger. "lru": those
             whose last use is longest ago, of equals the one in the lowest slot. A row is used when it is added, put,
-            revived, updated in key or value, and when a read reports it in ``read.ids``: an exact read without ``k``
-            reports none and counts for none. Rows of one call never evict each other, nor those it replaces. An
+            revived, updated in key or value, and when a read counts it, as for `usage`: an exact softmax read without
+            ``k`` counts none. Rows of one call never evict each other, nor those it replaces. An
             evicted row is gone as if by `delete`: its id is not handed out again, a read that used it cannot go
             backward, and its pending gradient is dropped.
         track_usage: Whether to count, for `usage`, how often and with which weight reads report each row.
@@ -433,8 +434,9 @@ class SoftKVStore(nn.Module):
     def usage(self) -> Usage:
         """How often, and with which weight, reads have reported each row since it came, or since `reset_usage`.
 
-        Only rows in ``read.ids`` count: exact reads without ``k`` name none. Hard reads count with weight 1. Whether
-        gradients are recorded makes no difference.
+        Only rows in ``read.ids`` count, and those with weight in an exact read without ``k`` by any normalizer but
+        softmax. By softmax all rows have weight, and such a read counts for none: pass ``k``. Hard reads count with
+        weight 1. Whether gradients are recorded makes no difference.
 
         Raises:
             ArgumentError: The store was made without ``track_usage=True``.
@@ -683,7 +685,8 @@ class SoftKVStore(nn.Module):
                 broadcastable to the query's leading shape.
             normalizer: From scores to weights, over the rows considered: "softmax"; "straight_through": hard forward,
                 soft backward; "gumbel": the same for scores with noise, so that a row is drawn by its weight, and
-                ``scores`` and ``lse`` are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but
+                ``scores`` and ``lse`` are those with noise, but in eval mode (``store.eval()``) "straight_through",
+                which ``read.normalizer`` says; "sparsemax" or "entmax15": weights that are 0 for all but
                 some of the best rows. In topk mode k is doubled while it is too small for those of some query, up to
                 16 times or 1,024: ``mass`` is 1 where all of them are known to be candidates, and NaN elsewhere, so
                 wherever the search was approximate. In exact mode they are gathered, and too many are an ArgumentError.
@@ -698,7 +701,8 @@ class SoftKVStore(nn.Module):
                 visited and the sample are chosen for it, and queries that they do not serve, or that cost more so, are
                 read exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
                 which costs as much again where the read is exact.
-            generator: What "gumbel" and the sample are drawn from; torch's own if None.
+            generator: What "gumbel" and the sample are drawn from; torch's own if None. Where "gumbel" draws nothing, in
+                eval mode, it is left as it is.
 
         Returns:
             A `Read`.
@@ -729,6 +733,7 @@ class SoftKVStore(nn.Module):
         tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
         k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+        normalizer = normalizer if self.training else in_eval_mode(normalizer)
 
         def answered() -> Read:
             read = self._answer(
@@ -737,6 +742,8 @@ class SoftKVStore(nn.Module):
             if read.ids is None or read.weights is None:
                 return read
             self.rows.note_read(read.ids, read.weights)
+            if mode == "exact" and k is None:
+                return best_of(read, None)
             return replace(read, ids=self.rows.ids_at(read.ids))
 
         return self._reading(answered, query if mode == "topk" else None, k)

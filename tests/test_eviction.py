@@ -497,6 +497,52 @@ def test_usage_counts_the_rows_that_reads_name() -> None:
     assert store.usage.reads.sum() == store.usage.weight.sum() == 0
 
 
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "straight_through", "gumbel"])
+def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(2, 1, track_usage=True)
+    store.add(torch.randn(60, 2), torch.randn(60, 1))
+    store.delete([3])
+    query = 8 * torch.randn(4, 5, 2)
+
+    def read(**options: object) -> softdb.Read:
+        if normalizer == "gumbel":
+            options["generator"] = torch.Generator().manual_seed(1)
+        return store.read(query, normalizer=normalizer, **options)  # type: ignore[arg-type]
+
+    found = read()
+    assert found.ids is found.weights is found.scores is None
+    usage = store.usage
+    named = read(k=59)
+    assert torch.equal(found.values, named.values)
+    assert torch.equal(found.mass, torch.ones(4, 5))
+    held = named.weights > 0
+    reads = torch.zeros(60, dtype=torch.int64).index_add_(
+        0, named.ids[held], torch.ones(int(held.sum()), dtype=torch.int64)
+    )
+    weight = torch.zeros(60).index_add_(0, named.ids[held], named.weights[held])
+    assert usage.reads.tolist() == reads[store.ids].tolist()
+    assert torch.allclose(usage.weight.float(), weight[store.ids])
+    assert 0 < int((usage.reads > 0).sum()) < 59
+
+
+def test_exact_softmax_reads_without_k_count_for_none() -> None:
+    store = full("lru", track_usage=True)
+    store.read(torch.ones(3, 2))
+    assert store.usage.reads.tolist() == [0] * 4
+    assert store.add(*rows_of(1)).tolist() == [4]
+    assert store.ids.tolist() == [4, 1, 2, 3]
+
+
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "straight_through"])
+def test_rows_with_weight_in_an_exact_read_are_evicted_last(normalizer: str) -> None:
+    store = full("lru", trainable=True)
+    query = torch.tensor([[-9.0, 0.0]], requires_grad=True)
+    store.read(query, normalizer=normalizer).values.sum().backward()  # of row 0 alone
+    store.add(*rows_of(1))
+    assert store.ids.tolist() == [0, 4, 2, 3]
+
+
 def test_usage_that_nobody_asked_for() -> None:
     store = SoftKVStore(2, 1)
     for ask in (lambda: store.usage, store.reset_usage):

@@ -188,7 +188,7 @@ def test_row_sparse_gradients_train_the_rows_that_were_read() -> None:
 
 
 def test_layers_share_a_store() -> None:
-    first = MemoryLayer(8, 20, heads=2, key_dim=4, track_usage=True)
+    first = MemoryLayer(8, 20, heads=2, key_dim=4, k=1, track_usage=True)
     second = MemoryLayer(8, 20, heads=3, key_dim=4, store=first.store, k=2)
     rows = first.store.values.clone()
     second.reset_parameters()
@@ -231,6 +231,119 @@ def test_a_memory_layer_refuses_what_it_cannot_use() -> None:
         layer(torch.full((3, 8), torch.nan))
     with pytest.raises(ArgumentError, match=r"see layer\.stores"):
         _ = MemoryLayer(8, 20, shared=False).store
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 4}, TypeError, r"num_heads: MemoryLayer has no such argument; did you mean heads=\.\.\.\?"),
+        ({"temperatur": 2.0}, TypeError, r"temperatur: MemoryLayer .* did you mean temperature=\.\.\.\?"),
+        ({"embed_dim": 4}, TypeError, "embed_dim: MemoryLayer has no such argument; its stores take metric, "),
+        ({"tolerance": 0.1}, ArgumentError, r"tolerance: .* MemoryLayer .*; read one of layer\.stores yourself"),
+        ({"tail_samples": 9}, ArgumentError, r"tail_samples: .* MemoryLayer .*; read one of layer\.stores yourself"),
+        ({"trainable": False}, ArgumentError, r"trainable: .* layer\.stores\.requires_grad_\(False\)"),
+        ({"capacity": 20}, ArgumentError, r"capacity: .* MemoryLayer .*; pass store=\.\.\."),
+        ({"evict": "lru"}, ArgumentError, r"evict: .* MemoryLayer .*; pass store=\.\.\."),
+        ({"fields": ("time",)}, ArgumentError, r"fields: .* MemoryLayer .*; pass store=\.\.\."),
+        ({"where": None}, ArgumentError, r"where: .* MemoryLayer .*; pass it to the layer's call"),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_memory_layer_names_the_argument_that_it_does_not_have(
+    options: dict[str, Any], error: type[Exception], message: str, given: bool
+) -> None:
+    store = SoftKVStore(64, 64)
+    store.add(torch.randn(20, 64), torch.randn(20, 64))
+    with pytest.raises(error, match=message):
+        MemoryLayer(8, 20, store=store if given else None, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"num_heads": 4}, TypeError), ({"dtype": torch.int64}, DtypeError), ({"dtype": "float32"}, DtypeError)],
+)
+def test_the_other_layers_refuse_what_they_do_not_know(options: dict[str, Any], error: type[Exception]) -> None:
+    for make in (MemoryLayer, ContextMemory, ProductKeyMemory):
+        with pytest.raises(error, match=f"{make.__name__}|dtype: expected a floating-point"):
+            make(8, 64, **options)
+
+
+def test_usage_that_could_not_be_counted_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"track_usage: .* k=\.\.\. .*mode='topk'"):
+        MemoryLayer(8, 20, track_usage=True)
+    store = SoftKVStore(64, 64, track_usage=True)
+    store.add(torch.randn(20, 64), torch.randn(20, 64))
+    with pytest.raises(ArgumentError, match=r"store: .* track_usage=True, .* k=\.\.\."):
+        MemoryLayer(8, 20, store=store)
+    MemoryLayer(8, 20, track_usage=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 3},
+        {"mode": "topk", "k": 3},
+        {"mode": "hard"},
+        {"normalizer": "sparsemax"},
+        {"normalizer": "entmax15"},
+        {"normalizer": "straight_through"},
+        {"normalizer": "gumbel"},
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_usage_counts_what_a_layer_reads(options: dict[str, Any], shared: bool) -> None:
+    layer = MemoryLayer(8, 20, heads=2, shared=shared, track_usage=True, **options)
+    layer(8 * torch.randn(5, 8))
+    for store in layer.stores:
+        assert int(store.usage.reads.sum()) >= 5 * (2 if shared else 1)
+
+
+def test_rows_are_frozen_as_the_error_says() -> None:
+    layer = MemoryLayer(8, 20, mode="topk", k=3)
+    layer.stores.requires_grad_(False)
+    rows = copy.deepcopy(layer.store.keys)
+    layer(torch.randn(5, 8)).square().sum().backward()
+    assert layer.store.keys.grad is layer.store.values.grad is None
+    assert layer.queries.projection.weight.grad is not None
+    assert torch.equal(layer.store.keys, rows)
+
+
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mode": "topk", "k": 4}])
+def test_a_layer_in_eval_mode_draws_nothing(options: dict[str, Any], compiled: bool) -> None:
+    layer = MemoryLayer(8, 50, heads=2, normalizer="gumbel", **options)
+    best = copy.deepcopy(layer)
+    best.normalizer = "straight_through"
+    x = torch.randn(5, 8)
+    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+    drawn, again = call(x), call(x)
+    assert not torch.equal(drawn, again)
+    layer.eval()
+    state = torch.get_rng_state()
+    for _ in range(2):
+        assert torch.equal(call(x), best(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    if compiled:  # as part of the graph, since nothing is random
+        whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(whole(x), best(x))
+    layer.train()
+    drawn, again = call(x), call(x)
+    assert not torch.equal(drawn, again)
+
+
+def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes() -> None:
+    layer = MemoryLayer(8, 40, heads=2, key_dim=4, mode="topk", k=2, normalizer="sparsemax", shared=False)
+    with torch.no_grad():
+        layer.stores[0].keys.mul_(0.01)
+        layer.stores[1].keys.mul_(100.0)
+    y, read = layer(torch.randn(5, 8), return_read=True)
+    assert read.ids.shape == read.weights.shape == read.scores.shape
+    assert read.ids.shape[:2] == (5, 2)
+    assert read.ids.shape[2] > 2
+    assert bool((read.ids[:, 1] == -1).any())
+    torch.testing.assert_close(read.weights.sum(-1), torch.ones(5, 2))
+    assert y.shape == (5, 8)
 
 
 @pytest.mark.parametrize("tied", [True, False])

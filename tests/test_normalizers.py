@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from softdb import Read, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError
+from softdb.functional import merge, soft_read
 from softdb.normalizers import NORMALIZERS, SPARSE, GumbelNoise, check_normalizer, softmax, straight_through
 
 
@@ -165,6 +167,42 @@ def test_seeds_come_from_the_generator() -> None:
     assert first == again
     torch.manual_seed(3)
     assert GumbelNoise.draw(None) != GumbelNoise.draw(None)
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 5}, {"mode": "topk", "k": 5}])
+def test_a_store_in_eval_mode_reads_the_best_row_instead_of_drawing_one(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(4, 3)
+    store.add(torch.randn(40, 4), torch.randn(40, 3))
+    query = torch.randn(6, 4, requires_grad=True)
+
+    def read(normalizer: str, **more: object) -> Read:
+        return store.read(query, normalizer=normalizer, **options, **more)  # type: ignore[arg-type]
+
+    assert read("gumbel").normalizer == "gumbel"
+    assert not torch.equal(read("gumbel").values, read("gumbel").values)
+    store.eval()
+    generator = torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    wanted, found = read("straight_through"), read("gumbel", generator=generator)
+    assert torch.equal(generator.get_state(), state)  # nothing is drawn from it
+    assert found.normalizer == "straight_through"
+    for name in ("values", "ids", "weights", "scores", "lse", "mass"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0, equal_nan=True)
+    slopes = [torch.autograd.grad(one.values.square().sum(), query)[0] for one in (found, wanted)]
+    assert torch.equal(*slopes)
+    with pytest.raises(ArgumentError, match="reads: expected reads with softmax weights"):
+        merge([found])
+    for bad, error in ((7, DtypeError), ("cpu", DtypeError)):
+        with pytest.raises(error, match="generator: expected a"):
+            read("gumbel", generator=bad)
+    with pytest.raises(ArgumentError, match="generator: expected nothing"):
+        read("straight_through", generator=generator)
+    store.train()
+    assert not torch.equal(read("gumbel").values, read("gumbel").values)
+    with torch.no_grad():
+        drawn = [soft_read(query, store.keys, store.values, normalizer="gumbel").values for _ in range(2)]
+    assert not torch.equal(*drawn)  # a function knows no mode
 
 
 def test_names() -> None:

@@ -93,7 +93,6 @@ class _Queries(nn.Module):
         check_dtype(dtype)
         if norm is not None:
             check_choice("query_norm", norm, QUERY_NORMS)
-        _check_dtype(dtype)
         self.shape = (heads, parts, width)
         self.projection = nn.Linear(dim, heads * parts * width, bias=False, device=device, dtype=dtype)
         self.norm: nn.Module | None = None
@@ -114,15 +113,6 @@ class _Queries(nn.Module):
             queries = self.norm(queries.reshape(-1, queries.shape[-1])).view_as(queries)
         queries = queries.unflatten(-1, self.shape)
         return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
-
-
-def _check_dtype(dtype: object) -> None:
-    """Raise unless parameters can be made, and trained, in ``dtype``."""
-    if dtype is None:
-        return
-    # Types of 8 bits are for storage only: torch neither draws nor multiplies in them.
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and torch.finfo(dtype).bits >= 16):
-        raise DtypeError(f"dtype: expected a floating-point torch.dtype of 16 bits or more, got {describe(dtype)}")
 
 
 def _output(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:

@@ -701,8 +701,8 @@ class SoftKVStore(nn.Module):
                 visited and the sample are chosen for it, and queries that they do not serve, or that cost more so, are
                 read exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
                 which costs as much again where the read is exact.
-            generator: What "gumbel" and the sample are drawn from; torch's own if None. Where "gumbel" draws nothing, in
-                eval mode, it is left as it is.
+            generator: What "gumbel" and the sample are drawn from; torch's own if None. In eval mode, where "gumbel"
+                draws nothing, it is left as it is.
 
         Returns:
             A `Read`.

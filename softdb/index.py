@@ -105,6 +105,11 @@ UNBOUNDED = ("dot", "scaled_dot")
 VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
+# Under which names FAISS's indexes hold others, and the quantizers of their codes.
+INNER_INDEXES = ("index", "base_index", "refine_index", "quantizer", "storage")
+QUANTIZERS = ("pq", "refine_pq", "rq", "lsq", "prq", "plsq")
+# FAISS trains an OPQ transformation for codes of so many bits.
+OPQ_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,10 @@ class _Base:
         self.entry_of = torch.full((capacity,), -1, dtype=torch.int64, device="cpu")
         self.entry_of[slots] = torch.arange(len(slots), device="cpu")
         self.visible = _Visible(len(slots))
+        self._can_widen = _accepts(self.index, None, 1)
+        self._can_select = isinstance(_core(self.index), faiss.IndexIVF) and _accepts(
+            self.index, self.visible.selector(), None
+        )
         self.in_order = len(slots) == 0 or int(slots[-1]) == len(slots) - 1  # entry e is slot e, since they ascend
         self.crown, self.crowned, self.crown_norm = slots[:0], 0, math.inf
         self.check_after = CHECKING_SHARES[0]
@@ -311,20 +320,29 @@ class _Base:
     @property
     def looked_at(self) -> float:
         """The share of the entries that each query looks at, about."""
-        if isinstance(self.index, faiss.IndexHNSW):
-            return float(min(1.0, self.index.hnsw.efSearch * GRAPH_DEGREE / max(1, self.entries)))
+        core = _core(self.index)
+        if isinstance(core, faiss.IndexHNSW):
+            return float(min(1.0, core.hnsw.efSearch * GRAPH_DEGREE / max(1, self.entries)))
         return self.share or 1.0
 
     @property
+    def is_lossless(self) -> bool:
+        """Whether distances are those of the rows as they are, so that a wider search misses fewer of them."""
+        if not isinstance(_core(self.index), (faiss.IndexIVFFlat, faiss.IndexHNSWFlat)):
+            return False
+        changes = [part for part in _parts(self.index) if isinstance(part, faiss.VectorTransform)]
+        return all(part.d_in == part.d_out and getattr(part, "is_orthonormal", False) for part in changes)
+
+    @property
     def effort(self) -> tuple[int, int]:
-        """What trades time for recall, and its largest useful value; 0 where nothing does."""
+        """What trades time for recall, and its largest useful value; 0 where a search cannot choose it."""
         knob, name, limit = _knob(self.index)
-        return (0, 0) if knob is None else (int(getattr(knob, name)), int(limit))
+        return (int(getattr(knob, name)), int(limit)) if self._can_widen else (0, 0)
 
     def exert(self, effort: int) -> None:
         """Search with so much effort from now on."""
         knob, name, _ = _knob(self.index)
-        if knob is not None:
+        if self._can_widen:
             setattr(knob, name, effort)
 
     def sees(self, slots: Tensor) -> Tensor:
@@ -342,19 +360,18 @@ class _Base:
         index = self.index
         if self.copy is not None:
             k += round(SLACK * k)
-        parameters, hidden = None, self.visible.hidden > 0
-        if isinstance(index, faiss.IndexIVF) and (hidden or allowed is not None or effort is not None):
-            selector = self.visible.selector() if hidden else None
-            if allowed is not None:
-                bits = np.packbits((self.visible.all() & allowed[self.slots]).numpy(), bitorder="little")
-                selector = faiss.IDSelectorBitmap(bits)
-            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=effort or index.nprobe)
-            hidden = False
-        else:
-            if hidden or allowed is not None:
+        selector, hidden = None, self.visible.hidden > 0
+        if hidden or allowed is not None:
+            if not self._can_select:
                 k *= 2
-            if isinstance(index, faiss.IndexHNSW) and effort is not None:
-                parameters = faiss.SearchParametersHNSW(efSearch=effort)
+            elif allowed is None:
+                selector, hidden = self.visible.selector(), False
+            else:
+                bits = np.packbits((self.visible.all() & allowed[self.slots]).numpy(), bitorder="little")
+                selector, hidden = faiss.IDSelectorBitmap(bits), False
+        parameters = None
+        if selector is not None or effort is not None:
+            parameters = _search_parameters(index, selector, effort)
         entries = torch.from_numpy(index.search(queries, min(k, self.entries), params=parameters)[1])
         if self.in_order and not hidden:
             return entries
@@ -622,8 +639,7 @@ class _Plan:
         index = self.empty
         if index is None:
             index = faiss.index_factory(vectors.shape[1], self.factory, _faiss_metric(self.metric))
-            _quieten(index)
-            index.train(vectors)
+            _train(index, vectors)
             ivf = _movable(index)
             if ivf is not None:
                 ivf.set_direct_map_type(faiss.DirectMap.Array)
@@ -710,14 +726,18 @@ class Index:
     def __init__(self, config: IndexConfig, metric: str, key_dim: int, *, moving: bool) -> None:
         self.config = config
         self._metric, self._moving = metric, moving
+        self._rows_to_train = 1
         if config.factory not in ("auto", "Flat"):
+            wanted = f"index: expected 'auto', 'Flat' or a FAISS factory string for width {key_dim}, got"
             try:
-                faiss.index_factory(key_dim, config.factory, _faiss_metric(metric))
+                index = faiss.index_factory(key_dim, config.factory, _faiss_metric(metric))
             except RuntimeError as error:
+                raise ArgumentError(f"{wanted} {config.factory!r}, which FAISS refuses: {_reason(error)}") from error
+            if any(isinstance(part, faiss.IndexIDMap) for part in _parts(index)):
                 raise ArgumentError(
-                    f"index: expected 'auto', 'Flat' or a FAISS factory string for width {key_dim}, "
-                    f"got {config.factory!r}, which FAISS refuses: {_reason(error)}"
-                ) from error
+                    f"{wanted} {config.factory!r}; leave out IDMap, since softdb numbers the rows itself"
+                )
+            self._rows_to_train = _rows_to_train(index)
         self._builds = 0
         self._search_seconds = self._upkeep_seconds = self._rebuild_seconds = 0.0
         self.reset()
@@ -820,11 +840,14 @@ class Index:
         """
         recall = min(base.recall or 0.0, 1 - FEWEST_MISSES)
         now, limit = base.effort
-        effort = now * math.sqrt(max(1.0, neighbours / max(1, base.neighbours)))
-        if careful and CAREFUL * effort / max(1, now) * _cost(base, queries) < CAREFUL_SHARE:
-            effort *= CAREFUL
-            recall = 1 - (1 - recall) / CAREFUL
-        effort = min(limit, math.ceil(effort))
+        wanted = now * math.sqrt(max(1.0, neighbours / max(1, base.neighbours)))
+        if base.probes is None:
+            wanted = max(wanted, neighbours)  # a search in a graph is at least as wide, whatever efSearch says
+        effort = min(limit, math.ceil(wanted))
+        if careful and CAREFUL * wanted / max(1, now) * _cost(base, queries) < CAREFUL_SHARE:
+            usual, effort = effort, min(limit, math.ceil(CAREFUL * wanted))
+            if limit and base.is_lossless:  # what compression misses, a wider search misses too
+                recall = 1 - (1 - recall) * usual / effort
         return (None if effort == now else effort), recall
 
     def _find(
@@ -964,8 +987,6 @@ class Index:
         scan, operand, _, worst = _truth(queries, keys, self._metric, selection, k)
 
         def measure(effort: int) -> tuple[float, bool]:
-            if not isinstance(base.index, (faiss.IndexIVF, faiss.IndexHNSW)):
-                base.exert(effort)  # it cannot be asked for by the search
             found = self._find(base, self._beside, queries, operand, keys, rows, scan, k, effort or None)
             shares = ((scores_at(operand, keys, found, scan) >= worst) & (found >= 0)).sum(-1) / k
             recall = float(shares.mean())
@@ -1023,7 +1044,7 @@ class Index:
     def _settle(self, rows: RowTable, keys: Tensor, *, now: bool = False) -> None:
         """Build, or take pending rows in, if it is due; ``now`` if there is any reason to."""
         base = self._base
-        enough = max(2 * self._failed_at, _rows_to_train(self.config.factory))
+        enough = max(2 * self._failed_at, self._fewest_rows)
         if self.config.factory == "Flat" or (base is None and len(rows) < enough):
             self._drop()
         elif base is None:
@@ -1112,12 +1133,17 @@ class Index:
             queries = self._queries
             self.reset()
             self._unsure, self._version, self._queries = True, rows.version, queries
-            if self.config.factory != "Flat" and len(rows) >= _rows_to_train(self.config.factory):
+            if self.config.factory != "Flat" and len(rows) >= self._fewest_rows:
                 self._install(self._plan(rows, keys, None).carry_out())
             self._list_beside()
         self._tell_error()
 
     # -- building --------------------------------------------------------------------------------------------
+
+    @property
+    def _fewest_rows(self) -> int:
+        """How many rows there have to be before a base is built."""
+        return EXACT_ROWS if self.config.factory == "auto" else self._rows_to_train
 
     def _renew(self, rows: RowTable, keys: Tensor, old: _Base | None) -> None:
         """Build a base, with the trained lists of an ``old`` one if there is any, now or aside."""
@@ -1323,9 +1349,71 @@ def _distance(left: Tensor, right: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,)
     return distance
 
 
+def _core(index: Any) -> Any:
+    """Return the index that finds candidates, within transformations of the rows and refinements of what it finds."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _core(index.index)
+    return _core(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+
+
+def _parts(index: Any) -> Iterator[Any]:
+    """Yield an index and all within it that may be trained: transformations and other indexes."""
+    index = faiss.downcast_index(index)
+    yield index
+    if isinstance(index, faiss.IndexPreTransform):
+        for place in range(index.chain.size()):
+            yield faiss.downcast_VectorTransform(index.chain.at(place))
+    level = getattr(index, "q1", None)  # the lists of an Index2Layer
+    if level is not None:
+        yield level
+    for name in INNER_INDEXES:
+        inner = getattr(index, name, None)
+        if isinstance(inner, faiss.Index):
+            yield from _parts(inner)
+
+
+def _quantizers(part: Any) -> Iterator[Any]:
+    """Yield what turns vectors to codes in a part of an index, where that is trained by clustering."""
+    for name in QUANTIZERS:
+        quantizer = getattr(part, name, None)
+        if quantizer is not None:
+            yield quantizer
+
+
 def _ivf(index: Any) -> Any:
     """The IVF index within ``index``, or None."""
-    return faiss.try_extract_index_ivf(index)
+    return faiss.try_extract_index_ivf(_core(index))
+
+
+def _accepts(index: Any, selector: Any, width: int | None) -> bool:
+    """Whether FAISS searches ``index`` with a selector, or a width: not every kind does, and it says so by raising."""
+    parameters = _search_parameters(index, selector, width)
+    if parameters is None:
+        return False
+    try:
+        index.search(np.zeros((1, index.d), dtype=np.float32), 1, params=parameters)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _search_parameters(index: Any, selector: Any, width: int | None) -> Any:
+    """Return what FAISS needs to search among selected entries, so widely, at whatever depth of ``index``."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _search_parameters(index.index, selector, width)
+        return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        inner = _search_parameters(index.base_index, selector, width)
+        if inner is None:
+            return None
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=width or index.nprobe)
+    if isinstance(index, faiss.IndexHNSW) and width is not None:
+        return faiss.SearchParametersHNSW(efSearch=width)
+    return None
 
 
 def _movable(index: Any) -> Any:
@@ -1359,37 +1447,55 @@ def _fill(index: Any, vectors: Any, lists: Any) -> None:
 
 def _knob(index: Any) -> tuple[Any, str, int]:
     """What trades time for recall: an object, its attribute, and the attribute's largest useful value."""
-    ivf = _ivf(index)
-    if ivf is not None:
-        return ivf, "nprobe", ivf.nlist
-    if isinstance(index, faiss.IndexHNSW):
-        return index.hnsw, "efSearch", max(index.ntotal, 8)
+    core = _core(index)
+    if isinstance(core, faiss.IndexIVF):
+        return core, "nprobe", core.nlist
+    if isinstance(core, faiss.IndexHNSW):
+        return core.hnsw, "efSearch", max(core.ntotal, 8)
     return None, "", 0
 
 
-def _rows_to_train(factory: str) -> int:
-    """How many rows an index of this kind needs at the least."""
-    if factory == "auto":
-        return EXACT_ROWS
-    lists = [
-        int(part[3:].split("(")[0].split("_")[0])
-        for part in factory.split(",")
-        if part[:3] == "IVF" and part[3:4].isdigit()
-    ]
-    return max([1, *lists])
+def _rows_to_train(index: Any) -> int:
+    """Return the fewest rows that FAISS can train, or build, an index with."""
+    fewest = [1]
+    for part in _parts(index):
+        if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
+            if not isinstance(faiss.downcast_index(part.quantizer), faiss.MultiIndexQuantizer):  # it has its own codes
+                fewest.append(part.nlist)
+        elif isinstance(part, faiss.OPQMatrix):
+            fewest.append(2**OPQ_BITS)
+        elif isinstance(part, (faiss.PCAMatrix, faiss.ITQTransform)):
+            fewest.append(part.d_out)
+        elif isinstance(part, faiss.IndexNSG):
+            # Where a row has not that many neighbours, FAISS ends the process.
+            fewest.append(2 * part.nndescent_L)
+        for quantizer in _quantizers(part):
+            bits = quantizer.nbits
+            fewest.append(2 ** (bits if isinstance(bits, int) else int(faiss.vector_to_array(bits).max())))
+    return int(max(fewest))
 
 
-def _quieten(index: Any) -> None:
-    """Keep FAISS from printing advice about few training rows, and from training on more than it needs."""
-    ivf = _ivf(index)
-    if ivf is not None:
-        ivf.cp.min_points_per_centroid = 1
-        ivf.cp.max_points_per_centroid = 64
-        ivf.cp.niter = 10
-    for part in (index, ivf):
-        quantiser = None if part is None else getattr(faiss.downcast_index(part), "pq", None)
-        if quantiser is not None:
-            quantiser.cp.min_points_per_centroid = 1
+def _train(index: Any, vectors: Any) -> None:
+    """Train an index; FAISS prints no advice about few training rows, and takes no more than it needs."""
+    own = []
+    for part in _parts(index):
+        if isinstance(part, faiss.OPQMatrix):
+            own.append((part, faiss.ProductQuantizer(part.d_out, part.M, OPQ_BITS)))
+            part.pq = own[-1][1]
+        if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
+            part.cp.min_points_per_centroid = 1
+            part.cp.max_points_per_centroid = 64
+            part.cp.niter = 10
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False  # it takes minutes, for a kind of search that is not used here
+        for quantizer in _quantizers(part):
+            if hasattr(quantizer, "cp"):
+                quantizer.cp.min_points_per_centroid = 1
+    try:
+        index.train(vectors)
+    finally:
+        for part, _ in own:
+            part.pq = None  # it is freed with this call
 
 
 def _reason(error: Exception) -> str:

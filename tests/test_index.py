@@ -11,17 +11,22 @@ import pickle
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from contract import METRICS
 from torch import Tensor
 
+import faiss
+
 import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb import index as index_module
+from softdb.blockwise import Scan
+from softdb.filters import select
 from softdb.optim import RowAdagrad, RowAdam
+from softdb.scores import centre_of, prepare_query
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 
@@ -31,6 +36,15 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few hundred rows go the ways of a million."""
     monkeypatch.setattr(index_module, "EXACT_ROWS", 500)
     monkeypatch.setattr(index_module, "PENDING_ROWS", 40)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let FAISS train small codes alone: where processors are busy its threads wait for each other for minutes."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
 
 
 def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
@@ -759,9 +773,91 @@ def test_too_few_rows_for_the_factory_are_searched_exactly() -> None:
     assert store.index_stats().factory == "IVF64,Flat"
 
 
-def test_a_build_that_fails_leaves_exact_searches_and_says_why() -> None:
-    store = make("PQ4x6", 30)
-    assert recall(store, clustered(5, seed=2)) == 1.0
+# The fewest rows that each can be trained with.
+TRAINED = {
+    "IVF32,Flat": 32,
+    "PQ4x6": 64,
+    "PQ8": 256,
+    "PQ8x4fs": 16,
+    "IVF64,PQ8": 256,
+    "IVF64,PQ8x5": 64,
+    "IVF64,PQ4x4fs": 64,
+    "IVF16,PQ4+8": 256,
+    "OPQ8,IVF64,PQ8": 256,
+    "OPQ4,IVF8,Flat": 256,
+    "OPQ4_8,PQ4x4": 256,
+    "PCA8,Flat": 8,
+    "PCA8,IVF16,Flat": 16,
+    "PCAR16,IVF4,SQ8": 16,
+    "ITQ16,LSH": 16,
+    "RR8,IVF16,Flat": 16,
+    "L2norm,IVF16,Flat": 16,
+    "IVF16,SQ4": 16,
+    "HNSW8_PQ4": 256,
+    "HNSW8_16+PQ4": 256,
+    "IVF32_HNSW8,Flat": 32,
+    "IMI2x4,Flat": 16,
+    "IMI2x5,PQ4": 256,
+    "RQ2x5": 32,
+    "IVF16,RQ2x6": 64,
+    "PRQ2x2x5": 32,
+    "PQ8x5,RFlat": 32,
+    "IVF16,PQ8x5,Refine(SQ8)": 32,
+    "NSG8": 228,
+}
+
+
+def candidates(
+    store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None
+) -> index_module.Found:
+    """What the index finds, whatever an exact search costs."""
+    keys, rows = store.keys.detach(), store.rows
+    centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
+    operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
+    scan = Scan(store.metric, centre, selection, query.dtype)
+    store._index.follow(rows, keys, query, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "_pays", lambda *arguments: True)
+        return store._index.search(query, operand, keys, rows, scan, k, careful=careful)
+
+
+@pytest.mark.parametrize("factory", TRAINED)
+def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(factory: str, one_thread: None) -> None:
+    rows = TRAINED[factory]
+    store = make(factory, rows - 1, metric="l2")  # FAISS has some for this alone
+    query = clustered(5, seed=2)
+    store.refresh()
+    store.build_index()
+    assert recall(store, query, k=1) == 1.0
+    stats = store.index_stats()
+    assert (stats.factory, stats.builds, stats.error) == ("Flat", 0, None)
+    store.add(clustered(1, seed=3), torch.randn(1, 2))
+    store.refresh()
+    stats = store.index_stats()
+    assert (stats.factory, stats.builds, stats.error) == (factory, 1, None)
+    # Searches among some rows, wider ones, and those after a row has gone work with every kind.
+    for where in (None, torch.arange(rows)):
+        for careful in (False, True):
+            assert len(candidates(store, query, 1, careful=careful, where=where).slots) == len(query)
+    store.delete([0])
+    assert 0 not in store.read(query, "topk", k=3).ids
+    assert store.read(query, "topk", k=1, where=torch.tensor([1])).ids.tolist() == [[1]] * len(query)
+
+
+def test_ids_are_not_left_to_faiss() -> None:
+    for factory in ("IDMap,Flat", "IDMap2,IVF16,Flat"):
+        with pytest.raises(softdb.ArgumentError, match=f"index: .* got '{factory}'; leave out IDMap"):
+            SoftKVStore(16, 2, index=factory)
+
+
+def test_a_build_that_fails_leaves_exact_searches_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: object) -> None:
+        raise RuntimeError("no training today")
+
+    store = make("PQ4x6", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module._Plan, "_base", fail)
+        assert recall(store, clustered(5, seed=2)) == 1.0
     assert "training" in (store.index_stats().error or "")
     store.add(clustered(600, seed=3), torch.randn(600, 2))
     assert recall(store, clustered(5, seed=2)) > 0.1
@@ -781,7 +877,7 @@ def test_more_recall_is_measured_and_met(factory: str) -> None:
 
 
 def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    for factory in FACTORIES:
+    for factory in (*FACTORIES, "OPQ4,PQ4", "IVF8,PQ8x5,RFlat", "HNSW8_PQ4", "RQ2x4"):
         recall(make(factory, 600), clustered(5, seed=2))
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
@@ -996,6 +1092,54 @@ def test_a_filter_asks_for_a_wider_search() -> None:
         kept = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < share
         assert store.audit(queries[256:], 32, where=kept).mean_recall > 0.92, share
     assert store.audit(queries[256:], 1000).mean_recall > 0.92
+
+
+@pytest.mark.parametrize("wrapper", ["", "RR16,", "PCA12,"])
+@pytest.mark.parametrize("inner", ["IVF64,Flat", "IVF64,SQ8,RFlat", "HNSW16"])
+def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: str) -> None:
+    store = make(IndexConfig(wrapper + inner, recall=0.5), 4000)
+    query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
+    store.read(query, "topk", k=10)
+    base = store._index._base
+    assert base is not None
+    now, limit = base.effort
+    assert 1 <= now < limit
+    found = [base.search(query.numpy(), 10, effort=width) for width in (None, now, limit)]
+    assert torch.equal(found[0], found[1])
+    best = store.read(query, k=10).ids
+    hits = [int((some.unsqueeze(-1) == best.unsqueeze(-2)).sum()) for some in found]
+    assert hits[2] > hits[0]
+    base.hide(torch.tensor([5]))
+    assert not bool((base.search(query.numpy(), 10, effort=limit) == 5).any())
+    assert base.effort[0] == now
+
+
+@pytest.mark.parametrize(
+    ("factory", "raised"),
+    [
+        ("IVF64,Flat", True),
+        ("RR16,IVF64,Flat", True),
+        ("HNSW16", True),
+        ("OPQ8,IVF64,Flat", True),
+        ("PCA12,IVF64,Flat", False),  # what a projection or codes miss, more lists miss too
+        ("IVF64,SQ4", False),
+        ("IVF64,PQ4x4,RFlat", False),
+        ("PQ8x4", False),  # which has no lists
+        ("PCA12,SQ8", False),
+    ],
+)
+def test_more_recall_is_expected_only_of_searches_that_are_wider(
+    factory: str, raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "CAREFUL_SHARE", math.inf)  # whatever it costs
+    store = make(IndexConfig(factory, recall=0.6), 4000)
+    query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
+    usual, careful = (candidates(store, query, 32, careful=careful) for careful in (False, True))
+    assert not usual.exact
+    assert careful.recall > usual.recall if raised else careful.recall == usual.recall
+    best = store.read(query, k=32).ids
+    share = float((careful.slots.unsqueeze(-1) == best.unsqueeze(-2)).any(-1).float().mean())
+    assert share > careful.recall - 0.05
 
 
 def test_a_query_that_is_refused_tunes_no_index() -> None:

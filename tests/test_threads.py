@@ -351,7 +351,7 @@ def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatc
 
 
 def test_a_failed_build_is_an_error_of_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, _ = small_store(index="PQ4x9")  # which wants more rows
+    store, _ = small_store(index="IVF8(PQ4x5),Flat")  # whose 8 centroids are too few to train a PQ with
     assert recall(store) == 1.0
     with pytest.raises(IndexBuildError, match="training"):
         store.build_index()

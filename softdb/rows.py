@@ -533,6 +533,9 @@ class RowTable(nn.Module):
                 if name == TURNS["oldest"]:  # no two rows are as old
                     begun = torch.arange(self.capacity, device=self.ids.device)
                 setattr(self, name, begun)
+        for name in self.saved:  # ``assign=True`` takes any dtype
+            column = getattr(self, name)
+            setattr(self, name, column.to(torch.float64 if name == "weight" else torch.int64))
         if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
             self.install(self.stamps(self.capacity, lasting=True))
         self.rebuild()

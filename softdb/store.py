@@ -396,11 +396,13 @@ class SoftKVStore(nn.Module):
                     "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"
                 )
             value = check_above_zero(name, value)
-        elif name in FIXED and value != self.__dict__.get(name, value):
-            raise ArgumentError(
-                f"{name}: expected {self.__dict__[name]!r}, which the store was made with, got {value!r}; make another "
-                f"store with {name}=..."
-            )
+        elif name in FIXED and name in self.__dict__:
+            own = self.__dict__[name]
+            if type(value) is not type(own) or value != own:
+                raise ArgumentError(
+                    f"{name}: expected {own!r}, which the store was made with, got {describe(value)}; make another "
+                    f"store with {name}=..."
+                )
         super().__setattr__(name, value)
 
     # -- the table -------------------------------------------------------------------------------------------
@@ -1282,6 +1284,8 @@ class SoftKVStore(nn.Module):
             said = outcome.pending
             if not isinstance(again, Exception):
                 error = again
+            elif outcome is RESIZED and isinstance(error, Exception):
+                raise error from again  # a storage that grows at the next use is nothing that a caller could notice
             elif isinstance(error, Exception):
                 raise UnfinishedWriteError(f"expected to write at once, got {error!r}; {said}") from error
         if not isinstance(error, Exception):
@@ -1650,10 +1654,12 @@ class SoftKVStore(nn.Module):
         growth = self._room_for({name.removeprefix(prefix): state_dict[name] for name in names & state_dict.keys()})
         others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
 
-        reported = len(missing_keys), len(unexpected_keys)
+        reports = (missing_keys, unexpected_keys, *args)
+        reported = [len(report) for report in reports]
 
         def load() -> None:
-            del missing_keys[reported[0] :], unexpected_keys[reported[1] :]  # of an earlier try
+            for report, count in zip(reports, reported, strict=True):
+                del report[count:]  # of an earlier try
             if growth is not None:
                 self._grow(growth)
             try:
@@ -1662,10 +1668,14 @@ class SoftKVStore(nn.Module):
             finally:
                 self._load_state_dict_pre_hooks = hooks
             self.rows.load(state_dict, f"{prefix}rows.", *others)
+            # torch goes on where it fails to copy a tensor, say for want of memory: some rows would be old.
+            failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
+            if failed:
+                raise RuntimeError(" ".join(failed))
+            self._index.reset()
+            self._watch()
 
         self._commit(load, WRITTEN)
-        self._index.reset()
-        self._watch()
 
     def _room_for(self, state: Mapping[str, Any]) -> _Growth | None:
         """Check what is to be loaded; tensors of its size, if that is another."""

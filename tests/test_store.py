@@ -1282,7 +1282,7 @@ def wrapped(store: SoftKVStore, how: str) -> nn.Module:
     """The store itself, or a model that it is part of."""
     if how == "a model":
         return nn.ModuleDict({"memory": store, "linear": nn.Linear(2, 2)})
-    return MemoryLayer(2, len(store), key_dim=2, value_dim=1, store=store) if how == "a layer" else store
+    return MemoryLayer(2, len(store), key_dim=2, value_dim=1, k=1, store=store) if how == "a layer" else store
 
 
 def prefix_of(how: str) -> str:
@@ -1384,3 +1384,87 @@ def test_equal_rows_tie_to_the_lowest_slot(rows: int, queries: int, key_dim: int
             with torch.no_grad():
                 assert torch.equal(store.read(query, mode, k=k).ids[:, :rows], wanted)
     assert (store.read(query, "hard").ids == 0).all()
+
+
+def rows_of_ones(rows: int = 6, **options: Any) -> SoftKVStore:
+    store = SoftKVStore(4, 3, **options)
+    store.add(torch.ones(rows, 4), torch.ones(rows, 3))
+    return store
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_loading_that_runs_out_of_memory_once_loads_everything(
+    calls: int, assign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = SoftKVStore(4, 3, trainable=True, track_usage=True), rows_of_ones(track_usage=True)
+    store.add(torch.zeros(6, 4), torch.zeros(6, 3))
+    copy, left = Tensor.copy_, [calls]
+
+    def failing(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("no memory")
+        return copy(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "copy_", failing)
+    store.load_state_dict(other.state_dict(), assign=assign)
+    monkeypatch.undo()
+    assert torch.equal(store.keys, other.keys)
+    assert torch.equal(store.values, other.values)
+    store._check()
+
+
+def test_loading_that_runs_out_of_memory_again_and_again_is_completed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = rows_of_ones(trainable=True), rows_of_ones()
+    other.update(other.ids, torch.zeros(6, 4), torch.zeros(6, 3))
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(Tensor, "copy_", failing)
+    with pytest.raises(softdb.UnfinishedWriteError, match="no memory"):
+        store.load_state_dict(other.state_dict())
+    monkeypatch.undo()
+    assert torch.equal(store.read(torch.ones(1, 4)).values, torch.zeros(1, 3))
+    store._check()
+
+
+@pytest.mark.parametrize("write", ["add", "put"])
+def test_a_write_whose_storage_cannot_grow_is_not_made(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rows, left = rows_of_ones(), (torch.ones(20, 4), torch.ones(20, 3)), [2]
+    grow = SoftKVStore._grow
+
+    def failing(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise MemoryError("no memory")
+        grow(*args)
+
+    monkeypatch.setattr(SoftKVStore, "_grow", failing)
+    with pytest.raises(MemoryError, match="no memory"):
+        store.add(*rows) if write == "add" else store.put(torch.arange(20), *rows)
+    assert len(store) == 6
+    store.add(*rows)
+    assert len(store) == 26
+    store._check()
+
+
+def test_assigned_ids_and_counters_become_int64_and_float64() -> None:
+    state = rows_of_ones(track_usage=True).state_dict()
+    state["rows.ids"], state["rows.weight"] = state["rows.ids"].int(), state["rows.weight"].half()
+    store = SoftKVStore(4, 3, track_usage=True)
+    store.load_state_dict(state, assign=True)
+    store.add(torch.ones(1, 4), torch.ones(1, 3))
+    assert (store.rows.ids.dtype, store.usage.weight.dtype) == (torch.int64, torch.float64)
+    store._check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("key_dim", 4.0), ("key_dim", torch.ones(2)), ("trainable", 0), ("capacity", 8)]
+)
+def test_settings_that_the_tensors_depend_on_cannot_be_assigned(name: str, value: Any) -> None:
+    store = rows_of_ones()
+    with pytest.raises(softdb.ArgumentError, match=f"{name}: expected .*, which the store was made with"):
+        setattr(store, name, value)
+    setattr(store, name, getattr(store, name))

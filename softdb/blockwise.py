@@ -69,6 +69,8 @@ COPIED_ELEMENTS = 2**20
 # The most rows whose weighted values one product sums up, and the fewest that are worth a product of their own. Over
 # 70,000 equal summands one float32 product was off by 6e-4 (AMD EPYC, Zen 3); the error grows with their number.
 SUM_ROWS, LEAST_SUM_ROWS = 512, 256
+# Where all scores make one small tile, products and torch's softmax may sum over so many, as three lines of torch do.
+SMALL_SUM = 2048
 # Few enough rows to be padded by a copy; no fewer than a group.
 FEW_ROWS = 4096
 # Below as many multiplications torch leaves a product to a kernel of its own.
@@ -143,7 +145,8 @@ class Scan:
         """
         queries, width = query.shape[1:]
         if k:
-            height = min(queries, max(16, TILE_ELEMENTS // (8 * GROUP * k)))
+            wide = min(8 * GROUP * k, COPIED_ELEMENTS // max(1, copied))
+            height = min(queries, max(16, TILE_ELEMENTS // max(1, wide)))
         else:
             height = -(-queries // max(1, -(-queries // TILE_QUERIES)))
         rows = min(TILE_ELEMENTS // max(1, height), COPIED_ELEMENTS // max(1, copied), TILE_ROWS)
@@ -509,7 +512,7 @@ def _put_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
 
 def _product_in_runs(left: Tensor, right: Tensor) -> Tensor:  # (*G, b, C), (*G, C, x) -> (*G, b, x)
     """``left @ right``, in sums over at most `SUM_ROWS` rows."""
-    if right.shape[-2] <= SUM_ROWS:
+    if right.shape[-2] <= SMALL_SUM:
         return left @ right
     total = left.new_zeros(*left.shape[:-1], right.shape[-1])
     _add_product(*(tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in (total, left, right)))
@@ -711,6 +714,8 @@ class _ExactRead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, BestRows | None]:
         # Gradients of rows take memory too, where they cannot be written in place.
         copied = scan.copied(keys, values) * (1 + any(ctx.needs_input_grad[1:3]))
+        if k:  # wide blocks with their gradients would leave the cache between two slices of queries
+            copied = max(copied, (keys.shape[-1] + values.shape[-1]) // 2)
         tiling = scan.tiling(_grouped(groups, query), copied, k)
         read = _read_surely(query, keys, values, scan, groups, k, tiling)
         total, shift = read.total, read.shift
@@ -979,7 +984,7 @@ def _read_densely(
         _hide_all(scores, block, -torch.inf)
     # Along whichever dimension lies that way in memory.
     weights = torch.softmax(scores, -1) if scores.is_contiguous() else torch.softmax(scores.mT, -2).mT
-    if block.count > SUM_ROWS:  # torch adds up the exponentials of a row one after the other
+    if block.count > SMALL_SUM:  # torch adds up the exponentials of a row one after the other
         weights /= weights.sum(-1, keepdim=True)
     lse = scores.amax(-1) - weights.amax(-1).log()
     if block.hides:

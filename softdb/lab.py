@@ -302,6 +302,7 @@ def compare(
     candidates = _given("ks", ks, functools.partial(check_positive, "ks")) if "topk" in modes else []
     cooling = _temperatures(store, temperatures)
     judge, judged = _judge(queries, targets, metric)
+    _check_draws(store, normalizers)
     ways: list[tuple[str, str, int | None]] = []
     for mode, name in itertools.product(modes, normalizers):
         if mode == "topk":
@@ -661,6 +662,7 @@ def anneal(
     names = list(dict.fromkeys(("softmax", *_chosen("normalizers", normalizers, NORMALIZERS))))
     times = check_positive("draws", draws)
     cooling = _temperatures(store, temperatures)
+    _check_draws(store, names)
 
     def gradient(name: str, temperature: float) -> tuple[Tensor, float]:
         options: dict[str, Any] = {"generator": generator} if name == "gumbel" else {}
@@ -959,6 +961,15 @@ def _chosen(name: str, values: Iterable[str], choices: Sequence[str]) -> list[st
         return value
 
     return _given(name, values, checked)
+
+
+def _check_draws(store: Any, normalizers: Sequence[str]) -> None:
+    """Raise where what is called a draw would be the best row."""
+    if "gumbel" in normalizers and not getattr(store, "training", True):
+        raise ArgumentError(
+            "store: expected one in training mode, since 'gumbel' draws nothing in eval mode; call store.train(), or "
+            "leave it out of normalizers"
+        )
 
 
 def _temperatures(store: Any, temperatures: Sequence[float] | None) -> list[float]:

@@ -470,3 +470,15 @@ def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     store, queries = make()
     assert lab.compare(store, queries, modes=("hard",)).settings
+
+
+def test_draws_are_those_of_a_store_in_training_mode() -> None:
+    store = SoftKVStore(8, 2)
+    store.add(torch.randn(20, 8), torch.randn(20, 2))
+    store.eval()
+    queries = torch.randn(5, 8)
+    with pytest.raises(softdb.ArgumentError, match=r"store: expected one in training mode.*; call store\.train\(\)"):
+        lab.compare(store, queries, normalizers=("softmax", "gumbel"))
+    with pytest.raises(softdb.ArgumentError, match="store: expected one in training mode"):
+        lab.anneal(store, queries, lambda values: values.square().mean())
+    lab.anneal(store, queries, lambda values: values.square().mean(), normalizers=("straight_through",))

@@ -1071,6 +1071,7 @@ class SoftKVStore(nn.Module):
         Raises:
             LockedError: Somebody else was saving for longer than that.
             OSError: The system refuses; the snapshot that was there, and the store, are as they were.
+            UnsupportedSystemError: The system has no POSIX files and locks.
             ArgumentError, DtypeError: An argument is not as above.
 
         Example:
@@ -1130,6 +1131,7 @@ class SoftKVStore(nn.Module):
             ArgumentError: It was made by a newer softdb, or is to be mapped on a ``device`` that is not the CPU.
             DeviceError: There is no such ``device`` here, or none that holds numbers.
             OSError, MemoryError: It cannot be read, or does not fit, which says nothing against it.
+            UnsupportedSystemError: The system has no POSIX files and locks.
 
         Example:
             >>> import tempfile, torch

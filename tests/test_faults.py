@@ -459,11 +459,10 @@ def test_growth_that_breaks_off_adds_no_rows(failure: type[BaseException], monke
         before = state_of(store)
         with monkeypatch.context() as patch:
             Failing(patch, "install", 1, 100, failure)
-            with pytest.raises(
-                (softdb.UnfinishedWriteError, KeyboardInterrupt), match="the next use of the store resizes the storage"
-            ) as caught:
+            with pytest.raises(failure) as caught:
                 call(store)
-        assert (type(caught.value.__cause__) is failure) == (failure is MemoryError)
+        if failure is KeyboardInterrupt:
+            assert "the next use of the store resizes the storage" in str(caught.value)
         assert state_of(store) == before
         assert store.rows.capacity >= 90
         store._check()
@@ -498,7 +497,7 @@ def test_a_mapped_store_that_memory_is_too_small_for_can_be_materialized_later(
     store = SoftKVStore.load(tmp_path, mmap=True)
     with monkeypatch.context() as patch:
         Failing(patch, "install", 1, 100, MemoryError)
-        with pytest.raises(softdb.UnfinishedWriteError, match="the storage"):
+        with pytest.raises(MemoryError):
             store.materialize()
     store.materialize()
     store.add(torch.ones(1, 4), torch.ones(1, 3), fields={"time": 9})

@@ -1392,7 +1392,8 @@ def _ivf(index: Any) -> Any:
 def _accepts(index: Any, selector: Any, width: int | None) -> bool:
     """Whether FAISS searches ``index`` with a selector, or a width: not every kind does, and it says so by raising."""
     parameters = _search_parameters(index, selector, width)
-    if parameters is None:
+    # FAISS refuses those of additive quantizers, too, but up to 1.10 that ends the process.
+    if parameters is None or isinstance(_core(index), faiss.IndexIVFAdditiveQuantizer):
         return False
     try:
         index.search(np.zeros((1, index.d), dtype=np.float32), 1, params=parameters)

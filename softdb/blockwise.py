@@ -13,7 +13,8 @@ again. Few rows are read at once, and keep their weights for backward.
 
 What holds on every processor: libraries round a product differently for other shapes and memory layouts, and some add
 up its terms one after the other. So backward makes the scores by the same calls as forward, as the read's `Tiling` says
-(otherwise the weights would not sum to 1), and no product sums over more than `SUM_ROWS` rows.
+(otherwise the weights would not sum to 1), and no product over a block sums over more than `SUM_ROWS` rows. Where all
+scores make one small tile it may be `SMALL_SUM` rows; a row's gradient sums over at most `TILE_QUERIES` queries.
 
 Shapes: G groups of B queries, each group over its own N rows. A store is one group.
 """

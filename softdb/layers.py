@@ -223,7 +223,8 @@ class MemoryLayer(nn.Module):
         self.dim, rows = check_positive("dim", dim), check_positive("rows", rows)
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
-        self.mode, self.normalizer, self.k = mode, normalizer, check_options(mode, k, normalizer)
+        self.mode, self.normalizer = mode, normalizer
+        self.k, _, _ = check_options(mode, k, normalizer)
         if store is not None:
             self._check_store(store, rows, shared, store_options)
         if mode == "exact" and self.k is None and normalizer == "softmax":

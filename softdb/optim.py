@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from softdb.errors import (
+    FLOATS,
+    INTEGERS,
     ArgumentError,
     DtypeError,
     NonFiniteError,
@@ -39,8 +41,6 @@ __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
 # As many numbers of a table are worked on at a time. On a CPU they stay in its cache, and are enough for two threads.
 CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24
 
-# The dtypes of Parameters that a step can move.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
 # Half precision is rounded at random: bfloat16 drops 16 bits of a float32, float16 up to 24 that count.
 NOISE_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
@@ -100,7 +100,7 @@ class _RowOptimizer(Optimizer):
         super().add_param_group(param_group)
         param_group.update(options)
         for parameter in param_group["params"]:
-            if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
+            if parameter.dtype not in FLOATS or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
@@ -618,7 +618,7 @@ def _check_integers(name: str, value: object, shape: Sequence[int | None]) -> No
     """Raise unless ``value`` is an integer tensor of ``shape``."""
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name}: expected an integer tensor, got {describe(value)}")
-    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if value.dtype not in INTEGERS:
         raise DtypeError(f"{name}: expected an integer tensor, got {value.dtype}")
     check_dense(name, value)
     check_shape(name, value, shape)

@@ -731,9 +731,7 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
-        tail_samples = check_whole("tail_samples", tail_samples, least=0)
-        tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
-        k = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
         normalizer = normalizer if self.training else in_eval_mode(normalizer)
 
@@ -1873,8 +1871,10 @@ def check_options(
     tail_samples: int = 0,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
-) -> int | None:
-    """Check the arguments of a read that depend on its mode; return k as an int."""
+) -> tuple[int | None, int, float | None]:
+    """Check the arguments of a read that depend on its mode; return k, tail_samples and tolerance as Python numbers."""
+    tail_samples = check_whole("tail_samples", tail_samples, least=0)
+    tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
     check_choice("mode", mode, MODES)
     if mode == "hard":
         _refuse(k is not None, "k", "hard mode reads one row")
@@ -1892,7 +1892,7 @@ def check_options(
         _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     elif mode == "topk" and k is None:
         raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it, or a tolerance")
-    return None if k is None else check_positive("k", k)
+    return None if k is None else check_positive("k", k), tail_samples, tolerance
 
 
 def _excess(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), (b,)

@@ -39,6 +39,7 @@ from softdb.locks import kept_property
 from softdb.normalizers import GumbelNoise
 from softdb.rows import row_sparse
 from softdb.scores import prepare_keys, prepare_keys_backward, widest_dtype
+from softdb.transforms import check_not_batched
 
 __all__ = [
     "BestRows",
@@ -515,6 +516,7 @@ def _product_in_runs(left: Tensor, right: Tensor) -> Tensor:  # (*G, b, C), (*G,
     """``left @ right``, in sums over at most `SUM_ROWS` rows."""
     if right.shape[-2] <= SMALL_SUM:
         return left @ right
+    check_not_batched([left, right])
     total = left.new_zeros(*left.shape[:-1], right.shape[-1])
     _add_product(*(tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in (total, left, right)))
     return total
@@ -735,6 +737,7 @@ class _ExactRead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        check_not_batched(grads)
         saved = _Saved(*ctx.saved_tensors)  # once: activation checkpointing allows no second look
         results: list[Tensor | None] = [None, None, None]
         if grads[0] is not None or grads[1] is not None:

@@ -8,35 +8,53 @@ autograd graph, on a *ticket* that the compiled graph saves for its backward, an
 what is on the ticket. A ticket is a tensor, so it lives exactly as long as torch keeps what a backward needs, and what
 is on it goes with it: after the backward, unless that retains the graph, or with an answer that never goes backward.
 
+A read whose result is not used would go, and two that are equal would become one: stores that count reads count by an
+operator of its own, ``softdb::count``, which is declared to write to a tensor and so stays.
+
 Stores enter a graph as a tensor too, the *handle* that each has: as a constant it would be a graph for every store.
 """
 
 from __future__ import annotations
 
 import itertools
+import secrets
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from softdb.blockwise import blend_at, blend_back, products_at
-from softdb.errors import ArgumentError, NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
+from softdb.blockwise import blend_at, blend_back, products_at, weighted_sum
+from softdb.errors import (
+    ArgumentError,
+    NonFiniteError,
+    SecondDerivativeError,
+    StaleReadError,
+    TransformError,
+    is_finite,
+)
 from softdb.functional import Read, answer_dtype
 from softdb.locks import note_openmp
 from softdb.normalizers import SPARSE, in_eval_mode
 from softdb.rows import RowTable
 from softdb.scores import compute_dtype
+from softdb.transforms import (
+    has_batched,
+    is_active,
+    is_exporting,
+    is_forward_mode,
+    is_traced,
+    outside_of_graphs,
+    outside_of_transforms,
+    samples_first,
+)
 
-__all__ = ["blend", "new_handle", "outside_of_graphs", "read_in_graph"]
-
-T = TypeVar("T")
+__all__ = ["blend", "count_read", "new_handle", "read_in_graph"]
 
 
 class Store(Protocol):
@@ -60,10 +78,12 @@ class Store(Protocol):
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 UNTRACED = (
     "softdb: where: expected a bool mask or int64 ids, since a callable, like an argument of an unknown type, cannot "
-    "be part of a compiled graph; pass a mask or ids, read outside of the graph, or leave out fullgraph=True"
+    "be part of a compiled or exported graph, nor can a sample, a tolerance, 'gumbel', or a sparse normalizer with "
+    "mode='topk'; pass a mask or ids, read outside of the graph, or leave out fullgraph=True"
 )
 
 _numbers = itertools.count(1)
+_deferred = threading.local()
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 _kept: dict[int, _Kept] = {}
 # How often the tables of graphs that are being traced are read there, by the tensors that stand for them.
@@ -74,8 +94,8 @@ _last_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary
 
 @torch.inference_mode(False)
 def new_handle(store: Store) -> Tensor:
-    """A tensor that stands for ``store`` in compiled graphs."""
-    number = next(_numbers)
+    """A tensor that stands for ``store`` in compiled graphs, by a number that no store of another process has."""
+    number = secrets.randbits(63)
     _stores[number] = store
     return torch.tensor(number, device="cpu")
 
@@ -84,17 +104,25 @@ def _store_of(handle: Tensor) -> Store:
     store = _stores.get(int(handle))
     if store is None:
         raise ArgumentError(
-            "store: a compiled graph reads a store that no longer exists in this process; compile the model again"
+            "store: a compiled or exported graph reads a store that no longer exists in this process, or is in another "
+            "one; compile or export the model again, where its store is"
         )
     return store
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """An eager read that waits for its backward."""
+    """An eager read that waits for its backward, and the slots and weights that it reports, where it is to be counted.
+
+    Attributes:
+        read: The read.
+        inputs: Query, keys, values, temperature; None where no gradient is wanted.
+        reported: Slots and weights.
+    """
 
     read: Read
-    inputs: tuple[Tensor | None, ...]  # query, keys, values, temperature; None where no gradient is wanted
+    inputs: tuple[Tensor | None, ...]
+    reported: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 # -- while a graph is traced -----------------------------------------------------------------------------
@@ -102,6 +130,8 @@ class _Kept:
 
 def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     """``store.read(query, **options)`` as an operator of the graph; where that cannot be, a graph break."""
+    if is_active():  # Dynamo goes through transforms by itself, and finds no rule for the operator
+        return _read_outside(store, query, **options)
     mode, k, normalizer = options["mode"], options["k"], options["normalizer"]
     where, exclude, temperature = options["where"], options["exclude"], options["temperature"]
     if not store.training:
@@ -129,11 +159,13 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     if temperature is not None and divisor is None:
         # As a tensor: a number that changes from step to step would be a new graph each time.
         number = torch.ones((), dtype=torch.float64, device="cpu") * float(chosen)
+    # Only what graphs call for its effect stays where its result is not used, and is not merged with its like.
+    counts = store.rows.counts_reads and not is_exporting()
     keys, values = store.keys, store.values
     wanted = [False] * 4
     if torch.is_grad_enabled():
         wanted = [tensor is not None and tensor.requires_grad for tensor in (query, keys, values, divisor)]
-    answer, ids, weights, scores, lse, mass, _ = torch.ops.softdb.read.default(
+    answer, ids, weights, scores, lse, mass, ticket = torch.ops.softdb.read.default(
         query,
         keys,
         values,
@@ -148,29 +180,21 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         answer_dtype(query),
         wanted,
         store.trainable and store.sparse_grad and mode != "exact",
+        not counts,
     )
+    if counts:
+        torch.ops.softdb.count.default(store._handle, ticket)
     name = "hard" if mode == "hard" else normalizer
     if mode == "exact" and k is None:
         return Read(answer, None, None, None, lse, mass, normalizer=name)
     return Read(answer, ids, weights, scores, lse, mass, normalizer=name)
 
 
-def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Have a function run eagerly where a graph that is being traced calls it, which breaks that graph; say why."""
-
-    def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        # torch.compiler.disable, but it imports torch's compiler (two seconds) when the function is first called.
-        call: Callable[..., T] = _disable_dynamo(function)
-        call._torchdynamo_disable = True  # type: ignore[attr-defined]
-        call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
 @outside_of_graphs(UNTRACED)
 def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
     """The eager read, which breaks a graph that is being traced."""
+    if is_traced(query):
+        raise TransformError(UNTRACED)
     return store.read(query, **options)
 
 
@@ -182,7 +206,7 @@ def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor values, Tensor? temperature, Tensor? where, Tensor? exclude, "
     "Tensor handle, str mode, SymInt? k, Tensor? number, str normalizer, ScalarType answer, bool[] wanted, "
-    "bool sparse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool sparse, bool counting=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read(
     query: Tensor,  # (..., key_dim)
@@ -199,6 +223,7 @@ def _read(
     answer: torch.dtype,
     wanted: Sequence[bool],
     sparse: bool,
+    counting: bool = True,
 ) -> Outputs:
     """The eager read; which gradients of query, keys, values and temperature are wanted is known to the tracer only."""
     store = _store_of(handle)
@@ -212,21 +237,30 @@ def _read(
             )
     divisor = None if number is None else float(number)
     options: dict[str, Any] = {"mode": mode, "k": k, "where": where, "exclude": exclude, "normalizer": normalizer}
+    reported: list[tuple[Tensor, Tensor]] = []
     if not any(wanted):
-        with torch.no_grad(), _autocast(query, answer):
+        with torch.no_grad(), _autocast(query, answer), _deferring(None if counting else reported):
             read = store.read(query, temperature=divisor if temperature is None else temperature, **options)
-        return _outputs(read, query, torch.zeros((), dtype=torch.int64, device="cpu"))
+        return _outputs(read, query, _ticket(_Kept(read, (), tuple(reported))) if reported else _ticket(None))
     _check_repetition(store)
     # Copies: the graph may use its own tensors' memory anew.
     own_query = query.detach().clone().requires_grad_(wanted[0])
     own_temperature = None if temperature is None else temperature.detach().clone().requires_grad_(wanted[3])
-    with _autograd(), _autocast(query, answer):
+    with _autograd(), _autocast(query, answer), _deferring(None if counting else reported):
         read = store.read(own_query, temperature=divisor if own_temperature is None else own_temperature, **options)
-    number_of_ticket = next(_numbers)
-    ticket = torch.tensor(number_of_ticket, device="cpu")
-    weakref.finalize(ticket, _kept.pop, number_of_ticket, None)
-    _kept[number_of_ticket] = _Kept(read, (own_query, store.keys, store.values, own_temperature))
-    return _outputs(read, query, ticket)
+    inputs = (own_query, store.keys, store.values, own_temperature)
+    return _outputs(read, query, _ticket(_Kept(read, inputs, tuple(reported))))
+
+
+def _ticket(kept: _Kept | None) -> Tensor:
+    """Make a tensor that keeps something as long as it lives."""
+    if kept is None:
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+    number = next(_numbers)
+    ticket = torch.tensor(number, device="cpu")
+    weakref.finalize(ticket, _kept.pop, number, None)
+    _kept[number] = kept
+    return ticket
 
 
 @_read.register_fake
@@ -245,6 +279,7 @@ def _(
     answer: torch.dtype,
     wanted: Sequence[bool],
     sparse: bool,
+    counting: bool = True,
 ) -> Outputs:
     leading, dtype = query.shape[:-1], compute_dtype(query, keys, values)
     width = 1 if mode == "hard" or (mode == "topk" and k is None) else k  # without k, topk is an error when it runs
@@ -258,6 +293,39 @@ def _(
         query.new_empty(leading, dtype=dtype),
         torch.empty((), dtype=torch.int64, device="cpu"),
     )
+
+
+@torch.library.custom_op("softdb::count", mutates_args=("handle",), schema="(Tensor(a!) handle, Tensor ticket) -> ()")
+def _count(handle: Tensor, ticket: Tensor) -> None:
+    """Count the read that made the ticket; said to write to the handle, so that every call counts, in order."""
+    kept, store = _kept.get(int(ticket)), _store_of(handle)
+    if kept is not None:
+        for slots, weights in kept.reported:
+            store.rows.note_read(slots, weights)
+
+
+@_count.register_fake
+def _(handle: Tensor, ticket: Tensor) -> None:
+    pass
+
+
+@contextmanager
+def _deferring(reported: list[tuple[Tensor, Tensor]] | None) -> Iterator[None]:
+    """Have `count_read` add to ``reported``, if that is a list, what it is to count."""
+    _deferred.reported, before = reported, getattr(_deferred, "reported", None)
+    try:
+        yield
+    finally:
+        _deferred.reported = before
+
+
+def count_read(rows: RowTable, slots: Tensor, weights: Tensor) -> None:
+    """Count a read that reports ``slots`` with ``weights``, now or, within a graph that does so itself, later."""
+    reported = getattr(_deferred, "reported", None)
+    if reported is None:
+        rows.note_read(slots, weights)
+    elif rows.counts_reads:
+        reported.append((slots.detach(), weights.detach()))
 
 
 # Not torch.library.custom_op: in torch 2.6, the operators that it makes cannot return row-sparse tensors.
@@ -377,7 +445,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     results = torch.ops.softdb.read_backward.default(
         ticket, values, weights, scores, lse, mass, temperature, *ctx.shapes, ctx.device, ctx.wanted, sparse
     )
-    return *(result if want else None for result, want in zip(results, ctx.wanted, strict=True)), *[None] * 10
+    return *(result if want else None for result, want in zip(results, ctx.wanted, strict=True)), *[None] * 11
 
 
 _read.register_autograd(_differentiate, setup_context=_save)
@@ -459,17 +527,21 @@ def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
 @torch.library.custom_op("softdb::blend", mutates_args=())
 def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
     note_openmp()
+    _check_weights(weights)
+    return blend_at(weights, values, numbers)
+
+
+def _check_weights(weights: Tensor) -> None:
     if not is_finite(weights):
         raise NonFiniteError(
             "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "
             "(did training diverge?)"
         )
-    return blend_at(weights, values, numbers)
 
 
 @_blend.register_fake
 def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
-    return weights.new_empty(len(weights), values.shape[1])
+    return weights.new_empty(weights.shape[0], values.shape[1])
 
 
 torch.library.define(
@@ -519,7 +591,8 @@ def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weights, values, numbers = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    sparse = ctx.sparse and ctx.reads.count == 1
+    # torch.vmap over backward, as torch.autograd.functional.jacobian(vectorize=True) has it, stacks dense tensors.
+    sparse = ctx.sparse and ctx.reads.count == 1 and not has_batched([gradient])
     results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, sparse)
     return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
 
@@ -533,12 +606,16 @@ def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> 
     The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
     of the rows in ``numbers``, none of which is -1.
     """
-    if not torch.compiler.is_compiling() and any(map(_has_tangent, (weights, values))):
-        # torch would go on without the tangent, as if nothing depended on its tensor.
-        raise NotImplementedError("x: expected no forward-mode tangent, since the layer has no forward-mode derivative")
+    if is_active() or (is_forward_mode() and not torch.compiler.is_compiling()):
+        return _blend_under_transform(weights, values, numbers)
     result: Tensor = torch.ops.softdb.blend.default(weights, values, numbers, sparse)
     return result
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+def _blend_under_transform(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
+    """`blend` by operations that every transform goes through; the (M, k, dv) rows are held."""
+    if not torch.compiler.is_compiling():
+        with outside_of_transforms():
+            _check_weights(samples_first(weights))
+    rows = values.index_select(0, numbers.flatten()).reshape(*numbers.shape, values.shape[-1])
+    return weighted_sum(weights, rows.to(weights.dtype))

@@ -19,6 +19,7 @@
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
     ├── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
     ├── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
+    ├── TransformError         (NotImplementedError)  a transform of torch.func or torch.export cannot go through
     ├── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
     └── UnsupportedSystemError (RuntimeError)  the operating system lacks what saving and loading need
 
@@ -55,6 +56,7 @@ __all__ = [
     "ShapeError",
     "SoftDBError",
     "StaleReadError",
+    "TransformError",
     "UnfinishedWriteError",
     "UnknownIdError",
     "UnsupportedSystemError",
@@ -140,6 +142,10 @@ class MissingPackageError(SoftDBError, ImportError):
 
 class ReadOnlyError(SoftDBError, RuntimeError):
     """The rows lie in the files of a snapshot, as ``load(mmap=True)`` leaves them: call ``materialize()`` first."""
+
+
+class TransformError(SoftDBError, NotImplementedError):
+    """A transform (vmap, jvp, forward-mode differentiation, export) asks for what an operation does not support."""
 
 
 class UnsupportedSystemError(SoftDBError, RuntimeError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from softdb.errors import (
     DuplicateIdError,
     NonFiniteError,
     ShapeError,
+    TransformError,
     broadcasts,
     check_choice,
     check_finite,
@@ -45,8 +46,30 @@ from softdb.errors import (
 )
 from softdb.filters import Selection
 from softdb.locks import note_openmp
-from softdb.normalizers import SPARSE, check_normalizer, is_hard, noise_for, softmax, straight_through
+from softdb.normalizers import (
+    SPARSE,
+    GumbelNoise,
+    check_normalizer,
+    is_hard,
+    noise_for,
+    softmax,
+    straight_through,
+)
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.transforms import (
+    Answer,
+    Operands,
+    check_no_tangent,
+    check_randomness,
+    is_active,
+    is_forward_mode,
+    is_traced,
+    is_wrapped,
+    outside_of_graphs,
+    outside_of_transforms,
+    read_opaquely,
+    samples_first,
+)
 
 __all__ = ["Read", "merge", "soft_read", "topk_read"]
 
@@ -389,6 +412,9 @@ def soft_read(
     There are no second derivatives: asking for one is a `SecondDerivativeError`. With a sparse normalizer, the rows
     with weight are held, for every query its own.
 
+    `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` go through, nested as you like: vmap makes one read of all
+    samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export are a `TransformError`.
+
     Batch dimensions broadcast: tensors of a multi-head layer, (batch, heads, n, d), are read as they are, and so are
     keys that several heads share, (batch, 1, n, d).
 
@@ -411,6 +437,8 @@ def soft_read(
 
     Raises:
         ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is not as above.
+        TransformError: In forward mode, or where torch.export traces it; and for "gumbel" in a vmap whose
+            ``randomness`` is "error".
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; computed as FlashAttention (arXiv 2205.14135).
 
@@ -422,6 +450,18 @@ def soft_read(
         >>> soft_read(heads, heads, heads, mask=causal).values.shape
         torch.Size([2, 4, 10, 8])
     """
+    if torch.compiler.is_dynamo_compiling() or is_traced(query):
+        options: dict[str, Any] = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
+        return _soft_read_outside(query, keys, values, temperature=temperature, mask=mask, **options)
+    if is_active():
+        options = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
+        # vmap may want another draw for each sample.
+        if normalizer == "gumbel" or is_wrapped(query, keys, values, temperature, mask):
+            return _soft_read_under_transform(query, keys, values, temperature, mask, options)
+        with outside_of_transforms():
+            return soft_read(query, keys, values, temperature=temperature, mask=mask, **options)
+    if is_forward_mode():
+        check_no_tangent(query, keys, values, temperature)
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
@@ -470,7 +510,8 @@ def topk_read(
         values = softmax(scores) @ values[candidates]
 
     whatever found the candidates; scores come from the keys given here. Gradients reach every floating-point input,
-    twice differentiable. Holds the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
+    twice differentiable, in reverse and in forward mode, and every transform of torch.func but ``functionalize`` goes
+    through. Holds the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
 
     Args:
         query: What is looked for, (*batch, B, d), floating point.
@@ -498,6 +539,16 @@ def topk_read(
         >>> read.ids
         tensor([[ 0,  2, -1]])
     """
+    if torch.compiler.is_dynamo_compiling() or is_traced(query):
+        options: dict[str, Any] = {"metric": metric, "normalizer": normalizer, "generator": generator}
+        return _topk_read_outside(query, keys, values, candidates, temperature=temperature, **options)
+    if is_active() or is_forward_mode():
+        options = {"metric": metric, "normalizer": normalizer, "generator": generator}
+        tensors = query, keys, values, candidates, temperature
+        if normalizer == "gumbel" or is_forward_mode() or is_wrapped(*tensors):
+            return _topk_read_under_transform(query, keys, values, candidates, temperature, **options)
+        with outside_of_transforms():
+            return topk_read(query, keys, values, candidates, temperature=temperature, **options)
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     check_finite("query", query)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
@@ -519,6 +570,28 @@ def topk_read(
     if not is_finite(read.values):
         check_finite("values", values)
     return finish(transform(read, fold.unfold) if batch else read, query)
+
+
+UNTRACED = (
+    "softdb: functional: expected to run outside of graphs of torch.compile and torch.export, since {name} checks the "
+    "numbers in its arguments; export a module that reads a SoftKVStore, or leave out fullgraph=True"
+)
+
+
+def _refuse_tracing(function: Callable[..., Read]) -> Callable[..., Read]:
+    """Have ``function`` run outside of graphs of torch.compile, and raise where torch.export traces it."""
+    message = UNTRACED.format(name=function.__name__)
+
+    @outside_of_graphs(message)
+    def run(query: Tensor, *args: Any, **options: Any) -> Read:
+        if is_traced(query):
+            raise TransformError(message)
+        return function(query, *args, **options)
+
+    return run
+
+
+_soft_read_outside, _topk_read_outside = _refuse_tracing(soft_read), _refuse_tracing(topk_read)
 
 
 def merge(reads: Sequence[Read]) -> Read:
@@ -581,6 +654,169 @@ def merge(reads: Sequence[Read]) -> Read:
         total = (shares * masses).sum(-1)
         mass = straight_through(total.clamp(max=1.0), total)
         return Read(values, ids.gather(-1, order), weights.gather(-1, order), scores.gather(-1, order), lse, mass)
+
+
+# -- under transforms of torch.func ----------------------------------------------------------------------
+
+
+def answer_of(read: Read, leaves: Operands) -> Answer:
+    """Return a read as `softdb.transforms` takes it."""
+    members = {field.name: tensor for field in fields(Read) if isinstance(tensor := getattr(read, field.name), Tensor)}
+    return Answer(members, read.normalizer, leaves)
+
+
+def read_of(members: dict[str, Tensor], normalizer: str) -> Read:
+    """Return the read that has these members."""
+    named = {field.name: members.get(field.name) for field in fields(Read)}
+    return Read(**named | {"normalizer": normalizer})  # type: ignore[arg-type]
+
+
+def leaves_of(operands: Operands, wanted: Sequence[bool]) -> Operands:
+    """Return the same tensors, those whose gradients are wanted as leaves of a graph."""
+    return [
+        value.detach().requires_grad_() if want and value is not None else value
+        for value, want in zip(operands, wanted, strict=True)
+    ]
+
+
+def _soft_read_under_transform(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Read:
+    """`soft_read` of tensors that a transform wraps."""
+    check_normalizer(options["normalizer"], options["generator"])
+    _check_tables(query, keys, values)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
+    divisor = temperature if isinstance(temperature, Tensor) else None
+
+    def run(operands: Operands, wanted: list[bool]) -> Answer:
+        leaves = leaves_of(operands, wanted)
+        own_query, own_keys, own_values, own_divisor, own_mask, _ = leaves
+        read = soft_read(
+            cast(Tensor, own_query),
+            cast(Tensor, own_keys),
+            cast(Tensor, own_values),
+            temperature=temperature if own_divisor is None else own_divisor,
+            mask=own_mask,
+            **options,
+        )
+        return answer_of(read, leaves)
+
+    random = "queries" if options["normalizer"] == "gumbel" else ""
+    operands = [query, keys, values, divisor, mask]
+    return read_of(*read_opaquely(run, _fold_samples, operands, random=random, generator=options["generator"]))
+
+
+def _fold_samples(operands: Operands, batched: list[bool], size: int) -> Operands:
+    """Make a batch dimension of `soft_read` of the samples: batch dimensions broadcast, so it comes before all."""
+    tables = zip(operands[:3], batched[:3], strict=True)
+    count = max(cast(Tensor, table).dim() - 2 - has for table, has in tables)
+    if not any(batched[:3]):
+        query = cast(Tensor, operands[0])
+        operands = [query.unsqueeze(0).expand(size, *query.shape), *operands[1:]]
+        batched = [True, *batched[1:]]
+    ranks = (count + 2, count + 2, count + 2, count + 1, count + 2, 0)
+    return [
+        value.reshape(size, *[1] * (rank + 1 - value.dim()), *value.shape[1:]) if has and value is not None else value
+        for value, has, rank in zip(operands, batched, ranks, strict=True)
+    ]
+
+
+def _topk_read_under_transform(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    candidates: Tensor,
+    temperature: float | Tensor,
+    *,
+    metric: Metric,
+    normalizer: str,
+    generator: torch.Generator | None,
+) -> Read:
+    """`topk_read` by operations that every transform goes through: none depends on numbers."""
+    check_choice("metric", metric, METRICS)
+    check_normalizer(normalizer, generator)
+    batch = _check_tables(query, keys, values)
+    height, count = query.shape[-2], keys.shape[-2]
+    with outside_of_transforms():
+        check_finite("query", samples_first(query))
+        if isinstance(temperature, Tensor):
+            numbers = samples_first(temperature)
+            check_temperature(numbers, numbers.shape)
+        if isinstance(candidates, Tensor):
+            numbers = samples_first(candidates)
+            _check_candidates(numbers, numbers.shape[:-1], count, query.device)
+    temperature = _check_temperature_shape(temperature, (*batch, height), query.device)
+    if candidates.dim() == 0 or not broadcasts(candidates.shape[:-1], (*batch, height)):
+        _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, height), 1, query.device)
+    if normalizer == "gumbel":
+        check_randomness()
+    with full_precision(query.device):
+        dtype = compute_dtype(query, keys, values)
+        centre = centre_of(query, metric)
+        operand = prepare_query(query, metric, temperature, centre, dtype)
+        fold = _Fold(batch, height, keys, values)
+        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
+        rows = fold.queries(candidates.to(torch.int64).expand(*batch, height, candidates.shape[-1]))  # (M, k)
+        missing = rows < 0
+        places = tables.place(rows).clamp(min=0)
+        scan = Scan(metric, centre, Selection(count), dtype)
+        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), scan)
+        if normalizer == "gumbel":
+            device = "cpu" if generator is None else generator.device
+            noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))
+            numbers = query_numbers(range(len(rows) // max(1, fold.groups)), range(fold.groups), rows.device)
+            scores = scores + noise.at(numbers.flatten().unsqueeze(-1), rows, dtype).squeeze(-2)
+        finite = scores.masked_fill(missing, 0.0)
+        with outside_of_transforms():
+            check_scores(samples_first(finite))
+        scores = scores.masked_fill(missing, -torch.inf)
+        by_row = rows.sort(dim=-1).indices
+        by_score = scores.detach().gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices
+        order = by_row.gather(-1, by_score)
+        rows, scores = rows.gather(-1, order), scores.gather(-1, order)
+        places, missing = places.gather(-1, order), missing.gather(-1, order)
+        weights, lse = softmax(scores)
+        if normalizer in SPARSE:
+            weights = SPARSE[normalizer](scores)
+        gathered = _gather_all(tables.values, places, missing, dtype)  # (M, k, dv)
+        blend = weighted_sum(weights, gathered)
+        if is_hard(normalizer):
+            blend = straight_through(gathered[:, 0], blend)
+            first = torch.nn.functional.pad((~missing[:, :1]).to(dtype), (0, rows.shape[-1] - 1))
+            weights = straight_through(first, weights)
+        complete = (rows >= 0).sum(-1) == count
+        mass = torch.where(complete, 1.0, torch.nan).to(dtype).masked_fill(lse == -torch.inf, 0.0)
+        read = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
+    with outside_of_transforms():
+        if not is_finite(samples_first(read.values)):
+            check_finite("values", samples_first(values))
+    return finish(transform(read, fold.unfold) if batch else read, query)
+
+
+def _gather_all(table: Tensor, places: Tensor, missing: Tensor, dtype: torch.dtype) -> Tensor:  # -> (M, k, x)
+    """Gather rows, 0 where they are missing."""
+    if len(table) == 0:
+        return table.new_zeros(*places.shape, table.shape[-1], dtype=dtype)
+    rows = table.index_select(0, places.flatten()).reshape(*places.shape, table.shape[-1]).to(dtype)
+    return rows.masked_fill(missing.unsqueeze(-1), 0.0)
+
+
+def _check_temperature_shape(
+    temperature: float | Tensor, shape: tuple[int, ...], device: torch.device
+) -> float | Tensor:
+    """Check a temperature whose numbers have been checked."""
+    if not isinstance(temperature, Tensor):
+        return check_temperature(temperature, shape, device)
+    if not temperature.is_floating_point():
+        return temperature.to(torch.float32)
+    check_temperature(torch.ones(temperature.shape, dtype=temperature.dtype, device=temperature.device), shape, device)
+    return temperature
 
 
 # -- shapes ----------------------------------------------------------------------------------------------
@@ -669,13 +905,18 @@ def _check_operands(
     note_openmp()
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
+    batch = _check_tables(query, keys, values)
+    return batch, check_temperature(temperature, (*batch, query.shape[-2]), query.device)
+
+
+def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    """Check everything but the numbers; return the batch shape."""
     check_float_tensor("query", query, (-1, None, None))
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
-    batch = _batch_shape(query, keys, values)
-    return batch, check_temperature(temperature, (*batch, query.shape[-2]), query.device)
+    return _batch_shape(query, keys, values)
 
 
 def _batch_shape(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softdb.blockwise import full_precision
-from softdb.compiled import blend, outside_of_graphs
+from softdb.compiled import blend
 from softdb.errors import (
     ArgumentError,
     DtypeError,
     ShapeError,
     SoftDBError,
     StaleReadError,
+    TransformError,
     check_choice,
     check_dtype,
     check_float_tensor,
@@ -44,6 +45,19 @@ from softdb.functional import Read, answer_dtype, merge, soft_read, widened
 from softdb.normalizers import softmax
 from softdb.scores import compute_dtype
 from softdb.store import Mode, SoftKVStore, Usage, check_options
+from softdb.transforms import (
+    check_no_tangent,
+    is_active,
+    is_batched,
+    is_exporting,
+    is_forward_mode,
+    is_traced,
+    is_wrapped,
+    outside_of_graphs,
+    outside_of_transforms,
+    plain,
+    samples_first,
+)
 
 __all__ = ["ContextMemory", "MemoryLayer", "ProductKeyMemory"]
 
@@ -73,6 +87,10 @@ REFUSED_OPTIONS = {
     ),
     "where": "a MemoryLayer is made for all rows; pass it to the layer's call",
 }
+UNTRACED = (
+    "softdb: a ContextMemory writes to itself as it runs, which cannot be part of a compiled or exported graph; leave "
+    "out fullgraph=True"
+)
 
 
 class _Queries(nn.Module):
@@ -493,7 +511,13 @@ class ContextMemory(nn.Module):
             DtypeError, DeviceError, NonFiniteError: An argument is not as above.
             StaleReadError: In backward, where tokens that were seen have been evicted since; and where activation
                 checkpointing repeats another segment than the last.
+            TransformError: ``write`` under torch.vmap.
         """
+        if is_active() and not is_wrapped(x, documents, *self.parameters()):
+            with outside_of_transforms():
+                return self.forward(x, documents=documents, write=write, return_read=return_read)
+        if is_traced(x) and not torch.compiler.is_dynamo_compiling():
+            raise TransformError(UNTRACED)
         check_float_tensor("x", x, (None, None, self.dim))
         queries = self.queries(x).squeeze(-2).transpose(1, 2)  # (batch, heads, n, key_dim)
         keys = self.keys(x)[..., 0, 0, :]  # (batch, n, key_dim)
@@ -718,13 +742,16 @@ class _Ring:
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
         if self.tables is None or self.written == 0:
             return None
-        keys, values, stored = (table[:, None, : self.written] for table in self.tables)
+        tables = _each(torch.clone, self.tables) if is_active() else self.tables
+        keys, values, stored = (table[:, None, : self.written] for table in tables)
         mask = None
         if documents is not None:
             mask = (stored.unsqueeze(-2) == documents[:, None, :, None]) & (stored.unsqueeze(-2) >= 0)
         read = soft_read(queries, keys, values, mask=mask)
         if not read.lse.requires_grad:
             return read
+        if is_active():
+            return read  # of copies
         guarded = _Intact.apply(self, self.tables, read.values, read.lse)  # type: ignore[no-untyped-call]
         return replace(read, values=guarded[0], lse=guarded[1])
 
@@ -897,11 +924,12 @@ def _attend(
     dtype: torch.dtype | None,
 ) -> Read:
     """What a segment and the past tell its queries; with ``dtype``, remember it in that."""
+    if is_forward_mode():
+        check_no_tangent(queries, keys, values)
+    if is_active():
+        return _attend_under_transform(past, queries, keys, values, documents, dtype)
     batch, count = keys.shape[:2]
-    if past.batch not in (0, batch):
-        raise ShapeError(
-            f"x: expected {past.batch} sequences, as the memory holds, got {batch}; call reset() before others come"
-        )
+    _check_batch(past, batch)
     documents = _check_documents(documents, batch, count, keys.device)
     repeats = torch._C._current_graph_task_id() != -1  # within a backward: activation checkpointing
     if repeats and not past.knows_again(keys):
@@ -912,11 +940,7 @@ def _attend(
     if not repeats:
         past.settle()
         past.note(keys)
-    mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
-    if documents is not None:
-        own = documents[:, None, :, None]
-        mask = mask & (own == documents[:, None, None, :]) & (own >= 0)
-    read = soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
+    read = _attend_to_segment(queries, keys, values, documents)
     before = past.read(queries, documents)
     if before is not None:
         read = merge([before, read])
@@ -925,10 +949,54 @@ def _attend(
     return read
 
 
-_attend_outside = outside_of_graphs(
-    "softdb: a ContextMemory writes to itself as it runs, which cannot be part of a compiled graph; leave out "
-    "fullgraph=True"
-)(_attend)
+def _attend_under_transform(
+    past: _Past, queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype | None
+) -> Read:
+    """`_attend` while a transform of torch.func is active; plain numbers are remembered, cut from it."""
+    if dtype is not None and any(map(is_batched, (keys, values))):
+        raise TransformError(
+            "write: expected False under torch.vmap, since a ContextMemory cannot remember a segment for each sample; "
+            "pass write=False, or more sequences in x"
+        )
+    if is_wrapped(documents):
+        raise TransformError(
+            "documents: expected a tensor that no transform of torch.func wraps; pass documents from outside of the "
+            "transformed function"
+        )
+    batch, count = keys.shape[:2]
+    with outside_of_transforms():
+        _check_batch(past, batch)
+        documents = _check_documents(documents, batch, count, keys.device)
+        past.settle()
+    read = _attend_to_segment(queries, keys, values, documents)
+    before = past.read(queries, documents)
+    if before is not None:
+        read = merge([before, read])
+    if dtype is not None and batch:
+        kept = plain("keys", keys), plain("values", values)
+        with outside_of_transforms():
+            past.remember(*kept, documents, dtype)
+    return read
+
+
+def _check_batch(past: _Past, batch: int) -> None:
+    if past.batch not in (0, batch):
+        raise ShapeError(
+            f"x: expected {past.batch} sequences, as the memory holds, got {batch}; call reset() before others come"
+        )
+
+
+def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Read:
+    """Read, for each token, those of its segment up to itself, (batch, heads, n)."""
+    count = keys.shape[1]
+    mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
+    if documents is not None:
+        own = documents[:, None, :, None]
+        mask = mask & (own == documents[:, None, None, :]) & (own >= 0)
+    return soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
+
+
+_attend_outside = outside_of_graphs(UNTRACED)(_attend)
 
 
 def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
@@ -1019,10 +1087,21 @@ class ValueTable(nn.Embedding):
         """``(weights[..., None] * weight[rows]).sum(1)``."""
         values = blend(weights, self.weight, rows, sparse=self.sparse)
         if self.track_usage:
-            with torch.no_grad():
-                self.reads.index_add_(0, rows.flatten(), torch.ones_like(rows).flatten())
-                self.total.index_add_(0, rows.flatten(), weights.detach().flatten().to(self.total.dtype))
+            if is_active():
+                # Of both, each sample's.
+                rows, weights = rows + torch.zeros_like(weights).to(rows.dtype), weights + torch.zeros_like(rows)
+                reads, total = plain("reads", self.reads), plain("total", self.total)
+                with outside_of_transforms():
+                    _count(reads, total, samples_first(rows), samples_first(weights))
+            else:
+                _count(self.reads, self.total, rows, weights)
         return values
+
+
+@torch.no_grad()
+def _count(reads: Tensor, total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    reads.index_add_(0, rows.flatten(), torch.ones_like(rows).flatten())
+    total.index_add_(0, rows.flatten(), weights.detach().flatten().to(total.dtype))
 
 
 class ProductKeyMemory(nn.Module):
@@ -1196,7 +1275,8 @@ def _best_pairs(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     heads, n = queries.shape[1], keys.shape[2]
     first, second = _ranks(k, min(k, n), queries.device)
     found = []
-    for part in queries.split(max(1, SCORES // (2 * heads * n))):
+    # An exported graph may be for batches of any size, not for any number of parts.
+    for part in [queries] if is_exporting() else queries.split(max(1, SCORES // (2 * heads * n))):
         # Products of these queries with a list at a time, (2 heads, m, n).
         halves = torch.bmm(part.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, 2))
         with torch.no_grad():

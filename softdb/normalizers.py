@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from softdb.errors import ArgumentError, DtypeError, check_choice, describe
+from softdb.transforms import is_active, is_forward_mode
 
 __all__ = [
     "NORMALIZERS",
@@ -98,8 +99,31 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """``hard`` forward, bit for bit; the gradient goes to ``soft`` (Bengio et al. 2013, arXiv 1308.3432)."""
-    result: Tensor = _StraightThrough.apply(hard.detach(), soft)  # type: ignore[no-untyped-call]
+    function = _TransformableStraightThrough if is_active() or is_forward_mode() else _StraightThrough
+    result: Tensor = function.apply(hard.detach(), soft)  # type: ignore[no-untyped-call]
     return result
+
+
+class _TransformableStraightThrough(torch.autograd.Function):
+    """`_StraightThrough` as transforms of torch.func need it, which costs some ten microseconds more a call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[1].clone()
 
 
 # -- sparse ----------------------------------------------------------------------------------------------
@@ -119,8 +143,7 @@ def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> sparsemax(torch.tensor([2.0, 1.5, 0.0, -torch.inf]))
         tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
-    weights: Tensor = _Sparse.apply(scores, _nearest, _steps)  # type: ignore[no-untyped-call]
-    return weights
+    return _sparse(scores, _nearest, _steps)
 
 
 def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
@@ -138,8 +161,7 @@ def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> entmax15(torch.tensor([2.0, 2.0, -1.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
-    weights: Tensor = _Sparse.apply(scores, _smooth, _roots)  # type: ignore[no-untyped-call]
-    return weights
+    return _sparse(scores, _smooth, _roots)
 
 
 SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"sparsemax": sparsemax, "entmax15": entmax15}
@@ -155,13 +177,7 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
-        if scores.shape[-1] == 0:
-            weights = scores.clone()
-        else:
-            largest = scores.amax(-1, keepdim=True)
-            empty = largest == -torch.inf
-            below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=LOWEST)
-            weights = weigh(below).masked_fill_(empty, 0.0)
+        weights = _weighed(scores, weigh)
         ctx.slopes = slopes
         ctx.save_for_backward(weights)
         return weights
@@ -171,11 +187,50 @@ class _Sparse(torch.autograd.Function):
         return _through(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None
 
 
+class _TransformableSparse(torch.autograd.Function):
+    """`_Sparse` as transforms of torch.func need it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
+        return _weighed(scores, weigh)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Weigh, Weigh], output: Tensor) -> None:
+        ctx.slopes = inputs[2]
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _through(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _through(tangents[0], ctx.slopes(*ctx.saved_tensors))  # the Jacobian is symmetric
+
+
+def _sparse(scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
+    function = _TransformableSparse if is_active() or is_forward_mode() else _Sparse
+    weights: Tensor = function.apply(scores, weigh, slopes)  # type: ignore[no-untyped-call]
+    return weights
+
+
+def _weighed(scores: Tensor, weigh: Weigh) -> Tensor:
+    if scores.shape[-1] == 0:
+        return scores.clone()
+    largest = scores.amax(-1, keepdim=True)
+    empty = largest == -torch.inf
+    below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=LOWEST)
+    return weigh(below).masked_fill_(empty, 0.0)
+
+
 def _nearest(z: Tensor) -> Tensor:
     ordered = z.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
     support = (_counts(z) * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # no NaN is to be an index
-    return (z - excess.gather(-1, support - 1) / support).clamp_(min=0)
+    return (z - excess.gather(-1, support - 1) / support).clamp(min=0)  # torch.vmap has no rule for clamp_
 
 
 def _steps(weights: Tensor) -> Tensor:
@@ -189,7 +244,7 @@ def _smooth(z: Tensor) -> Tensor:
     scatter = count * (ordered.square().cumsum(-1) / count - mean.square())
     thresholds = mean - ((1 - scatter) / count).clamp(min=0).sqrt()
     support = (thresholds <= ordered).sum(-1, keepdim=True).clamp(min=1)
-    return (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_()
+    return (z - thresholds.gather(-1, support - 1)).clamp(min=0).square()
 
 
 def _roots(weights: Tensor) -> Tensor:
@@ -219,13 +274,13 @@ class GumbelNoise:
     and backward, and never held.
 
     Attributes:
-        seed: What it is drawn by, an int64.
+        seed: What it is drawn by, an int64; a tensor () where a transform of torch.func may batch it.
 
     Source: Gumbel 1954; Maddison, Tarlow & Minka 2014 (arXiv 1411.0030). The hash is SplitMix64 (Steele, Lea & Flood
     2014, doi 10.1145/2660193.2660195).
     """
 
-    seed: int
+    seed: int | Tensor
 
     @classmethod
     def draw(cls, generator: torch.Generator | None) -> GumbelNoise:
@@ -240,7 +295,11 @@ class GumbelNoise:
         bits = _mixed(query_hash + row_hash)
         uniform = (bits >> 11).bitwise_and_(2**53 - 1).to(dtype).mul_(2.0**-53)
         # The large ones come of u near 1, so it is 1 - u that is exact there.
-        uniform.clamp_(min=2.0**-54, max=1 - torch.finfo(dtype).eps / 2)
+        lowest, highest = 2.0**-54, 1 - torch.finfo(dtype).eps / 2
+        if isinstance(self.seed, Tensor):  # torch has no batching rule for clamp_
+            uniform = uniform.clamp(lowest, highest)
+        else:
+            uniform.clamp_(lowest, highest)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

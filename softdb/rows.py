@@ -393,9 +393,14 @@ class RowTable(nn.Module):
             self.used_at[slots.to(self.used_at.device)] = self._next_turn
             self._next_turn += 1
 
+    @property
+    def counts_reads(self) -> bool:
+        """Whether `note_read` notes anything."""
+        return self.evict == "lru" or self.track_usage
+
     def note_read(self, slots: Tensor, weights: Tensor) -> None:  # of one shape
         """Note that a read reports ``slots``, -1 for none, with ``weights``."""
-        if self.evict != "lru" and not self.track_usage:
+        if not self.counts_reads:
             return
         reported = slots >= 0
         slots = slots[reported]

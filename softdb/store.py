@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
-from softdb.compiled import new_handle, read_in_graph
+from softdb.compiled import count_read, new_handle, read_in_graph
 from softdb.errors import (
     FLOAT_NAMES,
     FLOATS,
@@ -36,6 +36,7 @@ from softdb.errors import (
     ShapeError,
     SoftDBError,
     StaleReadError,
+    TransformError,
     UnfinishedWriteError,
     check_above_zero,
     check_choice,
@@ -56,11 +57,14 @@ from softdb.functional import (
     Read,
     Tables,
     answer_dtype,
+    answer_of,
     best_of,
     completed,
     finish,
+    leaves_of,
     read_candidates,
     read_exactly,
+    read_of,
     replaced,
     transform,
     widened,
@@ -71,6 +75,19 @@ from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watc
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
+from softdb.transforms import (
+    Answer,
+    Operands,
+    check_no_tangent,
+    is_active,
+    is_forward_mode,
+    is_traced,
+    is_wrapped,
+    outside_of_transforms,
+    plain,
+    read_opaquely,
+    without_transforms,
+)
 from softdb.version import __version__
 
 __all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
@@ -107,6 +124,11 @@ SUPPORT, SUPPORT_TIMES = 1024, 16
 BEST_ROWS, FIRST_SAMPLES = 256, 2**14
 RATES, MORE = (1.4, 2.0, 2.0), 1.2
 
+CAPTURED = (
+    "expected a callable that uses no tensors which a transform of torch.func wraps, since it runs outside of the "
+    "transform; pass where or exclude as a tensor"
+)
+
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -132,9 +154,11 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
 def _alone(method: Callable[P, T]) -> Callable[P, T]:
     """A method of a store that runs while no other thread reads or writes."""
 
+    @without_transforms
     @functools.wraps(method)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast("SoftKVStore", args[0])
+        store._check_own_tables()
         with store.rows.access.writing(), torch.inference_mode(False):
             store._catch_up()
             return method(*args, **kwargs)
@@ -329,6 +353,7 @@ class SoftKVStore(nn.Module):
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
+    @without_transforms
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -391,6 +416,7 @@ class SoftKVStore(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature":
+            value = plain(name, value)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise DtypeError(
                     "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"
@@ -413,6 +439,7 @@ class SoftKVStore(nn.Module):
     def __bool__(self) -> bool:
         return True  # an empty store is still a store
 
+    @without_transforms
     def __contains__(self, id: object) -> bool:
         if isinstance(id, Tensor) and id.numel() == 1:
             id = id.item()
@@ -452,6 +479,7 @@ class SoftKVStore(nn.Module):
 
         return self._reading(copied)
 
+    @without_transforms
     def reset_usage(self) -> None:
         """Count from 0 again. Which rows are evicted next stays as it is.
 
@@ -602,6 +630,7 @@ class SoftKVStore(nn.Module):
         given = check_ids("ids", ids)
         self._carry_out(_Change(self.rows.slots_of("ids", given), NO_SLOTS, NO_SLOTS))
 
+    @without_transforms
     def get(self, ids: Ids) -> Rows:
         """The rows ``ids``, in that order, as copies cut from the graph.
 
@@ -671,7 +700,12 @@ class SoftKVStore(nn.Module):
 
         Under torch.compile a read is one operator of the graph; a callable ``where``, a sample, a tolerance, and a
         sparse normalizer in topk mode break the graph. Rows are written outside of graphs. Gradients of the rows are
-        dense where a graph reads one store more than once.
+        dense where a graph reads one store more than once. torch.export takes the same reads; the exported program
+        reads this very store, as long as it lives in its process and its rows stay the same.
+
+        `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` go through, nested as you like, and so do gradients for each
+        sample by ``functional_call``. vmap makes one read of all samples, unless each has its own rows, a ``where``
+        of its own or a callable one. Writes within a transform store plain numbers, but not those of each sample.
 
         Args:
             query: What is looked for, (..., key_dim), floating point.
@@ -714,10 +748,13 @@ class SoftKVStore(nn.Module):
             ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
             StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
                 unless it evicts one of those.
+            SecondDerivativeError: In a second derivative of an exact read, or of any read under torch.func.
+            TransformError: In forward mode (jvp, jacfwd, hessian), or for a read that draws random numbers in a vmap
+                whose ``randomness`` is "error".
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or is_traced(query):
             return read_in_graph(
                 self,
                 query,
@@ -731,6 +768,21 @@ class SoftKVStore(nn.Module):
                 tolerance=tolerance,
                 generator=generator,
             )
+        if is_active():
+            return self._read_under_transform(
+                query,
+                mode=mode,
+                k=k,
+                where=where,
+                exclude=exclude,
+                temperature=temperature,
+                normalizer=normalizer,
+                tail_samples=tail_samples,
+                tolerance=tolerance,
+                generator=generator,
+            )
+        if is_forward_mode():
+            check_no_tangent(query, self.keys, self.values, temperature)
         k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
         normalizer = normalizer if self.training else in_eval_mode(normalizer)
@@ -741,12 +793,47 @@ class SoftKVStore(nn.Module):
             )
             if read.ids is None or read.weights is None:
                 return read
-            self.rows.note_read(read.ids, read.weights)
+            count_read(self.rows, read.ids, read.weights)
             if mode == "exact" and k is None:
                 return best_of(read, None)
             return replace(read, ids=self.rows.ids_at(read.ids))
 
         return self._reading(answered, query if mode == "topk" else None, k)
+
+    def _read_under_transform(self, query: Tensor, **options: Any) -> Read:
+        """`read` while a transform of torch.func is active."""
+        mode, k, normalizer, generator = (options[name] for name in ("mode", "k", "normalizer", "generator"))
+        check_options(mode, k, normalizer, options["tail_samples"], options["tolerance"], generator)
+        keys, values = self.keys, self.values
+        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
+        if is_wrapped(*self.rows.buffers()):
+            raise TransformError(
+                "rows: expected the store's own buffers, got some that a transform of torch.func wraps; pass "
+                "functional_call the Parameters only"
+            )
+        if callable(options["where"]):
+            options["where"] = _without_wrapped_tensors(options["where"])
+        random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
+        if normalizer == "gumbel" and self.training:
+            random = "queries"
+        names = [name for name in ("temperature", "where", "exclude") if isinstance(options[name], Tensor)]
+        given = [options[name] if name in names else None for name in ("temperature", "where", "exclude")]
+        if not random and not is_wrapped(query, keys, values, *given):
+            with outside_of_transforms():
+                return self.read(query, **options)
+        is_lent = is_wrapped(keys, values)
+
+        def run(operands: Operands, wanted: list[bool]) -> Answer:
+            own = leaves_of(operands, [want and (is_lent or place not in (1, 2)) for place, want in enumerate(wanted)])
+            own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
+            store = _LentStore(self, own_keys, own_values) if is_lent else self
+            arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
+            read = SoftKVStore.read(store, own_query, **options | {name: arguments[name] for name in names})
+            return answer_of(read, own)
+
+        fold = _fold_no_samples if callable(options["where"]) else _fold_queries
+        operands = [query, keys, values, *given]
+        return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_lent))
 
     def _answer(
         self,
@@ -946,6 +1033,7 @@ class SoftKVStore(nn.Module):
 
     # -- the index -------------------------------------------------------------------------------------------
 
+    @without_transforms
     def build_index(self) -> None:
         """Build the index of top-k reads from the rows as they are, whatever it was before.
 
@@ -958,6 +1046,7 @@ class SoftKVStore(nn.Module):
         with self.writing():
             self._index.build(self.rows, self.keys.detach())
 
+    @without_transforms
     def refresh(self, *, wait: bool = False) -> None:
         """Take the pending rows into the index, so that no search has to go through them.
 
@@ -987,6 +1076,7 @@ class SoftKVStore(nn.Module):
         slots = self.rows.slots_of("ids", given).unique()
         self._commit(functools.partial(self.rows.mark_changed, slots), WRITTEN)
 
+    @without_transforms
     @torch.no_grad()
     def audit(
         self,
@@ -1100,6 +1190,7 @@ class SoftKVStore(nn.Module):
         return tensors, description
 
     @classmethod
+    @without_transforms
     @torch.inference_mode(False)
     def load(
         cls,
@@ -1467,6 +1558,10 @@ class SoftKVStore(nn.Module):
 
     def _reading(self, action: Callable[[], T], query: Tensor | None = None, k: int | None = None) -> T:
         """What ``action`` finds in one version of the rows; with ``query`` it is a search."""
+        if is_active():
+            self._check_own_tables()
+            with outside_of_transforms():
+                return self._reading(action, query, k)
         access = self.rows.access
         if access.is_read and not access.is_written:
             return action()  # within a read, whose version counts
@@ -1488,6 +1583,11 @@ class SoftKVStore(nn.Module):
 
     def _catch_up(self, query: Tensor | None = None, k: int | None = None) -> None:
         """Finish what broke off, note what was written in place and, before a search of ``query``, mind the index."""
+        if is_active():
+            self._check_own_tables()
+            with outside_of_transforms():
+                self._catch_up(query, k)
+            return
         if self._unfinished is not None:
             self._unfinished()
             self.rows.rebuild()
@@ -1533,6 +1633,13 @@ class SoftKVStore(nn.Module):
             self.rows.mark_moved(keys="keys" in written)
             self.rows.know(tables)
             self._watch()
+
+    def _check_own_tables(self) -> None:
+        if is_wrapped(self.keys, self.values):
+            raise TransformError(
+                "keys, values: expected the store's own tensors, got some that a transform of torch.func wraps and "
+                "functional_call lends; within functional_call only read the store"
+            )
 
     def _tables(self) -> dict[str, Tensor]:
         return {"keys": self.keys, "values": self.values}
@@ -1713,6 +1820,7 @@ class SoftKVStore(nn.Module):
             pass
         return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
 
+    @without_transforms
     def __deepcopy__(self, memo: dict[int, Any]) -> SoftKVStore:
         """A copy of one version of the rows, whoever writes meanwhile."""
         with self.writing():
@@ -1748,6 +1856,30 @@ def _sent(store: SoftKVStore) -> Any:
 # The memory that a process has its store in, as long as that process is known.
 _copies: weakref.WeakKeyDictionary[Any, list[SoftKVStore]] = weakref.WeakKeyDictionary()
 ForkingPickler.register(SoftKVStore, _sent)
+
+
+class _LentStore(SoftKVStore):
+    """The rows of a store with other keys and values in their place, exactly searched: for reads only."""
+
+    def __init__(self, store: SoftKVStore, keys: Tensor, values: Tensor) -> None:
+        self.__dict__.update(store.__dict__)
+        tables = {"keys": keys, "values": values}
+        self.__dict__["_parameters"] = {name: tables.get(name, value) for name, value in store._parameters.items()}
+        self.__dict__["_buffers"] = {name: tables.get(name, value) for name, value in store._buffers.items()}
+        self.__dict__["_index"] = Index(IndexConfig("Flat"), self.metric, self.key_dim, moving=True)
+
+    def _is_current(self, searching: bool) -> bool:
+        return self._unfinished is None
+
+    def _notice_writes(self) -> None:
+        pass
+
+    def _largest_key_norm(self) -> float:
+        keys = self.keys.detach()
+        return float(torch.linalg.vector_norm(keys, dim=-1, dtype=compute_dtype(keys)).amax()) if len(keys) else 0.0
+
+    def _guard(self, read: Read, used: Tensor | None) -> Read:
+        return read  # later writes to the store do not concern these tables
 
 
 def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
@@ -1793,6 +1925,42 @@ def _has_company() -> bool:
     """Whether this is one of several processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:
+    """Make more queries of one read of the samples of `SoftKVStore.read`, unless each has its own rows."""
+    query, keys, values, temperature, where, exclude, salt = operands
+    if query is None or batched[1] or batched[2] or batched[4]:
+        return None
+    leading = query.dim() - 1 - batched[0]
+    if not batched[0]:
+        query = query.unsqueeze(0).expand(size, *query.shape)
+    if temperature is not None and batched[3]:
+        temperature = temperature.reshape(size, *[1] * (leading + 1 - temperature.dim()), *temperature.shape[1:])
+    if exclude is not None and not batched[5]:
+        exclude = exclude.unsqueeze(0).expand(size, *exclude.shape)
+    return [query, keys, values, temperature, where, exclude, salt]
+
+
+def _fold_no_samples(operands: Operands, batched: list[bool], size: int) -> None:
+    """Make no single read of the samples: a callable is written for the queries of one."""
+
+
+def _without_wrapped_tensors(
+    where: Callable[[Mapping[str, Tensor]], Tensor],
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Guard a callable ``where``, which runs outside of the transforms around its read."""
+
+    def guarded(row: Mapping[str, Tensor]) -> Tensor:
+        try:
+            allowed = where(row)
+        except RuntimeError as error:
+            raise TransformError(f"where: {CAPTURED}; the callable raised {type(error).__name__}") from error
+        if is_wrapped(allowed):
+            raise TransformError(f"where: {CAPTURED}")
+        return allowed
+
+    return guarded
 
 
 def _within_ddp() -> bool:

@@ -14,6 +14,7 @@
     ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+    ├── ForeignWriteError      (RuntimeError)  something other than the store replaced or overwrote its tensors
     ├── CorruptSnapshotError   (ValueError)    a saved store is not what it was when it was saved
     ├── IndexBuildError        (RuntimeError)  the index could not be built; searches are exact
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
@@ -45,6 +46,7 @@ __all__ = [
     "DtypeError",
     "DuplicateIdError",
     "FieldError",
+    "ForeignWriteError",
     "GrowthError",
     "IndexBuildError",
     "LockedError",
@@ -108,6 +110,10 @@ class UnknownIdError(_LookupFailure):
 
 class FieldError(_LookupFailure):
     """A field is unknown, missing or reserved."""
+
+
+class ForeignWriteError(SoftDBError, RuntimeError):
+    """Something other than the store replaced or overwrote its tensors, so that they no longer hold its rows."""
 
 
 class GrowthError(SoftDBError, RuntimeError):

@@ -8,6 +8,8 @@ import itertools
 import math
 import os
 import pickle
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from softdb.errors import (
     CorruptSnapshotError,
     DeviceError,
     DtypeError,
+    ForeignWriteError,
     GrowthError,
     NonFiniteError,
     ReadOnlyError,
@@ -67,7 +70,7 @@ from softdb.functional import (
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
-from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
+from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, unwatched, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
@@ -93,6 +96,10 @@ MAPPED = ("keys", "values", "rows.generation")
 ATTEMPTS = 3
 # Under which name torch saves what a subclass adds by `get_extra_state`.
 EXTRA_STATE = "_extra_state"
+# The frames between a module that is walked and whoever walks it.
+WALKS = frozenset(
+    ("named_modules", "named_buffers", "named_parameters", "_named_members", "_is_asked_by_ddp", "buffers", "<lambda>")
+)
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
@@ -124,6 +131,7 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
                 "written to; call store.materialize() first"
             )
+        cast("SoftKVStore", args[0])._check_own_tables()
         return method(*args, **kwargs)
 
     return allowed
@@ -131,12 +139,16 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
 
 def _alone(method: Callable[P, T]) -> Callable[P, T]:
     """A method of a store that runs while no other thread reads or writes."""
+    is_loading = method.__name__ == "_load_from_state_dict"
 
     @functools.wraps(method)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast("SoftKVStore", args[0])
         with store.rows.access.writing(), torch.inference_mode(False):
-            store._catch_up()
+            if is_loading:  # which mends what something else has overwritten
+                store._recover()
+            else:
+                store._catch_up()
             return method(*args, **kwargs)
 
     return alone
@@ -326,6 +338,8 @@ class SoftKVStore(nn.Module):
     temperature: float
     # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
     _is_strict = False
+    # Whether FSDP2 has put shards in the place of the tables, which it exchanges for whole ones in a forward.
+    _is_sharded = False
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
@@ -381,15 +395,19 @@ class SoftKVStore(nn.Module):
         self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
         self._finished = 0  # how many writes that broke off have been
         self._is_mapped = False  # the rows lie in the files of a snapshot
+        self._has_warned = False  # of keys that were written to unnoticed
         self._handle = new_handle(self)
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
         self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
         self._watch()
-        self.rows.know(self._tables())
+        self._record_versions()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("keys", "values") and "rows" in self.__dict__.get("_modules", ()):
+            self._replace_table(name, value)
+            return
         if name == "temperature":
             if isinstance(value, Tensor) and value.requires_grad:
                 raise DtypeError(
@@ -408,7 +426,7 @@ class SoftKVStore(nn.Module):
     # -- the table -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._reading(lambda: len(self.rows))
 
     def __bool__(self) -> bool:
         return True  # an empty store is still a store
@@ -763,6 +781,9 @@ class SoftKVStore(nn.Module):
     ) -> Read:
         """What `read` returns, with slots for ids; nobody counts it. The options and the query have been checked."""
         keys, values = self.keys, self.values
+        lent = self._lent({"keys": keys, "values": values})
+        for name, table in lent.items():
+            self._check_lent(name, table, mode)
         if self.trainable and self.sparse_grad and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
         leading = query.shape[:-1]
@@ -778,7 +799,8 @@ class SoftKVStore(nn.Module):
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
             noise = noise_for(normalizer, generator)
-            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow, noise)
+            largest = functools.partial(_largest_norm, keys) if "keys" in lent else self._largest_key_norm
+            scan = Scan(self.metric, centre, selection, dtype, largest, narrow, noise)
             tables = Tables(keys, values, sparse=self.trainable and self.sparse_grad)
             if mode == "exact":
                 try:
@@ -802,7 +824,7 @@ class SoftKVStore(nn.Module):
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
             read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-        return self._guard(finish(read, query), used)
+        return self._guard(finish(read, query), used, list(lent.values()))
 
     def _read_best(
         self,
@@ -854,7 +876,8 @@ class SoftKVStore(nn.Module):
         selection = scan.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
-        outline = self._index.outline(self.keys.detach(), selection.size)
+        is_lent = bool(self._lent({"keys": self.keys}))
+        outline = None if is_lent else self._index.outline(self.keys.detach(), selection.size)
         promise = None if outline is None else promise_of(outline, operand, scan, read)
         sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
         return add_tail(read, operand, tables, scan, sample, recall), sample.slots
@@ -873,6 +896,7 @@ class SoftKVStore(nn.Module):
         selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
         candidates = max(k or 1, BEST_ROWS)
         trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
+        trial = trial and not self._lent({"keys": self.keys})
         if not (trial and self._index.approximates(self.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, scan, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
@@ -933,6 +957,9 @@ class SoftKVStore(nn.Module):
         if k is None:
             return Found(exact_top_k(operand, keys, scan, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(self.rows)))
+        if self._lent({"keys": self.keys}):
+            found = Found(exact_top_k(operand, keys, scan, wanted)[1], True, 1.0)
+            return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
         query = query.reshape(-1, self.key_dim)
         found = self._index.search(query, operand, keys, self.rows, scan, wanted, careful=careful)
         return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
@@ -1218,6 +1245,67 @@ class SoftKVStore(nn.Module):
             self._is_mapped = False
             self._watch()
 
+    # -- averages --------------------------------------------------------------------------------------------
+
+    def prepare_average(self, model: SoftKVStore, decay: float) -> Callable[[], None]:
+        """Check what `softdb.optim.update_average` is to do to this store, and return what does it."""
+        for name in ("key_dim", "value_dim", "metric", "capacity", "fields", "evict"):
+            mine, theirs = getattr(self, name), getattr(model, name)
+            if mine != theirs:
+                raise ArgumentError(
+                    f"average: expected a store with {name}={theirs!r}, as the model's, got {mine!r}; begin with "
+                    "copy.deepcopy(model)"
+                )
+        if self.rows.track_usage != model.rows.track_usage:
+            raise ArgumentError("average: expected a store with the model's track_usage; begin with copy.deepcopy")
+        if self._is_mapped:
+            raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
+        return functools.partial(self._average_with, model, decay)
+
+    @_writes
+    def _average_with(self, model: SoftKVStore, decay: float) -> None:
+        """Average rows by id; slots, ids, fields, counters and clocks become the model's."""
+        self._commit(
+            functools.partial(self._take_average, model._reading(lambda: self._averaged(model, decay))), WRITTEN
+        )
+
+    def _averaged(self, model: SoftKVStore, decay: float) -> _Growth:
+        """Return the tensors of the average, laid out as the model's, while nobody writes to either."""
+        rows, device = model.rows, self.keys.device
+        capacity = rows.capacity
+        if capacity != self.rows.capacity:
+            self._check_growth(capacity)
+        slots = rows.live_slots().cpu()
+        mine = self.rows.find(rows.ids[rows.live_slots()].cpu())
+        known = mine >= 0
+        slots, mine = slots[known], mine[known]
+        # Another generation of the same slot is another row under an old id.
+        generation, before = rows.generation.cpu()[slots], self.rows.generation.cpu()[mine]
+        same = (generation == before) | (slots != mine)
+        slots, mine = slots[same].to(device), mine[same].to(device)
+        tables = {}
+        for name, table in self._tables().items():
+            averaged = getattr(model, name).detach().to(table.device, table.dtype, copy=True)
+            wide = torch.promote_types(table.dtype, torch.float32)
+            for to, of in zip(slots.split(NORM_ROWS), mine.split(NORM_ROWS), strict=True):
+                present = getattr(model, name).detach()[to.to(model.keys.device)].to(device, wide)
+                averaged[to] = torch.lerp(present, table.detach()[of].to(wide), decay).to(table.dtype)
+            tables[name] = averaged
+        buffers = {name: getattr(rows, name).to(device, copy=True) for name in rows.saved}
+        buffers |= self.rows.stamps(capacity, lasting=True)
+        return _Growth(buffers, tables, dict.fromkeys(tables))
+
+    def _take_average(self, averaged: _Growth) -> None:
+        same = torch.equal(self.rows.ids, averaged.buffers["ids"])
+        self._grow(averaged)
+        self.rows.rebuild()
+        if not same:
+            self._index.reset()
+        self._record_versions()
+        self._watch()
+        if self.trainable:
+            self.rows.remember_tenants(is_updated=True)
+
     # -- storage ---------------------------------------------------------------------------------------------
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -1403,8 +1491,8 @@ class SoftKVStore(nn.Module):
                 parameter.data = table  # the same Parameter object: optimisers keep it
                 parameter.grad = growth.gradients[name]
             else:
-                setattr(self, name, table)
-        self.rows.know(self._tables())
+                self._buffers[name] = table
+        self._record_versions()
 
     def _check_growth(self, needed: int, *, asked: bool = False) -> None:
         if self.capacity is not None:
@@ -1482,27 +1570,151 @@ class SoftKVStore(nn.Module):
 
     def _is_current(self, searching: bool) -> bool:
         """Whether there is nothing to catch up with."""
-        rows = self.rows
-        known = rows.knows("keys", self.keys) and rows.knows("values", self.values)
-        return self._unfinished is None and known and (not searching or self._index.is_current(rows))
+        rows, tables = self.rows, self._tables()
+        if self._unfinished is not None or (not rows.is_unchanged(tables) and not self._only_lends(tables)):
+            return False
+        if not searching or self._lent(tables):
+            return True
+        return self._index.is_current(rows) and not self._index.has_stale_sample(self.keys)
 
     def _catch_up(self, query: Tensor | None = None, k: int | None = None) -> None:
         """Finish what broke off, note what was written in place and, before a search of ``query``, mind the index."""
+        self._recover()
+        self._notice_writes()
+        if query is None or self._lent(self._tables()):
+            return
+        if self._index.has_stale_sample(self.keys):
+            self.rows.mark_moved()
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    "keys were written to by .data or numpy, which torch does not count, so the index was out of date; "
+                    "all rows have been compared with it now. Call store.touch(ids) after such writes",
+                    stacklevel=2,
+                )
+        if not self._index.is_current(self.rows):
+            check_finite("query", query)  # before the index is tuned by it
+            query = query.reshape(-1, self.key_dim)
+            self._index.follow(self.rows, self.keys.detach(), query, k or 1)
+
+    def _recover(self) -> None:
+        """Finish a write that broke off."""
         if self._unfinished is not None:
             self._unfinished()
             self.rows.rebuild()
             self._index.reset()
             self._unfinished = None
             self._finished += 1
-        self._notice_writes()
-        if query is not None and not self._index.is_current(self.rows):
-            check_finite("query", query)  # before the index is tuned by it
-            query = query.reshape(-1, self.key_dim)
-            self._index.follow(self.rows, self.keys.detach(), query, k or 1)
+
+    # -- tensors that others write to or replace -------------------------------------------------------------
+
+    def _notice_writes(self) -> None:
+        """Follow what something else has written to keys, values and the buffers of the rows, or put in their place.
+
+        Torch counts in-place writes, unless they are done through ``.data``, by numpy or by a fused optimiser: for
+        those there are `touch` and the hooks of optimisers.
+
+        Raises:
+            ForeignWriteError: What is there now does not describe rows.
+        """
+        tables = self._tables()
+        if self.rows.is_unchanged(tables):
+            return
+        written, replaced = self.rows.compare_versions(tables)
+        self.rows.check_lent(replaced - tables.keys())
+        for name in written & tables.keys():
+            self._check_table_size(name, tables[name])
+        if written - tables.keys():
+            self._follow_overwrites(written - tables.keys())
+        if written & tables.keys():
+            self.rows.mark_moved(keys="keys" in written)
+        if written:
+            self._record_versions(replaced)
+            self._watch()
+
+    def _follow_overwrites(self, written: frozenset[str]) -> None:
+        found = self.rows.follow_overwrites(written)
+        if found.rows_differ:
+            free = (self.rows.ids < 0).nonzero().squeeze(-1)
+            zero = torch.zeros((), device=self.keys.device)
+            self._put(free, zero, zero)  # an average of a row that is gone
+            self._index.reset()
+        if len(found.started):
+            warnings.warn(
+                f"{len(found.started)} rows came into empty slots of an averaged store between two updates, so their "
+                "averages began with zeros; softdb.optim.update_average(average, model, decay) averages by id and "
+                "begins with the rows themselves",
+                stacklevel=2,
+            )
+
+    def _check_table_size(self, name: str, table: Tensor) -> None:
+        width = self.key_dim if name == "keys" else self.value_dim
+        shape = self.rows.capacity, width
+        if tuple(table.shape) != shape:
+            raise ForeignWriteError(
+                f"{name}: expected shape {shape}, got {tuple(table.shape)}: another store that shares the tensor has "
+                "grown, or it was resized; call reserve() on both before sharing a tensor, or share the whole store"
+            )
+
+    def _record_versions(self, lent: frozenset[str] = frozenset()) -> None:
+        """Record that what is in the store's own tensors is accounted for."""
+        own = {**self._parameters, **self._buffers}
+        tables = {name: own.get(name) for name in ("keys", "values") if name not in lent}
+        self.rows.record_versions({name: table for name, table in tables.items() if table is not None}, lent)
+
+    def _lent(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of ``tables`` that are not the store's own: of functional_call, FSDP2, a parametrization."""
+        return {name: table for name, table in tables.items() if not self.rows.is_own(name, table)}
+
+    def _only_lends(self, tables: Mapping[str, Tensor]) -> bool:
+        """Whether tensors are lent in the place of the store's own, and there is nothing else to follow."""
+        written, replaced = self.rows.compare_versions(tables)
+        if written or not replaced:
+            return False
+        self.rows.check_lent(replaced - tables.keys())
+        return True
+
+    def _check_own_tables(self) -> None:
+        """Raise if other tensors are in the place of the store's own: what is written would be lost with them."""
+        for name in self._lent(self._tables()):
+            raise ForeignWriteError(
+                f"{name}: expected the store's own tensor to write to, got another one in its place (of "
+                "torch.func.functional_call, fully_shard, a parametrization or pruning); write before, or remove it"
+            )
+
+    def _check_lent(self, name: str, table: Tensor, mode: Mode) -> None:
+        """Raise unless a read of ``table``, in the place of the store's own, is possible."""
+        if is_sharded(table):
+            raise ForeignWriteError(
+                f"{name}: expected all rows, got the shard of a DTensor; read in the forward of a module that "
+                "fully_shard was called on, or register the read with register_fsdp_forward_method(store, 'read')"
+            )
+        if self._is_sharded and self.sparse_grad and mode != "exact" and table.requires_grad:
+            raise ArgumentError(
+                "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
+                "sparse_grad=False, or pass its Parameters to fully_shard as ignored_params"
+            )
+        self._check_table_size(name, table)
+
+    def _replace_table(self, name: str, value: Any) -> None:
+        """Assign ``keys`` or ``values``: another tensor for the same rows."""
+        is_table = name in self._parameters or name in self._buffers
+        if is_table and is_sharded(value):
+            self.__dict__["_is_sharded"] = True
+        if not is_table or self._is_sharded or not isinstance(value, Tensor):
+            super().__setattr__(name, value)  # FSDP2 lends, pruning computes, torch refuses
+            return
+        width = self.key_dim if name == "keys" else self.value_dim
+        check_float_tensor(name, value, (self.rows.capacity, width))
+        with self.rows.access.writing():
+            super().__setattr__(name, value)
+            self.rows.mark_moved(keys=name == "keys")
+            self._record_versions()
+            self._watch()
 
     # -- reads that wait for their backward ------------------------------------------------------------------
 
-    def _guard(self, read: Read, used: Tensor | None) -> Read:
+    def _guard(self, read: Read, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
         """``read``, such that its backward first checks the rows it used."""
         if not torch.is_grad_enabled():
             return read
@@ -1518,21 +1730,9 @@ class SoftKVStore(nn.Module):
         with self.rows.access.alone:
             self._open_reads = [reference for reference in self._open_reads if reference() is not None]
             self._open_reads.append(weakref.ref(token))
-        guarded = _Guard.apply(Snapshot(self.rows, used), token, *open_ones.values())  # type: ignore[no-untyped-call]
+        snapshot = Snapshot(self.rows, used, lent, own=len(lent) < 2)
+        guarded = _Guard.apply(snapshot, token, *open_ones.values())  # type: ignore[no-untyped-call]
         return replace(read, **dict(zip(open_ones, guarded, strict=True)))
-
-    def _notice_writes(self) -> None:
-        """Mark every row changed if somebody has written to ``keys`` or ``values`` in place.
-
-        That torch counts, unless it is done through ``.data``, by numpy or by a fused optimiser: for those there are
-        `touch` and the optimisers' hook.
-        """
-        tables = self._tables()
-        written = [name for name, table in tables.items() if not self.rows.knows(name, table)]
-        if written:
-            self.rows.mark_moved(keys="keys" in written)
-            self.rows.know(tables)
-            self._watch()
 
     def _tables(self) -> dict[str, Tensor]:
         return {"keys": self.keys, "values": self.values}
@@ -1546,17 +1746,25 @@ class SoftKVStore(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As for any module; among several processes a stand-in goes before, which owns the same Parameters."""
-        if self.trainable and self.sparse_grad and _has_company():
-            yield prefix, _SparseTables(self)
-        yield from super().named_modules(memo, prefix, remove_duplicate)
+        """As for any module; DistributedDataParallel finds a stand-in with the same Parameters and no rows' buffers.
+
+        It would overwrite those of each process with the first one's before every forward, and expects row-sparse
+        gradients of embeddings only.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is not self and module is not self.rows:
+                yield name, module
+            elif not _is_asked_by_ddp():
+                yield name, module
+            elif module is self:
+                yield name, _stand_in(self)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the brackets."""
         parts = [
-            f"rows={len(self)}",
+            f"rows={len(self.rows)}",
             f"key_dim={self.key_dim}",
             f"value_dim={self.value_dim}",
             f"metric={self.metric!r}",
@@ -1580,11 +1788,13 @@ class SoftKVStore(nn.Module):
         if whole != torch.int64:
             raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
         before = self.keys.data_ptr(), self.values.data_ptr()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        own = [parameter for parameter in self._parameters.values() if parameter is not None]
+        with unwatched(own), self.rows.unrecorded():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
-        self.rows.know(self._tables())
+        self._record_versions()
         self._watch()
         return self
 
@@ -1673,6 +1883,7 @@ class SoftKVStore(nn.Module):
             if failed:
                 raise RuntimeError(" ".join(failed))
             self._index.reset()
+            self._record_versions()
             self._watch()
 
         self._commit(load, WRITTEN)
@@ -1718,11 +1929,13 @@ class SoftKVStore(nn.Module):
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            if self.trainable:
+                copied.rows.remember_tenants()
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.rows.know(self._tables())
+        self._record_versions()
         self._handle = new_handle(self)
         self._watch()
 
@@ -1777,22 +1990,49 @@ def _empty(name: str) -> int:
 
 
 class _SparseTables(nn.Embedding):
-    """A store's tables as DistributedDataParallel understands them: it asks nobody but an embedding for its layout."""
+    """A module whose gradients DistributedDataParallel takes to be row-sparse."""
 
-    def __init__(self, store: SoftKVStore) -> None:
+    def __init__(self) -> None:
         nn.Module.__init__(self)
         self.sparse = True
-        self._parameters = store._parameters
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows between the brackets."""
-        return "keys, values"
+
+def _stand_in(store: SoftKVStore) -> nn.Module:
+    """Return a module with the Parameters of ``store``, and of its buffers those that hold no rows."""
+    module = _SparseTables() if store.trainable and store.sparse_grad else nn.Module()
+    module._parameters = store._parameters
+    module._buffers = {name: buffer for name, buffer in store._buffers.items() if name not in ("keys", "values")}
+    return module
 
 
 def _has_company() -> bool:
     """Whether this is one of several processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_asked_by_ddp() -> bool:
+    """Whether DistributedDataParallel walks the module, to lay out its buckets and the buffers that it broadcasts.
+
+    Its first broadcast, of all Parameters and buffers, is asked for by another module of torch.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name in WALKS:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.nn.parallel.distributed"
+
+
+def _largest_norm(keys: Tensor) -> float:
+    """The largest norm of a key."""
+    parts = keys.detach().split(NORM_ROWS)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=compute_dtype(keys)).amax() for part in parts if len(part)]
+    return float(torch.stack(norms).amax()) if norms else 0.0
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _within_ddp() -> bool:

@@ -50,7 +50,7 @@ MAX_ID = 2**63 - 2
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
 # The check of ids is below this: a float32 holds it, so that averaging equal checks leaves them as they are.
-ID_CHECK_MASK = 2**20 - 1
+ID_CHECK_MASK, NO_CHECK = 2**20 - 1, -1
 # The journal of recent changes names at most this share of the rows, or as many.
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
@@ -116,6 +116,7 @@ class RowTable(nn.Module):
         self._recorded: dict[str, _State] = {}
         self._next_id = self._id_check = 0
         self._tenants: _Tenants | None = None
+        self._mixed = self._started = NO_SLOTS  # of an average by slots: ids of mixed rows; slots that were empty
         self._next_turn = 0  # above every turn there is
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
         self._free: list[int] = []  # a heap: the holes below `used`
@@ -338,10 +339,15 @@ class RowTable(nn.Module):
         """
         written = frozenset(written)
         copied = "id_check" in written  # which is no part of a state_dict
+        if copied:
+            self.observe_average()
+        if len(self._mixed):
+            raise ForeignWriteError(
+                f"the average mixes two rows in each of {len(self._mixed)} slots (ids {list_ids(self._mixed)}), since "
+                "rows of the averaged store were replaced between two updates; average by id with "
+                "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
+            )
         self._check_overwritten(copied=copied)
-        found = Overwrites(False, NO_SLOTS)
-        if copied and self._tenants is not None:
-            found = self._compare_tenants(self._tenants)
         ids = self.ids.cpu()
         live = (ids >= 0).nonzero().squeeze(-1)
         same = len(live) == len(self) and bool((self.find(ids[live]) == live).all())
@@ -353,9 +359,8 @@ class RowTable(nn.Module):
                 self._next_turn = max(self._next_turn, int(self._turns.max()) + 1)
         else:
             self.rebuild()
-        if self._tenants is not None:
-            self.remember_tenants(is_updated=True)
-        return found._replace(rows_differ=not same)
+        started, self._started = self._started, NO_SLOTS
+        return Overwrites(started, not same)
 
     def _check_overwritten(self, *, copied: bool) -> None:
         """Raise unless the buffers describe rows; ``copied`` if all of them have been written to."""
@@ -376,24 +381,24 @@ class RowTable(nn.Module):
         """Remember which rows are where, to be compared when something else averages and copies rows here."""
         self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), self.id_check._version, is_updated)
 
-    def _compare_tenants(self, known: _Tenants) -> Overwrites:
-        """Find slots in which an average mixes what it held before with another row.
+    def observe_average(self) -> None:
+        """Find slots in which the last update of an average mixed what they held before with another row.
 
-        Raises:
-            ForeignWriteError: It mixes two rows.
+        Torch averages by place, without a call that could be followed, but walks over the module's Parameters each
+        time: before the next update, or before the average is exchanged with the model, this is called.
         """
+        known = self._tenants
+        if known is None or self.id_check._version == known.version:
+            return
         # An average begins as a copy: nothing is mixed by the first update.
-        if not known.is_updated and self.id_check._version == known.version + 1:
-            return Overwrites(True, NO_SLOTS)
-        held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
-        mixed = (held & holds & other).nonzero().squeeze(-1)
-        if len(mixed):
-            raise ForeignWriteError(
-                f"the average mixes two rows in each of {len(mixed)} slots (ids {list_ids(self.ids[mixed])}), since "
-                "rows of the averaged store were replaced between two updates; average by id with "
-                "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
-            )
-        return Overwrites(True, (~held & holds).nonzero().squeeze(-1))
+        is_first = not known.is_updated and self.id_check._version == known.version + 1
+        if not is_first and len(known.ids) == len(self.ids):
+            held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
+            self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
+            self._started = torch.cat([self._started, (~held & holds).nonzero().squeeze(-1).cpu()])
+        self.remember_tenants(is_updated=True)
+        if len(self._mixed):
+            self.own("id_check").fill_(NO_CHECK)  # so that a store that these buffers are copied to notices, too
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
@@ -681,6 +686,7 @@ class RowTable(nn.Module):
 
     def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load as modules do by ``_load_from_state_dict``; clocks and counters that are missing start from 0."""
+        self._mixed = self._started = NO_SLOTS
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.optional:
             if prefix + name not in state_dict:
@@ -699,13 +705,25 @@ class RowTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal", "_recorded", "_queue", "_tenants"):
+        for derived in (
+            "_slots",
+            "_live",
+            "_live_slots",
+            "_free",
+            "_journal",
+            "_recorded",
+            "_queue",
+            "_tenants",
+            "_mixed",
+            "_started",
+        ):
             del state[derived]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._live, self._live_slots, self._recorded, self._tenants = (-1, None), None, {}, None
+        self._mixed = self._started = NO_SLOTS
         if "id_check" not in self._buffers:  # pickled by an older version
             self.register_buffer("id_check", torch.zeros_like(self.next_id), persistent=False)
         self.rebuild()
@@ -862,14 +880,12 @@ class Overwrites(NamedTuple):
     """What something else wrote into the buffers.
 
     Attributes:
-        is_average: Whether it was an update of an average.
         started: Slots that held no row before that update, whose average began with zeros.
         rows_differ: Whether other rows lie in the slots now.
     """
 
-    is_average: bool
     started: Tensor
-    rows_differ: bool = False
+    rows_differ: bool
 
 
 class _Tenants(NamedTuple):

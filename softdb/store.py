@@ -423,6 +423,16 @@ class SoftKVStore(nn.Module):
                 )
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if (
+            name in ("keys", "values") and name not in self.__dict__
+        ):  # torch would fail a step later, and leave the store without them
+            raise ArgumentError(
+                f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}; lend other "
+                "tensors with torch.func.functional_call, or use metric='cosine' for keys of norm 1"
+            )
+        super().__delattr__(name)
+
     # -- the table -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -784,7 +794,9 @@ class SoftKVStore(nn.Module):
         lent = self._lent({"keys": keys, "values": values})
         for name, table in lent.items():
             self._check_lent(name, table, mode)
-        if self.trainable and self.sparse_grad and _within_ddp():
+        # What made a lent tensor from others may take no row-sparse gradient.
+        sparse = self.trainable and self.sparse_grad and keys.is_leaf and values.is_leaf
+        if sparse and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
         leading = query.shape[:-1]
         chosen = self.temperature if temperature is None else check_temperature(temperature, leading, keys.device)
@@ -801,7 +813,7 @@ class SoftKVStore(nn.Module):
             noise = noise_for(normalizer, generator)
             largest = functools.partial(_largest_norm, keys) if "keys" in lent else self._largest_key_norm
             scan = Scan(self.metric, centre, selection, dtype, largest, narrow, noise)
-            tables = Tables(keys, values, sparse=self.trainable and self.sparse_grad)
+            tables = Tables(keys, values, sparse=sparse)
             if mode == "exact":
                 try:
                     read = read_exactly(operand, tables, scan, k, normalizer)
@@ -1583,7 +1595,7 @@ class SoftKVStore(nn.Module):
         self._notice_writes()
         if query is None or self._lent(self._tables()):
             return
-        if self._index.has_stale_sample(self.keys):
+        if self._index.is_current(self.rows) and self._index.has_stale_sample(self.keys):
             self.rows.mark_moved()
             if not self._has_warned:
                 self._has_warned = True
@@ -1663,7 +1675,7 @@ class SoftKVStore(nn.Module):
         self.rows.record_versions({name: table for name, table in tables.items() if table is not None}, lent)
 
     def _lent(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of ``tables`` that are not the store's own: of functional_call, FSDP2, a parametrization."""
+        """Return those of ``tables`` that are not the store's own: of functional_call, FSDP2 or pruning."""
         return {name: table for name, table in tables.items() if not self.rows.is_own(name, table)}
 
     def _only_lends(self, tables: Mapping[str, Tensor]) -> bool:
@@ -1679,7 +1691,7 @@ class SoftKVStore(nn.Module):
         for name in self._lent(self._tables()):
             raise ForeignWriteError(
                 f"{name}: expected the store's own tensor to write to, got another one in its place (of "
-                "torch.func.functional_call, fully_shard, a parametrization or pruning); write before, or remove it"
+                "torch.func.functional_call, fully_shard or pruning); write before, or remove it"
             )
 
     def _check_lent(self, name: str, table: Tensor, mode: Mode) -> None:
@@ -1751,10 +1763,9 @@ class SoftKVStore(nn.Module):
         It would overwrite those of each process with the first one's before every forward, and expects row-sparse
         gradients of embeddings only.
         """
+        self.rows.observe_average()
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module is not self and module is not self.rows:
-                yield name, module
-            elif not _is_asked_by_ddp():
+            if (module is not self and module is not self.rows) or not _is_asked_by_ddp():
                 yield name, module
             elif module is self:
                 yield name, _stand_in(self)

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
@@ -38,7 +39,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 class Model(nn.Module):
     """A linear layer before a store."""
 
-    def __init__(self, *, rows: int = 24, capacity: int = 64, trainable: bool = True, sparse_grad: bool = False) -> None:
+    def __init__(
+        self, *, rows: int = 24, capacity: int = 64, trainable: bool = True, sparse_grad: bool = False
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
         with torch.no_grad():
@@ -59,7 +62,9 @@ def default_ddp_leaves_each_process_its_rows(rank: int) -> None:
         model = Model(trainable=trainable)
         wrapped = DistributedDataParallel(model)
         more = 3 + 2 * rank
-        ids = model.store.add(normal(more, 4, seed=2 + rank), normal(more, 3, seed=5 + rank), fields={"time": 100 + rank})
+        ids = model.store.add(
+            normal(more, 4, seed=2 + rank), normal(more, 3, seed=5 + rank), fields={"time": 100 + rank}
+        )
         model.store.delete([rank])
         before = model.store.get(model.store.ids)
         ids_before, usage = model.store.ids, model.store.usage
@@ -71,7 +76,8 @@ def default_ddp_leaves_each_process_its_rows(rank: int) -> None:
         model.store._check()
         after = model.store.get(model.store.ids)
         assert torch.equal(model.store.ids, ids_before), "ids"
-        assert torch.equal(before.keys, after.keys) and torch.equal(before.values, after.values), "rows"
+        assert torch.equal(before.keys, after.keys), "keys"
+        assert torch.equal(before.values, after.values), "values"
         assert torch.equal(before.fields["time"], after.fields["time"]), "fields"
         assert int(model.store.usage.reads.sum()) > int(usage.reads.sum()), "usage"
         assert all(int(id) in model.store for id in ids), "lookups"
@@ -87,7 +93,9 @@ def ddp_begins_with_the_rows_of_rank_0(rank: int) -> None:
         first = Model(trainable=trainable, rows=20)
         first.store.delete([0])
         assert torch.equal(model.store.ids, first.store.ids), model.store.ids
-        assert len(model.store) == 19 and 0 not in model.store and 1 in model.store
+        assert len(model.store) == 19
+        assert 0 not in model.store
+        assert 1 in model.store
         assert torch.equal(model.store.get([1, 5]).keys, first.store.get([1, 5]).keys)
         model.store._check()
 
@@ -102,7 +110,8 @@ def row_sparse_gradients_go_through_ddp_and_nobody_else_sees_an_embedding(rank: 
         assert not any(isinstance(module, nn.Embedding) for module in root.modules())
         assert any("rows.ids" in name for name, _ in root.named_buffers())
     wrapped(normal(4, 4, seed=rank), mode="topk", k=2).sum().backward()
-    assert model.store.keys.grad is not None and model.store.keys.grad.layout == torch.sparse_coo
+    assert model.store.keys.grad is not None
+    assert model.store.keys.grad.layout == torch.sparse_coo
     both = [torch.zeros(64, 4) for _ in range(2)]
     distributed.all_gather(both, model.store.keys.grad.to_dense())
     assert torch.equal(*both)
@@ -144,18 +153,10 @@ def fsdp2_with_dense_gradients(rank: int) -> None:
                 each.step()
         keys = model.store.keys
         torch.testing.assert_close(keys.full_tensor(), alone.store.keys.detach(), atol=1e-5, rtol=1e-5)
-        try:
+        with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):
             model.store.read(normal(2, 4))
-        except softdb.ForeignWriteError as error:
-            assert "fully_shard" in str(error)
-        else:
-            raise AssertionError("a read of shards raised nothing")
-        try:
+        with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):
             model.store.add(normal(1, 4), normal(1, 3), fields={"time": 0})
-        except softdb.ForeignWriteError as error:
-            assert "fully_shard" in str(error)
-        else:
-            raise AssertionError("a write to shards raised nothing")
         assert len(model.store) == 24
 
 
@@ -185,12 +186,8 @@ def fsdp2_refuses_sparse_gradients(rank: int) -> None:
     model = Model(sparse_grad=True)
     fully_shard(model)
     model(normal(2, 4)).sum().backward()  # exact reads have dense ones
-    try:
+    with pytest.raises(softdb.ArgumentError, match=r"sparse_grad=False.*ignored_params"):
         model(normal(2, 4), mode="topk", k=2).sum().backward()
-    except softdb.ArgumentError as error:
-        assert "sparse_grad=False" in str(error) and "ignored_params" in str(error), error
-    else:
-        raise AssertionError("sparse gradients raised nothing")
 
 
 @scenario
@@ -200,7 +197,8 @@ def fsdp2_leaves_ignored_parameters_alone(rank: int) -> None:
     model = Model(sparse_grad=True)
     fully_shard(model, ignored_params=set(model.store.parameters()))
     model(normal(4, 4, seed=rank), mode="topk", k=2).sum().backward()
-    assert model.store.keys.grad is not None and model.store.keys.grad.layout == torch.sparse_coo
+    assert model.store.keys.grad is not None
+    assert model.store.keys.grad.layout == torch.sparse_coo
     RowAdam(model.store.parameters(), lr=0.1).step()
     model.store._check()
 
@@ -214,7 +212,9 @@ def checkpoints_load_in_place(rank: int) -> None:
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder[0])
     state = {"model": other.state_dict()}
     dcp.load(state, checkpoint_id=folder[0])
-    assert len(other.store) == 29 and 3 not in other.store and 29 in other.store
+    assert len(other.store) == 29
+    assert 3 not in other.store
+    assert 29 in other.store
     assert torch.equal(other.store.ids, model.store.ids)
     assert torch.equal(other(normal(3, 4), mode="topk", k=4), model(normal(3, 4), mode="topk", k=4))
     other.store._check()

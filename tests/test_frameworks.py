@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -809,3 +810,19 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_in_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
     for outcome in outcomes:
         assert outcome[name] == "passed", outcome[name]
+
+
+# -- the table -------------------------------------------------------------------------------------------
+
+
+def test_each_line_of_the_table_names_tests_that_exist() -> None:
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in here.glob("*.py"))
+    lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 15
+    for line in lines:
+        names = re.findall(r"`(\w+)`", line.split(" | ")[-1])
+        assert names, line
+        for name in names:
+            assert f"def {name}(" in sources, name

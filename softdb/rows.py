@@ -290,7 +290,7 @@ class RowTable(nn.Module):
                 tensor = buffers.get(name)
             if tensor is None or reference() is not tensor or tensor.data_ptr() != place:
                 return False
-            if version != (0 if tensor.is_inference() else tensor._version):
+            if version != _version_of(tensor):
                 return False
         if len(self._recorded) != len(tables) + len(self._watched):
             return False
@@ -379,7 +379,7 @@ class RowTable(nn.Module):
 
     def remember_tenants(self, *, is_updated: bool = False) -> None:
         """Remember which rows are where, to be compared when something else averages and copies rows here."""
-        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), self.id_check._version, is_updated)
+        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check), is_updated)
 
     def observe_average(self) -> None:
         """Find slots in which the last update of an average mixed what they held before with another row.
@@ -388,10 +388,10 @@ class RowTable(nn.Module):
         time: before the next update, or before the average is exchanged with the model, this is called.
         """
         known = self._tenants
-        if known is None or self.id_check._version == known.version:
+        if known is None or _version_of(self.id_check) == known.version:
             return
         # An average begins as a copy: nothing is mixed by the first update.
-        is_first = not known.is_updated and self.id_check._version == known.version + 1
+        is_first = not known.is_updated and _version_of(self.id_check) == known.version + 1
         if not is_first and len(known.ids) == len(self.ids):
             held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
             self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
@@ -866,7 +866,12 @@ class _State(NamedTuple):
 
 
 def _state(table: Tensor) -> _State:
-    return _State(weakref.ref(table), table.data_ptr(), 0 if table.is_inference() else table._version)
+    return _State(weakref.ref(table), table.data_ptr(), _version_of(table))
+
+
+def _version_of(table: Tensor) -> int:
+    """Return how often torch has counted a write to ``table``; it counts none to inference tensors."""
+    return 0 if table.is_inference() else table._version
 
 
 class Differences(NamedTuple):
@@ -942,11 +947,11 @@ class Snapshot:
         self._version = table.version
         self._first = table.used
         self._used = table.live() if used is None else used
-        self._lent = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in lent]
+        self._lent = [(tensor, _version_of(tensor)) for tensor in lent]
 
     def check(self) -> None:
         """Raise `StaleReadError` if a row that the read used has changed since."""
-        if any(not tensor.is_inference() and tensor._version != version for tensor, version in self._lent):
+        if any(_version_of(tensor) != version for tensor, version in self._lent):
             raise StaleReadError(
                 "keys or values that were put in the place of the store's own were written to between this read and "
                 "its backward, so its gradients would be wrong; call backward() before writing to them"

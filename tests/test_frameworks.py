@@ -199,6 +199,16 @@ def test_stochastic_weight_averaging_trains_on() -> None:
     average.module._check()
 
 
+def test_a_copy_made_in_inference_mode_is_whole() -> None:
+    store = make()
+    with torch.inference_mode():
+        copied = copy.deepcopy(store)
+        assert len(copied) == len(list(copied.parameters())) + 4
+        copied(normal(2, 4))
+    assert_same_rows(copied, store)
+    copied._check()
+
+
 # -- softdb's own average --------------------------------------------------------------------------------
 
 

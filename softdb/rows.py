@@ -55,6 +55,9 @@ ID_CHECK_MASK, NO_CHECK = 2**20 - 1, -1
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
 TURNS = {"lru": "used_at", "oldest": "added_at"}
+# The buffers from which something is derived, by the rule for eviction.
+WATCHED: dict[str | None, tuple[str, ...]] = {None: ("ids", "next_id", "generation", "id_check")}
+WATCHED |= {rule: (*WATCHED[None], clock) for rule, clock in TURNS.items()}
 # Of the rows, this share is lined up for eviction at a time, found by the turns of about so many of them.
 QUEUE_SHARE, QUEUE_SAMPLE = 1 / 8, 4096
 
@@ -254,10 +257,9 @@ class RowTable(nn.Module):
         return buffer.data
 
     @property
-    def _watched(self) -> list[str]:
+    def _watched(self) -> tuple[str, ...]:
         """The buffers from which something is derived."""
-        clocks = [] if self.evict is None else [TURNS[self.evict]]
-        return ["ids", "next_id", "generation", "id_check", *clocks]
+        return WATCHED[self.evict]
 
     def record_versions(self, tables: Mapping[str, Tensor], lent: frozenset[str] = frozenset()) -> None:
         """Record that every write so far to ``tables`` and to the buffers is accounted for; not to ``lent`` ones."""
@@ -292,16 +294,16 @@ class RowTable(nn.Module):
                 return False
             if version != _version_of(tensor):
                 return False
-        if len(self._recorded) != len(tables) + len(self._watched):
-            return False
-        return not self._is_overwritten_uncounted
+        complete = len(self._recorded) == len(tables) + len(self._watched)
+        return complete and not self._is_overwritten_uncounted
 
     @property
     def _is_overwritten_uncounted(self) -> bool:
         """Whether ``next_id`` or the check of ids was written to by ``.data``; not looked at on other devices."""
-        if self.next_id.device.type != "cpu":
+        next_id, id_check = self._buffers["next_id"], self._buffers["id_check"]
+        if next_id is None or id_check is None or not next_id.is_cpu or not id_check.is_cpu:
             return False
-        return int(self.next_id) != self._next_id or int(self.id_check) != self._id_check
+        return next_id.item() != self._next_id or id_check.item() != self._id_check
 
     def compare_versions(self, tables: Mapping[str, Tensor]) -> Differences:
         """Return the names of ``tables`` and buffers that something else has written to, and of replaced ones."""

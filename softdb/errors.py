@@ -111,7 +111,10 @@ class FieldError(_LookupFailure):
 
 
 class GrowthError(SoftDBError, RuntimeError):
-    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity."""
+    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity.
+
+    Nor can it shrink, as a smaller state that is loaded would have it: load before the read, or before wrapping.
+    """
 
 
 class StaleReadError(SoftDBError, RuntimeError):

@@ -1406,7 +1406,7 @@ class SoftKVStore(nn.Module):
                 setattr(self, name, table)
         self.rows.know(self._tables())
 
-    def _check_growth(self, needed: int, *, asked: bool = False) -> None:
+    def _check_growth(self, needed: int, *, asked: bool = False, loaded: bool = False) -> None:
         if self.capacity is not None:
             raise GrowthError(
                 f"the store would have to hold {needed} rows, but was made with capacity={self.capacity}: delete rows "
@@ -1414,18 +1414,23 @@ class SoftKVStore(nn.Module):
             )
         if not self.trainable:
             return
-        remedy = f"call store.reserve({needed}) or more beforehand"
+        capacity = self.rows.capacity
+        if needed < capacity:  # as only a state that is loaded can be
+            change, remedy = "shrink", ""
+        else:
+            exact = "" if loaded else " or more"  # a state that is loaded has room for so many rows, and no others
+            change, remedy = "grow", f"call store.reserve({needed}){exact} beforehand, or "
+        change = f"the storage must {change} from {capacity} to {needed} rows"
         if any(reference() is not None for reference in self._open_reads):
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, but a read of it has not gone "
-                f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
-                "first, or read under torch.no_grad()"
+                f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
+                f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before wrapping, and nobody wraps an empty store.
-        if not asked and self.rows.capacity > 0 and _has_company():
+        if not asked and capacity > 0 and _has_company():
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
-                f"cannot follow: {remedy}, before wrapping"
+                f"{change}, which DistributedDataParallel cannot follow: "
+                f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"
             )
 
     def _check(self) -> None:
@@ -1690,7 +1695,7 @@ class SoftKVStore(nn.Module):
         check_finite("state_dict['values']", state["values"])
         if capacity == self.rows.capacity:
             return None
-        self._check_growth(capacity)
+        self._check_growth(capacity, loaded=True)
         return self._resized(capacity)
 
     def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:

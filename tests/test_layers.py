@@ -340,14 +340,32 @@ def test_a_layer_in_eval_mode_draws_nothing(options: dict[str, Any], compiled: b
     assert not torch.equal(drawn, again)
 
 
-def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes() -> None:
-    layer = MemoryLayer(8, 40, heads=2, key_dim=4, mode="topk", k=2, normalizer="sparsemax", shared=False)
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
+def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(normalizer: str) -> None:
+    made: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
+    layer = MemoryLayer(8, 40, mode="topk", k=2, **made)
     with torch.no_grad():
         layer.stores[0].keys.mul_(0.01)
         layer.stores[1].keys.mul_(100.0)
-    y, read = layer(torch.randn(5, 8), return_read=True)
+    x = torch.randn(5, 8)
+    y, read = layer(x, return_read=True)
     assert read.ids.shape == read.weights.shape == read.scores.shape
     assert read.ids.shape[:2] == (5, 2)
+    wide, narrow = (read.ids[:, head] for head in range(2))
+    assert (wide >= 0).sum(-1).min() > 2  # more than k
+    assert (narrow[:, 2:] == -1).all()
+    assert (read.weights[read.ids < 0] == 0).all()
+    # The rows with weight are all there, so an exact read says the same, and so do its gradients.
+    exact = MemoryLayer(8, 40, **made)
+    exact.load_state_dict(layer.state_dict())
+    other, direction = exact(x), torch.randn(5, 8)
+    torch.testing.assert_close(y, other)
+    found = gradients(y, list(layer.parameters()), direction)
+    wanted = gradients(other, list(exact.parameters()), direction)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    _, read = layer(x, return_read=True)
+    (read.lse + read.weights.square().sum(-1)).sum().backward()
+    assert all(p.grad is not None and p.grad.to_dense().isfinite().all() for p in layer.stores[0].parameters())
     assert read.ids.shape[2] > 2
     assert bool((read.ids[:, 1] == -1).any())
     torch.testing.assert_close(read.weights.sum(-1), torch.ones(5, 2))

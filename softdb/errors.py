@@ -7,7 +7,8 @@
     │   ├── ShapeError                         a tensor has the wrong shape
     │   ├── DeviceError                        a tensor lies on the wrong device
     │   ├── NonFiniteError                     NaN or infinity where a finite number is needed
-    │   └── DuplicateIdError                   an id is given twice, or exists already
+    │   ├── DuplicateIdError                   an id is given twice, or exists already
+    │   └── NotApplicableError (AttributeError) an attribute does not apply to an object made as this one is
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
@@ -50,6 +51,7 @@ __all__ = [
     "LockedError",
     "MissingPackageError",
     "NonFiniteError",
+    "NotApplicableError",
     "ReadOnlyError",
     "SecondDerivativeError",
     "ShapeError",
@@ -88,6 +90,10 @@ class NonFiniteError(ArgumentError):
 
 class DuplicateIdError(ArgumentError):
     """An id is given twice, or exists already."""
+
+
+class NotApplicableError(ArgumentError, AttributeError):
+    """An attribute does not apply to a store or layer made with these arguments: ``hasattr`` is False."""
 
 
 class DtypeError(SoftDBError, TypeError):

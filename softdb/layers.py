@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import full_precision
 from softdb.compiled import blend, outside_of_graphs
 from softdb.errors import (
     ArgumentError,
     DtypeError,
+    NotApplicableError,
     ShapeError,
     SoftDBError,
     StaleReadError,
@@ -138,7 +140,7 @@ def _stack(reads: Sequence[Read], dimension: int) -> Read:
 # -- rows that are learned -------------------------------------------------------------------------------
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(ModuleWithProperties):
     r"""A lookup in learned rows: every head asks, and the answers are projected back.
 
     With the store's ``keys`` and ``values``, equal for the mode "exact" to::
@@ -266,10 +268,12 @@ class MemoryLayer(nn.Module):
         """The store that all heads read.
 
         Raises:
-            ArgumentError: Each head has its own; see ``stores``.
+            NotApplicableError: Each head has its own; see ``stores``.
         """
         if len(self.stores) > 1:
-            raise ArgumentError(f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores")
+            raise NotApplicableError(
+                f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores"
+            )
         (store,) = self.stores
         return store  # type: ignore[return-value]
 
@@ -951,7 +955,7 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
 # -- values for pairs of keys ----------------------------------------------------------------------------
 
 
-class ValueTable(nn.Embedding):
+class ValueTable(ModuleWithProperties, nn.Embedding):
     """The values of a `ProductKeyMemory`, ``weight`` (rows, value_dim), and how they have been used.
 
     An embedding, so that torch knows that its gradient is row-sparse: DistributedDataParallel asks for that.
@@ -994,7 +998,7 @@ class ValueTable(nn.Embedding):
         """How often, and with which weight, each row has been read since the start, or since `reset_usage`.
 
         Raises:
-            ArgumentError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The layer was made without ``track_usage=True``.
         """
         self._check_tracking()
         return Usage(self.reads.clone(), self.total.clone())
@@ -1003,7 +1007,7 @@ class ValueTable(nn.Embedding):
         """Count from 0 again.
 
         Raises:
-            ArgumentError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The layer was made without ``track_usage=True``.
         """
         self._check_tracking()
         self.reads.zero_()
@@ -1011,7 +1015,7 @@ class ValueTable(nn.Embedding):
 
     def _check_tracking(self) -> None:
         if not self.track_usage:
-            raise ArgumentError(
+            raise NotApplicableError(
                 "track_usage: expected True to know how rows are used, got False; make the layer with track_usage=True"
             )
 

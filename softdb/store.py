@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
@@ -32,6 +33,7 @@ from softdb.errors import (
     DtypeError,
     GrowthError,
     NonFiniteError,
+    NotApplicableError,
     ReadOnlyError,
     ShapeError,
     SoftDBError,
@@ -260,7 +262,7 @@ class Audit:
         )
 
 
-class SoftKVStore(nn.Module):
+class SoftKVStore(ModuleWithProperties):
     """A soft database: rows of keys and values, answered by a blend of the values.
 
     Equal, for the default metric, to::
@@ -425,6 +427,8 @@ class SoftKVStore(nn.Module):
     @property
     def ids(self) -> Tensor:
         """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
+        if self.keys.is_meta:
+            return self.rows.ids.new_empty(len(self))
         return self._reading(lambda: self.rows.ids[self.rows.live_slots()])
 
     @property
@@ -441,9 +445,11 @@ class SoftKVStore(nn.Module):
         weight 1. Whether gradients are recorded makes no difference.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
+        if self.keys.is_meta:
+            return Usage(self.rows.reads.new_empty(len(self)), self.rows.weight.new_empty(len(self)))
 
         def copied() -> Usage:
             slots = self.rows.live_slots()
@@ -456,7 +462,7 @@ class SoftKVStore(nn.Module):
         """Count from 0 again. Which rows are evicted next stays as it is.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
         with self.rows.access.writing():
@@ -464,7 +470,7 @@ class SoftKVStore(nn.Module):
 
     def _check_tracking(self) -> None:
         if not self.rows.track_usage:
-            raise ArgumentError(
+            raise NotApplicableError(
                 "track_usage: expected True to know how rows are used, got False; make the store with track_usage=True"
             )
 

@@ -328,6 +328,8 @@ class SoftKVStore(ModuleWithProperties):
     temperature: float
     # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
     _is_strict = False
+    # At which version of the rows a key held NaN.
+    _key_nan_at = -1
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
@@ -920,6 +922,8 @@ class SoftKVStore(ModuleWithProperties):
         version, norm = self._key_norm
         if version == self.rows.version:
             return norm
+        if self._key_nan_at == self.rows.version:
+            return math.nan
         keys = self.keys.detach()
         moved = self.rows.keys_moved_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
@@ -929,7 +933,9 @@ class SoftKVStore(ModuleWithProperties):
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if not math.isnan(norm):
+        if math.isnan(norm):  # which is not what to go on from: it would stay when the row is gone
+            self._key_nan_at = self.rows.version
+        else:
             self._key_norm = (self.rows.version, norm)
         return norm
 

@@ -274,6 +274,15 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
 
 
+def check_not_meta(name: str, tensor: Tensor, fill: str = "reset_parameters() or load_state_dict()") -> None:
+    """Raise if ``tensor``, which the module ``name`` holds, lies on the meta device; ``fill`` gives it numbers."""
+    if tensor.is_meta:
+        raise DeviceError(
+            f"{name}: expected tensors that hold numbers, got tensors on meta, which hold none; call "
+            f"{name}.to_empty(device=...) and then {fill}, or load_state_dict(..., assign=True) at once"
+        )
+
+
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
     """Raise unless ``value`` has ``shape``, in which None is any size and a leading -1 any number of dimensions."""
     leading = bool(shape) and shape[0] == -1

@@ -687,6 +687,8 @@ def _check_operands(
     check_float_tensor("query", query, (-1, None, None))
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
+    if query.is_meta:
+        raise DeviceError("query: expected a tensor that holds numbers, got one on meta, which holds none")
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
     batch = _batch_shape(query, keys, values)

@@ -36,6 +36,7 @@ from softdb.errors import (
     check_dtype,
     check_float_tensor,
     check_ids,
+    check_not_meta,
     check_positive,
     check_shape,
     describe,
@@ -110,6 +111,8 @@ class _Queries(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.projection.weight.is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
+            check_not_meta("layer", self.projection.weight)
         queries: Tensor = self.projection(x)
         if isinstance(self.norm, nn.BatchNorm1d):
             queries = self.norm(queries.reshape(-1, queries.shape[-1])).view_as(queries)
@@ -256,7 +259,8 @@ class MemoryLayer(ModuleWithProperties):
             raise ArgumentError("shared: expected True, since the heads share the store that was given")
         if options:
             raise ArgumentError(f"{next(iter(options))}: expected nothing, since the store has options of its own")
-        wanted, found = (rows, self.key_dim, self.value_dim), (len(store), store.key_dim, store.value_dim)
+        count = store.rows.capacity if store.keys.is_meta else len(store)  # on meta it has yet to be filled
+        wanted, found = (rows, self.key_dim, self.value_dim), (count, store.key_dim, store.value_dim)
         if wanted != found:
             raise ShapeError(
                 f"store: expected {rows} rows with key_dim={self.key_dim} and value_dim={self.value_dim}, got "

@@ -361,6 +361,10 @@ class RowTable(nn.Module):
 
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
+        if self.ids.is_meta:  # which names no rows
+            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), _Journal(), None, [], 0
+            self.mark_moved()
+            return
         ids = self.ids.cpu()
         there = ids >= 0
         if bool(there.all()):

@@ -45,6 +45,7 @@ from softdb.errors import (
     check_finite,
     check_float_tensor,
     check_ids,
+    check_not_meta,
     check_positive,
     check_temperature,
     check_vector,
@@ -120,7 +121,10 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
     @_alone
     @functools.wraps(method)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
-        if cast("SoftKVStore", args[0])._is_mapped:
+        store = cast("SoftKVStore", args[0])
+        if method.__name__ not in ("reserve", "_load_from_state_dict"):  # which lay out tensors, or assign others
+            store._check_not_meta()
+        if store._is_mapped:
             name = "load_state_dict" if method.__name__ == "_load_from_state_dict" else method.__name__
             raise ReadOnlyError(
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
@@ -619,6 +623,7 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             UnknownIdError: An id is not in the store.
         """
+        self._check_not_meta()
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
 
@@ -725,6 +730,9 @@ class SoftKVStore(ModuleWithProperties):
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
+        keys = self.keys
+        if keys.is_meta:
+            self._check_not_meta()
         if torch.compiler.is_dynamo_compiling():
             return read_in_graph(
                 self,
@@ -740,7 +748,7 @@ class SoftKVStore(ModuleWithProperties):
                 generator=generator,
             )
         k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
-        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         normalizer = normalizer if self.training else in_eval_mode(normalizer)
 
         def answered() -> Read:
@@ -967,6 +975,7 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             IndexBuildError: FAISS refuses, or memory runs out; reads search exactly.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.build(self.rows, self.keys.detach())
 
@@ -979,6 +988,7 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             IndexBuildError: The last build failed, in the background or in a read, and this has not been said yet.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
@@ -1033,6 +1043,7 @@ class SoftKVStore(ModuleWithProperties):
             >>> print(store.audit(torch.eye(4), k=1))
             4 queries, k = 1: recall 1.0000 (lowest 1.00), mass 0.3547, error 0.0000
         """
+        self._check_not_meta()
         k = check_positive("k", k)
         check_float_tensor("queries", queries, (-1, self.key_dim), self.keys.device)
         check_finite("queries", queries)
@@ -1061,6 +1072,7 @@ class SoftKVStore(ModuleWithProperties):
 
         ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
         """
+        self._check_not_meta()
         return self._reading(lambda: self._index.stats(self.rows, self.keys.detach()))
 
     # -- saving and loading ----------------------------------------------------------------------------------
@@ -1094,6 +1106,7 @@ class SoftKVStore(ModuleWithProperties):
             ...     len(SoftKVStore.load(folder))
             4
         """
+        self._check_not_meta()
         with locked(path, timeout) as directory:  # until then nobody waits who wants to write rows
             self._reading(lambda: write_snapshot(directory, *self._contents()))
 
@@ -1231,6 +1244,9 @@ class SoftKVStore(ModuleWithProperties):
             self._watch()
 
     # -- storage ---------------------------------------------------------------------------------------------
+
+    def _check_not_meta(self) -> None:
+        check_not_meta("store", self.keys, "load_state_dict() or add(), or reset_parameters() of its layer")
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored_keys = self._check_table("keys", keys, self.keys)
@@ -1596,8 +1612,11 @@ class SoftKVStore(ModuleWithProperties):
         whole = fn(self.rows.ids.new_empty(0)).dtype
         if whole != torch.int64:
             raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
-        before = self.keys.data_ptr(), self.values.data_ptr()
+        before, was_meta = (self.keys.data_ptr(), self.values.data_ptr()), self.keys.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.keys.is_meta:  # what is there means nothing
+            self.keys.data.zero_()
+            self.values.data.zero_()
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
@@ -1649,6 +1668,8 @@ class SoftKVStore(ModuleWithProperties):
         *args: Any,
     ) -> None:
         """Load all of it or, where something is wrong or what rows consist of is missing, nothing."""
+        if not local_metadata.get("assign_to_params_buffers", False):
+            self._check_not_meta()
         hooks, none = self._load_state_dict_pre_hooks, type(self._load_state_dict_pre_hooks)()
         for hook in hooks.values():  # they may rename what is there, or bring what is missing
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
@@ -1699,6 +1720,8 @@ class SoftKVStore(ModuleWithProperties):
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
+            if tensor.is_meta:
+                raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
         ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
         self._check_state(state, capacity)

@@ -27,7 +27,9 @@ from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import full_precision
 from softdb.compiled import blend, outside_of_graphs
 from softdb.errors import (
+    INTEGERS,
     ArgumentError,
+    DeviceError,
     DtypeError,
     NotApplicableError,
     ShapeError,
@@ -1009,8 +1011,10 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
     """``documents`` as (batch, 1 or n)."""
     if documents is None:
         return None
-    if not isinstance(documents, Tensor) or documents.is_floating_point() or documents.dtype == torch.bool:
+    if not isinstance(documents, Tensor) or documents.dtype not in INTEGERS:
         raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
+    if documents.is_meta:
+        raise DeviceError("documents: expected numbers that can be read, got a tensor on meta, which holds none")
     if documents.shape not in ((batch,), (batch, count)):
         raise ShapeError(
             f"documents: expected shape ({batch},) or ({batch}, {count}), a number for each sequence or each token, "

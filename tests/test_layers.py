@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softdb import (
     ArgumentError,
+    DeviceError,
     DtypeError,
     NonFiniteError,
     SecondDerivativeError,
@@ -645,6 +646,8 @@ def test_a_failed_segment_is_not_remembered() -> None:
     for documents, error, message in (
         (torch.zeros(3, dtype=torch.int64), ShapeError, r"documents: expected shape \(2,\) or \(2, 10\)"),
         (torch.zeros(2), DtypeError, "documents: expected an int64 tensor"),
+        (torch.zeros(2, dtype=torch.complex64), DtypeError, "documents: expected an int64 tensor"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), DeviceError, "documents: expected numbers .* on meta"),
         (torch.full((2,), -2), ArgumentError, "documents: expected numbers of at least 0, or -1"),
     ):
         with pytest.raises(error, match=message):

@@ -413,7 +413,8 @@ def soft_read(
         values: What the rows deliver, (*batch, N, dv).
         metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scores`.
         temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
-        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen.
+        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen. A row that no
+            query may see takes no part, whatever it holds, NaN and infinity included.
         k: How many of the best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
         normalizer: "softmax"; "straight_through": the best row's value forward, the blend's gradient backward;
             "gumbel": the same for scores with noise, so that a row is drawn by its weight, and ``scores`` and ``lse``

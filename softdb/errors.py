@@ -7,7 +7,8 @@
     │   ├── ShapeError                         a tensor has the wrong shape
     │   ├── DeviceError                        a tensor lies on the wrong device
     │   ├── NonFiniteError                     NaN or infinity where a finite number is needed
-    │   └── DuplicateIdError                   an id is given twice, or exists already
+    │   ├── DuplicateIdError                   an id is given twice, or exists already
+    │   └── NotApplicableError (AttributeError) an attribute does not apply to an object made as this one is
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
@@ -52,6 +53,7 @@ __all__ = [
     "LockedError",
     "MissingPackageError",
     "NonFiniteError",
+    "NotApplicableError",
     "ReadOnlyError",
     "SecondDerivativeError",
     "ShapeError",
@@ -92,6 +94,10 @@ class DuplicateIdError(ArgumentError):
     """An id is given twice, or exists already."""
 
 
+class NotApplicableError(ArgumentError, AttributeError):
+    """An attribute does not apply to a store or layer made with these arguments: ``hasattr`` is False."""
+
+
 class DtypeError(SoftDBError, TypeError):
     """A tensor or an argument has the wrong type."""
 
@@ -117,7 +123,10 @@ class ForeignWriteError(SoftDBError, RuntimeError):
 
 
 class GrowthError(SoftDBError, RuntimeError):
-    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity."""
+    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity.
+
+    Nor can it shrink, as a smaller state that is loaded would have it: load before the read, or before wrapping.
+    """
 
 
 class StaleReadError(SoftDBError, RuntimeError):
@@ -269,6 +278,15 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise unless ``value`` lies on ``device``."""
     if value.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
+
+
+def check_not_meta(name: str, tensor: Tensor, fill: str = "reset_parameters() or load_state_dict()") -> None:
+    """Raise if ``tensor``, which the module ``name`` holds, lies on the meta device; ``fill`` gives it numbers."""
+    if tensor.is_meta:
+        raise DeviceError(
+            f"{name}: expected tensors that hold numbers, got tensors on meta, which hold none; call "
+            f"{name}.to_empty(device=...) and then {fill}, or load_state_dict(..., assign=True) at once"
+        )
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:

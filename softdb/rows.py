@@ -519,6 +519,10 @@ class RowTable(nn.Module):
 
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
+        if self.ids.is_meta:  # which names no rows
+            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), _Journal(), None, [], 0
+            self.mark_moved()
+            return
         ids = self.ids.cpu()
         there = ids >= 0
         if bool(there.all()):
@@ -1127,10 +1131,12 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
         if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
             continue
         if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
+            grown = len(parameter) > len(state)
+            remedy = "call store.reserve() before building an optimiser, or build" if grown else "build"
             raise GrowthError(
-                f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
-                f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one; "
-                "softdb.optim.RowAdam follows growth"
+                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimiser's "
+                f"{name!r} has shape {tuple(state.shape)}: {remedy} a new one; softdb.optim.RowAdam follows "
+                f"{'growth' if grown else 'such changes'}"
             )
 
 

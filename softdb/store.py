@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.compiled import new_handle, read_in_graph
 from softdb.errors import (
@@ -35,6 +36,7 @@ from softdb.errors import (
     ForeignWriteError,
     GrowthError,
     NonFiniteError,
+    NotApplicableError,
     ReadOnlyError,
     ShapeError,
     SoftDBError,
@@ -46,6 +48,7 @@ from softdb.errors import (
     check_finite,
     check_float_tensor,
     check_ids,
+    check_not_meta,
     check_positive,
     check_temperature,
     check_vector,
@@ -125,7 +128,10 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
     @_alone
     @functools.wraps(method)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
-        if cast("SoftKVStore", args[0])._is_mapped:
+        store = cast("SoftKVStore", args[0])
+        if method.__name__ not in ("reserve", "_load_from_state_dict"):  # which lay out tensors, or assign others
+            store._check_not_meta()
+        if store._is_mapped:
             name = "load_state_dict" if method.__name__ == "_load_from_state_dict" else method.__name__
             raise ReadOnlyError(
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
@@ -272,7 +278,7 @@ class Audit:
         )
 
 
-class SoftKVStore(nn.Module):
+class SoftKVStore(ModuleWithProperties):
     """A soft database: rows of keys and values, answered by a blend of the values.
 
     Equal, for the default metric, to::
@@ -340,6 +346,8 @@ class SoftKVStore(nn.Module):
     _is_strict = False
     # Whether FSDP2 has put shards in the place of the tables, which it exchanges for whole ones in a forward.
     _is_sharded = False
+    # At which version of the rows a key held NaN.
+    _key_nan_at = -1
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
@@ -453,6 +461,8 @@ class SoftKVStore(nn.Module):
     @property
     def ids(self) -> Tensor:
         """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
+        if self.keys.is_meta:
+            return self.rows.ids.new_empty(len(self))
         return self._reading(lambda: self.rows.ids[self.rows.live_slots()])
 
     @property
@@ -469,9 +479,11 @@ class SoftKVStore(nn.Module):
         weight 1. Whether gradients are recorded makes no difference.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
+        if self.keys.is_meta:
+            return Usage(self.rows.reads.new_empty(len(self)), self.rows.weight.new_empty(len(self)))
 
         def copied() -> Usage:
             slots = self.rows.live_slots()
@@ -484,7 +496,7 @@ class SoftKVStore(nn.Module):
         """Count from 0 again. Which rows are evicted next stays as it is.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
         with self.rows.access.writing():
@@ -492,7 +504,7 @@ class SoftKVStore(nn.Module):
 
     def _check_tracking(self) -> None:
         if not self.rows.track_usage:
-            raise ArgumentError(
+            raise NotApplicableError(
                 "track_usage: expected True to know how rows are used, got False; make the store with track_usage=True"
             )
 
@@ -639,6 +651,7 @@ class SoftKVStore(nn.Module):
         Raises:
             UnknownIdError: An id is not in the store.
         """
+        self._check_not_meta()
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
 
@@ -745,6 +758,9 @@ class SoftKVStore(nn.Module):
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
+        keys = self.keys
+        if keys.is_meta:
+            self._check_not_meta()
         if torch.compiler.is_dynamo_compiling():
             return read_in_graph(
                 self,
@@ -760,7 +776,7 @@ class SoftKVStore(nn.Module):
                 generator=generator,
             )
         k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
-        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         normalizer = normalizer if self.training else in_eval_mode(normalizer)
 
         def answered() -> Read:
@@ -950,6 +966,8 @@ class SoftKVStore(nn.Module):
         version, norm = self._key_norm
         if version == self.rows.version:
             return norm
+        if self._key_nan_at == self.rows.version:
+            return math.nan
         keys = self.keys.detach()
         moved = self.rows.keys_moved_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
@@ -959,7 +977,9 @@ class SoftKVStore(nn.Module):
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if not math.isnan(norm):
+        if math.isnan(norm):  # which is not what to go on from: it would stay when the row is gone
+            self._key_nan_at = self.rows.version
+        else:
             self._key_norm = (self.rows.version, norm)
         return norm
 
@@ -994,6 +1014,7 @@ class SoftKVStore(nn.Module):
         Raises:
             IndexBuildError: FAISS refuses, or memory runs out; reads search exactly.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.build(self.rows, self.keys.detach())
 
@@ -1006,6 +1027,7 @@ class SoftKVStore(nn.Module):
         Raises:
             IndexBuildError: The last build failed, in the background or in a read, and this has not been said yet.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
@@ -1060,6 +1082,7 @@ class SoftKVStore(nn.Module):
             >>> print(store.audit(torch.eye(4), k=1))
             4 queries, k = 1: recall 1.0000 (lowest 1.00), mass 0.3547, error 0.0000
         """
+        self._check_not_meta()
         k = check_positive("k", k)
         check_float_tensor("queries", queries, (-1, self.key_dim), self.keys.device)
         check_finite("queries", queries)
@@ -1088,6 +1111,7 @@ class SoftKVStore(nn.Module):
 
         ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
         """
+        self._check_not_meta()
         return self._reading(lambda: self._index.stats(self.rows, self.keys.detach()))
 
     # -- saving and loading ----------------------------------------------------------------------------------
@@ -1121,6 +1145,7 @@ class SoftKVStore(nn.Module):
             ...     len(SoftKVStore.load(folder))
             4
         """
+        self._check_not_meta()
         with locked(path, timeout) as directory:  # until then nobody waits who wants to write rows
             self._reading(lambda: write_snapshot(directory, *self._contents()))
 
@@ -1286,7 +1311,7 @@ class SoftKVStore(nn.Module):
         rows, device = model.rows, self.keys.device
         capacity = rows.capacity
         if capacity != self.rows.capacity:
-            self._check_growth(capacity)
+            self._check_growth(capacity, loaded=True)
         slots = rows.live_slots().cpu()
         mine = self.rows.find(rows.ids[rows.live_slots()].cpu())
         known = mine >= 0
@@ -1319,6 +1344,9 @@ class SoftKVStore(nn.Module):
             self.rows.remember_tenants(is_updated=True)
 
     # -- storage ---------------------------------------------------------------------------------------------
+
+    def _check_not_meta(self) -> None:
+        check_not_meta("store", self.keys, "load_state_dict() or add(), or reset_parameters() of its layer")
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored_keys = self._check_table("keys", keys, self.keys)
@@ -1506,7 +1534,7 @@ class SoftKVStore(nn.Module):
                 self._buffers[name] = table
         self._record_versions()
 
-    def _check_growth(self, needed: int, *, asked: bool = False) -> None:
+    def _check_growth(self, needed: int, *, asked: bool = False, loaded: bool = False) -> None:
         if self.capacity is not None:
             raise GrowthError(
                 f"the store would have to hold {needed} rows, but was made with capacity={self.capacity}: delete rows "
@@ -1514,18 +1542,23 @@ class SoftKVStore(nn.Module):
             )
         if not self.trainable:
             return
-        remedy = f"call store.reserve({needed}) or more beforehand"
+        capacity = self.rows.capacity
+        if needed < capacity:  # as only a state that is loaded can be
+            change, remedy = "shrink", ""
+        else:
+            exact = "" if loaded else " or more"  # a state that is loaded has room for so many rows, and no others
+            change, remedy = "grow", f"call store.reserve({needed}){exact} beforehand, or "
+        change = f"the storage must {change} from {capacity} to {needed} rows"
         if any(reference() is not None for reference in self._open_reads):
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, but a read of it has not gone "
-                f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
-                "first, or read under torch.no_grad()"
+                f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
+                f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before wrapping, and nobody wraps an empty store.
-        if not asked and self.rows.capacity > 0 and _has_company():
+        if not asked and capacity > 0 and _has_company():
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
-                f"cannot follow: {remedy}, before wrapping"
+                f"{change}, which DistributedDataParallel cannot follow: "
+                f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"
             )
 
     def _check(self) -> None:
@@ -1798,10 +1831,13 @@ class SoftKVStore(nn.Module):
         whole = fn(self.rows.ids.new_empty(0)).dtype
         if whole != torch.int64:
             raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
-        before = self.keys.data_ptr(), self.values.data_ptr()
+        before, was_meta = (self.keys.data_ptr(), self.values.data_ptr()), self.keys.is_meta
         own = [parameter for parameter in self._parameters.values() if parameter is not None]
         with unwatched(own), self.rows.unrecorded():
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.keys.is_meta:  # what is there means nothing
+            self.keys.data.zero_()
+            self.values.data.zero_()
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
@@ -1853,6 +1889,8 @@ class SoftKVStore(nn.Module):
         *args: Any,
     ) -> None:
         """Load all of it or, where something is wrong or what rows consist of is missing, nothing."""
+        if not local_metadata.get("assign_to_params_buffers", False):
+            self._check_not_meta()
         hooks, none = self._load_state_dict_pre_hooks, type(self._load_state_dict_pre_hooks)()
         for hook in hooks.values():  # they may rename what is there, or bring what is missing
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
@@ -1904,6 +1942,8 @@ class SoftKVStore(nn.Module):
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
+            if tensor.is_meta:
+                raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
         ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
         self._check_state(state, capacity)
@@ -1912,7 +1952,7 @@ class SoftKVStore(nn.Module):
         check_finite("state_dict['values']", state["values"])
         if capacity == self.rows.capacity:
             return None
-        self._check_growth(capacity)
+        self._check_growth(capacity, loaded=True)
         return self._resized(capacity)
 
     def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:

@@ -7,13 +7,15 @@
     │   ├── ShapeError                         a tensor has the wrong shape
     │   ├── DeviceError                        a tensor lies on the wrong device
     │   ├── NonFiniteError                     NaN or infinity where a finite number is needed
-    │   └── DuplicateIdError                   an id is given twice, or exists already
+    │   ├── DuplicateIdError                   an id is given twice, or exists already
+    │   └── NotApplicableError (AttributeError) an attribute does not apply to an object made as this one is
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
     ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
+    ├── ForeignWriteError      (RuntimeError)  something other than the store replaced or overwrote its tensors
     ├── CorruptSnapshotError   (ValueError)    a saved store is not what it was when it was saved
     ├── IndexBuildError        (RuntimeError)  the index could not be built; searches are exact
     ├── LockedError            (RuntimeError)  somebody else is saving to the same path
@@ -46,11 +48,13 @@ __all__ = [
     "DtypeError",
     "DuplicateIdError",
     "FieldError",
+    "ForeignWriteError",
     "GrowthError",
     "IndexBuildError",
     "LockedError",
     "MissingPackageError",
     "NonFiniteError",
+    "NotApplicableError",
     "ReadOnlyError",
     "SecondDerivativeError",
     "ShapeError",
@@ -92,6 +96,10 @@ class DuplicateIdError(ArgumentError):
     """An id is given twice, or exists already."""
 
 
+class NotApplicableError(ArgumentError, AttributeError):
+    """An attribute does not apply to a store or layer made with these arguments: ``hasattr`` is False."""
+
+
 class DtypeError(SoftDBError, TypeError):
     """A tensor or an argument has the wrong type."""
 
@@ -112,8 +120,15 @@ class FieldError(_LookupFailure):
     """A field is unknown, missing or reserved."""
 
 
+class ForeignWriteError(SoftDBError, RuntimeError):
+    """Something other than the store replaced or overwrote its tensors, so that they no longer hold its rows."""
+
+
 class GrowthError(SoftDBError, RuntimeError):
-    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity."""
+    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity.
+
+    Nor can it shrink, as a smaller state that is loaded would have it: load before the read, or before wrapping.
+    """
 
 
 class StaleReadError(SoftDBError, RuntimeError):
@@ -269,6 +284,15 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise unless ``value`` lies on ``device``."""
     if value.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
+
+
+def check_not_meta(name: str, tensor: Tensor, fill: str = "reset_parameters() or load_state_dict()") -> None:
+    """Raise if ``tensor``, which the module ``name`` holds, lies on the meta device; ``fill`` gives it numbers."""
+    if tensor.is_meta:
+        raise DeviceError(
+            f"{name}: expected tensors that hold numbers, got tensors on meta, which hold none; call "
+            f"{name}.to_empty(device=...) and then {fill}, or load_state_dict(..., assign=True) at once"
+        )
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:

@@ -139,6 +139,11 @@ class Selection:
         """Whether every query sees the same rows."""
         return self.mask is None and self.rule is None and self.excluded is None
 
+    @property
+    def hides_some(self) -> bool:
+        """Whether a pass may go through rows that some query may not see."""
+        return not self.is_shared or (self.shared is not None and self.visit is None)
+
     def block(self, start: int, stop: int) -> Block | None:
         """What may be seen of the rows that come in places [start, stop) of a pass; None if nothing."""
         rows = slice(start, stop) if self.visit is None else self.visit[start:stop]

@@ -45,6 +45,7 @@ from softdb.errors import (
     list_ids,
 )
 from softdb.filters import Selection
+from softdb.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
 from softdb.locks import note_openmp
 from softdb.normalizers import (
     SPARSE,
@@ -220,10 +221,19 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     Without ``k`` it reports the rows that a sparse or hard normalizer gives weight all the same, without gradients:
     whoever has counted them drops them by `best_of`.
     """
+    selection, groups = scan.selection, tables.groups
+    height = len(query) // max(1, groups)
+    if selection.hides_some and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
+        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, scan, groups, height))
     if normalizer in SPARSE:
         return _read_support(query, tables, scan, k, normalizer)
     hard = is_hard(normalizer)
-    values, lse, best = exact_read(query, tables.keys, tables.values, scan, tables.groups, k or int(hard))
+    values, lse, best = exact_read(query, tables.keys, tables.values, scan, groups, k or int(hard))
+    if selection.hides_some and not is_finite(values):
+        mended = finite_values(tables.values, selection, groups, height)
+        if mended is not None:
+            values, lse, best = exact_read(query, tables.keys, mended[0], scan, groups, k or int(hard))
+            values = spoil(values, mended[1])
     mass = torch.ones_like(lse) if scan.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
@@ -269,8 +279,13 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
             _, scores, rows = _best_rows(query, tables, scan, reach)
     rows = rows[:, : max(k or 1, support)]
     everything = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    # As of every exact read, gradients of the rows are dense.
-    read = read_candidates(query, replace(tables, sparse=False), scan, rows, normalizer, complete=everything)
+    tables = replace(tables, sparse=False)  # as of every exact read, gradients of the rows are dense
+    read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
+    if scan.selection.hides_some and wanted and not is_finite(read.values):
+        # Gradients of the keys are sums over queries, of which those that see no such value give theirs as ever.
+        wrong, tables = ~read.values.detach().isfinite(), replace(tables, values=finite_or_zero(tables.values))
+        read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
+        read = replace(read, values=spoil(read.values, wrong))
     ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
     if k is None:
         ids = ids.masked_fill(weights == 0, -1)
@@ -424,7 +439,8 @@ def soft_read(
         values: What the rows deliver, (*batch, N, dv).
         metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scores`.
         temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
-        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen.
+        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen. A row that no
+            query may see takes no part, whatever it holds, NaN and infinity included.
         k: How many of the best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
         normalizer: "softmax"; "straight_through": the best row's value forward, the blend's gradient backward;
             "gumbel": the same for scores with noise, so that a row is drawn by its weight, and ``scores`` and ``lse``
@@ -476,14 +492,14 @@ def soft_read(
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
         scan = Scan(metric, centre, selection, dtype, narrow=narrow, noise=noise_for(normalizer, generator))
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
+        height = fold.shared_size * query.shape[-2]
         if not selection.shows_some_to_all:
-            check_finite("query", query)  # else scores tell; but a hidden key still meets the gradient of its score
-            check_finite("keys", keys)
+            check_finite("query", query)  # else scores tell
         try:
             read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
         except NonFiniteError:
             check_finite("query", query)  # it may be their fault: say so
-            check_finite("keys", keys)
+            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, scan, fold.groups, height))
             raise
     if not is_finite(read.values):
         check_finite("values", values)
@@ -914,6 +930,8 @@ def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...
     check_float_tensor("query", query, (-1, None, None))
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
+    if query.is_meta:
+        raise DeviceError("query: expected a tensor that holds numbers, got one on meta, which holds none")
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
     return _batch_shape(query, keys, values)

@@ -105,6 +105,8 @@ UNBOUNDED = ("dot", "scaled_dot")
 VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
 # As many numbers are compared with their copies at a time.
 COMPARED_ELEMENTS = 2**22
+# The keys of so many rows are compared with the index's before each search.
+SAMPLE_ROWS = 64
 # Under which names FAISS's indexes hold others, and the quantizers of their codes.
 INNER_INDEXES = ("index", "base_index", "refine_index", "quantizer", "storage")
 QUANTIZERS = ("pq", "refine_pq", "rq", "lsq", "prq", "plsq")
@@ -289,6 +291,32 @@ class _Base:
             if self.copy is not rows:
                 self.copy[slots.to(rows.device)] = rows
             self._drift = torch.zeros(capacity, device="cpu")
+        self._sample_slots = slots[:: max(1, len(slots) // SAMPLE_ROWS)][:SAMPLE_ROWS].to(rows.device)
+        self._sample_keys: Tensor | None = None
+
+    def follow_sample(self, rows: RowTable, keys: Tensor, version: int) -> None:
+        """Copy the sampled keys that are known to have changed after ``version``, or all of them at first."""
+        slots = self._sample_slots
+        if self._sample_keys is None:
+            self._sample_keys = keys.index_select(0, slots)
+        elif self.copy is None:
+            known = (rows.keys_changed_at[slots] > version) | (rows.keys_moved_at > version)
+            self._sample_keys[known] = keys[slots[known]]
+
+    def has_stale_sample(self, keys: Tensor, metric: str, tolerance: float) -> bool:
+        """Whether the key of a sampled row is another than the index's, though every known write was followed."""
+        if self._sample_keys is None:
+            return False
+        present = keys.index_select(0, self._sample_slots)
+        if torch.equal(present, self._sample_keys):
+            return False
+        if self.copy is None:
+            return True
+        seen = self._sample_slots[self.sees(self._sample_slots.cpu()).to(keys.device)]
+        if len(self.moved(seen, keys, metric, tolerance)):
+            return True
+        self._sample_keys = present
+        return False
 
     @property
     def index(self) -> Any:
@@ -932,8 +960,8 @@ class Index:
 
     def _follow(self, rows: RowTable, keys: Tensor) -> None:
         """Take note of every change since the last call."""
-        version = rows.version
-        if version == self._version:
+        version, before = rows.version, self._version
+        if version == before:
             return
         if self._aside is not None and self._aside.is_done:
             self._adopt(self._aside)
@@ -945,6 +973,13 @@ class Index:
         self._version = version  # a signal's handler may have written meanwhile
         self._settle(rows, keys)
         self._list_beside()
+        if self._base is not None:
+            self._base.follow_sample(rows, keys, before)
+
+    def has_stale_sample(self, keys: Tensor) -> bool:
+        """Whether keys were written to in a way that nothing noticed, as by ``.data``, judged by a sample of rows."""
+        base = self._awake
+        return base is not None and base.has_stale_sample(keys.detach(), self._metric, self.config.tolerance)
 
     def _told(self) -> int:
         """How many queries tell a recall."""
@@ -1139,6 +1174,8 @@ class Index:
             if self.config.factory != "Flat" and len(rows) >= self._fewest_rows:
                 self._install(self._plan(rows, keys, None).carry_out())
             self._list_beside()
+            if self._base is not None:
+                self._base.follow_sample(rows, keys, self._version)
         self._tell_error()
 
     # -- building --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -22,11 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import full_precision
 from softdb.compiled import blend
 from softdb.errors import (
+    INTEGERS,
     ArgumentError,
+    DeviceError,
     DtypeError,
+    NotApplicableError,
     ShapeError,
     SoftDBError,
     StaleReadError,
@@ -35,6 +40,7 @@ from softdb.errors import (
     check_dtype,
     check_float_tensor,
     check_ids,
+    check_not_meta,
     check_positive,
     check_shape,
     describe,
@@ -126,6 +132,8 @@ class _Queries(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.projection.weight.is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
+            check_not_meta("layer", self.projection.weight)
         queries: Tensor = self.projection(x)
         if isinstance(self.norm, nn.BatchNorm1d):
             queries = self.norm(queries.reshape(-1, queries.shape[-1])).view_as(queries)
@@ -156,7 +164,7 @@ def _stack(reads: Sequence[Read], dimension: int) -> Read:
 # -- rows that are learned -------------------------------------------------------------------------------
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(ModuleWithProperties):
     r"""A lookup in learned rows: every head asks, and the answers are projected back.
 
     With the store's ``keys`` and ``values``, equal for the mode "exact" to::
@@ -272,7 +280,8 @@ class MemoryLayer(nn.Module):
             raise ArgumentError("shared: expected True, since the heads share the store that was given")
         if options:
             raise ArgumentError(f"{next(iter(options))}: expected nothing, since the store has options of its own")
-        wanted, found = (rows, self.key_dim, self.value_dim), (len(store), store.key_dim, store.value_dim)
+        count = store.rows.capacity if store.keys.is_meta else len(store)  # on meta it has yet to be filled
+        wanted, found = (rows, self.key_dim, self.value_dim), (count, store.key_dim, store.value_dim)
         if wanted != found:
             raise ShapeError(
                 f"store: expected {rows} rows with key_dim={self.key_dim} and value_dim={self.value_dim}, got "
@@ -284,10 +293,12 @@ class MemoryLayer(nn.Module):
         """The store that all heads read.
 
         Raises:
-            ArgumentError: Each head has its own; see ``stores``.
+            NotApplicableError: Each head has its own; see ``stores``.
         """
         if len(self.stores) > 1:
-            raise ArgumentError(f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores")
+            raise NotApplicableError(
+                f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores"
+            )
         (store,) = self.stores
         return store  # type: ignore[return-value]
 
@@ -384,6 +395,12 @@ def _fill(store: SoftKVStore, deviation: float) -> None:
 class ContextMemory(nn.Module):
     r"""Causal attention that remembers: over the segment at hand, and over past segments of the same sequence.
 
+    Each call is taken for the next segment of the sequences of the last one, place by place in the batch. Call `reset`
+    before other sequences come, at every new batch of them: otherwise they attend to the tokens of those before, which
+    nothing can notice. See the second example. Training and evaluation have a past each: after ``eval()`` the layer
+    reads and writes the one, which starts empty, after ``train()`` it goes on with the other, and `reset` clears that
+    of the present mode. So call it at the start of every validation, too.
+
     A sequence comes in segments, one call each. With K and V the keys and values of the last ``rows`` tokens before
     this segment, and k, v those of the tokens of this one::
 
@@ -401,12 +418,14 @@ class ContextMemory(nn.Module):
     `softdb.StaleReadError` where rows it needs are gone. The weights over all tokens are never held.
 
     The memory is part of ``state_dict`` (a run that is resumed goes on exactly) and follows ``.to``; it is no buffer,
-    since DistributedDataParallel would overwrite each process's with the first one's.
+    since DistributedDataParallel would overwrite each process's with the first one's. In ``state_dict`` the past of
+    training is under ``past.``, whatever the mode, and that of evaluation, unless it is empty, under
+    ``evaluation_past.``. A past that was loaded is dropped, with a warning, if another number of sequences comes first.
 
     Args:
         dim: Width of input and output.
         rows: How many past tokens each sequence remembers. Storage for them is laid out at the first call:
-            ``rows * (key_dim + value_dim)`` numbers a sequence.
+            ``rows * (key_dim + value_dim)`` numbers a sequence, for each of the two modes when it is first used.
         heads: How many queries are made of each token.
         key_dim: Width of queries and keys.
         value_dim: Width of values; ``key_dim`` unless given.
@@ -431,6 +450,21 @@ class ContextMemory(nn.Module):
         >>> layer.reset()
         >>> torch.allclose(torch.cat(parts, dim=1), layer(text), atol=1e-5)
         True
+
+        A loop over batches of sequences, each of which comes in segments, and a validation in between:
+
+        >>> optimizer = torch.optim.AdamW(layer.parameters())
+        >>> validation = torch.randn(5, 100, 32)                 # of another number of sequences
+        >>> for batch in torch.randn(2, 3, 100, 32):
+        ...     layer.reset()                                    # other sequences than those before
+        ...     for segment in batch.split(25, dim=1):           # the next tokens of the same sequences
+        ...         layer(segment).square().mean().backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...     layer.eval().reset()                             # training's past stays
+        ...     with torch.no_grad():
+        ...         losses = [layer(segment).square().mean() for segment in validation.split(25, dim=1)]
+        ...     _ = layer.train()
     """
 
     def __init__(
@@ -455,20 +489,32 @@ class ContextMemory(nn.Module):
         self.keys = _Queries(self.dim, 1, self.key_dim, "layer", **made)
         self.values = nn.Linear(self.dim, self.value_dim, bias=False, **made)
         self.output = _output(self.heads, self.value_dim, self.dim, **made)
-        shape = self.rows, self.key_dim, self.value_dim
-        self._past = _Past(_Ring(*shape) if self.k is None else _Stores(*shape, self.k))
+        self._past, self._evaluation_past = self._new_past(), self._new_past()
         self.reset_parameters()
 
+    def _new_past(self) -> _Past:
+        shape = self.rows, self.key_dim, self.value_dim
+        return _Past(_Ring(*shape) if self.k is None else _Stores(*shape, self.k))
+
+    @property
+    def _current_past(self) -> _Past:
+        """The past of the present mode."""
+        return self._past if self.training else self._evaluation_past
+
     def reset_parameters(self) -> None:
-        """Start anew, with an empty memory."""
+        """Start anew, with an empty memory in training and evaluation."""
         self.queries.reset_parameters()
         self.keys.reset_parameters()
         nn.init.normal_(self.values.weight, std=self.dim**-0.5)
         _reset_output(self.output)
-        self.reset()
+        self._past.clear()
+        self._evaluation_past.clear()
 
     def reset(self, sequences: Tensor | Sequence[int] | None = None) -> None:
         """Forget: all sequences, after which another number of them may come, or those at some places in the batch.
+
+        Call it before the first segment of other sequences. It clears the past of the present mode: in training mode
+        that of training, after ``eval()`` that of evaluation.
 
         Args:
             sequences: Their places, (m,) int64, or a mask of them, (batch,) bool; None for all.
@@ -477,26 +523,25 @@ class ContextMemory(nn.Module):
             ArgumentError: There is no such sequence.
             DtypeError, ShapeError: ``sequences`` is not as above.
         """
+        past = self._current_past
         if sequences is None:
-            self._past.clear()
+            past.clear()
             return
         if isinstance(sequences, Tensor) and sequences.dtype == torch.bool:
-            check_shape("sequences", sequences, (self._past.batch,))
+            check_shape("sequences", sequences, (past.batch,))
             sequences = sequences.nonzero().squeeze(-1)
         places = check_ids("sequences", sequences, repeats=True).reshape(-1)
-        if len(places) and int(places.max()) >= self._past.batch:
-            raise ArgumentError(
-                f"sequences: expected places in a batch of {self._past.batch}, got {places.tolist()[:5]}"
-            )
-        self._past.forget(places)
+        if len(places) and int(places.max()) >= past.batch:
+            raise ArgumentError(f"sequences: expected places in a batch of {past.batch}, got {places.tolist()[:5]}")
+        past.forget(places)
 
     def forward(
         self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
-        """Attend to the segment so far and to the past, and remember the segment.
+        """Attend to the segment so far and to the past of the present mode, and remember the segment there.
 
         Args:
-            x: A segment of every sequence, (batch, n, dim).
+            x: The next segment of every sequence, (batch, n, dim); the first one after `reset`.
             documents: Which document each sequence, or each token, belongs to: whole numbers, (batch,) or (batch, n).
                 Tokens see only those of their own document; -1 is padding, which sees nothing and is never seen. All
                 are of document 0 unless given. Padding takes the room of tokens, but in a memory with ``k``.
@@ -507,7 +552,8 @@ class ContextMemory(nn.Module):
             (batch, n, dim), or that and a `softdb.Read`.
 
         Raises:
-            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first.
+            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first. Where
+                the memory was loaded, and nothing has been remembered since, it is dropped instead, with a warning.
             DtypeError, DeviceError, NonFiniteError: An argument is not as above.
             StaleReadError: In backward, where tokens that were seen have been evicted since; and where activation
                 checkpointing repeats another segment than the last.
@@ -524,27 +570,37 @@ class ContextMemory(nn.Module):
         values = self.values(x)
         dtype = self.values.weight.dtype if write else None
         attend = _attend_outside if torch.compiler.is_dynamo_compiling() else _attend
-        read: Read = attend(self._past, queries, keys, values, documents, dtype)
+        read: Read = attend(self._current_past, queries, keys, values, documents, dtype)
         y: Tensor = self.output(read.values.transpose(1, 2).flatten(-2))
         return (y, read) if return_read else y
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the brackets."""
         k = "" if self.k is None else f", k={self.k}"
-        return f"dim={self.dim}, rows={self.rows}, heads={self.heads}{k}, sequences={self._past.batch}"
+        return f"dim={self.dim}, rows={self.rows}, heads={self.heads}{k}, sequences={self._current_past.batch}"
 
     # -- module conventions ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> ContextMemory:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._past.apply(fn)
+        self._evaluation_past.apply(fn)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_evaluation_past" not in self.__dict__:  # pickled when there was one past for both modes
+            self._evaluation_past = self._new_past()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self._past.state(self.values.weight).items():
-            # A copy: what goes on is written over the same rows, and half of that would be in what was saved.
-            destination[f"{prefix}past.{name}"] = tensor.detach().clone()
+        pasts = {"past.": self._past}
+        if self._evaluation_past.batch:
+            pasts["evaluation_past."] = self._evaluation_past
+        for start, past in pasts.items():
+            for name, tensor in past.state(self.values.weight).items():
+                # A copy: what goes on is written over the same rows, and half of that would be in what was saved.
+                destination[f"{prefix}{start}{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(
         self,
@@ -556,28 +612,35 @@ class ContextMemory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        start = f"{prefix}past."
-        given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
-        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(start)}
+        starts = (f"{prefix}past.", f"{prefix}evaluation_past.")
+        rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(starts)}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        missing = self._past.needed - given.keys()
-        missing_keys += [start + name for name in sorted(missing)]
-        unexpected = {name for name in given if not self._past.knows(name)}
-        unexpected_keys += [start + name for name in sorted(unexpected)]
-        if missing:
-            return
         # What torch assigns it assigns after this, so that the parameter to go by may still be the old one.
         like = self.values.weight
         if local_metadata.get("assign_to_params_buffers", False):
             like = state_dict.get(f"{prefix}values.weight", like)
-        try:
-            self._past.load({name: given[name] for name in given if name not in unexpected}, start, like)
-        except (SoftDBError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            error_msgs.append(
-                f"{error}; to load weights alone, leave out what starts with {start!r}, with strict=False"
-            )
+        complete = True
+        for start, past in zip(starts, (self._past, self._evaluation_past), strict=True):
+            given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
+            unexpected = {name for name in given if not past.knows(name)}
+            unexpected_keys += [start + name for name in sorted(unexpected)]
+            if past is self._evaluation_past and not given:  # it was empty, if the other one is there
+                if complete:
+                    past.clear()
+                continue
+            missing = past.needed - given.keys()
+            missing_keys += [start + name for name in sorted(missing)]
+            complete = complete and not missing
+            if missing:
+                continue
+            try:
+                past.load({name: given[name] for name in given if name not in unexpected}, start, like)
+            except (SoftDBError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                error_msgs.append(
+                    f"{error}; to load weights alone, leave out what starts with {start!r}, with strict=False"
+                )
 
 
 class _Past:
@@ -589,8 +652,11 @@ class _Past:
             would take the place of rows that the backward of its own forward still needs.
         mixed: Whether some token may be of another document than 0.
         version: How often what has entered has changed.
+        is_loaded: Whether it all comes from a state dict, so that it may be of other sequences than those to come.
         asked: The keys of the last segment, and the version that it met.
     """
+
+    is_loaded = False  # of one that was pickled before there was this
 
     def __init__(self, tokens: _Ring | _Stores) -> None:
         self.tokens = tokens
@@ -602,7 +668,7 @@ class _Past:
         self.version += 1
         self.tokens.clear()
         self.recent: Segment | None = None
-        self.mixed = False
+        self.mixed = self.is_loaded = False
 
     @property
     def batch(self) -> int:
@@ -629,6 +695,7 @@ class _Past:
             self.mixed = self.mixed or bool((documents != 0).any())
         documents = documents.expand(batch, count)[:, last].clone()
         self.recent = keys[:, last].to(dtype, copy=True), values[:, last].to(dtype, copy=True), documents
+        self.is_loaded = False
 
     def note(self, keys: Tensor) -> None:
         """Know the segment of these keys again, as long as the past is what it is now."""
@@ -692,6 +759,7 @@ class _Past:
         self.tokens, self.version = tokens, self.version + 1
         self.recent = recent if recent[2].numel() else None
         self.mixed = mixed or bool((recent[2] != 0).any())
+        self.is_loaded = True
 
 
 class _Ring:
@@ -929,9 +997,18 @@ def _attend(
     if is_active():
         return _attend_under_transform(past, queries, keys, values, documents, dtype)
     batch, count = keys.shape[:2]
-    _check_batch(past, batch)
-    documents = _check_documents(documents, batch, count, keys.device)
     repeats = torch._C._current_graph_task_id() != -1  # within a backward: activation checkpointing
+    documents = _check_documents(documents, batch, count, keys.device)
+    if past.batch not in (0, batch):
+        if not past.is_loaded or repeats or batch == 0:
+            _check_batch(past, batch)
+        warnings.warn(
+            f"a ContextMemory that was loaded with the past of {past.batch} sequences got {batch} others, so it drops "
+            "that past; call reset() after load_state_dict() where other sequences come",
+            UserWarning,
+            stacklevel=2,
+        )
+        past.clear()
     if repeats and not past.knows_again(keys):
         raise StaleReadError(
             "activation checkpointing repeats a segment that is not the last one the memory has seen, so its read "
@@ -1003,8 +1080,10 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
     """``documents`` as (batch, 1 or n)."""
     if documents is None:
         return None
-    if not isinstance(documents, Tensor) or documents.is_floating_point() or documents.dtype == torch.bool:
+    if not isinstance(documents, Tensor) or documents.dtype not in INTEGERS:
         raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
+    if documents.is_meta:
+        raise DeviceError("documents: expected numbers that can be read, got a tensor on meta, which holds none")
     if documents.shape not in ((batch,), (batch, count)):
         raise ShapeError(
             f"documents: expected shape ({batch},) or ({batch}, {count}), a number for each sequence or each token, "
@@ -1019,7 +1098,7 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
 # -- values for pairs of keys ----------------------------------------------------------------------------
 
 
-class ValueTable(nn.Embedding):
+class ValueTable(ModuleWithProperties, nn.Embedding):
     """The values of a `ProductKeyMemory`, ``weight`` (rows, value_dim), and how they have been used.
 
     An embedding, so that torch knows that its gradient is row-sparse: DistributedDataParallel asks for that.
@@ -1062,7 +1141,7 @@ class ValueTable(nn.Embedding):
         """How often, and with which weight, each row has been read since the start, or since `reset_usage`.
 
         Raises:
-            ArgumentError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The layer was made without ``track_usage=True``.
         """
         self._check_tracking()
         return Usage(self.reads.clone(), self.total.clone())
@@ -1071,7 +1150,7 @@ class ValueTable(nn.Embedding):
         """Count from 0 again.
 
         Raises:
-            ArgumentError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The layer was made without ``track_usage=True``.
         """
         self._check_tracking()
         self.reads.zero_()
@@ -1079,7 +1158,7 @@ class ValueTable(nn.Embedding):
 
     def _check_tracking(self) -> None:
         if not self.track_usage:
-            raise ArgumentError(
+            raise NotApplicableError(
                 "track_usage: expected True to know how rows are used, got False; make the layer with track_usage=True"
             )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from softdb.average import update_average
 from softdb.errors import (
     FLOATS,
     INTEGERS,
@@ -36,7 +37,7 @@ from softdb.errors import (
 from softdb.normalizers import splitmix64
 from softdb.rows import RowTable, coalesced, note_move, of, trust
 
-__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_"]
+__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_", "update_average"]
 
 # As many numbers of a table are worked on at a time. On a CPU they stay in its cache, and are enough for two threads.
 CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24

@@ -14,6 +14,7 @@ import heapq
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from softdb.errors import (
     DtypeError,
     DuplicateIdError,
     FieldError,
+    ForeignWriteError,
     GrowthError,
     ShapeError,
     StaleReadError,
@@ -45,11 +47,17 @@ from softdb.locks import SharedLock
 __all__ = ["RowTable", "Snapshot"]
 
 MAX_ID = 2**63 - 2
+NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
+# The check of ids is below this: a float32 holds it, so that averaging equal checks leaves them as they are.
+ID_CHECK_MASK, NO_CHECK = 2**20 - 1, -1
 # The journal of recent changes names at most this share of the rows, or as many.
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
 TURNS = {"lru": "used_at", "oldest": "added_at"}
+# The buffers from which something is derived, by the rule for eviction.
+WATCHED: dict[str | None, tuple[str, ...]] = {None: ("ids", "next_id", "generation", "id_check")}
+WATCHED |= {rule: (*WATCHED[None], clock) for rule, clock in TURNS.items()}
 # Of the rows, this share is lined up for eviction at a time, found by the turns of about so many of them.
 QUEUE_SHARE, QUEUE_SAMPLE = 1 / 8, 4096
 
@@ -71,6 +79,7 @@ class RowTable(nn.Module):
     changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
     keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
     keys_written_at: Tensor  # (capacity,) int64: the same, but not by an optimiser
+    id_check: Tensor  # () int64: a sum of hashes of slots and ids, which averaged ids do not fit
     # With an option each, and no part of a version: a read is no write.
     used_at: Tensor  # (capacity,) int64: the turn at which a row was last used; rows used together share one
     added_at: Tensor  # (capacity,) int64: the turn at which it was placed, each its own
@@ -101,13 +110,16 @@ class RowTable(nn.Module):
             self.register_buffer("weight", torch.empty(0, dtype=torch.float64, device=device))
         for name in STAMPS:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("id_check", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self.access = SharedLock()  # whose callers hold it: to look at rows for reading, else for writing
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
         self._journal = _Journal()
-        self._known: dict[str, _State] = {}
-        self._next_id = 0
+        self._recorded: dict[str, _State] = {}
+        self._next_id = self._id_check = 0
+        self._tenants: _Tenants | None = None
+        self._mixed = self._started = NO_SLOTS  # of an average by slots: ids of mixed rows; slots that were empty
         self._next_turn = 0  # above every turn there is
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
         self._free: list[int] = []  # a heap: the holes below `used`
@@ -210,7 +222,7 @@ class RowTable(nn.Module):
         if len(slots):
             slots = self._note(slots, keys=keys)
             if keys:
-                self.keys_written_at[slots] = self.version
+                self.own("keys_written_at")[slots] = self.version
 
     def mark_moved(self, slots: Tensor | None = None, *, keys: bool = True) -> None:
         """Note that an optimiser, or whoever it was, may have moved the rows at ``slots``, or all of them.
@@ -229,24 +241,166 @@ class RowTable(nn.Module):
     def _note(self, slots: Tensor, *, keys: bool) -> Tensor:
         self.version += 1
         slots = slots.to(self.ids.device)
-        self.changed_at[slots] = self.version
+        self.own("changed_at")[slots] = self.version
         if keys:
-            self.keys_changed_at[slots] = self.version
+            self.own("keys_changed_at")[slots] = self.version
         self._journal.write(self.version, slots, keys, limit=max(JOURNAL_SLOTS, int(JOURNAL_SHARE * self.used)))
         return slots
 
-    def know(self, tables: Mapping[str, Tensor]) -> None:
-        """Every write to ``tables``, as far as torch counts them, has been noted."""
-        self._known = {name: _state(table) for name, table in tables.items()}
+    # -- writes of others: torch counts them, as it does not those by `own` -----------------------------------
 
-    def knows(self, name: str, table: Tensor) -> bool:
-        """Whether no write to the table ``name`` has come since."""
-        return _state(table).equals(self._known.get(name))
+    def own(self, name: str) -> Tensor:
+        """Return a buffer to write to, by a view whose writes torch does not count."""
+        buffer = self._buffers[name]
+        if buffer is None:
+            raise ForeignWriteError(f"rows.{name}: expected a buffer, got None")
+        return buffer.data
 
-    def know_step(self, name: str, before: _State, table: Tensor) -> None:
-        """The writes of an optimiser's step from state ``before`` on have been noted, and there were no others."""
-        if before.equals(self._known.get(name)):
-            self._known[name] = _state(table)
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        """The buffers from which something is derived."""
+        return WATCHED[self.evict]
+
+    def record_versions(self, tables: Mapping[str, Tensor], lent: frozenset[str] = frozenset()) -> None:
+        """Record that every write so far to ``tables`` and to the buffers is accounted for; not to ``lent`` ones."""
+        own = {name: getattr(self, name) for name in self._watched if name not in lent} | dict(tables)
+        kept = {name: state for name, state in self._recorded.items() if name in lent}
+        self._recorded = kept | {name: _state(tensor) for name, tensor in own.items()}
+
+    def is_own(self, name: str, table: Tensor) -> bool:
+        """Whether ``table`` is the one whose writes are recorded under ``name``, not another in its place."""
+        recorded = self._recorded.get(name)
+        return recorded is not None and recorded.table() is table
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Keep no weak reference to tensors meanwhile; the caller records them again."""
+        self._recorded = {}
+        yield
+
+    def record_step(self, name: str, before: _State, table: Tensor) -> None:
+        """Record that an optimiser's step from state ``before`` on is accounted for, if it was the only write."""
+        if before.equals(self._recorded.get(name)):
+            self._recorded[name] = _state(table)
+
+    def is_unchanged(self, tables: Mapping[str, Tensor]) -> bool:
+        """Whether nothing else has written to ``tables`` or the buffers, or replaced them."""
+        buffers = self._buffers
+        for name, (reference, place, version) in self._recorded.items():
+            tensor = tables.get(name)
+            if tensor is None:
+                tensor = buffers.get(name)
+            if tensor is None or reference() is not tensor or tensor.data_ptr() != place:
+                return False
+            if version != _version_of(tensor):
+                return False
+        complete = len(self._recorded) == len(tables) + len(self._watched)
+        return complete and not self._is_overwritten_uncounted
+
+    @property
+    def _is_overwritten_uncounted(self) -> bool:
+        """Whether ``next_id`` or the check of ids was written to by ``.data``; not looked at on other devices."""
+        next_id, id_check = self._buffers["next_id"], self._buffers["id_check"]
+        if next_id is None or id_check is None or not next_id.is_cpu or not id_check.is_cpu:
+            return False
+        return next_id.item() != self._next_id or id_check.item() != self._id_check
+
+    def compare_versions(self, tables: Mapping[str, Tensor]) -> Differences:
+        """Return the names of ``tables`` and buffers that something else has written to, and of replaced ones."""
+        written, replaced = set[str](), set[str]()
+        for name in (*self._watched, *tables):
+            tensor: Tensor = tables[name] if name in tables else getattr(self, name)
+            recorded = self._recorded.get(name)
+            if recorded is None or recorded.table() is not tensor:
+                replaced.add(name)
+            elif not _state(tensor).equals(recorded):
+                written.add(name)
+        if not replaced & {"ids", "next_id", "id_check"} and self._is_overwritten_uncounted:
+            written |= {"ids", "next_id"} | ({"id_check"} if int(self.id_check) != self._id_check else set())
+        return Differences(frozenset(written), frozenset(replaced))
+
+    def check_lent(self, names: Iterable[str]) -> None:
+        """Raise unless the buffers in the place of the table's own, as functional_call lends them, name its rows."""
+        for name in names:
+            recorded = self._recorded.get(name)
+            own = None if recorded is None else recorded.table()
+            if name in ("ids", "next_id") and (own is None or not torch.equal(own, getattr(self, name))):
+                raise ForeignWriteError(
+                    f"rows.{name}: expected the store's own buffer or a copy of it, got another; pass functional_call "
+                    "the Parameters only, or buffers of the same rows"
+                )
+
+    def follow_overwrites(self, written: Iterable[str]) -> Overwrites:
+        """Derive everything anew from buffers that something else has written to.
+
+        In-place loading (torch.distributed.checkpoint), copies of another store's buffers (AveragedModel) and
+        broadcasts (DistributedDataParallel) are whole sets of rows. Averaged ids are not.
+
+        Raises:
+            ForeignWriteError: The buffers do not describe rows, or an average mixes two rows.
+        """
+        written = frozenset(written)
+        copied = "id_check" in written  # which is no part of a state_dict
+        if copied:
+            self.observe_average()
+        if len(self._mixed):
+            raise ForeignWriteError(
+                f"the average mixes two rows in each of {len(self._mixed)} slots (ids {list_ids(self._mixed)}), since "
+                "rows of the averaged store were replaced between two updates; average by id with "
+                "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
+            )
+        self._check_overwritten(copied=copied)
+        ids = self.ids.cpu()
+        live = (ids >= 0).nonzero().squeeze(-1)
+        same = len(live) == len(self) and bool((self.find(ids[live]) == live).all())
+        if same:
+            self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(live) else 0))
+            self._set_id_check(_hash(live, ids[live]))
+            self._queue = None
+            if self.evict is not None and self.capacity:
+                self._next_turn = max(self._next_turn, int(self._turns.max()) + 1)
+        else:
+            self.rebuild()
+        started, self._started = self._started, NO_SLOTS
+        return Overwrites(started, not same)
+
+    def _check_overwritten(self, *, copied: bool) -> None:
+        """Raise unless the buffers describe rows; ``copied`` if all of them have been written to."""
+        ids = self.ids.cpu()
+        named = ids[ids >= 0]
+        slots = (ids >= 0).nonzero().squeeze(-1)
+        fits = not copied or int(self.id_check) == _hash(slots, named) & ID_CHECK_MASK
+        whole = len(ids) == 0 or int(ids.min()) >= -1
+        if fits and whole and len(named.unique()) == len(named) and int(self.next_id) >= 0:
+            return
+        raise ForeignWriteError(
+            "rows.ids: expected the ids of rows, got numbers that something else has averaged or overwritten "
+            "(AveragedModel with use_buffers=True, or an average of a state_dict); average by id with "
+            "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
+        )
+
+    def remember_tenants(self, *, is_updated: bool = False) -> None:
+        """Remember which rows are where, to be compared when something else averages and copies rows here."""
+        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check), is_updated)
+
+    def observe_average(self) -> None:
+        """Find slots in which the last update of an average mixed what they held before with another row.
+
+        Torch averages by place, without a call that could be followed, but walks over the module's Parameters each
+        time: before the next update, or before the average is exchanged with the model, this is called.
+        """
+        known = self._tenants
+        if known is None or _version_of(self.id_check) == known.version:
+            return
+        # An average begins as a copy: nothing is mixed by the first update.
+        is_first = not known.is_updated and _version_of(self.id_check) == known.version + 1
+        if not is_first and len(known.ids) == len(self.ids):
+            held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
+            self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
+            self._started = torch.cat([self._started, (~held & holds).nonzero().squeeze(-1).cpu()])
+        self.remember_tenants(is_updated=True)
+        if len(self._mixed):
+            self.own("id_check").fill_(NO_CHECK)  # so that a store that these buffers are copied to notices, too
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
@@ -291,7 +445,8 @@ class RowTable(nn.Module):
     def place(self, ids: Tensor, slots: Tensor) -> None:  # (m,) new ids; (m,); on the CPU
         """Put rows into the slots that were chosen for them."""
         self._slots.put(ids, slots)
-        self.ids[slots.to(self.ids.device)] = ids.to(self.ids.device)
+        self.own("ids")[slots.to(self.ids.device)] = ids.to(self.ids.device)
+        self._set_id_check(self._id_check + _hash(slots, ids))
         self.start_afresh(slots)
         self.line_up_last(slots)
         if len(ids):
@@ -302,24 +457,27 @@ class RowTable(nn.Module):
         """Have the rows at ``slots`` be the youngest."""
         if self.evict == "oldest":
             turns = torch.arange(self._next_turn, self._next_turn + len(slots), device=self.ids.device)
-            self.added_at[slots.to(self.ids.device)] = turns
+            self.own("added_at")[slots.to(self.ids.device)] = turns
             self._next_turn += len(slots)
 
     def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
         """Write columns of fields at ``slots``."""
         for name, column in fields.items():
-            self.field(name)[slots.to(self.ids.device)] = column.to(self.ids.device)
+            self.own(f"field_{name}")[slots.to(self.ids.device)] = column.to(self.ids.device)
 
     def start_afresh(self, slots: Tensor) -> None:
         """Count the uses of ``slots`` from 0, and let optimisers know that what they remember of them is untrue."""
         slots = slots.to(self.ids.device)
-        self.generation[slots] += 1
+        self.own("generation")[slots] += 1
+        self._tenants = None
         self.forget_usage(slots)
 
     def remove(self, ids: Tensor, slots: Tensor) -> None:
         """Forget the rows ``ids`` at ``slots``, and who follows them there is chosen already."""
         self._slots.remove(ids)
-        self.ids[slots.to(self.ids.device)] = -1
+        self.own("ids")[slots.to(self.ids.device)] = -1
+        self._set_id_check(self._id_check - _hash(slots, ids))
+        self._tenants = None
         self.mark_changed(slots)
 
     def release(self, slots: Tensor) -> None:
@@ -353,14 +511,18 @@ class RowTable(nn.Module):
 
     def finish(self, leaving: Tensor, ids: Tensor, slots: Tensor) -> None:  # on the CPU
         """Carry out again, to the end, what broke off in `remove` or `place`, and draw up the books anew."""
-        self.ids[leaving.to(self.ids.device)] = -1
-        self.ids[slots.to(self.ids.device)] = ids.to(self.ids.device)
+        self.own("ids")[leaving.to(self.ids.device)] = -1
+        self.own("ids")[slots.to(self.ids.device)] = ids.to(self.ids.device)
         self.start_afresh(slots)
         self.rebuild()
         self.line_up_last(slots)
 
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
+        if self.ids.is_meta:  # which names no rows
+            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), _Journal(), None, [], 0
+            self.mark_moved()
+            return
         ids = self.ids.cpu()
         there = ids >= 0
         if bool(there.all()):
@@ -373,6 +535,7 @@ class RowTable(nn.Module):
         self._slots = SlotTable()
         self._slots.put(ids, live)
         self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0))
+        self._set_id_check(_hash(live, ids))
         self._journal = _Journal()
         self._queue = None
         if self.evict is not None:
@@ -383,14 +546,18 @@ class RowTable(nn.Module):
     def _set_next_id(self, value: int) -> None:
         if value != self._next_id or value != int(self.next_id):
             self._next_id = value
-            self.next_id.fill_(value)
+            self.own("next_id").fill_(value)
+
+    def _set_id_check(self, value: int) -> None:
+        self._id_check = value & ID_CHECK_MASK
+        self.own("id_check").fill_(self._id_check)
 
     # -- use and eviction ------------------------------------------------------------------------------------
 
     def note_use(self, slots: Tensor) -> None:
         """Note that the rows at ``slots`` are used now, all at the same turn."""
         if self.evict == "lru":
-            self.used_at[slots.to(self.used_at.device)] = self._next_turn
+            self.own("used_at")[slots.to(self.used_at.device)] = self._next_turn
             self._next_turn += 1
 
     @property
@@ -407,14 +574,14 @@ class RowTable(nn.Module):
         with self.access.alone:
             self.note_use(slots)
             if self.track_usage:
-                self.reads.index_add_(0, slots, torch.ones_like(slots))
-                self.weight.index_add_(0, slots, weights.detach()[reported].to(self.weight.dtype))
+                self.own("reads").index_add_(0, slots, torch.ones_like(slots))
+                self.own("weight").index_add_(0, slots, weights.detach()[reported].to(self.weight.dtype))
 
     def forget_usage(self, slots: slice | Tensor) -> None:
         """Count the uses of ``slots`` from 0."""
         if self.track_usage:
-            self.reads[slots] = 0
-            self.weight[slots] = 0.0
+            self.own("reads")[slots] = 0
+            self.own("weight")[slots] = 0.0
 
     def to_evict(self, count: int, spared: Tensor) -> Tensor:
         """The slots of the ``count`` rows to go first, of equals the lowest; ``spared`` slots stay.
@@ -521,8 +688,8 @@ class RowTable(nn.Module):
 
     def _clear(self) -> None:
         for name in (*STAMPS, *self.columns, "next_id"):
-            getattr(self, name).zero_()
-        self.ids.fill_(-1)
+            self.own(name).zero_()
+        self.own("ids").fill_(-1)
         self.rebuild()
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -530,6 +697,7 @@ class RowTable(nn.Module):
 
     def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load as modules do by ``_load_from_state_dict``; clocks and counters that are missing start from 0."""
+        self._mixed = self._started = NO_SLOTS
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.optional:
             if prefix + name not in state_dict:
@@ -543,18 +711,40 @@ class RowTable(nn.Module):
             setattr(self, name, column.to(torch.float64 if name == "weight" else torch.int64))
         if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
             self.install(self.stamps(self.capacity, lasting=True))
+            self.id_check = torch.zeros_like(self.next_id)
         self.rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_slots", "_live", "_live_slots", "_free", "_journal", "_known", "_queue"):
+        for derived in (
+            "_slots",
+            "_live",
+            "_live_slots",
+            "_free",
+            "_journal",
+            "_recorded",
+            "_queue",
+            "_tenants",
+            "_mixed",
+            "_started",
+        ):
             del state[derived]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._live, self._live_slots, self._known = (-1, None), None, {}
+        self._live, self._live_slots, self._recorded, self._tenants = (-1, None), None, {}, None
+        self._mixed = self._started = NO_SLOTS
+        if "id_check" not in self._buffers:  # pickled by an older version
+            self.register_buffer("id_check", torch.zeros_like(self.next_id), persistent=False)
         self.rebuild()
+
+
+def _hash(slots: Tensor, ids: Tensor) -> int:  # (m,), (m,) on one device
+    """Sum up hashes of rows' slots and ids."""
+    mixed = slots * -7046029254386353131 + ids * -4417276706812531889
+    mixed = (mixed ^ (mixed >> 31)) * -7723592293110705685
+    return int(((mixed ^ (mixed >> 29)) & ID_CHECK_MASK).sum())
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
@@ -687,7 +877,40 @@ class _State(NamedTuple):
 
 
 def _state(table: Tensor) -> _State:
-    return _State(weakref.ref(table), table.data_ptr(), 0 if table.is_inference() else table._version)
+    return _State(weakref.ref(table), table.data_ptr(), _version_of(table))
+
+
+def _version_of(table: Tensor) -> int:
+    """Return how often torch has counted a write to ``table``; it counts none to inference tensors."""
+    return 0 if table.is_inference() else table._version
+
+
+class Differences(NamedTuple):
+    """What something else did to tensors: the names of those written to, and of those with another in their place."""
+
+    written: frozenset[str]
+    replaced: frozenset[str]
+
+
+class Overwrites(NamedTuple):
+    """What something else wrote into the buffers.
+
+    Attributes:
+        started: Slots that held no row before that update, whose average began with zeros.
+        rows_differ: Whether other rows lie in the slots now.
+    """
+
+    started: Tensor
+    rows_differ: bool
+
+
+class _Tenants(NamedTuple):
+    """The ids and generations of a copied store when it was last looked at, for `RowTable.follow_overwrites`."""
+
+    ids: Tensor
+    generation: Tensor
+    version: int
+    is_updated: bool
 
 
 class _Journal:
@@ -726,17 +949,25 @@ class Snapshot:
         table: The rows that were read.
         used: Which slots the read may have used: a bool mask over the first slots, a tensor of slots (-1 is
             padding), or None for every slot that held a row.
+        lent: Tensors that were read in the place of the table's own, which no change to its rows concerns.
+        own: Whether tensors of the table's own were read.
     """
 
-    def __init__(self, table: RowTable, used: Tensor | None) -> None:
-        self._table = table
+    def __init__(self, table: RowTable, used: Tensor | None, lent: Sequence[Tensor] = (), *, own: bool = True) -> None:
+        self._table = table if own else None
         self._version = table.version
         self._first = table.used
         self._used = table.live() if used is None else used
+        self._lent = [(tensor, _version_of(tensor)) for tensor in lent]
 
     def check(self) -> None:
         """Raise `StaleReadError` if a row that the read used has changed since."""
-        if self._table.version == self._version:
+        if any(_version_of(tensor) != version for tensor, version in self._lent):
+            raise StaleReadError(
+                "keys or values that were put in the place of the store's own were written to between this read and "
+                "its backward, so its gradients would be wrong; call backward() before writing to them"
+            )
+        if self._table is None or self._table.version == self._version:
             return
         changed = self._table.changed_since(self._version)
         changed = changed[changed < self._first]
@@ -755,10 +986,11 @@ class Snapshot:
 
 # -- optimisers ------------------------------------------------------------------------------------------
 
-# Which table's rows a Parameter holds, and what of them: "keys" or "values". Written tensors' version counters do not
-# betray fused optimisers, whose step hooks do fire; the hooks are registered with the first trainable table.
+# Which tables' rows a Parameter holds, and what of them: "keys" or "values". Several stores may share a Parameter.
+# Written tensors' version counters do not betray fused optimisers, whose step hooks do fire; the hooks are registered
+# with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameters whose sparse gradients are kept coalesced
+_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # The hooks of Parameters whose gradients are kept coalesced
 _hooked = False
 # Optimisers, beside torch's own, that move only the rows of a row-sparse gradient, and whose state grows with the rows.
 _row_optimizers: set[type[torch.optim.Optimizer]] = set()
@@ -800,20 +1032,21 @@ def coalesced(gradient: Tensor) -> Tensor:
 
 
 def of(parameter: Tensor) -> RowTable | None:
-    """The table whose keys or values ``parameter`` holds."""
-    return _owner(parameter)[0]
+    """The table whose keys or values ``parameter`` holds; the first of several."""
+    return next((table for table, _ in _owners(parameter)), None)
 
 
-def _owner(parameter: Tensor) -> tuple[RowTable | None, str]:
-    """The table whose rows ``parameter`` holds, and what of them."""
-    reference, name = _tables.get(parameter, (None, ""))
-    return (None if reference is None else reference()), name
+def _owners(parameter: Tensor) -> Iterator[tuple[RowTable, str]]:
+    """Yield the tables whose rows ``parameter`` holds, and what of them."""
+    for reference, name in _tables.get(parameter, ()):
+        table = reference()
+        if table is not None:
+            yield table, name
 
 
 def note_move(parameter: Tensor, slots: Tensor | None) -> None:
-    """Have the table of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
-    table, name = _owner(parameter)
-    if table is not None:
+    """Have the tables of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
+    for table, name in _owners(parameter):
         with table.access.writing():
             table.mark_moved(slots, keys=name == "keys")
 
@@ -828,13 +1061,31 @@ def watch(parameter: nn.Parameter, table: RowTable, name: str) -> None:
     """Have ``table`` note every optimiser step that moves ``parameter``, which holds its "keys" or its "values"."""
     global _hooked
     if parameter.requires_grad and parameter not in _coalescing:
-        parameter.register_post_accumulate_grad_hook(_keep_coalesced)
-        _coalescing[parameter] = True
-    _tables[parameter] = weakref.ref(table), name
+        _coalescing[parameter] = parameter.register_post_accumulate_grad_hook(_keep_coalesced)
+    others = [(reference, what) for reference, what in _tables.get(parameter, ()) if reference() not in (None, table)]
+    _tables[parameter] = [*others, (weakref.ref(table), name)]
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
+
+
+@contextmanager
+def unwatched(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Keep no weak reference to ``parameters`` meanwhile: torch refuses to swap tensors that have one."""
+    watching = [(parameter, _tables.pop(parameter, None)) for parameter in parameters]
+    for parameter, _ in watching:
+        hook = _coalescing.pop(parameter, None)
+        if hook is not None:
+            hook.remove()
+    try:
+        yield
+    finally:
+        for parameter, owners in watching:
+            for reference, name in owners or ():
+                table = reference()
+                if table is not None:
+                    watch(parameter, table, name)
 
 
 def _keep_coalesced(parameter: Tensor) -> None:
@@ -849,11 +1100,12 @@ def _keep_coalesced(parameter: Tensor) -> None:
 def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            table, name = _owner(parameter)
-            if table is not None and parameter.grad is not None:
+            owners = list(_owners(parameter))
+            if owners and parameter.grad is not None:
                 sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
                 slots = parameter.grad._indices()[0].clone() if sparse else None
-                yield _Move(parameter, table, name, slots, _state(parameter))
+                for table, name in owners:
+                    yield _Move(parameter, table, name, slots, _state(parameter))
 
 
 def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -884,17 +1136,20 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
         if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
             continue
         if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
+            grown = len(parameter) > len(state)
+            remedy = "call store.reserve() before building an optimiser, or build" if grown else "build"
             raise GrowthError(
-                f"the storage has grown to {len(parameter)} rows, but the optimiser's {name!r} has shape "
-                f"{tuple(state.shape)}: call store.reserve() before building an optimiser, or build a new one; "
-                "softdb.optim.RowAdam follows growth"
+                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimiser's "
+                f"{name!r} has shape {tuple(state.shape)}: {remedy} a new one; softdb.optim.RowAdam follows "
+                f"{'growth' if grown else 'such changes'}"
             )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     noted = type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {})  # by the optimiser itself
-    before = {id(move.parameter): move for move in _moving.pop(optimizer, [])}
-    after = {id(move.parameter): move for move in _moved_by(optimizer)}  # a closure may have made the gradients
+    before = {(id(move.parameter), id(move.table)): move for move in _moving.pop(optimizer, [])}
+    # A closure may have made the gradients.
+    after = {(id(move.parameter), id(move.table)): move for move in _moved_by(optimizer)}
     for number, move in (before | after).items():
         if not noted:
             # Only what was there on both sides of the step, or came with it, is known to be what the step used.
@@ -904,4 +1159,4 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             with move.table.access.writing():
                 move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
         if number in before:
-            move.table.know_step(move.name, before[number].state, move.parameter)
+            move.table.record_step(move.name, before[number].state, move.parameter)

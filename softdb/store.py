@@ -8,6 +8,8 @@ import itertools
 import math
 import os
 import pickle
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.compiled import count_read, new_handle, read_in_graph
 from softdb.errors import (
@@ -30,8 +33,10 @@ from softdb.errors import (
     CorruptSnapshotError,
     DeviceError,
     DtypeError,
+    ForeignWriteError,
     GrowthError,
     NonFiniteError,
+    NotApplicableError,
     ReadOnlyError,
     ShapeError,
     SoftDBError,
@@ -44,6 +49,7 @@ from softdb.errors import (
     check_finite,
     check_float_tensor,
     check_ids,
+    check_not_meta,
     check_positive,
     check_temperature,
     check_vector,
@@ -71,7 +77,7 @@ from softdb.functional import (
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
-from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, watch
+from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, unwatched, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
@@ -110,6 +116,10 @@ MAPPED = ("keys", "values", "rows.generation")
 ATTEMPTS = 3
 # Under which name torch saves what a subclass adds by `get_extra_state`.
 EXTRA_STATE = "_extra_state"
+# The frames between a module that is walked and whoever walks it.
+WALKS = frozenset(
+    ("named_modules", "named_buffers", "named_parameters", "_named_members", "_is_asked_by_ddp", "buffers", "<lambda>")
+)
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
@@ -140,12 +150,16 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
     @_alone
     @functools.wraps(method)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> T:
-        if cast("SoftKVStore", args[0])._is_mapped:
+        store = cast("SoftKVStore", args[0])
+        if method.__name__ not in ("reserve", "_load_from_state_dict"):  # which lay out tensors, or assign others
+            store._check_not_meta()
+        if store._is_mapped:
             name = "load_state_dict" if method.__name__ == "_load_from_state_dict" else method.__name__
             raise ReadOnlyError(
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
                 "written to; call store.materialize() first"
             )
+        cast("SoftKVStore", args[0])._check_own_tables()
         return method(*args, **kwargs)
 
     return allowed
@@ -153,14 +167,18 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
 
 def _alone(method: Callable[P, T]) -> Callable[P, T]:
     """A method of a store that runs while no other thread reads or writes."""
+    is_loading = method.__name__ == "_load_from_state_dict"
 
     @without_transforms
     @functools.wraps(method)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         store = cast("SoftKVStore", args[0])
-        store._check_own_tables()
+        store._check_not_wrapped()
         with store.rows.access.writing(), torch.inference_mode(False):
-            store._catch_up()
+            if is_loading:  # which mends what something else has overwritten
+                store._recover()
+            else:
+                store._catch_up()
             return method(*args, **kwargs)
 
     return alone
@@ -284,7 +302,7 @@ class Audit:
         )
 
 
-class SoftKVStore(nn.Module):
+class SoftKVStore(ModuleWithProperties):
     """A soft database: rows of keys and values, answered by a blend of the values.
 
     Equal, for the default metric, to::
@@ -350,6 +368,10 @@ class SoftKVStore(nn.Module):
     temperature: float
     # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
     _is_strict = False
+    # Whether FSDP2 has put shards in the place of the tables, which it exchanges for whole ones in a forward.
+    _is_sharded = False
+    # At which version of the rows a key held NaN.
+    _key_nan_at = -1
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
@@ -406,15 +428,19 @@ class SoftKVStore(nn.Module):
         self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
         self._finished = 0  # how many writes that broke off have been
         self._is_mapped = False  # the rows lie in the files of a snapshot
+        self._has_warned = False  # of keys that were written to unnoticed
         self._handle = new_handle(self)
         # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
         self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
         self._watch()
-        self.rows.know(self._tables())
+        self._record_versions()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("keys", "values") and "rows" in self.__dict__.get("_modules", ()):
+            self._replace_table(name, value)
+            return
         if name == "temperature":
             value = plain(name, value)
             if isinstance(value, Tensor) and value.requires_grad:
@@ -431,10 +457,20 @@ class SoftKVStore(nn.Module):
                 )
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if (
+            name in ("keys", "values") and name not in self.__dict__
+        ):  # torch would fail a step later, and leave the store without them
+            raise ArgumentError(
+                f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}; lend other "
+                "tensors with torch.func.functional_call, or use metric='cosine' for keys of norm 1"
+            )
+        super().__delattr__(name)
+
     # -- the table -------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._reading(lambda: len(self.rows))
 
     def __bool__(self) -> bool:
         return True  # an empty store is still a store
@@ -452,6 +488,8 @@ class SoftKVStore(nn.Module):
     @property
     def ids(self) -> Tensor:
         """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
+        if self.keys.is_meta:
+            return self.rows.ids.new_empty(len(self))
         return self._reading(lambda: self.rows.ids[self.rows.live_slots()])
 
     @property
@@ -468,9 +506,11 @@ class SoftKVStore(nn.Module):
         weight 1. Whether gradients are recorded makes no difference.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
+        if self.keys.is_meta:
+            return Usage(self.rows.reads.new_empty(len(self)), self.rows.weight.new_empty(len(self)))
 
         def copied() -> Usage:
             slots = self.rows.live_slots()
@@ -484,7 +524,7 @@ class SoftKVStore(nn.Module):
         """Count from 0 again. Which rows are evicted next stays as it is.
 
         Raises:
-            ArgumentError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was made without ``track_usage=True``.
         """
         self._check_tracking()
         with self.rows.access.writing():
@@ -492,7 +532,7 @@ class SoftKVStore(nn.Module):
 
     def _check_tracking(self) -> None:
         if not self.rows.track_usage:
-            raise ArgumentError(
+            raise NotApplicableError(
                 "track_usage: expected True to know how rows are used, got False; make the store with track_usage=True"
             )
 
@@ -640,6 +680,7 @@ class SoftKVStore(nn.Module):
         Raises:
             UnknownIdError: An id is not in the store.
         """
+        self._check_not_meta()
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
 
@@ -754,6 +795,9 @@ class SoftKVStore(nn.Module):
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
+        keys = self.keys
+        if keys.is_meta:
+            self._check_not_meta()
         if torch.compiler.is_dynamo_compiling() or is_traced(query):
             return read_in_graph(
                 self,
@@ -784,7 +828,7 @@ class SoftKVStore(nn.Module):
         if is_forward_mode():
             check_no_tangent(query, self.keys, self.values, temperature)
         k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
-        check_float_tensor("query", query, (-1, self.key_dim), self.keys.device)
+        check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         normalizer = normalizer if self.training else in_eval_mode(normalizer)
 
         def answered() -> Read:
@@ -850,7 +894,12 @@ class SoftKVStore(nn.Module):
     ) -> Read:
         """What `read` returns, with slots for ids; nobody counts it. The options and the query have been checked."""
         keys, values = self.keys, self.values
-        if self.trainable and self.sparse_grad and _within_ddp():
+        lent = self._lent({"keys": keys, "values": values})
+        for name, table in lent.items():
+            self._check_lent(name, table, mode)
+        # What made a lent tensor from others may take no row-sparse gradient.
+        sparse = self.trainable and self.sparse_grad and keys.is_leaf and values.is_leaf
+        if sparse and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
         leading = query.shape[:-1]
         chosen = self.temperature if temperature is None else check_temperature(temperature, leading, keys.device)
@@ -865,8 +914,9 @@ class SoftKVStore(nn.Module):
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
             noise = noise_for(normalizer, generator)
-            scan = Scan(self.metric, centre, selection, dtype, self._largest_key_norm, narrow, noise)
-            tables = Tables(keys, values, sparse=self.trainable and self.sparse_grad)
+            largest = functools.partial(_largest_norm, keys) if "keys" in lent else self._largest_key_norm
+            scan = Scan(self.metric, centre, selection, dtype, largest, narrow, noise)
+            tables = Tables(keys, values, sparse=sparse)
             if mode == "exact":
                 try:
                     read = read_exactly(operand, tables, scan, k, normalizer)
@@ -889,7 +939,7 @@ class SoftKVStore(nn.Module):
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
             read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-        return self._guard(finish(read, query), used)
+        return self._guard(finish(read, query), used, list(lent.values()))
 
     def _read_best(
         self,
@@ -941,7 +991,8 @@ class SoftKVStore(nn.Module):
         selection = scan.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
-        outline = self._index.outline(self.keys.detach(), selection.size)
+        is_lent = bool(self._lent({"keys": self.keys}))
+        outline = None if is_lent else self._index.outline(self.keys.detach(), selection.size)
         promise = None if outline is None else promise_of(outline, operand, scan, read)
         sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
         return add_tail(read, operand, tables, scan, sample, recall), sample.slots
@@ -960,6 +1011,7 @@ class SoftKVStore(nn.Module):
         selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
         candidates = max(k or 1, BEST_ROWS)
         trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
+        trial = trial and not self._lent({"keys": self.keys})
         if not (trial and self._index.approximates(self.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, scan, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
@@ -1001,6 +1053,8 @@ class SoftKVStore(nn.Module):
         version, norm = self._key_norm
         if version == self.rows.version:
             return norm
+        if self._key_nan_at == self.rows.version:
+            return math.nan
         keys = self.keys.detach()
         moved = self.rows.keys_moved_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
@@ -1010,7 +1064,9 @@ class SoftKVStore(nn.Module):
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if not math.isnan(norm):
+        if math.isnan(norm):  # which is not what to go on from: it would stay when the row is gone
+            self._key_nan_at = self.rows.version
+        else:
             self._key_norm = (self.rows.version, norm)
         return norm
 
@@ -1020,6 +1076,9 @@ class SoftKVStore(nn.Module):
         if k is None:
             return Found(exact_top_k(operand, keys, scan, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(self.rows)))
+        if self._lent({"keys": self.keys}):
+            found = Found(exact_top_k(operand, keys, scan, wanted)[1], True, 1.0)
+            return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
         query = query.reshape(-1, self.key_dim)
         found = self._index.search(query, operand, keys, self.rows, scan, wanted, careful=careful)
         return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
@@ -1043,6 +1102,7 @@ class SoftKVStore(nn.Module):
         Raises:
             IndexBuildError: FAISS refuses, or memory runs out; reads search exactly.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.build(self.rows, self.keys.detach())
 
@@ -1056,6 +1116,7 @@ class SoftKVStore(nn.Module):
         Raises:
             IndexBuildError: The last build failed, in the background or in a read, and this has not been said yet.
         """
+        self._check_not_meta()
         with self.writing():
             self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
@@ -1111,6 +1172,7 @@ class SoftKVStore(nn.Module):
             >>> print(store.audit(torch.eye(4), k=1))
             4 queries, k = 1: recall 1.0000 (lowest 1.00), mass 0.3547, error 0.0000
         """
+        self._check_not_meta()
         k = check_positive("k", k)
         check_float_tensor("queries", queries, (-1, self.key_dim), self.keys.device)
         check_finite("queries", queries)
@@ -1139,6 +1201,7 @@ class SoftKVStore(nn.Module):
 
         ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
         """
+        self._check_not_meta()
         return self._reading(lambda: self._index.stats(self.rows, self.keys.detach()))
 
     # -- saving and loading ----------------------------------------------------------------------------------
@@ -1172,6 +1235,7 @@ class SoftKVStore(nn.Module):
             ...     len(SoftKVStore.load(folder))
             4
         """
+        self._check_not_meta()
         with locked(path, timeout) as directory:  # until then nobody waits who wants to write rows
             self._reading(lambda: write_snapshot(directory, *self._contents()))
 
@@ -1309,7 +1373,71 @@ class SoftKVStore(nn.Module):
             self._is_mapped = False
             self._watch()
 
+    # -- averages --------------------------------------------------------------------------------------------
+
+    def prepare_average(self, model: SoftKVStore, decay: float) -> Callable[[], None]:
+        """Check what `softdb.optim.update_average` is to do to this store, and return what does it."""
+        for name in ("key_dim", "value_dim", "metric", "capacity", "fields", "evict"):
+            mine, theirs = getattr(self, name), getattr(model, name)
+            if mine != theirs:
+                raise ArgumentError(
+                    f"average: expected a store with {name}={theirs!r}, as the model's, got {mine!r}; begin with "
+                    "copy.deepcopy(model)"
+                )
+        if self.rows.track_usage != model.rows.track_usage:
+            raise ArgumentError("average: expected a store with the model's track_usage; begin with copy.deepcopy")
+        if self._is_mapped:
+            raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
+        return functools.partial(self._average_with, model, decay)
+
+    @_writes
+    def _average_with(self, model: SoftKVStore, decay: float) -> None:
+        """Average rows by id; slots, ids, fields, counters and clocks become the model's."""
+        self._commit(
+            functools.partial(self._take_average, model._reading(lambda: self._averaged(model, decay))), WRITTEN
+        )
+
+    def _averaged(self, model: SoftKVStore, decay: float) -> _Growth:
+        """Return the tensors of the average, laid out as the model's, while nobody writes to either."""
+        rows, device = model.rows, self.keys.device
+        capacity = rows.capacity
+        if capacity != self.rows.capacity:
+            self._check_growth(capacity, loaded=True)
+        slots = rows.live_slots().cpu()
+        mine = self.rows.find(rows.ids[rows.live_slots()].cpu())
+        known = mine >= 0
+        slots, mine = slots[known], mine[known]
+        # Another generation of the same slot is another row under an old id.
+        generation, before = rows.generation.cpu()[slots], self.rows.generation.cpu()[mine]
+        same = (generation == before) | (slots != mine)
+        slots, mine = slots[same].to(device), mine[same].to(device)
+        tables = {}
+        for name, table in self._tables().items():
+            averaged = getattr(model, name).detach().to(table.device, table.dtype, copy=True)
+            wide = torch.promote_types(table.dtype, torch.float32)
+            for to, of in zip(slots.split(NORM_ROWS), mine.split(NORM_ROWS), strict=True):
+                present = getattr(model, name).detach()[to.to(model.keys.device)].to(device, wide)
+                averaged[to] = torch.lerp(present, table.detach()[of].to(wide), decay).to(table.dtype)
+            tables[name] = averaged
+        buffers = {name: getattr(rows, name).to(device, copy=True) for name in rows.saved}
+        buffers |= self.rows.stamps(capacity, lasting=True)
+        return _Growth(buffers, tables, dict.fromkeys(tables))
+
+    def _take_average(self, averaged: _Growth) -> None:
+        same = torch.equal(self.rows.ids, averaged.buffers["ids"])
+        self._grow(averaged)
+        self.rows.rebuild()
+        if not same:
+            self._index.reset()
+        self._record_versions()
+        self._watch()
+        if self.trainable:
+            self.rows.remember_tenants(is_updated=True)
+
     # -- storage ---------------------------------------------------------------------------------------------
+
+    def _check_not_meta(self) -> None:
+        check_not_meta("store", self.keys, "load_state_dict() or add(), or reset_parameters() of its layer")
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored_keys = self._check_table("keys", keys, self.keys)
@@ -1494,10 +1622,10 @@ class SoftKVStore(nn.Module):
                 parameter.data = table  # the same Parameter object: optimisers keep it
                 parameter.grad = growth.gradients[name]
             else:
-                setattr(self, name, table)
-        self.rows.know(self._tables())
+                self._buffers[name] = table
+        self._record_versions()
 
-    def _check_growth(self, needed: int, *, asked: bool = False) -> None:
+    def _check_growth(self, needed: int, *, asked: bool = False, loaded: bool = False) -> None:
         if self.capacity is not None:
             raise GrowthError(
                 f"the store would have to hold {needed} rows, but was made with capacity={self.capacity}: delete rows "
@@ -1505,18 +1633,23 @@ class SoftKVStore(nn.Module):
             )
         if not self.trainable:
             return
-        remedy = f"call store.reserve({needed}) or more beforehand"
+        capacity = self.rows.capacity
+        if needed < capacity:  # as only a state that is loaded can be
+            change, remedy = "shrink", ""
+        else:
+            exact = "" if loaded else " or more"  # a state that is loaded has room for so many rows, and no others
+            change, remedy = "grow", f"call store.reserve({needed}){exact} beforehand, or "
+        change = f"the storage must {change} from {capacity} to {needed} rows"
         if any(reference() is not None for reference in self._open_reads):
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, but a read of it has not gone "
-                f"backward yet, and its gradients have the old size: {remedy}, or call backward() or drop the read "
-                "first, or read under torch.no_grad()"
+                f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
+                f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before wrapping, and nobody wraps an empty store.
-        if not asked and self.rows.capacity > 0 and _has_company():
+        if not asked and capacity > 0 and _has_company():
             raise GrowthError(
-                f"the storage must grow from {self.rows.capacity} to {needed} rows, which DistributedDataParallel "
-                f"cannot follow: {remedy}, before wrapping"
+                f"{change}, which DistributedDataParallel cannot follow: "
+                f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"
             )
 
     def _check(self) -> None:
@@ -1559,7 +1692,7 @@ class SoftKVStore(nn.Module):
     def _reading(self, action: Callable[[], T], query: Tensor | None = None, k: int | None = None) -> T:
         """What ``action`` finds in one version of the rows; with ``query`` it is a search."""
         if is_active():
-            self._check_own_tables()
+            self._check_not_wrapped()
             with outside_of_transforms():
                 return self._reading(action, query, k)
         access = self.rows.access
@@ -1577,32 +1710,156 @@ class SoftKVStore(nn.Module):
 
     def _is_current(self, searching: bool) -> bool:
         """Whether there is nothing to catch up with."""
-        rows = self.rows
-        known = rows.knows("keys", self.keys) and rows.knows("values", self.values)
-        return self._unfinished is None and known and (not searching or self._index.is_current(rows))
+        rows, tables = self.rows, self._tables()
+        if self._unfinished is not None or (not rows.is_unchanged(tables) and not self._only_lends(tables)):
+            return False
+        if not searching or self._lent(tables):
+            return True
+        return self._index.is_current(rows) and not self._index.has_stale_sample(self.keys)
 
     def _catch_up(self, query: Tensor | None = None, k: int | None = None) -> None:
         """Finish what broke off, note what was written in place and, before a search of ``query``, mind the index."""
         if is_active():
-            self._check_own_tables()
+            self._check_not_wrapped()
             with outside_of_transforms():
                 self._catch_up(query, k)
             return
+        self._recover()
+        self._notice_writes()
+        if query is None or self._lent(self._tables()):
+            return
+        if self._index.is_current(self.rows) and self._index.has_stale_sample(self.keys):
+            self.rows.mark_moved()
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    "keys were written to by .data or numpy, which torch does not count, so the index was out of date; "
+                    "all rows have been compared with it now. Call store.touch(ids) after such writes",
+                    stacklevel=2,
+                )
+        if not self._index.is_current(self.rows):
+            check_finite("query", query)  # before the index is tuned by it
+            query = query.reshape(-1, self.key_dim)
+            self._index.follow(self.rows, self.keys.detach(), query, k or 1)
+
+    def _recover(self) -> None:
+        """Finish a write that broke off."""
         if self._unfinished is not None:
             self._unfinished()
             self.rows.rebuild()
             self._index.reset()
             self._unfinished = None
             self._finished += 1
-        self._notice_writes()
-        if query is not None and not self._index.is_current(self.rows):
-            check_finite("query", query)  # before the index is tuned by it
-            query = query.reshape(-1, self.key_dim)
-            self._index.follow(self.rows, self.keys.detach(), query, k or 1)
+
+    # -- tensors that others write to or replace -------------------------------------------------------------
+
+    def _notice_writes(self) -> None:
+        """Follow what something else has written to keys, values and the buffers of the rows, or put in their place.
+
+        Torch counts in-place writes, unless they are done through ``.data``, by numpy or by a fused optimiser: for
+        those there are `touch` and the hooks of optimisers.
+
+        Raises:
+            ForeignWriteError: What is there now does not describe rows.
+        """
+        tables = self._tables()
+        if self.rows.is_unchanged(tables):
+            return
+        written, replaced = self.rows.compare_versions(tables)
+        self.rows.check_lent(replaced - tables.keys())
+        for name in written & tables.keys():
+            self._check_table_size(name, tables[name])
+        if written - tables.keys():
+            self._follow_overwrites(written - tables.keys())
+        if written & tables.keys():
+            self.rows.mark_moved(keys="keys" in written)
+        if written:
+            self._record_versions(replaced)
+            self._watch()
+
+    def _follow_overwrites(self, written: frozenset[str]) -> None:
+        found = self.rows.follow_overwrites(written)
+        if found.rows_differ:
+            free = (self.rows.ids < 0).nonzero().squeeze(-1)
+            zero = torch.zeros((), device=self.keys.device)
+            self._put(free, zero, zero)  # an average of a row that is gone
+            self._index.reset()
+        if len(found.started):
+            warnings.warn(
+                f"{len(found.started)} rows came into empty slots of an averaged store between two updates, so their "
+                "averages began with zeros; softdb.optim.update_average(average, model, decay) averages by id and "
+                "begins with the rows themselves",
+                stacklevel=2,
+            )
+
+    def _check_table_size(self, name: str, table: Tensor) -> None:
+        width = self.key_dim if name == "keys" else self.value_dim
+        shape = self.rows.capacity, width
+        if tuple(table.shape) != shape:
+            raise ForeignWriteError(
+                f"{name}: expected shape {shape}, got {tuple(table.shape)}: another store that shares the tensor has "
+                "grown, or it was resized; call reserve() on both before sharing a tensor, or share the whole store"
+            )
+
+    def _record_versions(self, lent: frozenset[str] = frozenset()) -> None:
+        """Record that what is in the store's own tensors is accounted for."""
+        own = {**self._parameters, **self._buffers}
+        tables = {name: own.get(name) for name in ("keys", "values") if name not in lent}
+        self.rows.record_versions({name: table for name, table in tables.items() if table is not None}, lent)
+
+    def _lent(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of ``tables`` that are not the store's own: of functional_call, FSDP2 or pruning."""
+        return {name: table for name, table in tables.items() if not self.rows.is_own(name, table)}
+
+    def _only_lends(self, tables: Mapping[str, Tensor]) -> bool:
+        """Whether tensors are lent in the place of the store's own, and there is nothing else to follow."""
+        written, replaced = self.rows.compare_versions(tables)
+        if written or not replaced:
+            return False
+        self.rows.check_lent(replaced - tables.keys())
+        return True
+
+    def _check_own_tables(self) -> None:
+        """Raise if other tensors are in the place of the store's own: what is written would be lost with them."""
+        for name in self._lent(self._tables()):
+            raise ForeignWriteError(
+                f"{name}: expected the store's own tensor to write to, got another one in its place (of "
+                "torch.func.functional_call, fully_shard or pruning); write before, or remove it"
+            )
+
+    def _check_lent(self, name: str, table: Tensor, mode: Mode) -> None:
+        """Raise unless a read of ``table``, in the place of the store's own, is possible."""
+        if is_sharded(table):
+            raise ForeignWriteError(
+                f"{name}: expected all rows, got the shard of a DTensor; read in the forward of a module that "
+                "fully_shard was called on, or register the read with register_fsdp_forward_method(store, 'read')"
+            )
+        if self._is_sharded and self.sparse_grad and mode != "exact" and table.requires_grad:
+            raise ArgumentError(
+                "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
+                "sparse_grad=False, or pass its Parameters to fully_shard as ignored_params"
+            )
+        self._check_table_size(name, table)
+
+    def _replace_table(self, name: str, value: Any) -> None:
+        """Assign ``keys`` or ``values``: another tensor for the same rows."""
+        is_table = name in self._parameters or name in self._buffers
+        if is_table and is_sharded(value):
+            self.__dict__["_is_sharded"] = True
+        if not is_table or self._is_sharded or not isinstance(value, Tensor):
+            super().__setattr__(name, value)  # FSDP2 lends, pruning computes, torch refuses
+            return
+        width = self.key_dim if name == "keys" else self.value_dim
+        check_float_tensor(name, value, (self.rows.capacity, width))
+        with self.rows.access.writing():
+            super().__setattr__(name, value)
+            self.rows.mark_moved(keys=name == "keys")
+            self._record_versions()
+            self._watch()
 
     # -- reads that wait for their backward ------------------------------------------------------------------
 
-    def _guard(self, read: Read, used: Tensor | None) -> Read:
+    def _guard(self, read: Read, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
         """``read``, such that its backward first checks the rows it used."""
         if not torch.is_grad_enabled():
             return read
@@ -1618,23 +1875,11 @@ class SoftKVStore(nn.Module):
         with self.rows.access.alone:
             self._open_reads = [reference for reference in self._open_reads if reference() is not None]
             self._open_reads.append(weakref.ref(token))
-        guarded = _Guard.apply(Snapshot(self.rows, used), token, *open_ones.values())  # type: ignore[no-untyped-call]
+        snapshot = Snapshot(self.rows, used, lent, own=len(lent) < 2)
+        guarded = _Guard.apply(snapshot, token, *open_ones.values())  # type: ignore[no-untyped-call]
         return replace(read, **dict(zip(open_ones, guarded, strict=True)))
 
-    def _notice_writes(self) -> None:
-        """Mark every row changed if somebody has written to ``keys`` or ``values`` in place.
-
-        That torch counts, unless it is done through ``.data``, by numpy or by a fused optimiser: for those there are
-        `touch` and the optimisers' hook.
-        """
-        tables = self._tables()
-        written = [name for name, table in tables.items() if not self.rows.knows(name, table)]
-        if written:
-            self.rows.mark_moved(keys="keys" in written)
-            self.rows.know(tables)
-            self._watch()
-
-    def _check_own_tables(self) -> None:
+    def _check_not_wrapped(self) -> None:
         if is_wrapped(self.keys, self.values):
             raise TransformError(
                 "keys, values: expected the store's own tensors, got some that a transform of torch.func wraps and "
@@ -1653,17 +1898,24 @@ class SoftKVStore(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As for any module; among several processes a stand-in goes before, which owns the same Parameters."""
-        if self.trainable and self.sparse_grad and _has_company():
-            yield prefix, _SparseTables(self)
-        yield from super().named_modules(memo, prefix, remove_duplicate)
+        """As for any module; DistributedDataParallel finds a stand-in with the same Parameters and no rows' buffers.
+
+        It would overwrite those of each process with the first one's before every forward, and expects row-sparse
+        gradients of embeddings only.
+        """
+        self.rows.observe_average()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if (module is not self and module is not self.rows) or not _is_asked_by_ddp():
+                yield name, module
+            elif module is self:
+                yield name, _stand_in(self)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the brackets."""
         parts = [
-            f"rows={len(self)}",
+            f"rows={len(self.rows)}",
             f"key_dim={self.key_dim}",
             f"value_dim={self.value_dim}",
             f"metric={self.metric!r}",
@@ -1686,12 +1938,17 @@ class SoftKVStore(nn.Module):
         whole = fn(self.rows.ids.new_empty(0)).dtype
         if whole != torch.int64:
             raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
-        before = self.keys.data_ptr(), self.values.data_ptr()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before, was_meta = (self.keys.data_ptr(), self.values.data_ptr()), self.keys.is_meta
+        own = [parameter for parameter in self._parameters.values() if parameter is not None]
+        with unwatched(own), self.rows.unrecorded():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.keys.is_meta:  # what is there means nothing
+            self.keys.data.zero_()
+            self.values.data.zero_()
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted
             self.rows.mark_moved()
             self._index.reset()
-        self.rows.know(self._tables())
+        self._record_versions()
         self._watch()
         return self
 
@@ -1739,6 +1996,8 @@ class SoftKVStore(nn.Module):
         *args: Any,
     ) -> None:
         """Load all of it or, where something is wrong or what rows consist of is missing, nothing."""
+        if not local_metadata.get("assign_to_params_buffers", False):
+            self._check_not_meta()
         hooks, none = self._load_state_dict_pre_hooks, type(self._load_state_dict_pre_hooks)()
         for hook in hooks.values():  # they may rename what is there, or bring what is missing
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
@@ -1780,6 +2039,7 @@ class SoftKVStore(nn.Module):
             if failed:
                 raise RuntimeError(" ".join(failed))
             self._index.reset()
+            self._record_versions()
             self._watch()
 
         self._commit(load, WRITTEN)
@@ -1789,6 +2049,8 @@ class SoftKVStore(nn.Module):
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
                 raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
+            if tensor.is_meta:
+                raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
         ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
         self._check_state(state, capacity)
@@ -1797,7 +2059,7 @@ class SoftKVStore(nn.Module):
         check_finite("state_dict['values']", state["values"])
         if capacity == self.rows.capacity:
             return None
-        self._check_growth(capacity)
+        self._check_growth(capacity, loaded=True)
         return self._resized(capacity)
 
     def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:
@@ -1826,11 +2088,13 @@ class SoftKVStore(nn.Module):
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            if self.trainable:
+                copied.rows.remember_tenants()
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.rows.know(self._tables())
+        self._record_versions()
         self._handle = new_handle(self)
         self._watch()
 
@@ -1874,11 +2138,7 @@ class _LentStore(SoftKVStore):
     def _notice_writes(self) -> None:
         pass
 
-    def _largest_key_norm(self) -> float:
-        keys = self.keys.detach()
-        return float(torch.linalg.vector_norm(keys, dim=-1, dtype=compute_dtype(keys)).amax()) if len(keys) else 0.0
-
-    def _guard(self, read: Read, used: Tensor | None) -> Read:
+    def _guard(self, read: Read, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
         return read  # later writes to the store do not concern these tables
 
 
@@ -1909,16 +2169,19 @@ def _empty(name: str) -> int:
 
 
 class _SparseTables(nn.Embedding):
-    """A store's tables as DistributedDataParallel understands them: it asks nobody but an embedding for its layout."""
+    """A module whose gradients DistributedDataParallel takes to be row-sparse."""
 
-    def __init__(self, store: SoftKVStore) -> None:
+    def __init__(self) -> None:
         nn.Module.__init__(self)
         self.sparse = True
-        self._parameters = store._parameters
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows between the brackets."""
-        return "keys, values"
+
+def _stand_in(store: SoftKVStore) -> nn.Module:
+    """Return a module with the Parameters of ``store``, and of its buffers those that hold no rows."""
+    module = _SparseTables() if store.trainable and store.sparse_grad else nn.Module()
+    module._parameters = store._parameters
+    module._buffers = {name: buffer for name, buffer in store._buffers.items() if name not in ("keys", "values")}
+    return module
 
 
 def _has_company() -> bool:
@@ -1961,6 +2224,30 @@ def _without_wrapped_tensors(
         return allowed
 
     return guarded
+
+
+def _is_asked_by_ddp() -> bool:
+    """Whether DistributedDataParallel walks the module, to lay out its buckets and the buffers that it broadcasts.
+
+    Its first broadcast, of all Parameters and buffers, is asked for by another module of torch.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name in WALKS:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == "torch.nn.parallel.distributed"
+
+
+def _largest_norm(keys: Tensor) -> float:
+    """The largest norm of a key."""
+    parts = keys.detach().split(NORM_ROWS)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=compute_dtype(keys)).amax() for part in parts if len(part)]
+    return float(torch.stack(norms).amax()) if norms else 0.0
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _within_ddp() -> bool:

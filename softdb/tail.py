@@ -26,6 +26,7 @@ from softdb.blockwise import TILE_ELEMENTS, Places, Scan, check_scores
 from softdb.errors import is_finite
 from softdb.filters import Selection
 from softdb.functional import Read, Tables, share_of, transform
+from softdb.hidden import finite_values, hidden_keys_zeroed, spoil
 
 __all__ = ["Outline", "Sample", "add_tail", "is_worth_trying", "promise_of", "samples_for"]
 
@@ -217,6 +218,23 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
         sample: Of all rows that some query may see.
         recall: The share of the best rows that the candidates are expected to hold.
     """
+    selection, count = scan.selection, len(query)
+    hides = not selection.is_shared  # of the sample, what no query may see is left out already
+    if hides and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
+        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, scan, 1, count))
+    estimated = _with_tail(read, query, tables, scan, sample, recall)
+    if hides and not is_finite(estimated.values):
+        mended = finite_values(tables.values, selection.among(sample.slots.unique()), 1, count)
+        if mended is not None:
+            values, spoilt = mended
+            estimated = _with_tail(read, query, replace(tables, values=values), scan, sample, recall)
+            error = cast(Tensor, estimated.error).masked_fill(spoilt.any(-1), torch.inf)
+            return replace(estimated, values=spoil(estimated.values, spoilt), error=error)
+    return estimated
+
+
+def _with_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample, recall: float) -> Read:
+    """`add_tail`, where no row that is hidden holds NaN or infinity."""
     rows = _rows(sample, tables, scan, query.requires_grad)
     nothing = read.lse == -torch.inf  # where there are no candidates, there are no rows
     shift = read.lse.detach().masked_fill(nothing, 0.0)

@@ -720,13 +720,6 @@ def test_topk_read_refuses_candidates_that_are_not_finite(bad: float) -> None:
     assert topk_read(query, spoilt, spoilt, candidates + 1).values.isfinite().all()  # others are not looked at
 
 
-def test_soft_read_refuses_a_hidden_key_that_is_not_finite() -> None:
-    keys, mask = torch.randn(30, 4), torch.ones(30, dtype=torch.bool)
-    keys[-1], mask[-1] = math.nan, False
-    with pytest.raises(softdb.NonFiniteError, match="keys: expected finite"):
-        soft_read(torch.randn(3, 4), keys, torch.randn(30, 2), mask=mask)
-
-
 def test_topk_read_of_values_without_width() -> None:
     read = topk_read(torch.zeros(2, 4), torch.randn(60, 4), torch.zeros(60, 0), torch.tensor([[0, 1], [2, 3]]))
     assert read.values.shape == (2, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softdb import (
     ArgumentError,
+    DeviceError,
     DtypeError,
     NonFiniteError,
     SecondDerivativeError,
@@ -340,14 +342,32 @@ def test_a_layer_in_eval_mode_draws_nothing(options: dict[str, Any], compiled: b
     assert not torch.equal(drawn, again)
 
 
-def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes() -> None:
-    layer = MemoryLayer(8, 40, heads=2, key_dim=4, mode="topk", k=2, normalizer="sparsemax", shared=False)
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
+def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(normalizer: str) -> None:
+    made: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
+    layer = MemoryLayer(8, 40, mode="topk", k=2, **made)
     with torch.no_grad():
         layer.stores[0].keys.mul_(0.01)
         layer.stores[1].keys.mul_(100.0)
-    y, read = layer(torch.randn(5, 8), return_read=True)
+    x = torch.randn(5, 8)
+    y, read = layer(x, return_read=True)
     assert read.ids.shape == read.weights.shape == read.scores.shape
     assert read.ids.shape[:2] == (5, 2)
+    wide, narrow = (read.ids[:, head] for head in range(2))
+    assert (wide >= 0).sum(-1).min() > 2  # more than k
+    assert (narrow[:, 2:] == -1).all()
+    assert (read.weights[read.ids < 0] == 0).all()
+    # The rows with weight are all there, so an exact read says the same, and so do its gradients.
+    exact = MemoryLayer(8, 40, **made)
+    exact.load_state_dict(layer.state_dict())
+    other, direction = exact(x), torch.randn(5, 8)
+    torch.testing.assert_close(y, other)
+    found = gradients(y, list(layer.parameters()), direction)
+    wanted = gradients(other, list(exact.parameters()), direction)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    _, read = layer(x, return_read=True)
+    (read.lse + read.weights.square().sum(-1)).sum().backward()
+    assert all(p.grad is not None and p.grad.to_dense().isfinite().all() for p in layer.stores[0].parameters())
     assert read.ids.shape[2] > 2
     assert bool((read.ids[:, 1] == -1).any())
     torch.testing.assert_close(read.weights.sum(-1), torch.ones(5, 2))
@@ -626,6 +646,8 @@ def test_a_failed_segment_is_not_remembered() -> None:
     for documents, error, message in (
         (torch.zeros(3, dtype=torch.int64), ShapeError, r"documents: expected shape \(2,\) or \(2, 10\)"),
         (torch.zeros(2), DtypeError, "documents: expected an int64 tensor"),
+        (torch.zeros(2, dtype=torch.complex64), DtypeError, "documents: expected an int64 tensor"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), DeviceError, "documents: expected numbers .* on meta"),
         (torch.full((2,), -2), ArgumentError, "documents: expected numbers of at least 0, or -1"),
     ):
         with pytest.raises(error, match=message):
@@ -814,6 +836,179 @@ def test_activation_checkpointing_of_a_segment_that_is_not_remembered(write: boo
     layer(first)
     with pytest.raises(StaleReadError, match="is not the last one"):
         y.sum().backward()
+
+
+# -- training and evaluation, and pasts that were loaded ----------------------------------------------------
+
+small: dict[str, Any] = {"heads": 2, "key_dim": 6}
+both = pytest.mark.parametrize("k", [None, 3])
+
+
+@both
+def test_training_and_evaluation_have_a_past_each(k: int | None) -> None:
+    layer = ContextMemory(12, 25, k=k, **small)
+    alone, fresh = copy.deepcopy(layer), copy.deepcopy(layer)
+    x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 20, 12).split(10, dim=1)
+    for part in x[:2]:
+        assert torch.equal(layer(part), alone(part))
+    layer.eval()
+    assert "sequences=0" in repr(layer)
+    with torch.no_grad():
+        for part in validation:  # of another number of sequences
+            assert torch.equal(layer(part), fresh(part))
+    assert "sequences=3" in repr(layer)
+    layer.train()
+    assert "sequences=2" in repr(layer)
+    assert torch.equal(layer(x[2]), alone(x[2]))
+    layer.eval()
+    assert torch.equal(layer(validation[0]), fresh(validation[0]))  # which goes on
+    layer.reset()
+    fresh.reset()
+    assert torch.equal(layer(validation[1]), fresh(validation[1]))
+    layer.reset([1])
+    fresh.reset([1])
+    assert torch.equal(layer(validation[0]), fresh(validation[0]))
+    layer.train()
+    assert torch.equal(layer(x[3]), alone(x[3]))  # no reset in evaluation concerns it
+    layer.reset()
+    alone.reset()
+    assert torch.equal(layer(x[0]), alone(x[0]))
+    layer.eval()
+    assert torch.equal(layer(validation[1]), fresh(validation[1]))  # nor the other way round
+
+
+def test_parameters_that_are_reset_have_no_past() -> None:
+    layer = ContextMemory(12, 25, **small)
+    for part in torch.randn(2, 2, 10, 12):
+        layer.train()(part)
+        layer.eval()(part)
+    layer.reset_parameters()
+    assert "sequences=0" in repr(layer)
+    assert "sequences=0" in repr(layer.train())
+
+
+@both
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_saved_in_either_mode_is_resumed(k: int | None, training: bool) -> None:
+    layer = ContextMemory(12, 25, k=k, **small)
+    x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 40, 12).split(10, dim=1)
+    for part in x[:3]:
+        layer(part)
+    plain = set(layer.state_dict())
+    assert not any(name.startswith("evaluation_past.") for name in plain)
+    layer.eval()
+    for part in validation[:3]:
+        layer(part)
+    layer.train(training)
+    state = copy.deepcopy(layer.state_dict())
+    more = set(state) - plain
+    assert more
+    assert all(name.startswith("evaluation_past.") for name in more)
+    assert state["past.recent_documents"].shape[0] == 2
+    assert state["evaluation_past.recent_documents"].shape[0] == 3
+    resumed = ContextMemory(12, 25, k=k, **small)
+    resumed.load_state_dict(state)
+    old = ContextMemory(12, 25, k=k, **small)
+    old.eval()(torch.randn(1, 5, 12))
+    old.load_state_dict({name: state[name] for name in plain})  # strictly, and there was no evaluation
+    assert "sequences=0" in repr(old)
+    assert old.state_dict().keys() == plain
+    moved = copy.deepcopy(layer).double()
+    pickled = io.BytesIO()
+    torch.save(layer, pickled)
+    pickled.seek(0)
+    twins = [resumed, copy.deepcopy(layer), torch.load(pickled, weights_only=False)]
+    for mode, part in ((True, x[3]), (False, validation[3])):
+        wanted = layer.train(mode)(part)
+        for twin in (*twins, old) if mode else twins:
+            assert torch.equal(twin.train(mode)(part), wanted)
+        torch.testing.assert_close(moved.train(mode)(part.double()).float(), wanted)
+
+
+def test_a_broken_evaluation_past_is_refused() -> None:
+    layer = ContextMemory(12, 25, **small)
+    layer.eval()
+    for part in torch.randn(2, 2, 10, 12):
+        layer(part)
+    state = layer.state_dict()
+    missing = {name: tensor for name, tensor in state.items() if name != "evaluation_past.written"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*evaluation_past\.written"):
+        layer.load_state_dict(missing)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*evaluation_past\.more"):
+        layer.load_state_dict(state | {"evaluation_past.more": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"state_dict\['evaluation_past\.written'\]: expected at least 0, got -1"):
+        layer.load_state_dict(state | {"evaluation_past.written": torch.tensor(-1)})
+    weights = {name: tensor for name, tensor in state.items() if "past." not in name}
+    before = copy.deepcopy(layer)
+    layer.load_state_dict(weights, strict=False)
+    part = torch.randn(2, 10, 12)
+    assert torch.equal(layer(part), before(part))
+
+
+@both
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("write", [True, False])
+def test_a_past_that_was_loaded_is_no_obstacle_to_another_batch(k: int | None, training: bool, write: bool) -> None:
+    layer = ContextMemory(12, 25, k=k, **small).train(training)
+    for part in torch.randn(2, 2, 10, 12):
+        layer(part)
+    loaded = ContextMemory(12, 25, k=k, **small).train(training)
+    loaded.load_state_dict(layer.state_dict())
+    fresh = copy.deepcopy(loaded)
+    fresh.reset()
+    x = torch.randn(3, 20, 12).split(10, dim=1)
+    with pytest.warns(UserWarning, match=r"past of 2 sequences got 3 others, so it drops .* call reset\(\)") as warned:
+        y = loaded(x[0], write=write)
+    assert len(warned) == 1
+    assert torch.equal(y, fresh(x[0], write=write))
+    assert torch.equal(loaded(x[1]), fresh(x[1]))  # and no warning
+    with pytest.raises(ShapeError, match=r"x: expected 3 sequences, .* got 2; call reset\(\)"):
+        loaded(torch.randn(2, 10, 12))  # what this run has remembered
+    # The same where the loaded past was gone on with.
+    loaded.load_state_dict(layer.state_dict())
+    loaded(torch.randn(2, 10, 12), write=False)
+    with pytest.raises(ShapeError, match="x: expected 2 sequences"):
+        loaded(torch.randn(0, 10, 12))
+    loaded(torch.randn(2, 10, 12))
+    with pytest.raises(ShapeError, match="x: expected 2 sequences"):
+        loaded(x[0])
+
+
+def test_a_layer_pickled_when_there_was_one_past_is_unpickled() -> None:
+    layer = ContextMemory(12, 25, **small)
+    part = torch.randn(2, 10, 12)
+    layer(part)
+    wanted = copy.deepcopy(layer)(part)
+    del layer.__dict__["_evaluation_past"], layer._past.__dict__["is_loaded"]
+    old = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(old(part), wanted)
+    old.eval()(torch.randn(3, 10, 12))
+    assert "evaluation_past.written" in old.state_dict()
+
+
+@compiles
+def test_a_compiled_layer_finds_the_past_of_its_mode() -> None:
+    torch._dynamo.reset()
+    layer = ContextMemory(12, 25, **small)
+    twin = copy.deepcopy(layer)
+    call = torch.compile(layer, backend="eager")
+    x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 40, 12).split(10, dim=1)
+    for step in range(4):
+        assert torch.equal(layer.train() and call(x[step]), twin.train()(x[step]))
+        assert torch.equal(layer.eval() and call(validation[step]), twin.eval()(validation[step]))
+
+
+def test_activation_checkpointing_repeats_segments_of_evaluation() -> None:
+    layer = ContextMemory(12, 20, **small)
+    layer(torch.randn(3, 10, 12))
+    layer.eval()
+    twin = copy.deepcopy(layer)
+    for part in torch.randn(2, 2, 10, 12):
+        part = part.requires_grad_()
+        y, wanted = checkpoint(layer, part, use_reentrant=False), twin(part)
+        assert torch.equal(y, wanted)
+        found, other = (torch.autograd.grad(loss.sum(), part)[0] for loss in (y, wanted))
+        torch.testing.assert_close(found, other)
 
 
 def test_no_sequences_leave_no_trace() -> None:

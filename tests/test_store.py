@@ -602,6 +602,40 @@ def test_growth_while_a_read_waits_for_its_backward() -> None:
     assert kept.values.shape == (5, 3)
 
 
+@pytest.mark.parametrize(
+    ("rows", "change", "remedy"),
+    [
+        (12, "shrink from 20 to 12 rows", r"the old size: call backward\(\) or drop the read first"),
+        (32, "grow from 20 to 32 rows", r"call store.reserve\(32\) beforehand, or call backward\(\)"),
+    ],
+)
+def test_a_state_of_another_size_is_not_loaded_while_a_read_waits(rows: int, change: str, remedy: str) -> None:
+    store = store_of(Problem.random(rows=20), trainable=True)
+    other = store_of(Problem.random(rows=rows), trainable=True)
+    read = store.read(torch.ones(8))
+    with pytest.raises(softdb.GrowthError, match=f"the storage must {change}.*{remedy}"):
+        store.load_state_dict(other.state_dict())
+    assert len(store) == 20
+    if rows > 20:
+        read.values.sum().backward()
+        store.reserve(rows)
+        read = store.read(torch.ones(8))
+    else:
+        del read
+    store.load_state_dict(other.state_dict())
+    assert torch.equal(store.keys, other.keys)
+
+
+def test_a_state_of_another_size_is_loaded_before_wrapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(Problem.random(rows=20), trainable=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for rows, change in ((12, "shrink from 20 to 12 rows"), (32, "grow from 20 to 32 rows")):
+        state = store_of(Problem.random(rows=rows)).state_dict()
+        with pytest.raises(softdb.GrowthError, match=f"{change}, which .* follow: load the state before wrapping"):
+            store.load_state_dict(state)
+
+
 @pytest.mark.parametrize("how", [{}, {"k": 2}, {"mode": "topk", "k": 2}], ids=str)
 def test_growth_while_an_old_loss_is_kept(how: dict[str, object]) -> None:
     problem = Problem.random(rows=6)
@@ -701,9 +735,13 @@ def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, boo
     store.add(torch.randn(30, 8), torch.randn(30, 3))
     store.read(problem.query).values.sum().backward()
     before = store.keys.detach().clone()
-    with pytest.raises(softdb.GrowthError, match=r"exp_avg' has shape \(20, 8\): call store.reserve"):
+    with pytest.raises(softdb.GrowthError, match=r"grown to 50 .*exp_avg' has shape \(20, 8\): call store.reserve"):
         optimiser.step()
     assert (store.keys == before).all()
+    store.load_state_dict(store_of(Problem.random(rows=12)).state_dict())
+    store.read(problem.query).values.sum().backward()
+    with pytest.raises(softdb.GrowthError, match=r"shrunk to 12 .*exp_avg' has shape \(20, 8\): build a new one"):
+        optimiser.step()
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Adam", "Rprop", "RMSprop"])

@@ -1,0 +1,146 @@
+"""Average a model that holds stores: an exponential moving average by id, where torch averages by place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from softdb.errors import ArgumentError, DtypeError, ShapeError, check_real, describe
+from softdb.store import SoftKVStore
+
+__all__ = ["update_average"]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Update an exponential moving average of a model, the rows of its stores by id.
+
+    Equal, for each Parameter and for the keys and values of each row, to::
+
+        average = decay * average + (1 - decay) * model
+
+    Rows that are new in ``model`` start at their present value, as do those that `SoftKVStore.revive` has given
+    another content. Rows that are gone go. Storage grows with the model's. Ids, fields, counters and clocks of stores,
+    and all other buffers, become the model's.
+
+    `torch.optim.swa_utils.AveragedModel` averages what lies in the same place: it cannot follow growth, and mixes two
+    rows where one has taken the slot of another.
+
+    Args:
+        average: A store, or a module that holds stores: ``copy.deepcopy(model)`` in the beginning, or an
+            ``AveragedModel``, whose ``update_parameters`` is not to be called besides. For rows of half precision make
+            it wider, by ``average.float()``: steps of less than their last digit are lost otherwise.
+        model: What is averaged; a wrapper with the model as its ``module``, as DistributedDataParallel, is looked into.
+        decay: How much of the average stays, from 0 to 1.
+
+    Raises:
+        ArgumentError: The modules do not match, or ``decay`` is out of range.
+        ShapeError: A Parameter or buffer outside of the stores has another shape.
+        GrowthError: The average's storage would have to change its size while a read of it waits for its backward.
+        DtypeError: An argument has the wrong type.
+
+    Source: Polyak & Juditsky 1992 (doi 10.1137/0330046), with the exponential weights of Tarvainen & Valpola 2017
+    (arXiv 1703.01780).
+
+    Example:
+        >>> import copy, torch
+        >>> from softdb import SoftKVStore
+        >>> from softdb.optim import update_average
+        >>> store = SoftKVStore(key_dim=2, value_dim=1, trainable=True)
+        >>> ids = store.add(torch.zeros(2, 2), torch.tensor([[0.0], [10.0]]))
+        >>> average = copy.deepcopy(store)
+        >>> store.delete([0])
+        >>> store.update([1], values=torch.tensor([[20.0]]))
+        >>> ids = store.add(torch.ones(1, 2), torch.tensor([[5.0]]))
+        >>> update_average(average, store, decay=0.9)
+        >>> average.get([1, 2]).values
+        tensor([[11.],
+                [ 5.]])
+    """
+    decay = check_real("decay", decay)
+    if not 0 <= decay <= 1:
+        raise ArgumentError(f"decay: expected a number from 0 to 1, got {decay}")
+    for name, module in (("average", average), ("model", model)):
+        if not isinstance(module, nn.Module):
+            raise DtypeError(f"{name}: expected a module, got {describe(module)}")
+    averaged, source = _unwrapped(average), _unwrapped(model)
+    if averaged is source:
+        raise ArgumentError("average: expected a copy of the model, got the model itself; begin with copy.deepcopy")
+    stores = _stores(averaged, source)
+    pairs = _other_tensors(averaged, source, stores)
+    updates = [mine.prepare_average(theirs, decay) for mine, theirs in stores.values()]
+    for update in updates:
+        update()
+    for mine, theirs, is_parameter in pairs:
+        if is_parameter:
+            _lerp_(mine, theirs, decay)
+        else:
+            mine.copy_(theirs)
+    if isinstance(average, AveragedModel):
+        average.n_averaged += 1
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that is wrapped by AveragedModel, DistributedDataParallel or torch.compile."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, (AveragedModel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore, SoftKVStore]]:
+    """Return the stores of both, in pairs, by name."""
+    found = [
+        {name: module for name, module in root.named_modules() if isinstance(module, SoftKVStore)}
+        for root in (average, model)
+    ]
+    if found[0].keys() != found[1].keys():
+        raise ArgumentError(
+            f"average: expected stores at {sorted(found[1])}, as in the model, got {sorted(found[0])}; begin with "
+            "copy.deepcopy(model)"
+        )
+    return {name: (found[0][name], found[1][name]) for name in found[0]}
+
+
+def _other_tensors(
+    average: nn.Module, model: nn.Module, stores: dict[str, tuple[SoftKVStore, SoftKVStore]]
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """Return Parameters and buffers outside of the stores, in pairs, and whether each is a Parameter."""
+    prefixes = tuple(f"{name}." if name else "" for name in stores)
+    pairs: list[tuple[Tensor, Tensor, bool]] = []
+    for is_parameter in (True, False):
+        mine, theirs = (
+            {
+                name: tensor.detach()
+                for name, tensor in (root.named_parameters() if is_parameter else root.named_buffers())
+                if not (prefixes and name.startswith(prefixes))
+            }
+            for root in (average, model)
+        )
+        if mine.keys() != theirs.keys():
+            raise ArgumentError(
+                f"average: expected the model's Parameters and buffers, got others: {sorted(mine.keys() ^ theirs)[:5]}"
+            )
+        for name, tensor in mine.items():
+            if tensor.shape != theirs[name].shape:
+                raise ShapeError(
+                    f"average: expected {name} of shape {tuple(theirs[name].shape)}, as in the model, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            pairs.append((tensor, theirs[name], is_parameter))
+    return pairs
+
+
+def _lerp_(average: Tensor, model: Tensor, decay: float) -> None:
+    """Average in place; numbers that are no floating-point ones are copied."""
+    model = model.to(average.device)
+    if not average.is_floating_point() and not average.is_complex():
+        average.copy_(model)
+        return
+    wide = torch.promote_types(average.dtype, torch.float32)
+    average.copy_(torch.lerp(model.to(wide), average.to(wide), decay))

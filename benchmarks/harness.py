@@ -298,7 +298,8 @@ def _machine() -> dict[str, str | int | float]:
         machine["load_before"] = round(os.getloadavg()[0], 2)
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    for package in ("softdb", "torch", "faiss-cpu"):
+    machine["torch"] = torch.__version__  # which says what it was built for
+    for package in ("softdb", "faiss-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             machine[package] = importlib.metadata.version(package)
     return machine

@@ -126,6 +126,7 @@ class RowTable(nn.Module):
         self._slots = SlotTable()
         self._live: tuple[int, Tensor | None] = (0, None)
         self._live_slots: tuple[int, Tensor] | None = None
+        self.was_emptied = False  # by the last conversion
 
     # -- reading the books -----------------------------------------------------------------------------------
 
@@ -679,12 +680,20 @@ class RowTable(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None and self.weight.dtype != weight.dtype:
             self.weight = weight.to(self.ids.device)  # a sum over many reads: narrow numbers would stop rising
-        if device.type == "meta" and not self.ids.is_meta:
-            self._clear()  # there was nothing, and what is there now means nothing
+        self.was_emptied = not self.ids.is_meta and (device.type == "meta" or not self._has_own_ids())
+        if self.was_emptied:
+            self._clear()  # ``to_empty`` leaves numbers that mean nothing
         elif self.ids.device != device:
             self._queue = None
             self.mark_moved()
         return self
+
+    def _has_own_ids(self) -> bool:
+        """Whether the buffers hold what was written to them last, not the numbers that ``to_empty`` leaves."""
+        ids = self.ids.cpu()
+        slots = (ids >= 0).nonzero().squeeze(-1)
+        own = int(self.next_id) == self._next_id and _hash(slots, ids[slots]) & ID_CHECK_MASK == self._id_check
+        return own and len(slots) == len(self)
 
     def _clear(self) -> None:
         for name in (*STAMPS, *self.columns, "next_id"):

@@ -1938,11 +1938,11 @@ class SoftKVStore(ModuleWithProperties):
         whole = fn(self.rows.ids.new_empty(0)).dtype
         if whole != torch.int64:
             raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
-        before, was_meta = (self.keys.data_ptr(), self.values.data_ptr()), self.keys.is_meta
+        before = self.keys.data_ptr(), self.values.data_ptr()
         own = [parameter for parameter in self._parameters.values() if parameter is not None]
         with unwatched(own), self.rows.unrecorded():
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.keys.is_meta:  # what is there means nothing
+        if self.rows.was_emptied:
             self.keys.data.zero_()
             self.values.data.zero_()
         if before != (self.keys.data_ptr(), self.values.data_ptr()):  # else nothing was to be converted

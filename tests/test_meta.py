@@ -159,6 +159,17 @@ def test_layers_on_meta_share_a_store() -> None:
         assert layer(torch.randn(3, 8)).isfinite().all()
 
 
+def test_to_empty_of_a_store_in_memory_forgets_its_rows() -> None:
+    for rows in (0, 6):
+        store = softdb.SoftKVStore(4, 3, capacity=8, trainable=True)
+        store.add(torch.randn(rows, 4), torch.randn(rows, 3))
+        store.to_empty(device="cpu")
+        if len(store):  # torch may give the same memory again
+            assert len(store) == rows
+        store._check()
+        assert len(store.add(torch.randn(2, 4), torch.randn(2, 3))) == 2
+
+
 def test_functions_of_tensors_on_meta_are_refused() -> None:
     with pytest.raises(softdb.DeviceError, match="query: expected a tensor that holds numbers, got one on meta"):
         soft_read(KEYS, KEYS, VALUES)

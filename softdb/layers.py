@@ -15,7 +15,7 @@ import difflib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ from softdb.filters import Where
 from softdb.functional import Read, answer_dtype, merge, soft_read, widened
 from softdb.normalizers import softmax
 from softdb.scores import compute_dtype
-from softdb.store import Mode, SoftKVStore, Usage, check_options
+from softdb.store import Mode, SoftKVStore, Usage, check_options, is_asked_by_ddp, stand_in
 from softdb.transforms import (
     check_no_tangent,
     is_active,
@@ -1135,6 +1135,13 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         if total is not None and self.total.dtype != total.dtype:
             self.total = total.to(self.total.device)  # a sum over many reads: narrow numbers would stop rising
         return self
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module; DistributedDataParallel finds no counters, which it would overwrite."""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield name, stand_in(self, sparse=self.sparse) if module is self and is_asked_by_ddp() else module
 
     @property
     def usage(self) -> Usage:

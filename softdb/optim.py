@@ -35,7 +35,7 @@ from softdb.errors import (
     describe,
 )
 from softdb.normalizers import splitmix64
-from softdb.rows import RowTable, coalesced, note_move, of, trust
+from softdb.rows import RowTable, coalesced, is_sharded, note_move, of, trust
 
 __all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_", "update_average"]
 
@@ -101,6 +101,12 @@ class _RowOptimizer(Optimizer):
         super().add_param_group(param_group)
         param_group.update(options)
         for parameter in param_group["params"]:
+            if is_sharded(parameter):
+                self.param_groups.pop()
+                raise DtypeError(
+                    "params: expected whole Parameters, got the shard of a DTensor; take an optimiser of torch, or "
+                    "pass the rows to fully_shard as ignored_params"
+                )
             if parameter.dtype not in FLOATS or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(

@@ -11,6 +11,7 @@ remembers the ``version`` it saw and asks what changed since.
 from __future__ import annotations
 
 import heapq
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -1015,6 +1016,12 @@ class _Move(NamedTuple):
     name: str
     slots: Tensor | None
     state: _State
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)

@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
@@ -77,7 +77,7 @@ from softdb.functional import (
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
-from softdb.rows import RowTable, Snapshot, coalesced, resized, row_sparse, unwatched, watch
+from softdb.rows import RowTable, Snapshot, coalesced, is_sharded, resized, row_sparse, unwatched, watch
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
@@ -118,7 +118,7 @@ ATTEMPTS = 3
 EXTRA_STATE = "_extra_state"
 # The frames between a module that is walked and whoever walks it.
 WALKS = frozenset(
-    ("named_modules", "named_buffers", "named_parameters", "_named_members", "_is_asked_by_ddp", "buffers", "<lambda>")
+    ("named_modules", "named_buffers", "named_parameters", "_named_members", "is_asked_by_ddp", "buffers", "<lambda>")
 )
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
@@ -1903,12 +1903,13 @@ class SoftKVStore(ModuleWithProperties):
         It would overwrite those of each process with the first one's before every forward, and expects row-sparse
         gradients of embeddings only.
         """
-        self.rows.observe_average()
+        with outside_of_transforms() if is_active() else nullcontext():
+            self.rows.observe_average()
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if (module is not self and module is not self.rows) or not _is_asked_by_ddp():
+            if (module is not self and module is not self.rows) or not is_asked_by_ddp():
                 yield name, module
             elif module is self:
-                yield name, _stand_in(self)
+                yield name, stand_in(self, sparse=self.trainable and self.sparse_grad)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
@@ -2176,12 +2177,11 @@ class _SparseTables(nn.Embedding):
         self.sparse = True
 
 
-def _stand_in(store: SoftKVStore) -> nn.Module:
-    """Return a module with the Parameters of ``store``, and of its buffers those that hold no rows."""
-    module = _SparseTables() if store.trainable and store.sparse_grad else nn.Module()
-    module._parameters = store._parameters
-    module._buffers = {name: buffer for name, buffer in store._buffers.items() if name not in ("keys", "values")}
-    return module
+def stand_in(module: nn.Module, *, sparse: bool) -> nn.Module:
+    """Return a module with the Parameters of ``module``, as DistributedDataParallel is to see it, and no buffers."""
+    standing = _SparseTables() if sparse else nn.Module()
+    standing._parameters = module._parameters
+    return standing
 
 
 def _has_company() -> bool:
@@ -2226,7 +2226,7 @@ def _without_wrapped_tensors(
     return guarded
 
 
-def _is_asked_by_ddp() -> bool:
+def is_asked_by_ddp() -> bool:
     """Whether DistributedDataParallel walks the module, to lay out its buckets and the buffers that it broadcasts.
 
     Its first broadcast, of all Parameters and buffers, is asked for by another module of torch.
@@ -2242,12 +2242,6 @@ def _largest_norm(keys: Tensor) -> float:
     parts = keys.detach().split(NORM_ROWS)
     norms = [torch.linalg.vector_norm(part, dim=-1, dtype=compute_dtype(keys)).amax() for part in parts if len(part)]
     return float(torch.stack(norms).amax()) if norms else 0.0
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether ``tensor`` is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _within_ddp() -> bool:

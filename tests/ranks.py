@@ -7,6 +7,7 @@ error.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import traceback
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import softdb
 from softdb import SoftKVStore
 from softdb.layers import MemoryLayer, ProductKeyMemory
-from softdb.optim import RowAdam
+from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 
 SCENARIOS: list[Callable[[int], None]] = []
 
@@ -115,6 +116,28 @@ def row_sparse_gradients_go_through_ddp_and_nobody_else_sees_an_embedding(rank: 
     both = [torch.zeros(64, 4) for _ in range(2)]
     distributed.all_gather(both, model.store.keys.grad.to_dense())
     assert torch.equal(*both)
+
+
+@scenario
+def default_ddp_leaves_each_process_its_counters(rank: int) -> None:
+    layer = ProductKeyMemory(8, rows=16, heads=1, k=2, key_dim=4, track_usage=True)
+    wrapped = DistributedDataParallel(layer)
+    for step in range(3):
+        wrapped(normal(2 + rank, 8, seed=step)).sum().backward()
+    assert int(layer.store.usage.reads.sum()) == 3 * 2 * (2 + rank)
+    assert layer.store.weight.grad.layout == torch.sparse_coo
+
+
+@scenario
+def row_optimizers_refuse_shards(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    fully_shard(model)
+    for kind in (RowAdam, RowAdagrad):
+        with pytest.raises(softdb.DtypeError, match=r"params: expected whole Parameters.*ignored_params"):
+            kind(model.parameters(), lr=0.1)
+    assert math.isfinite(float(clip_row_grad_norm_(model.parameters(), 1.0)))
 
 
 @scenario

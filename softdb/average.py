@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -70,9 +72,14 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         raise ArgumentError("average: expected a copy of the model, got the model itself; begin with copy.deepcopy")
     stores = _stores(averaged, source)
     pairs = _other_tensors(averaged, source, stores)
-    updates = [mine.prepare_average(theirs, decay) for mine, theirs in stores.values()]
-    for update in updates:
-        update()
+    with ExitStack() as locks:
+        # In one order for all threads, so that none waits for another that waits for it.
+        for store in sorted({store for pair in stores.values() for store in pair}, key=id):
+            locks.enter_context(store.writing())
+        # All are computed before the first changes: an error changes nothing, and stores may share a tensor.
+        updates = [mine.prepare_average(theirs, decay) for mine, theirs in stores.values()]
+        for update in updates:
+            update()
     for mine, theirs, is_parameter in pairs:
         if is_parameter:
             _lerp_(mine, theirs, decay)
@@ -104,7 +111,13 @@ def _stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore
             f"average: expected stores at {sorted(found[1])}, as in the model, got {sorted(found[0])}; begin with "
             "copy.deepcopy(model)"
         )
-    return {name: (found[0][name], found[1][name]) for name in found[0]}
+    pairs = {name: (found[0][name], found[1][name]) for name in found[0]}
+    for name, (mine, theirs) in pairs.items():
+        if mine is theirs:
+            raise ArgumentError(
+                f"average: expected a copy of each store, got the model's own at {name!r}; begin with copy.deepcopy"
+            )
+    return pairs
 
 
 def _other_tensors(

@@ -132,7 +132,8 @@ class _Queries(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.projection.weight.is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
+        is_meta = getattr(self.projection.weight, "is_meta", False)  # a quantised layer has a method there
+        if is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
             check_not_meta("layer", self.projection.weight)
         queries: Tensor = self.projection(x)
         if isinstance(self.norm, nn.BatchNorm1d):

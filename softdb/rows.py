@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
 # The check of ids is below this: a float32 holds it, so that averaging equal checks leaves them as they are.
 ID_CHECK_MASK, NO_CHECK = 2**20 - 1, -1
+# An average of two equal whole numbers may be another one, by rounding: about one in three, for many decays. With so
+# many numbers it is noticed.
+ID_CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(64, device="cpu")
+# What a conversion does to these tells whether it keeps numbers.
+PROBE = (7, 13, 2**40 + 1)
 # The journal of recent changes names at most this share of the rows, or as many.
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
@@ -61,6 +66,13 @@ WATCHED: dict[str | None, tuple[str, ...]] = {None: ("ids", "next_id", "generati
 WATCHED |= {rule: (*WATCHED[None], clock) for rule, clock in TURNS.items()}
 # Of the rows, this share is lined up for eviction at a time, found by the turns of about so many of them.
 QUEUE_SHARE, QUEUE_SAMPLE = 1 / 8, 4096
+
+
+AVERAGED = (
+    "rows.ids: expected the ids of rows, got numbers that something else has averaged or overwritten (an average with "
+    "use_buffers=True or of a state_dict, or one that mixes two rows); average by id with "
+    "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
+)
 
 
 class RowTable(nn.Module):
@@ -80,12 +92,14 @@ class RowTable(nn.Module):
     changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
     keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
     keys_written_at: Tensor  # (capacity,) int64: the same, but not by an optimiser
-    id_check: Tensor  # () int64: a sum of hashes of slots and ids, which averaged ids do not fit
+    id_check: Tensor  # (64,) int64: from hashes of slots and ids and the number of writes, which no average of two fits
     # With an option each, and no part of a version: a read is no write.
     used_at: Tensor  # (capacity,) int64: the turn at which a row was last used; rows used together share one
     added_at: Tensor  # (capacity,) int64: the turn at which it was placed, each its own
     reads: Tensor  # (capacity,) int64: how many queries were told of the row
     weight: Tensor  # (capacity,) float64: the sum of its weights there
+    # Whether an average by slots has been updated here.
+    _is_average = False
 
     def __init__(
         self,
@@ -111,14 +125,15 @@ class RowTable(nn.Module):
             self.register_buffer("weight", torch.empty(0, dtype=torch.float64, device=device))
         for name in STAMPS:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("id_check", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("id_check", torch.zeros(64, dtype=torch.int64, device=device), persistent=False)
         self.access = SharedLock()  # whose callers hold it: to look at rows for reading, else for writing
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
         self._journal = _Journal()
         self._recorded: dict[str, _State] = {}
-        self._next_id = self._id_check = 0
+        self._next_id = self._id_hash = self._writes = 0
+        self._expected_check = ID_CHECK_PATTERN  # what `id_check` holds
         self._tenants: _Tenants | None = None
         self._mixed = self._started = NO_SLOTS  # of an average by slots: ids of mixed rows; slots that were empty
         self._next_turn = 0  # above every turn there is
@@ -128,6 +143,7 @@ class RowTable(nn.Module):
         self._live: tuple[int, Tensor | None] = (0, None)
         self._live_slots: tuple[int, Tensor] | None = None
         self.was_emptied = False  # by the last conversion
+        self._write_id_check()
 
     # -- reading the books -----------------------------------------------------------------------------------
 
@@ -223,6 +239,8 @@ class RowTable(nn.Module):
         """Note that the rows at ``slots`` were written; without ``keys``, only values or fields."""
         if len(slots):
             slots = self._note(slots, keys=keys)
+            self._writes += 1
+            self._write_id_check()
             if keys:
                 self.own("keys_written_at")[slots] = self.version
 
@@ -305,7 +323,7 @@ class RowTable(nn.Module):
         next_id, id_check = self._buffers["next_id"], self._buffers["id_check"]
         if next_id is None or id_check is None or not next_id.is_cpu or not id_check.is_cpu:
             return False
-        return next_id.item() != self._next_id or id_check.item() != self._id_check
+        return next_id.item() != self._next_id or not torch.equal(id_check, self._expected_check)
 
     def compare_versions(self, tables: Mapping[str, Tensor]) -> Differences:
         """Return the names of ``tables`` and buffers that something else has written to, and of replaced ones."""
@@ -318,7 +336,9 @@ class RowTable(nn.Module):
             elif not _state(tensor).equals(recorded):
                 written.add(name)
         if not replaced & {"ids", "next_id", "id_check"} and self._is_overwritten_uncounted:
-            written |= {"ids", "next_id"} | ({"id_check"} if int(self.id_check) != self._id_check else set())
+            written |= {"ids", "next_id"}
+            if not torch.equal(self.id_check.cpu(), self._expected_check):
+                written.add("id_check")
         return Differences(frozenset(written), frozenset(replaced))
 
     def check_lent(self, names: Iterable[str]) -> None:
@@ -352,13 +372,21 @@ class RowTable(nn.Module):
                 "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
             )
         self._check_overwritten(copied=copied)
+        if copied:
+            self._writes = max(self._writes, int(self.id_check[0]))
+            for name in STAMPS:  # of another store's versions
+                if getattr(self, name).is_contiguous():
+                    self.own(name).zero_()
         ids = self.ids.cpu()
         live = (ids >= 0).nonzero().squeeze(-1)
         same = len(live) == len(self) and bool((self.find(ids[live]) == live).all())
         if same:
             self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(live) else 0))
-            self._set_id_check(_hash(live, ids[live]))
+            self._id_hash = _hash(live, ids[live])
+            self._write_id_check()
             self._queue = None
+            self._journal = _Journal()
+            self.mark_moved()
             if self.evict is not None and self.capacity:
                 self._next_turn = max(self._next_turn, int(self._turns.max()) + 1)
         else:
@@ -371,19 +399,22 @@ class RowTable(nn.Module):
         ids = self.ids.cpu()
         named = ids[ids >= 0]
         slots = (ids >= 0).nonzero().squeeze(-1)
-        fits = not copied or int(self.id_check) == _hash(slots, named) & ID_CHECK_MASK
+        check = self.id_check.cpu()
+        fits = not copied or torch.equal(check, _id_check(_hash(slots, named), int(check[0])))
         whole = len(ids) == 0 or int(ids.min()) >= -1
         if fits and whole and len(named.unique()) == len(named) and int(self.next_id) >= 0:
             return
-        raise ForeignWriteError(
-            "rows.ids: expected the ids of rows, got numbers that something else has averaged or overwritten "
-            "(AveragedModel with use_buffers=True, or an average of a state_dict); average by id with "
-            "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
-        )
+        raise ForeignWriteError(AVERAGED)
 
     def remember_tenants(self, *, is_updated: bool = False) -> None:
         """Remember which rows are where, to be compared when something else averages and copies rows here."""
+        self._is_average = is_updated
         self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check), is_updated)
+
+    def forget_remains(self) -> None:
+        """Remember that free slots hold zeros."""
+        if self._tenants is not None:
+            self.remember_tenants(is_updated=self._is_average)
 
     def observe_average(self) -> None:
         """Find slots in which the last update of an average mixed what they held before with another row.
@@ -401,6 +432,9 @@ class RowTable(nn.Module):
             self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
             self._started = torch.cat([self._started, (~held & holds).nonzero().squeeze(-1).cpu()])
         self.remember_tenants(is_updated=True)
+        if len(known.ids) == len(self.ids):  # a slot that has become free still holds what remains of its row
+            kept = torch.where((self.ids < 0) & (known.ids >= 0), known.ids, self.ids)
+            self._tenants = cast(_Tenants, self._tenants)._replace(ids=kept)
         if len(self._mixed):
             self.own("id_check").fill_(NO_CHECK)  # so that a store that these buffers are copied to notices, too
 
@@ -448,7 +482,7 @@ class RowTable(nn.Module):
         """Put rows into the slots that were chosen for them."""
         self._slots.put(ids, slots)
         self.own("ids")[slots.to(self.ids.device)] = ids.to(self.ids.device)
-        self._set_id_check(self._id_check + _hash(slots, ids))
+        self._id_hash += _hash(slots, ids)
         self.start_afresh(slots)
         self.line_up_last(slots)
         if len(ids):
@@ -478,7 +512,7 @@ class RowTable(nn.Module):
         """Forget the rows ``ids`` at ``slots``, and who follows them there is chosen already."""
         self._slots.remove(ids)
         self.own("ids")[slots.to(self.ids.device)] = -1
-        self._set_id_check(self._id_check - _hash(slots, ids))
+        self._id_hash -= _hash(slots, ids)
         self._tenants = None
         self.mark_changed(slots)
 
@@ -537,7 +571,8 @@ class RowTable(nn.Module):
         self._slots = SlotTable()
         self._slots.put(ids, live)
         self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0))
-        self._set_id_check(_hash(live, ids))
+        self._id_hash = _hash(live, ids)
+        self._write_id_check()
         self._journal = _Journal()
         self._queue = None
         if self.evict is not None:
@@ -550,9 +585,9 @@ class RowTable(nn.Module):
             self._next_id = value
             self.own("next_id").fill_(value)
 
-    def _set_id_check(self, value: int) -> None:
-        self._id_check = value & ID_CHECK_MASK
-        self.own("id_check").fill_(self._id_check)
+    def _write_id_check(self) -> None:
+        self._expected_check = _id_check(self._id_hash, self._writes)
+        self.own("id_check").copy_(self._expected_check)
 
     # -- use and eviction ------------------------------------------------------------------------------------
 
@@ -681,7 +716,10 @@ class RowTable(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None and self.weight.dtype != weight.dtype:
             self.weight = weight.to(self.ids.device)  # a sum over many reads: narrow numbers would stop rising
-        self.was_emptied = not self.ids.is_meta and (device.type == "meta" or not self._has_own_ids())
+        probe = torch.tensor(PROBE, device=device)
+        kept = fn(probe)
+        is_emptying = not kept.is_meta and (probe.is_meta or not torch.equal(kept.cpu(), probe.cpu()))
+        self.was_emptied = not self.ids.is_meta and is_emptying
         if self.was_emptied:
             self._clear()  # ``to_empty`` leaves numbers that mean nothing
         elif self.ids.device != device:
@@ -689,12 +727,12 @@ class RowTable(nn.Module):
             self.mark_moved()
         return self
 
-    def _has_own_ids(self) -> bool:
-        """Whether the buffers hold what was written to them last, not the numbers that ``to_empty`` leaves."""
+    def check_own_ids(self) -> None:
+        """Raise unless the ids are those that were written last: by ``.data`` others may have come unnoticed."""
         ids = self.ids.cpu()
         slots = (ids >= 0).nonzero().squeeze(-1)
-        own = int(self.next_id) == self._next_id and _hash(slots, ids[slots]) & ID_CHECK_MASK == self._id_check
-        return own and len(slots) == len(self)
+        if _hash(slots, ids[slots]) & ID_CHECK_MASK != self._id_hash & ID_CHECK_MASK:
+            raise ForeignWriteError(AVERAGED)
 
     def _clear(self) -> None:
         for name in (*STAMPS, *self.columns, "next_id"):
@@ -721,7 +759,9 @@ class RowTable(nn.Module):
             setattr(self, name, column.to(torch.float64 if name == "weight" else torch.int64))
         if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
             self.install(self.stamps(self.capacity, lasting=True))
-            self.id_check = torch.zeros_like(self.next_id)
+            self.id_check = torch.zeros(64, dtype=torch.int64, device=self.ids.device)
+        if self._tenants is not None:  # of an average, most likely, that goes on
+            self.remember_tenants(is_updated=True)
         self.rebuild()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -746,8 +786,20 @@ class RowTable(nn.Module):
         self._live, self._live_slots, self._recorded, self._tenants = (-1, None), None, {}, None
         self._mixed = self._started = NO_SLOTS
         if "id_check" not in self._buffers:  # pickled by an older version
-            self.register_buffer("id_check", torch.zeros_like(self.next_id), persistent=False)
+            self.register_buffer("id_check", self.next_id.new_zeros(64), persistent=False)
         self.rebuild()
+        if self._is_average:
+            self.remember_tenants(is_updated=True)
+
+
+def _id_check(id_hash: int, writes: int) -> Tensor:  # -> (64,)
+    """Return what `RowTable.id_check` holds: the number of writes, and numbers from it and the hash of the ids."""
+    writes &= ID_CHECK_MASK
+    mixed = (writes * 0x9E3779B1 ^ (id_hash & ID_CHECK_MASK) * 0x85EBCA6B) & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
+    check = ID_CHECK_PATTERN + ((mixed ^ (mixed >> 13)) & ID_CHECK_MASK)
+    check[0] = writes
+    return check
 
 
 def _hash(slots: Tensor, ids: Tensor) -> int:  # (m,), (m,) on one device
@@ -1067,18 +1119,29 @@ def note_move(parameter: Tensor, slots: Tensor | None) -> None:
             table.mark_moved(slots, keys=name == "keys")
 
 
+def note_write(tensor: Tensor, writer: RowTable, name: str) -> None:
+    """Have the other tables whose rows ``tensor`` holds note that a store has written to it as its ``name``."""
+    for table, what in list(_owners(tensor)):
+        if table is not writer or what != name:
+            table.mark_moved(keys=what == "keys")
+
+
 def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """Take the word of an optimiser class that it follows growth and notes by itself which rows it moves."""
     _row_optimizers.add(kind)
     return kind
 
 
-def watch(parameter: nn.Parameter, table: RowTable, name: str) -> None:
-    """Have ``table`` note every optimiser step that moves ``parameter``, which holds its "keys" or its "values"."""
+def watch(parameter: Tensor, table: RowTable, name: str) -> None:
+    """Have ``table`` note every step, and write of another store, to ``parameter``: its "keys" or its "values"."""
     global _hooked
     if parameter.requires_grad and parameter not in _coalescing:
         _coalescing[parameter] = parameter.register_post_accumulate_grad_hook(_keep_coalesced)
-    others = [(reference, what) for reference, what in _tables.get(parameter, ()) if reference() not in (None, table)]
+    others = [
+        (reference, what)
+        for reference, what in _tables.get(parameter, ())
+        if reference() is not None and (reference() is not table or what != name)
+    ]
     _tables[parameter] = [*others, (weakref.ref(table), name)]
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
@@ -1163,9 +1226,9 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     noted = type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {})  # by the optimiser itself
-    before = {(id(move.parameter), id(move.table)): move for move in _moving.pop(optimizer, [])}
+    before = {(id(move.parameter), id(move.table), move.name): move for move in _moving.pop(optimizer, [])}
     # A closure may have made the gradients.
-    after = {(id(move.parameter), id(move.table)): move for move in _moved_by(optimizer)}
+    after = {(id(move.parameter), id(move.table), move.name): move for move in _moved_by(optimizer)}
     for number, move in (before | after).items():
         if not noted:
             # Only what was there on both sides of the step, or came with it, is known to be what the step used.

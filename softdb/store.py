@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
@@ -45,6 +46,7 @@ from softdb.errors import (
     UnfinishedWriteError,
     check_above_zero,
     check_choice,
+    check_dense,
     check_dtype,
     check_finite,
     check_float_tensor,
@@ -77,7 +79,17 @@ from softdb.functional import (
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
-from softdb.rows import RowTable, Snapshot, coalesced, is_sharded, resized, row_sparse, unwatched, watch
+from softdb.rows import (
+    RowTable,
+    Snapshot,
+    coalesced,
+    is_sharded,
+    note_write,
+    resized,
+    row_sparse,
+    unwatched,
+    watch,
+)
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.snapshot import locked, read_snapshot, write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
@@ -434,8 +446,8 @@ class SoftKVStore(ModuleWithProperties):
         self._key_norm = (0, 0.0)
         self._everything: tuple[int, Selection | None] = (0, None)
         self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
-        self._watch()
         self._record_versions()
+        self._watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("keys", "values") and "rows" in self.__dict__.get("_modules", ()):
@@ -462,8 +474,8 @@ class SoftKVStore(ModuleWithProperties):
             name in ("keys", "values") and name not in self.__dict__
         ):  # torch would fail a step later, and leave the store without them
             raise ArgumentError(
-                f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}; lend other "
-                "tensors with torch.func.functional_call, or use metric='cosine' for keys of norm 1"
+                f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}, and FSDP1 "
+                "cannot flatten it; lend other tensors with torch.func.functional_call, or use fully_shard"
             )
         super().__delattr__(name)
 
@@ -686,6 +698,7 @@ class SoftKVStore(ModuleWithProperties):
 
         def copied() -> Rows:
             slots = self.rows.slots_of("ids", given).to(self.keys.device)
+            self._check_whole()
             row = self.rows.view(slots)
             fields = {name: row[name] for name in self.rows.fields}
             return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
@@ -893,6 +906,7 @@ class SoftKVStore(ModuleWithProperties):
         generator: torch.Generator | None = None,
     ) -> Read:
         """What `read` returns, with slots for ids; nobody counts it. The options and the query have been checked."""
+        self._recompute_pruned()
         keys, values = self.keys, self.values
         lent = self._lent({"keys": keys, "values": values})
         for name, table in lent.items():
@@ -1242,6 +1256,7 @@ class SoftKVStore(ModuleWithProperties):
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a snapshot holds of the store."""
         used = self.rows.used
+        self._check_whole()
         tensors = {"keys": self.keys.detach()[:used], "values": self.values.detach()[:used]}
         with self.rows.access.alone:  # readers in other threads count on
             tensors |= {f"rows.{name}": getattr(self.rows, name)[:used].clone() for name in self.rows.columns}
@@ -1388,14 +1403,11 @@ class SoftKVStore(ModuleWithProperties):
             raise ArgumentError("average: expected a store with the model's track_usage; begin with copy.deepcopy")
         if self._is_mapped:
             raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
-        return functools.partial(self._average_with, model, decay)
-
-    @_writes
-    def _average_with(self, model: SoftKVStore, decay: float) -> None:
-        """Average rows by id; slots, ids, fields, counters and clocks become the model's."""
-        self._commit(
-            functools.partial(self._take_average, model._reading(lambda: self._averaged(model, decay))), WRITTEN
-        )
+        for store in (self, model):
+            store._check_not_meta()
+            store._check_own_tables()
+        averaged = self._averaged(model, decay)
+        return lambda: self._commit(functools.partial(self._take_average, averaged), WRITTEN)
 
     def _averaged(self, model: SoftKVStore, decay: float) -> _Growth:
         """Return the tensors of the average, laid out as the model's, while nobody writes to either."""
@@ -1559,6 +1571,7 @@ class SoftKVStore(ModuleWithProperties):
                 table = getattr(self, name).data
                 place = _place(slots.to(table.device)) if place is None else place
                 table[place] = rows.to(table.dtype)
+                note_write(getattr(self, name), self.rows, name)
 
     def _forget_gradients(self, slots: Tensor) -> None:
         """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
@@ -1780,6 +1793,7 @@ class SoftKVStore(ModuleWithProperties):
     def _follow_overwrites(self, written: frozenset[str]) -> None:
         found = self.rows.follow_overwrites(written)
         if found.rows_differ:
+            self.rows.forget_remains()
             free = (self.rows.ids < 0).nonzero().squeeze(-1)
             zero = torch.zeros((), device=self.keys.device)
             self._put(free, zero, zero)  # an average of a row that is gone
@@ -1827,13 +1841,24 @@ class SoftKVStore(ModuleWithProperties):
                 "torch.func.functional_call, fully_shard or pruning); write before, or remove it"
             )
 
+    def _recompute_pruned(self) -> None:
+        """Have pruning compute its tables again, as it does before a forward."""
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(self, ())
+
+    def _check_whole(self) -> None:
+        """Raise if FSDP2 has left this process a part of the rows only."""
+        for name, table in self._tables().items():
+            if is_sharded(table):
+                raise ForeignWriteError(
+                    f"{name}: expected all rows, got the shard of a DTensor; read in the forward of a module that "
+                    "fully_shard was called on, or register the read with register_fsdp_forward_method(store, 'read')"
+                )
+
     def _check_lent(self, name: str, table: Tensor, mode: Mode) -> None:
         """Raise unless a read of ``table``, in the place of the store's own, is possible."""
-        if is_sharded(table):
-            raise ForeignWriteError(
-                f"{name}: expected all rows, got the shard of a DTensor; read in the forward of a module that "
-                "fully_shard was called on, or register the read with register_fsdp_forward_method(store, 'read')"
-            )
+        self._check_whole()
         if self._is_sharded and self.sparse_grad and mode != "exact" and table.requires_grad:
             raise ArgumentError(
                 "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
@@ -1843,7 +1868,9 @@ class SoftKVStore(ModuleWithProperties):
 
     def _replace_table(self, name: str, value: Any) -> None:
         """Assign ``keys`` or ``values``: another tensor for the same rows."""
-        is_table = name in self._parameters or name in self._buffers
+        if value is None:
+            raise DtypeError(f"{name}: expected a tensor, got None")
+        is_table = name in self._parameters or name in self._buffers or isinstance(value, nn.Parameter)
         if is_table and is_sharded(value):
             self.__dict__["_is_sharded"] = True
         if not is_table or self._is_sharded or not isinstance(value, Tensor):
@@ -1890,10 +1917,9 @@ class SoftKVStore(ModuleWithProperties):
         return {"keys": self.keys, "values": self.values}
 
     def _watch(self) -> None:
-        if self.trainable:
-            for name, table in self._tables().items():
-                if isinstance(table, nn.Parameter):  # not while torch.func lends another tensor
-                    watch(table, self.rows, name)
+        for name, table in self._tables().items():
+            if self.rows.is_own(name, table):  # not while torch.func lends another tensor
+                watch(table, self.rows, name)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -1934,6 +1960,8 @@ class SoftKVStore(ModuleWithProperties):
 
     @_alone
     def _apply(self, fn: Any, recurse: bool = True) -> SoftKVStore:
+        if not self.keys.is_meta:
+            self.rows.check_own_ids()
         # Before anything is converted, by a try on tensors of no numbers.
         check_dtype(fn(self.keys.detach().new_empty(0)).dtype)
         whole = fn(self.rows.ids.new_empty(0)).dtype
@@ -2029,12 +2057,14 @@ class SoftKVStore(ModuleWithProperties):
                 del report[count:]  # of an earlier try
             if growth is not None:
                 self._grow(growth)
-            try:
-                self._load_state_dict_pre_hooks = none
-                super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
-            finally:
-                self._load_state_dict_pre_hooks = hooks
-            self.rows.load(state_dict, f"{prefix}rows.", *others)
+            own = [parameter for parameter in self._parameters.values() if parameter is not None]
+            with unwatched(own), self.rows.unrecorded():  # torch may swap tensors
+                try:
+                    self._load_state_dict_pre_hooks = none
+                    super(SoftKVStore, self)._load_from_state_dict(state_dict, prefix, *others)
+                finally:
+                    self._load_state_dict_pre_hooks = hooks
+                self.rows.load(state_dict, f"{prefix}rows.", *others)
             # torch goes on where it fails to copy a tensor, say for want of memory: some rows would be old.
             failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
             if failed:
@@ -2052,6 +2082,10 @@ class SoftKVStore(ModuleWithProperties):
                 raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
             if tensor.is_meta:
                 raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
+            check_dense(f"state_dict[{name!r}]", tensor)
+        for name, table in self._tables().items():
+            if self.rows.is_own(name, table):
+                self._check_table_size(name, table)
         ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
         self._check_state(state, capacity)
@@ -2084,13 +2118,14 @@ class SoftKVStore(ModuleWithProperties):
         return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
 
     @without_transforms
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> SoftKVStore:
         """A copy of one version of the rows, whoever writes meanwhile."""
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
             if self.trainable:
-                copied.rows.remember_tenants()
+                copied.rows.remember_tenants(is_updated=self.rows._is_average)
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -2278,6 +2313,8 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, snapshot: Snapshot, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.snapshot, ctx.version = snapshot, int(token)
+        # A hook that replaces what is saved would end its life.
+        ctx.token = token if _has_saved_tensors_hooks() else None
         ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
         ctx.set_materialize_grads(False)
         return tuple(tensor.clone() for tensor in tensors)  # views could not be written to in place
@@ -2285,6 +2322,7 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (token,) = ctx.saved_tensors
+        ctx.token = None
         if int(token) != ctx.version:
             raise StaleReadError(
                 "activation checkpointing repeated this read after rows had been written, so its gradients would be "
@@ -2292,6 +2330,12 @@ class _Guard(torch.autograd.Function):
             )
         ctx.snapshot.check()
         return None, None, *grads
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """Whether hooks replace the tensors that are saved for backward now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
 
 
 def _place(slots: Tensor) -> slice | Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from softdb.errors import ArgumentError, DtypeError, ShapeError, check_real, describe
+from softdb.errors import ArgumentError, DtypeError, ShapeError, check_not_meta, check_real, describe
 from softdb.store import SoftKVStore
 
 __all__ = ["update_average"]
@@ -72,6 +72,9 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         raise ArgumentError("average: expected a copy of the model, got the model itself; begin with copy.deepcopy")
     stores = _stores(averaged, source)
     pairs = _other_tensors(averaged, source, stores)
+    for own, other in stores.values():
+        check_not_meta("average", own.keys, "load_state_dict()")
+        check_not_meta("model", other.keys, "load_state_dict()")
     with ExitStack() as locks:
         # In one order for all threads, so that none waits for another that waits for it.
         for store in sorted({store for pair in stores.values() for store in pair}, key=id):

@@ -636,7 +636,7 @@ class RowTable(nn.Module):
 
     @property
     def _turns(self) -> Tensor:  # (capacity,)
-        turns: Tensor = getattr(self, TURNS[self.evict or ""])
+        turns: Tensor = getattr(self, TURNS.get(self.evict or "", "used_at"))
         return turns
 
     def _line_up(self, least: int) -> None:
@@ -725,6 +725,7 @@ class RowTable(nn.Module):
         elif self.ids.device != device:
             self._queue = None
             self.mark_moved()
+        self.forget_remains()  # the buffers may be others, whose writes are counted from 0
         return self
 
     def check_own_ids(self) -> None:
@@ -756,7 +757,9 @@ class RowTable(nn.Module):
                 setattr(self, name, begun)
         for name in self.saved:  # ``assign=True`` takes any dtype
             column = getattr(self, name)
-            setattr(self, name, column.to(torch.float64 if name == "weight" else torch.int64))
+            # Another store may be loaded from the same tensors.
+            copied = column.data_ptr() == getattr(state_dict.get(prefix + name), "data_ptr", int)()
+            setattr(self, name, column.to(torch.float64 if name == "weight" else torch.int64, copy=copied))
         if self.changed_at.device != self.ids.device:  # by ``assign=True``, which brings no stamps
             self.install(self.stamps(self.capacity, lasting=True))
             self.id_check = torch.zeros(64, dtype=torch.int64, device=self.ids.device)

@@ -811,6 +811,11 @@ class SoftKVStore(ModuleWithProperties):
         keys = self.keys
         if keys.is_meta:
             self._check_not_meta()
+        if torch._C._get_tracing_state() is not None:
+            raise TransformError(
+                "query: expected no torch.jit.trace around a read, since it would keep the rows as they are now; use "
+                "torch.compile or torch.export"
+            )
         if torch.compiler.is_dynamo_compiling() or is_traced(query):
             return read_in_graph(
                 self,
@@ -1449,7 +1454,8 @@ class SoftKVStore(ModuleWithProperties):
     # -- storage ---------------------------------------------------------------------------------------------
 
     def _check_not_meta(self) -> None:
-        check_not_meta("store", self.keys, "load_state_dict() or add(), or reset_parameters() of its layer")
+        for tensor in (self.keys, self.rows.ids):  # functional_call may lend keys to a store that has no rows
+            check_not_meta("store", tensor, "load_state_dict() or add(), or reset_parameters() of its layer")
 
     def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored_keys = self._check_table("keys", keys, self.keys)
@@ -2065,6 +2071,9 @@ class SoftKVStore(ModuleWithProperties):
                 finally:
                     self._load_state_dict_pre_hooks = hooks
                 self.rows.load(state_dict, f"{prefix}rows.", *others)
+            for table in self._tables().values():
+                if 0 in table.stride() and table.numel() > 1:  # an expanded tensor, by ``assign=True``
+                    table.data = table.data.clone(memory_format=torch.contiguous_format)
             # torch goes on where it fails to copy a tensor, say for want of memory: some rows would be old.
             failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
             if failed:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +333,168 @@ def test_update_average_refuses(change: Callable[..., Any], error: type[Exceptio
         assert torch.equal(tensor, state[name]), name
 
 
+def test_averages_of_stores_that_share_keys_average_once() -> None:
+    a, b = make(), make()
+    b.keys = a.keys
+    model = nn.ModuleList([a, b])
+    average = copy.deepcopy(model)
+    start = average[0].get([0]).keys
+    a.update([0], keys=torch.zeros(1, 4))
+    update_average(average, model, 0.5)
+    torch.testing.assert_close(average[0].get([0]).keys, 0.5 * start)
+    assert average[0].keys is average[1].keys
+
+
+def test_an_average_that_is_refused_has_changed_no_store() -> None:
+    model = nn.ModuleList([make(16, capacity=None), make(16, capacity=None)])
+    average = copy.deepcopy(model)
+    start = average[0].get([0]).keys
+    model[0].update([0], keys=torch.zeros(1, 4))
+    add(model[1], 30)
+    read = average[1].read(normal(1, 4))
+    with pytest.raises(softdb.GrowthError, match="the storage must grow"):
+        update_average(average, model, 0.5)
+    del read
+    update_average(average, model, 0.5)
+    torch.testing.assert_close(average[0].get([0]).keys, 0.5 * start)
+
+
+def test_two_threads_may_average_two_stores_from_each_other() -> None:
+    a, b = make(), make()
+    b = copy.deepcopy(a)
+
+    def work(one: SoftKVStore, other: SoftKVStore) -> None:
+        for _ in range(50):
+            update_average(one, other, 0.5)
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in ((a, b), (b, a))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    a._check()
+
+
+def test_update_average_refuses_what_holds_no_numbers_or_the_models_own_store() -> None:
+    store = make()
+    with pytest.raises(softdb.DeviceError, match=r"model: .*to_empty"):
+        update_average(copy.deepcopy(store), copy.deepcopy(store).to("meta"), 0.5)
+    model = nn.Sequential(store)
+    with pytest.raises(
+        softdb.ArgumentError, match="average: expected a copy of each store, got the model's own at '0'"
+    ):
+        update_average(copy.copy(model), model, 0.5)
+
+
+# -- more of AveragedModel -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_an_average_with_buffers_is_right_or_an_error(decay: float, rows: int) -> None:
+    store = make(rows, capacity=400)
+    average = AveragedModel(store, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(8):
+        average.update_parameters(store)
+    altered = not torch.equal(average.module.rows.ids, store.rows.ids)
+    expected = pytest.raises(ForeignWriteError, match="update_average") if altered else nullcontext()
+    with expected:
+        assert average.module.ids.tolist() == store.ids.tolist()
+        average.module._check()
+
+
+def test_averaged_ids_that_are_copied_by_data_are_an_error_and_no_rows_are_lost() -> None:
+    store = make(300, capacity=400)
+    state = copy.deepcopy(store.state_dict())
+    average = AveragedModel(store, multi_avg_fn=EMA, use_buffers=True)
+    for _ in range(8):
+        average.update_parameters(store)
+    both = [itertools.chain(module.parameters(), module.buffers()) for module in (average.module, store)]
+    for mine, theirs in zip(*both, strict=True):
+        theirs.data.copy_(mine.data)  # as Lightning does
+    for use in (lambda: 5 in store, lambda: store(normal(2, 4)), store.cpu, lambda: store.double()):
+        with pytest.raises(ForeignWriteError, match="update_average"):
+            use()
+    store.load_state_dict(state)
+    assert len(store) == 300
+    store.rows.ids.data[3] = 777
+    with pytest.raises(ForeignWriteError, match=r"rows\.ids"):
+        store.cpu()
+
+
+def test_averages_that_go_on_know_that_they_were_updated() -> None:
+    def begin() -> tuple[SoftKVStore, Any]:
+        store = make()
+        average = AveragedModel(store, multi_avg_fn=EMA)
+        average.update_parameters(store)
+        average.update_parameters(store)
+        return store, average
+
+    def replace(store: SoftKVStore) -> None:
+        store.delete([0])
+        add(store, 1)
+
+    store, average = begin()
+    replace(store)
+    saved = copy.deepcopy((store.state_dict(), average.state_dict()))
+    resumed = make(0)
+    again = AveragedModel(resumed, multi_avg_fn=EMA)
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    again.update_parameters(resumed)
+    with pytest.raises(ForeignWriteError, match="mixes two rows"):
+        again(normal(2, 4))
+    for copied in (copy.deepcopy, lambda average: pickle.loads(pickle.dumps(average))):
+        store, average = begin()
+        average.multi_avg_fn = None  # a closure cannot be pickled
+        other = copied(average)
+        replace(store)
+        other.update_parameters(store)
+        with pytest.raises(ForeignWriteError, match="mixes two rows"):
+            other(normal(2, 4))
+
+
+def test_a_row_in_the_slot_of_a_row_that_is_gone_is_a_mixture_too() -> None:
+    store = make()
+    average = AveragedModel(store, multi_avg_fn=EMA)
+    average.update_parameters(store)
+    store.delete([0])
+    average.update_parameters(store)
+    add(store, 1)
+    average.update_parameters(store)
+    with pytest.raises(ForeignWriteError, match=r"\(ids 6\)"):
+        average(normal(2, 4))
+
+
+def test_averaged_fields_and_revived_rows_are_an_error_with_buffers() -> None:
+    for write in (
+        lambda store: store.update([1], fields={"time": [8]}),
+        lambda store: store.revive([0], normal(1, 4), normal(1, 3)),
+    ):
+        store = make()
+        average = AveragedModel(store, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+        average.update_parameters(store)
+        write(store)
+        average.update_parameters(store)
+        with pytest.raises(ForeignWriteError, match="update_average"):
+            average.module.get([1])
+
+
+def test_reads_of_an_average_are_stale_only_by_rows_that_they_used() -> None:
+    store = make(3000, capacity=None)
+    average = AveragedModel(store)
+    for step in range(30):
+        store.update([0, 1, 2], keys=normal(3, 4, seed=step))
+    average.update_parameters(store)
+    copied = average.module
+    copied._check()
+    read = copied.read(normal(2, 4), "topk", k=2, where=torch.tensor([0, 1, 2]))
+    for step in range(3):
+        copied.update(range(100, 2600), values=normal(2500, 3, seed=step))
+    read.values.sum().backward()
+
+
 # -- Lightning -------------------------------------------------------------------------------------------
 
 
@@ -603,6 +768,36 @@ def test_growth_of_a_store_that_shares_its_keys_is_an_error_of_the_other() -> No
     a._check()
 
 
+def test_a_write_to_a_store_is_followed_by_one_that_shares_its_keys() -> None:
+    for trainable in (True, False):
+        a, b = (SoftKVStore(8, 2, trainable=trainable, index=index) for index in ("Flat", "IVF16,Flat"))
+        for store in (a, b):
+            store.add(normal(2000, 8), normal(2000, 2, seed=1))
+        b.keys = a.keys
+        b.read(normal(64, 8, seed=4), "topk", k=5)
+        query = torch.ones(1, 8, requires_grad=True)
+        read = b.read(query)
+        a.update([7], keys=20 * torch.ones(1, 8))
+        assert b.read(query, "topk", k=1).ids.tolist() == [[7]]
+        with pytest.raises(softdb.StaleReadError):
+            read.values.sum().backward()
+
+
+def test_a_store_whose_values_are_its_keys() -> None:
+    store = SoftKVStore(8, 8, trainable=True, index="IVF16,Flat")
+    store.reserve(2000)
+    store.values = store.keys
+    store.add(normal(2000, 8), normal(2000, 8))
+    store.read(normal(64, 8, seed=4), "topk", k=5)
+    optimizer = RowAdam([store.keys], lr=30.0)
+    store.read(normal(1, 8), "topk", k=4).values.square().sum().backward()
+    optimizer.step()
+    moved = store.keys.detach()[store.keys.grad._indices()[0]]
+    assert torch.equal(store.read(moved, "topk", k=1).ids, store.read(moved, k=1).ids)
+    store.update([9], values=20 * torch.ones(1, 8))
+    assert store.read(torch.ones(1, 8), "topk", k=1).ids.tolist() == store.read(torch.ones(1, 8), k=1).ids.tolist()
+
+
 def test_an_index_follows_an_optimizer_that_moves_shared_keys() -> None:
     a, b = (SoftKVStore(8, 2, trainable=True, index="IVF16,Flat") for _ in "ab")
     for store in (a, b):
@@ -691,6 +886,87 @@ def test_conversions_that_swap_tensors(trainable: bool) -> None:
         add(store, 2)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_pruned_rows_are_computed_again_for_each_read() -> None:
+    layer = MemoryLayer(8, 20, heads=2, key_dim=4, sparse_grad=False)
+    x = normal(5, 8)
+    prune.random_unstructured(layer.store, "values", amount=0.3)
+    optimizer = torch.optim.SGD([layer.store.values_orig], lr=10.0)
+    for _ in range(2):
+        before = layer(x)
+        before.square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(before, layer(x))
+    layer.double()
+    prune.remove(layer.store, "values")
+    layer.store.update([0], keys=torch.zeros(1, 4, dtype=torch.float64))
+
+
+def test_states_load_while_tensors_are_swapped() -> None:
+    store = make()
+    state = copy.deepcopy(store.state_dict())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        store.delete([2])
+        store.load_state_dict(state)
+        assert len(store) == 6
+        store(normal(2, 4)).sum().backward()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    store._check()
+
+
+def test_a_state_that_is_refused_leaves_the_store_as_it_was() -> None:
+    store = make()
+    state = copy.deepcopy(store.state_dict())
+    for name in ("keys", "values", "rows.ids"):
+        with pytest.raises(softdb.DtypeError, match=rf"state_dict\['{name}'\]: expected a dense tensor"):
+            store.load_state_dict(state | {name: state[name].to_sparse()})
+        assert len(store) == 6
+    a, b = make(6, capacity=None), make(6, capacity=None, seed=3)
+    state = copy.deepcopy(b.state_dict())
+    b.keys = a.keys
+    add(a, 30)
+    with pytest.raises(ForeignWriteError, match=r"keys: expected shape \(6, 4\)"):
+        b.load_state_dict(state)
+    b.keys = nn.Parameter(torch.zeros(6, 4))
+    b.load_state_dict(state)
+    b._check()
+
+
+def test_stores_that_are_assigned_one_state_keep_ids_of_their_own() -> None:
+    state = copy.deepcopy(make().state_dict())
+    one, other = make(0), make(0)
+    for store in (one, other):
+        store.load_state_dict(state, assign=True)
+    one.delete([2])
+    assert len(other) == 6
+    assert 2 in other
+    state["keys"] = state["keys"][:1].expand(20, 4)
+    one.load_state_dict(state, assign=True)
+    one.update([0], keys=torch.ones(1, 4))
+    assert not torch.equal(one.get([0]).keys, one.get([5]).keys)
+
+
+def test_growth_waits_for_reads_whose_saved_tensors_are_replaced() -> None:
+    store = make(6, capacity=None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        read = store.read(normal(2, 4))
+    with pytest.raises(softdb.GrowthError, match="has not gone backward yet"):
+        add(store, 30)
+    read.values.sum().backward()
+    add(store, 30)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*torch\.jit\.trace")
+def test_traces_and_stores_without_rows_are_refused() -> None:
+    with pytest.raises(softdb.TransformError, match=r"query: expected no torch\.jit\.trace"):
+        torch.jit.trace(make(), normal(2, 4))
+    base = make().to("meta")
+    lent = {name: parameter.detach() for name, parameter in make().named_parameters()}
+    with pytest.raises(softdb.DeviceError, match="to_empty"):
+        torch.func.functional_call(base, lent, (normal(2, 4),))
 
 
 # -- copies and processes --------------------------------------------------------------------------------

@@ -809,7 +809,7 @@ class SoftKVStore(ModuleWithProperties):
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
         """
         keys = self.keys
-        if keys.is_meta:
+        if keys.is_meta or self.rows.ids.is_meta:
             self._check_not_meta()
         if torch._C._get_tracing_state() is not None:
             raise TransformError(

@@ -350,7 +350,7 @@ STEPS = (
     "install",
     "load",
     "rebuild",
-    "know",
+    "record_versions",
 )
 SHORTAGES: dict[str, type[BaseException]] = {"memory": MemoryError, "interrupt": KeyboardInterrupt}
 

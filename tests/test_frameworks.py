@@ -31,6 +31,7 @@ from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdam, update_average
 
 EMA = get_ema_multi_avg_fn(0.9)
+OLD_TORCH = not hasattr(torch.compiler, "is_exporting")  # before 2.7
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -596,9 +597,9 @@ def test_a_distributed_checkpoint_that_is_loaded_in_place_is_followed_at_once(tm
     store.read(normal(3, 4), "topk", k=2)
     other.read(normal(3, 4), "topk", k=2)
     for each in (other, third):
-        dcp.save(store.state_dict(), checkpoint_id=tmp_path / str(id(each)), no_dist=True)
+        dcp.save(store.state_dict(), checkpoint_id=tmp_path / str(id(each)))
         state = each.state_dict()
-        dcp.load(state, checkpoint_id=tmp_path / str(id(each)), no_dist=True)
+        dcp.load(state, checkpoint_id=tmp_path / str(id(each)))
     assert len(other) == 11
     assert 4 not in other
     assert 11 in other
@@ -1096,6 +1097,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     ],
 )
 def test_in_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
+    if name.startswith("fsdp2") and OLD_TORCH:
+        pytest.skip("fully_shard needs a GPU in torch 2.6")
     for outcome in outcomes:
         assert outcome[name] == "passed", outcome[name]
 

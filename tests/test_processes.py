@@ -311,7 +311,7 @@ def into_tensors_of_its_own(path: Path, options: dict[str, Any]) -> SoftKVStore:
     return loaded
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize("load", [into_a_store_with_room, into_tensors_of_its_own])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_distributed_checkpoint_of_a_store(

@@ -1146,7 +1146,7 @@ def watch(parameter: Tensor, table: RowTable, name: str) -> None:
         if reference() is not None and (reference() is not table or what != name)
     ]
     _tables[parameter] = [*others, (weakref.ref(table), name)]
-    if not _hooked:
+    if not _hooked and isinstance(parameter, nn.Parameter):
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _hooked = True

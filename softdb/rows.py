@@ -409,7 +409,7 @@ class RowTable(nn.Module):
     def remember_tenants(self, *, is_updated: bool = False) -> None:
         """Remember which rows are where, to be compared when something else averages and copies rows here."""
         self._is_average = is_updated
-        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check), is_updated)
+        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check))
 
     def forget_remains(self) -> None:
         """Remember that free slots hold zeros."""
@@ -426,7 +426,7 @@ class RowTable(nn.Module):
         if known is None or _version_of(self.id_check) == known.version:
             return
         # An average begins as a copy: nothing is mixed by the first update.
-        is_first = not known.is_updated and _version_of(self.id_check) == known.version + 1
+        is_first = not self._is_average and _version_of(self.id_check) == known.version + 1
         if not is_first and len(known.ids) == len(self.ids):
             held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
             self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
@@ -975,7 +975,6 @@ class _Tenants(NamedTuple):
     ids: Tensor
     generation: Tensor
     version: int
-    is_updated: bool
 
 
 class _Journal:

@@ -80,6 +80,7 @@ from softdb.functional import (
 from softdb.index import Found, Index, IndexConfig, IndexStats
 from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
 from softdb.rows import (
+    NO_SLOTS,
     RowTable,
     Snapshot,
     coalesced,
@@ -132,7 +133,6 @@ EXTRA_STATE = "_extra_state"
 WALKS = frozenset(
     ("named_modules", "named_buffers", "named_parameters", "_named_members", "is_asked_by_ddp", "buffers", "<lambda>")
 )
-NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many rows have their norms taken at a time.
 NORM_ROWS = 2**14
 # Scores this close, in parts of themselves, tie in an audit.
@@ -171,7 +171,7 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
                 "written to; call store.materialize() first"
             )
-        cast("SoftKVStore", args[0])._check_own_tables()
+        store._check_own_tables()
         return method(*args, **kwargs)
 
     return allowed
@@ -470,9 +470,8 @@ class SoftKVStore(ModuleWithProperties):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if (
-            name in ("keys", "values") and name not in self.__dict__
-        ):  # torch would fail a step later, and leave the store without them
+        # Torch would fail a step later, and leave the store without them.
+        if name in ("keys", "values") and name not in self.__dict__:
             raise ArgumentError(
                 f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}, and FSDP1 "
                 "cannot flatten it; lend other tensors with torch.func.functional_call, or use fully_shard"

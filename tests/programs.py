@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
+
+import softdb
 
 
 def check_exit(done: subprocess.CompletedProcess[str], code: int = 0) -> None:
@@ -12,6 +17,35 @@ def check_exit(done: subprocess.CompletedProcess[str], code: int = 0) -> None:
         f"expected exit code {code}, got {_describe(done.returncode)}\n"
         f"---- stdout\n{(done.stdout or '')[-2000:]}\n---- stderr\n{(done.stderr or '')[-4000:]}"
     )
+
+
+def run_ranks(program: Path, meeting: Path) -> list[str]:
+    """Run ``program`` as two processes that meet at a file, to their end; return what each printed."""
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(Path(softdb.__file__).parents[1]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(rank), str(meeting)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    for rank, (out, err) in zip(ranks, said, strict=True):
+        check_exit(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
+    return [out for out, _ in said]
 
 
 def _describe(code: int) -> str:

@@ -6,11 +6,8 @@ import copy
 import io
 import itertools
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -20,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import check_exit
+from programs import run_ranks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
@@ -1051,33 +1048,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each of two processes says of each scenario of `ranks`."""
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONPATH": str(Path(softdb.__file__).parents[1]),
-    }
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(here / "ranks.py"), str(rank), str(meeting)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for rank, (out, err) in zip(ranks, said, strict=True):
-        check_exit(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
-    return [dict(json.loads(line) for line in out.splitlines()) for out, _ in said]
+    said = run_ranks(Path(__file__).parent / "ranks.py", tmp_path_factory.mktemp("ranks") / "meeting")
+    return [dict(json.loads(line) for line in out.splitlines()) for out in said]
 
 
 @pytest.mark.parametrize(

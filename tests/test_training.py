@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import check_exit
+from programs import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -251,28 +248,5 @@ if __name__ == "__main__":
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT.replace("TESTS", repr(str(Path(__file__).parent))), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONPATH": str(Path(softdb.__file__).parents[1]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for rank, (out, err) in zip(ranks, said, strict=True):
-        check_exit(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
+    for out in run_ranks(script, tmp_path / "meeting"):
         assert out.strip() == "equal"

@@ -575,6 +575,7 @@ def test_an_interrupted_save_leaves_a_snapshot(tmp_path: Path) -> None:
     assert len({file.name.rpartition("-")[2] for file in tmp_path.glob("*.safetensors")}) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Ctrl-C within a hook of gc
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
     store = table()

@@ -62,9 +62,13 @@ KEYS, VALUES, FIELDS, QUERY = torch.ones(2, 3), torch.ones(2, 2), {"time": [8, 9
 NAN, INF = math.nan, math.inf
 
 
+def written(value: object) -> str:
+    """For the name of a case: without addresses, so that names are the same in each process."""
+    return " ".join(re.sub(r" object at 0x[0-9a-f]+", "", repr(value)).split())
+
+
 def short(value: object) -> str:
-    """For the name of a case."""
-    return " ".join(repr(value).split())[:30]
+    return written(value)[:30]
 
 
 def with_entry(tensor: Tensor, entry: float) -> Tensor:
@@ -347,7 +351,7 @@ def cases_of_reads() -> Iterator[Case]:
                 call = lambda store, value, read=read, argument=argument: read(store, **{argument: value})  # noqa: E731
                 yield case(name, argument, call, fault)
     for change, error, message in BAD_OPTIONS:
-        yield Case(f"read {change}", lambda store, change=change: store.read(QUERY, **change), error, message)
+        yield Case(f"read {written(change)}", lambda store, change=change: store.read(QUERY, **change), error, message)
     no_k = Fault("None", None, DtypeError, "expected an integer, got NoneType")
     yield case("audit", "k", lambda store, k: store.audit(QUERY, k), no_k)
 

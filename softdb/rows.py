@@ -1080,14 +1080,20 @@ def is_sharded(tensor: object) -> bool:
 
 def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
     """A gradient of ``shape`` that is 0 but in ``rows``: coalesced COO."""
-    return torch.sparse_coo_tensor(
+    # torch.sparse_coo_tensor(check_invariants=False) checks nothing either, but warns of that in torch 2.11 and 2.12:
+    # https://github.com/pytorch/pytorch/issues/178274.
+    whole: Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        1,
+        values.dim() - 1,
+        shape,
         rows.unsqueeze(0),
         values,
-        shape,
+        dtype=values.dtype,
+        layout=torch.sparse_coo,
         device=values.device,
         is_coalesced=True,
-        check_invariants=False,  # said in so many words, or torch warns
     )
+    return whole
 
 
 def coalesced(gradient: Tensor) -> Tensor:

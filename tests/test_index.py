@@ -26,6 +26,7 @@ from softdb import index as index_module
 from softdb.blockwise import Scan
 from softdb.filters import select
 from softdb.optim import RowAdagrad, RowAdam
+from softdb.rows import row_sparse
 from softdb.scores import centre_of, prepare_query
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
@@ -447,9 +448,7 @@ def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: 
     longest = torch.randperm(4000, generator=generator)[:200].sort().values
     found = []
     for step in range(40):
-        store.keys.grad = torch.sparse_coo_tensor(
-            longest[None], -store.keys.detach()[longest], store.keys.shape, is_coalesced=True, check_invariants=False
-        )
+        store.keys.grad = row_sparse(longest, -store.keys.detach()[longest], store.keys.shape)
         optimiser.step()
         some = torch.arange(100 * step, 100 * step + 100)
         store.update(some, keys=store.keys.detach()[some])
@@ -616,7 +615,7 @@ def test_what_is_far_depends_on_the_rows_nearby(spoilt: str, metric: str) -> Non
     assert hits() > 0.7
     moving = torch.arange(100, 164)
     gradient = keys[moving] - query
-    store.keys.grad = torch.sparse_coo_tensor(moving[None], gradient, keys.shape, check_invariants=False).coalesce()
+    store.keys.grad = row_sparse(moving, gradient, keys.shape)
     torch.optim.SGD([store.keys], lr=1.0).step()
     assert hits() > 0.7
     if metric == "l2":

@@ -19,6 +19,8 @@ from softdb import SoftKVStore
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 
 KINDS = [RowAdam, RowAdagrad]
+# torch 2.11 and 2.12 say so even where check_invariants is given.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -128,9 +128,13 @@ def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[...
 
 def is_exporting() -> bool:
     """Whether torch.export is tracing; also while Dynamo traces for it."""
-    return (
-        bool(torch.compiler.is_exporting()) if hasattr(torch.compiler, "is_exporting") else False
-    )  # from torch 2.7 on
+    return bool(torch.compiler.is_exporting()) if hasattr(torch.compiler, "is_exporting") else False  # from 2.7 on
+
+
+# A constant of each graph, worked out as it is traced. Dynamo of torch 2.7 to 2.12 does not call is_exporting of
+# torch.compiler: it takes for granted that it is true, for torch.compile too. This is what
+# torch.compiler.assume_constant_result sets, which would import the compiler.
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_traced(tensor: object) -> bool:

@@ -374,8 +374,8 @@ def test_a_callable_where() -> None:
     def read(x: Tensor) -> Tensor:
         return store(x * 2, where=lambda row: row["id"] < 9) + 1
 
-    # torch 2.6 names only the function that breaks the graph.
-    message = r"where: expected a bool mask or int64 ids.*pass a mask or ids|wrapped function <function _read_outside"
+    # torch 2.6 and 2.7 name only the function that breaks the graph.
+    message = r"where: expected a bool mask or int64 ids.*pass a mask or ids|function `?<function _read_outside"
     with pytest.raises(Exception, match=message):
         torch.compile(read, backend="aot_eager", fullgraph=True)(x)
     torch._dynamo.reset()

@@ -586,6 +586,7 @@ def test_lightnings_default_averages_of_buffers_name_the_remedy(name: str, tmp_p
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # by torch's own code, in 2.8
 def test_a_distributed_checkpoint_that_is_loaded_in_place_is_followed_at_once(tmp_path: Path, trainable: bool) -> None:
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     options: dict[str, Any] = {"trainable": trainable, "capacity": 30, "evict": "lru", "track_usage": True}

@@ -203,13 +203,14 @@ assert extra < 120, extra  # the scores alone would be 390 MiB
     check_exit(run("-c", code))
 
 
-def test_the_matrix_has_a_setting_for_each_python_and_the_lowest_versions() -> None:
+def test_the_matrix_has_a_setting_for_each_python_and_torch_and_the_lowest_versions() -> None:
     done = run("scripts/matrix", "--list")
     check_exit(done)
     for version in re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()):
         if version != "3.11":  # what .ci/run runs everything with
             assert f"Python {version}, constraints.txt: all tests\n" in done.stdout
     assert "Python 3.10, the lowest versions: all tests\n" in done.stdout
+    assert [f"torch 2.{minor}:" in done.stdout for minor in range(6, 14)] == [False, *[True] * 6, False]
     done = run("scripts/matrix", "python2")
     check_exit(done, 2)
     assert "NAME: expected some of avx2, " in done.stderr

@@ -1904,12 +1904,22 @@ class SoftKVStore(ModuleWithProperties):
             stamp = torch.tensor(self.rows.version, device="cpu")
             self._stamp = (self.rows.version, stamp)
         token = stamp.detach()  # an object of its own
-        with self.rows.access.alone:
-            self._open_reads = [reference for reference in self._open_reads if reference() is not None]
-            self._open_reads.append(weakref.ref(token))
+        life = self._note_open_read(token)
         snapshot = Snapshot(self.rows, used, lent, own=len(lent) < 2)
         guarded = _Guard.apply(snapshot, token, *open_ones.values())  # type: ignore[no-untyped-call]
+        del token
+        if life() is None:  # a saved-tensor hook keeps another tensor in its place
+            guarded[0].grad_fn.token = again = stamp.detach()
+            self._note_open_read(again)
         return replace(read, **dict(zip(open_ones, guarded, strict=True)))
+
+    def _note_open_read(self, token: Tensor) -> weakref.ref[Tensor]:
+        """Have growth wait as long as ``token`` lives."""
+        life = weakref.ref(token)
+        with self.rows.access.alone:
+            self._open_reads = [reference for reference in self._open_reads if reference() is not None]
+            self._open_reads.append(life)
+        return life
 
     def _check_not_wrapped(self) -> None:
         if is_wrapped(self.keys, self.values):
@@ -2321,8 +2331,6 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, snapshot: Snapshot, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.snapshot, ctx.version = snapshot, int(token)
-        # A hook that replaces what is saved would end its life.
-        ctx.token = token if _has_saved_tensors_hooks() else None
         ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
         ctx.set_materialize_grads(False)
         return tuple(tensor.clone() for tensor in tensors)  # views could not be written to in place
@@ -2338,12 +2346,6 @@ class _Guard(torch.autograd.Function):
             )
         ctx.snapshot.check()
         return None, None, *grads
-
-
-def _has_saved_tensors_hooks() -> bool:
-    """Whether hooks replace the tensors that are saved for backward now."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
 
 
 def _place(slots: Tensor) -> slice | Tensor:

@@ -154,7 +154,7 @@ def zero_redundancy_optimizer(rank: int) -> None:
             each.zero_grad()
             net(x[part], mode="topk", k=4).square().mean().backward()
             each.step()
-    torch.testing.assert_close(model.store.keys, alone.store.keys, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.store.keys, alone.store.keys, atol=1e-4, rtol=1e-4)
     assert model.store.audit(normal(8, 4), k=4).mean_recall == 1.0
     model.store._check()
 
@@ -175,7 +175,7 @@ def fsdp2_with_dense_gradients(rank: int) -> None:
                 net(x[part], mode=mode, k=k).square().mean().backward()
                 each.step()
         keys = model.store.keys
-        torch.testing.assert_close(keys.full_tensor(), alone.store.keys.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(keys.full_tensor(), alone.store.keys.detach(), atol=1e-4, rtol=1e-4)
         with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):
             model.store.read(normal(2, 4))
         with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):

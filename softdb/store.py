@@ -2299,7 +2299,7 @@ def _largest_norm(keys: Tensor) -> float:
 
 def _within_ddp() -> bool:
     """Whether DistributedDataParallel is going forward: it takes no dense gradient where it expects a sparse one."""
-    return _has_company() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
+    return torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def _with_sparse_gradient(table: Tensor) -> Tensor:

@@ -1044,6 +1044,27 @@ def test_a_stateful_data_loader_resumes_among_reads_of_a_store() -> None:
 # -- several processes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("sparse", [True, False])
+def test_ddp_with_one_process(sparse: bool, tmp_path: Path) -> None:
+    store = make(12, sparse_grad=sparse)
+    alone, query = copy.deepcopy(store), normal(3, 4)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(store)
+        for how in ({"mode": "exact"}, {"mode": "topk", "k": 3}):
+            for read, each in ((wrapped, store), (alone, alone)):
+                each.zero_grad()
+                read(query, **how).square().sum().backward()
+            for mine, other in zip(store.parameters(), alone.parameters(), strict=True):
+                assert mine.grad is not None
+                assert other.grad is not None
+                assert mine.grad.is_sparse == sparse
+                torch.testing.assert_close(mine.grad.to_dense(), other.grad.to_dense())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each of two processes says of each scenario of `ranks`."""

@@ -14,12 +14,14 @@ from programs import check_exit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# torch 2.6 leaves a temporary directory to the end of the process.
+TORCHS_OWN = "ignore:Implicitly cleaning up:ResourceWarning"
 
 
 def run(name: str, *arguments: str) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / name), *arguments],
+        [sys.executable, "-W", "error", "-W", TORCHS_OWN, str(ROOT / "examples" / name), *arguments],
         env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
         stdin=subprocess.DEVNULL,
         capture_output=True,

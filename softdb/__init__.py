@@ -4,7 +4,7 @@ Attention is a soft database lookup: a query says what is looked for, a key what
 delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
 """
 
-from softdb import errors, functional, lab, layers, optim, page
+from softdb import errors, functional, lab, page
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,

@@ -24,7 +24,8 @@ from softdb.errors import (
 )
 from softdb.normalizers import NORMALIZERS
 from softdb.scores import METRICS
-from softdb.snapshot import FORMAT, Examination, examine_snapshot
+from softdb.snapshot.examine import Examination, examine_snapshot
+from softdb.snapshot.format import FORMAT
 from softdb.store import SoftKVStore
 
 __all__ = ["main"]

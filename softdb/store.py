@@ -92,7 +92,9 @@ from softdb.rows import (
     watch,
 )
 from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.snapshot import locked, read_snapshot, write_snapshot
+from softdb.snapshot.lock import locked
+from softdb.snapshot.reader import read_snapshot
+from softdb.snapshot.writer import write_snapshot
 from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
 from softdb.transforms import (
     Answer,

@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 
-from softdb import CorruptSnapshotError, SoftKVStore, snapshot
+from softdb import CorruptSnapshotError, SoftKVStore
 
 Arguments, Returned = ParamSpec("Arguments"), TypeVar("Returned")
 FORK = multiprocessing.get_context("fork")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import softdb
-from softdb import SoftKVStore, functional, layers, optim
+from softdb import SoftKVStore, functional, optim
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 
 

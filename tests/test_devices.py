@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import softdb
 from softdb import IndexConfig, SoftKVStore, demo, lab
 from softdb.functional import merge, soft_read, topk_read
-from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory, ValueTable
+from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
+from softdb.layers.product_keys import ValueTable
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 from softdb.page import write_page
 

@@ -1,8 +1,4 @@
-"""Optimisers that know rows: they move only those that a gradient names, and follow a store as its rows come and go.
-
-Any Parameter will do; a row is an index of its first dimension. Where the Parameter holds the keys or values of a
-`SoftKVStore`, a row that is new in its slot starts afresh, and state grows with the storage.
-"""
+"""The step that all optimisers of rows share: of the rows that a gradient names, and of no others."""
 
 from __future__ import annotations
 
@@ -17,15 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from softdb.average import update_average
 from softdb.errors import (
     FLOATS,
     INTEGERS,
     ArgumentError,
     DtypeError,
-    NonFiniteError,
-    ShapeError,
-    check_above_zero,
     check_dense,
     check_float_tensor,
     check_number,
@@ -35,21 +27,27 @@ from softdb.errors import (
     describe,
 )
 from softdb.normalizers import splitmix64
-from softdb.rows import RowTable, coalesced, is_sharded, note_move, of, trust
+from softdb.optim.gradients import check_gradient
+from softdb.rows import RowTable, coalesced, is_sharded, note_move, of
 
-__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_", "update_average"]
+__all__ = ["RowOptimizer"]
+
 
 # As many numbers of a table are worked on at a time. On a CPU they stay in its cache, and are enough for two threads.
 CHUNK, CHUNK_ELSEWHERE = 2**16, 2**24
 
+
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
+
+
 # Half precision is rounded at random: bfloat16 drops 16 bits of a float32, float16 up to 24 that count.
 NOISE_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
+
 
 State = dict[str, Any]
 
 
-class _RowOptimizer(Optimizer):
+class RowOptimizer(Optimizer):
     """What optimisers of rows share: which rows a step moves, and what is remembered of each.
 
     State of a Parameter: ``step``, the number of its steps; a tensor for each name of `_initial`; for a store's also
@@ -77,7 +75,7 @@ class _RowOptimizer(Optimizer):
 
     @abstractmethod
     def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+        self, block: Rows, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Remember the gradient of a block of rows; where to move them, as numerator and denominator."""
 
@@ -138,7 +136,7 @@ class _RowOptimizer(Optimizer):
             if not parameters:
                 continue
             for parameter in parameters:
-                _check_gradient(parameter)
+                check_gradient(parameter)
             group.update(self._checked_options(group))
             options = group | {"lr": float(group["lr"])}
             if options["lr"] * options["weight_decay"] >= 1:
@@ -216,7 +214,7 @@ class _RowOptimizer(Optimizer):
         for name, value in given.items():
             label = f"state[{name!r}]"
             if name in ("step", "seed"):
-                state[name] = _check_whole(label, value)
+                state[name] = check_whole_state(label, value)
                 continue
             if name == "log_decay":
                 state[name] = _check_log(label, value)
@@ -268,7 +266,7 @@ class _RowOptimizer(Optimizer):
         streams = _random_streams(state, rows) if rows.dtype in NOISE_DTYPES else None
         try:
             for part, place in _parts(slots, table, len(rows), count):
-                block = _Block(part, count, buffers)
+                block = Rows(part, count, buffers)
                 numerator, denominator = self._direction(block, values[place].to(dtype), moments, options)
                 stored = block.take(rows)
                 working = stored.to(dtype)  # itself, unless it is of low precision
@@ -337,273 +335,7 @@ class _RowOptimizer(Optimizer):
             state["decayed"].index_fill_(0, slots, state["log_decay"])
 
 
-@trust
-class RowAdam(_RowOptimizer):
-    r"""Adam of the rows that a gradient names; the others, and what is remembered of them, are left alone.
-
-    For each of those rows, at the Parameter's t-th step, s = t − born::
-
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
-        m   = beta1 * m + (1 - beta1) * g
-        v   = beta2 * v + (1 - beta2) * g**2
-        p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
-
-    which is `torch.optim.SparseAdam`, with weight decay. ``born`` is 0, and s the Parameter's count of steps, but for
-    rows that came into a store later: their first step is a fresh optimiser's. Nothing is read, written or allocated
-    for rows without gradient; a dense gradient moves every row, a block of them at a time.
-
-    A row of a store starts clean when its slot holds another row than at its last step, and when the store says that
-    it starts afresh. State grows with the storage. Slots that hold no row are left alone.
-
-    Weight decay is AdamW's, so independent of the gradient, and independent of how often a row is read: what a row
-    missed while it was not moved is made up when it is, also where ``lr`` or ``weight_decay`` changed in between. If
-    it were applied only when a row is moved, rarely read rows would be hardly regularised, and the strength would
-    depend on the size of the batch. A read in between sees the row as it was left. The decay of a row that came into
-    a store later begins with its first step.
-
-    Rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the neighbours
-    of p in the rows' dtype, a <= p < b::
-
-        p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
-
-    The mean of the stored numbers is p, so steps that are far smaller than b - a add up; rounding to the nearest would
-    drop each of them. A number that the dtype holds is stored as it is. u is a hash of a seed, the Parameter's step,
-    the row and the column. torch's default generator draws the seed at the first step, one per Parameter, so
-    `torch.manual_seed` repeats a run; the seed is part of `state_dict`, so a resumed run is the same to the bit. In a
-    process group of `torch.distributed` the seed is the Parameter's place in the optimiser, so replicas stay equal.
-
-    Args:
-        params: Parameters, or groups of them with options of their own, as for any optimiser.
-        lr: The step size, at least 0.
-        betas: How much the means of g and g² keep at each step, each in [0, 1).
-        eps: Added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
-        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
-
-    Memory: two numbers for each of a row's, in the Parameter's dtype but at least float32; for a store 16 bytes a row
-    besides; with weight decay another 8.
-
-    Raises:
-        ArgumentError, DtypeError: An argument is not as above.
-
-    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for the decay; the lazy
-    variant is that of `torch.optim.SparseAdam`; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding, Zamirai
-    et al. 2020 (arXiv 2010.06192) for its use in the update of bfloat16 weights.
-
-    Example:
-        >>> import torch
-        >>> from softdb import SoftKVStore
-        >>> from softdb.optim import RowAdam
-        >>> store = SoftKVStore(8, 4, trainable=True)
-        >>> ids = store.add(torch.eye(8), torch.zeros(8, 4))
-        >>> optimizer = RowAdam(store.parameters(), lr=0.1)
-        >>> loss = (store.read(torch.eye(8)[:1], "topk", k=2).values - 1).square().sum()
-        >>> loss.backward()
-        >>> optimizer.step()
-        >>> store.values.abs().sum(1) > 0
-        tensor([ True,  True, False, False, False, False, False, False])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        checked, given = super()._checked_options(options), options["betas"]
-        betas = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise DtypeError(f"betas: expected two numbers, got {describe(given)}")
-        pair = tuple(check_number(f"betas[{number}]", beta, below=1.0) for number, beta in enumerate(betas))
-        return checked | {"betas": pair}
-
-    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
-        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-
-    def _state_shape(self, shape: torch.Size) -> torch.Size:
-        return shape
-
-    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
-        lr: float = options["lr"]
-        beta1: float
-        beta2: float
-        beta1, beta2 = options["betas"]
-        if isinstance(age, int):
-            return lr * math.sqrt(1 - beta2**age) / (1 - beta1**age)
-        exponent = age.to(torch.float64)
-        return torch.sqrt(1 - torch.pow(beta2, exponent)).mul_(lr).div_(1 - torch.pow(beta1, exponent))
-
-    def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        means, squares = moments
-        beta1, beta2 = options["betas"]
-        mean = block.take(means)
-        block.put(means, mean.lerp_(gradient, 1 - beta1))
-        square = block.take(squares)
-        block.put(squares, square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2))
-        return mean, torch.sqrt(square, out=block.spare(square)).add_(options["eps"])
-
-
-@trust
-class RowAdagrad(_RowOptimizer):
-    r"""Adagrad with one accumulator a row, of the rows that a gradient names.
-
-    For each of those rows::
-
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
-        a   = a + mean(g**2)
-        p   = p - lr * g / (sqrt(a) + eps)
-
-    It needs hardly any memory beside the rows, which is why large embedding tables are trained so. Rows, growth and
-    weight decay are as for `RowAdam`, as is the stochastic rounding of rows in bfloat16 or float16. Nothing is read,
-    written or allocated for rows without gradient.
-
-    Args:
-        params: Parameters, or groups of them with options of their own, as for any optimiser.
-        lr: The step size, at least 0.
-        eps: Added to the denominator, at least 0.
-        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
-        initial_accumulator_value: What a begins with, at least 0.
-
-    Memory: one number a row, in the Parameter's dtype but at least float32; for a store 16 bytes a row besides; with
-    weight decay another 8.
-
-    Raises:
-        ArgumentError, DtypeError: An argument is not as above.
-
-    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158);
-    Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding.
-
-    Example:
-        >>> import torch
-        >>> from softdb.optim import RowAdagrad
-        >>> table = torch.nn.Embedding(5, 2, sparse=True)
-        >>> _ = table.weight.data.fill_(1.0)
-        >>> optimizer = RowAdagrad(table.parameters(), lr=0.5)
-        >>> table(torch.tensor([3])).sum().backward()
-        >>> optimizer.step()
-        >>> table.weight.data[2:4]
-        tensor([[1.0000, 1.0000],
-                [0.5000, 0.5000]])
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-2,
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        initial_accumulator_value: float = 0.0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-        }
-        super().__init__(params, defaults)
-
-    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        name = "initial_accumulator_value"
-        return super()._checked_options(options) | {name: check_number(name, options[name])}
-
-    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
-        return {"sum": options["initial_accumulator_value"]}
-
-    def _state_shape(self, shape: torch.Size) -> torch.Size:
-        return shape[:1]
-
-    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
-        lr: float = options["lr"]
-        return lr
-
-    def _direction(
-        self, block: _Block, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        (totals,) = moments
-        squares = torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1).square_()
-        total = block.take(totals)
-        block.put(totals, total.add_(squares, alpha=1 / max(1, math.prod(gradient.shape[1:]))))
-        return gradient, total.sqrt().add_(options["eps"]).view(-1, *[1] * (gradient.dim() - 1))
-
-
-@torch.no_grad()
-def clip_row_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """Scale gradients, row-sparse or dense, in place, so that their norm is at most ``max_norm``.
-
-    `torch.nn.utils.clip_grad_norm_` of the same gradients made dense, without making them so: with g all of them as
-    one vector, ``g *= min(1, max_norm / (norm(g) + 1e-6))``.
-
-    Args:
-        parameters: Whose gradients; those without one are passed over. A sparse gradient that names a row twice is
-            replaced by its coalesced self.
-        max_norm: The largest norm to leave, at least 0.
-        norm_type: Which norm, above 0; ``inf`` is the largest entry.
-        error_if_nonfinite: Whether to raise where the norm is NaN or infinite.
-
-    Returns:
-        The norm before, a tensor without dimensions.
-
-    Raises:
-        NonFiniteError: The norm is not finite and ``error_if_nonfinite``; no gradient has been scaled.
-        ArgumentError, DtypeError: An argument is not as above, or a gradient is neither dense nor row-sparse.
-
-    Example:
-        >>> import torch
-        >>> from softdb.optim import clip_row_grad_norm_
-        >>> table = torch.nn.Embedding(5, 2, sparse=True)
-        >>> (3 * table(torch.tensor([3, 3]))).sum().backward()
-        >>> clip_row_grad_norm_(table.parameters(), max_norm=1.0)
-        tensor(8.4853)
-        >>> table.weight.grad.to_dense()[3]
-        tensor([0.7071, 0.7071])
-    """
-    max_norm = check_number("max_norm", max_norm)
-    norm_type = check_above_zero("norm_type", norm_type, most=math.inf)
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    owners = [parameter for parameter in given if parameter.grad is not None]
-    for parameter in owners:
-        _check_gradient(parameter)
-    gradients: list[Tensor] = []
-    for parameter in owners:
-        gradient = parameter.grad
-        if gradient is not None and gradient.layout == torch.sparse_coo:
-            whole = coalesced(gradient)
-            if whole is not gradient:
-                parameter.grad = whole
-            gradients.append(whole._values())
-        elif gradient is not None:
-            gradients.append(gradient)
-    filled = [gradient for gradient in gradients if gradient.numel()]  # nothing has no largest entry
-    if not filled:
-        return torch.zeros((), device=given[0].device if given else None)
-    norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    if error_if_nonfinite and not bool(torch.isfinite(total)):
-        raise NonFiniteError(
-            f"parameters: expected gradients with a finite norm, got one that is {float(total)}; skip the step, or "
-            "pass error_if_nonfinite=False to scale them all the same"
-        )
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in filled:
-        gradient.mul_(factor.to(gradient.device))
-    return total
-
-
-# -- loaded state ------------------------------------------------------------------------------------------------------
-
-
-def _check_whole(name: str, value: object) -> int:
+def check_whole_state(name: str, value: object) -> int:
     """Return ``value`` as an int that is at least 0; it may be a float, as other optimisers keep their step."""
     with suppress(DtypeError):
         return check_whole(name, value, least=0)
@@ -631,31 +363,6 @@ def _check_integers(name: str, value: object, shape: Sequence[int | None]) -> No
     check_shape(name, value, shape)
 
 
-# -- gradients and rows ------------------------------------------------------------------------------------------------
-
-
-def _check_gradient(parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None:
-        return
-    rows = gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1
-    if not rows and gradient.layout != torch.strided:
-        found = f"{gradient.layout}"
-        if gradient.layout == torch.sparse_coo:
-            found += f" with {gradient.sparse_dim()} sparse dimensions"
-        raise DtypeError(
-            "gradient: expected a dense one, or a COO tensor that is sparse in its first dimension only, got "
-            f"{found}; convert it with .to_dense()"
-        )
-    if not gradient.is_floating_point():
-        raise DtypeError(f"gradient: expected a floating-point one, got {gradient.dtype}; take its real part")
-    if gradient.shape != parameter.shape:
-        raise ShapeError(
-            f"gradient: expected shape {tuple(parameter.shape)}, as its Parameter, got {tuple(gradient.shape)}; "
-            "call zero_grad() and go backward again"
-        )
-
-
 def _parts(
     slots: Tensor | None, table: RowTable | None, length: int, count: int
 ) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
@@ -676,7 +383,7 @@ def _parts(
             yield some, some
 
 
-class _Block:
+class Rows:
     """Some rows, which are taken out of tables to be worked on, and put back.
 
     Put back a table's rows before the next table's are taken: their memory is at hand as long as little else is used.

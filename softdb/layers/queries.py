@@ -1,0 +1,87 @@
+"""What every layer has: queries made of its input, one a head, and a projection of what the heads were told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softdb.errors import check_choice, check_dtype, check_not_meta
+from softdb.functional import Read, widened
+
+__all__ = ["Queries", "QueryNorm"]
+
+
+QueryNorm = Literal["layer", "batch"]
+
+
+QUERY_NORMS = ("layer", "batch")
+
+
+MEMBERS = [field.name for field in fields(Read)]
+
+
+class Queries(nn.Module):
+    """A query for each head: ``norm(x @ W.T)``, (..., dim) -> (..., heads, parts, width)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        width: int,
+        norm: QueryNorm | None,
+        *,
+        parts: int = 1,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_dtype(dtype)
+        if norm is not None:
+            check_choice("query_norm", norm, QUERY_NORMS)
+        self.shape = (heads, parts, width)
+        self.projection = nn.Linear(dim, heads * parts * width, bias=False, device=device, dtype=dtype)
+        self.norm: nn.Module | None = None
+        if norm == "layer":
+            self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+        elif norm == "batch":
+            self.norm = nn.BatchNorm1d(heads * parts * width, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Start anew: each number of a query has variance 1 where those of x have."""
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+        if isinstance(self.norm, (nn.LayerNorm, nn.BatchNorm1d)):
+            self.norm.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_meta = getattr(self.projection.weight, "is_meta", False)  # a quantised layer has a method there
+        if is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
+            check_not_meta("layer", self.projection.weight)
+        queries: Tensor = self.projection(x)
+        if isinstance(self.norm, nn.BatchNorm1d):
+            queries = self.norm(queries.reshape(-1, queries.shape[-1])).view_as(queries)
+        queries = queries.unflatten(-1, self.shape)
+        return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
+
+
+def output_of(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
+    return nn.Linear(heads * value_dim, dim, bias=False, device=device, dtype=dtype)
+
+
+def reset_output(output: nn.Linear) -> None:
+    nn.init.normal_(output.weight, std=output.in_features**-0.5)
+
+
+def stack_reads(reads: Sequence[Read], dimension: int) -> Read:
+    """Reads of several stores as one, along a new dimension."""
+    widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
+    if len(widths) > 1:  # a sparse normalizer doubles k where one store needs it
+        reads = [widened(read, max(widths)) for read in reads]
+    members: dict[str, Any] = {}
+    for name in MEMBERS:
+        given = [getattr(read, name) for read in reads]
+        members[name] = torch.stack(given, dim=dimension) if isinstance(given[0], Tensor) else given[0]
+    return Read(**members)

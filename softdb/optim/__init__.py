@@ -1,0 +1,12 @@
+"""Optimisers that know rows: they move only those that a gradient names, and follow a store as its rows come and go.
+
+Any Parameter will do; a row is an index of its first dimension. Where the Parameter holds the keys or values of a
+`SoftKVStore`, a row that is new in its slot starts afresh, and state grows with the storage.
+"""
+
+from softdb.optim.adagrad import RowAdagrad
+from softdb.optim.adam import RowAdam
+from softdb.optim.average import update_average
+from softdb.optim.clip import clip_row_grad_norm_
+
+__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_", "update_average"]

@@ -1,0 +1,98 @@
+"""`RowAdagrad`: Adagrad for the rows that a gradient names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softdb.errors import check_number
+from softdb.optim.row_optimizer import RowOptimizer, Rows
+from softdb.rows import trust
+
+__all__ = ["RowAdagrad"]
+
+
+@trust
+class RowAdagrad(RowOptimizer):
+    r"""Adagrad with one accumulator a row, of the rows that a gradient names.
+
+    For each of those rows::
+
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
+        a   = a + mean(g**2)
+        p   = p - lr * g / (sqrt(a) + eps)
+
+    It needs hardly any memory beside the rows, which is why large embedding tables are trained so. Rows, growth and
+    weight decay are as for `RowAdam`, as is the stochastic rounding of rows in bfloat16 or float16. Nothing is read,
+    written or allocated for rows without gradient.
+
+    Args:
+        params: Parameters, or groups of them with options of their own, as for any optimiser.
+        lr: The step size, at least 0.
+        eps: Added to the denominator, at least 0.
+        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
+        initial_accumulator_value: What a begins with, at least 0.
+
+    Memory: one number a row, in the Parameter's dtype but at least float32; for a store 16 bytes a row besides; with
+    weight decay another 8.
+
+    Raises:
+        ArgumentError, DtypeError: An argument is not as above.
+
+    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158);
+    Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding.
+
+    Example:
+        >>> import torch
+        >>> from softdb.optim import RowAdagrad
+        >>> table = torch.nn.Embedding(5, 2, sparse=True)
+        >>> _ = table.weight.data.fill_(1.0)
+        >>> optimizer = RowAdagrad(table.parameters(), lr=0.5)
+        >>> table(torch.tensor([3])).sum().backward()
+        >>> optimizer.step()
+        >>> table.weight.data[2:4]
+        tensor([[1.0000, 1.0000],
+                [0.5000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+        }
+        super().__init__(params, defaults)
+
+    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        name = "initial_accumulator_value"
+        return super()._checked_options(options) | {name: check_number(name, options[name])}
+
+    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
+        return {"sum": options["initial_accumulator_value"]}
+
+    def _state_shape(self, shape: torch.Size) -> torch.Size:
+        return shape[:1]
+
+    def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
+        lr: float = options["lr"]
+        return lr
+
+    def _direction(
+        self, block: Rows, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        (totals,) = moments
+        squares = torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1).square_()
+        total = block.take(totals)
+        block.put(totals, total.add_(squares, alpha=1 / max(1, math.prod(gradient.shape[1:]))))
+        return gradient, total.sqrt().add_(options["eps"]).view(-1, *[1] * (gradient.dim() - 1))

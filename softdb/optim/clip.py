@@ -1,0 +1,83 @@
+"""`clip_row_grad_norm_`: the norm of dense and row-sparse gradients together, bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from softdb.errors import NonFiniteError, check_above_zero, check_number
+from softdb.optim.gradients import check_gradient
+from softdb.rows import coalesced
+
+__all__ = ["clip_row_grad_norm_"]
+
+
+@torch.no_grad()
+def clip_row_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients, row-sparse or dense, in place, so that their norm is at most ``max_norm``.
+
+    `torch.nn.utils.clip_grad_norm_` of the same gradients made dense, without making them so: with g all of them as
+    one vector, ``g *= min(1, max_norm / (norm(g) + 1e-6))``.
+
+    Args:
+        parameters: Whose gradients; those without one are passed over. A sparse gradient that names a row twice is
+            replaced by its coalesced self.
+        max_norm: The largest norm to leave, at least 0.
+        norm_type: Which norm, above 0; ``inf`` is the largest entry.
+        error_if_nonfinite: Whether to raise where the norm is NaN or infinite.
+
+    Returns:
+        The norm before, a tensor without dimensions.
+
+    Raises:
+        NonFiniteError: The norm is not finite and ``error_if_nonfinite``; no gradient has been scaled.
+        ArgumentError, DtypeError: An argument is not as above, or a gradient is neither dense nor row-sparse.
+
+    Example:
+        >>> import torch
+        >>> from softdb.optim import clip_row_grad_norm_
+        >>> table = torch.nn.Embedding(5, 2, sparse=True)
+        >>> (3 * table(torch.tensor([3, 3]))).sum().backward()
+        >>> clip_row_grad_norm_(table.parameters(), max_norm=1.0)
+        tensor(8.4853)
+        >>> table.weight.grad.to_dense()[3]
+        tensor([0.7071, 0.7071])
+    """
+    max_norm = check_number("max_norm", max_norm)
+    norm_type = check_above_zero("norm_type", norm_type, most=math.inf)
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    owners = [parameter for parameter in given if parameter.grad is not None]
+    for parameter in owners:
+        check_gradient(parameter)
+    gradients: list[Tensor] = []
+    for parameter in owners:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            whole = coalesced(gradient)
+            if whole is not gradient:
+                parameter.grad = whole
+            gradients.append(whole._values())
+        elif gradient is not None:
+            gradients.append(gradient)
+    filled = [gradient for gradient in gradients if gradient.numel()]  # nothing has no largest entry
+    if not filled:
+        return torch.zeros((), device=given[0].device if given else None)
+    norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise NonFiniteError(
+            f"parameters: expected gradients with a finite norm, got one that is {float(total)}; skip the step, or "
+            "pass error_if_nonfinite=False to scale them all the same"
+        )
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in filled:
+        gradient.mul_(factor.to(gradient.device))
+    return total

@@ -1,0 +1,97 @@
+"""How a snapshot lies on disk: a manifest, and a safetensors file for each tensor."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+
+
+MANIFEST, LOCK = "manifest.json", ".lock"
+
+
+# A manifest describes some dozen tensors.
+LARGEST_MANIFEST = 2**20
+
+
+# As many bytes are hashed at a time: part of the format.
+CHUNK = 2**23
+
+
+# Of errors when a file is opened, those that tell of another kind of file than a save makes, or of none.
+DAMAGE = (
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.EILSEQ,
+    errno.ENAMETOOLONG,
+)
+
+
+# As many bytes at a time, so that they are still in the processor's cache when they are hashed, or written.
+PART = 2**18
+
+
+# Where the numbers in a file begin: at a multiple of so many bytes.
+ALIGNMENT = 64
+
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
+
+
+DATA_FILE = re.compile(r"[a-z_][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
+
+
+DRAFT = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
+
+
+class Entry(NamedTuple):
+    """One tensor of a snapshot, as the manifest describes it."""
+
+    name: str
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blake2b: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def header(self) -> bytes:
+        """What the file begins with, in the safetensors format."""
+        described = {"dtype": DTYPES[self.dtype], "shape": list(self.shape), "data_offsets": [0, self.nbytes]}
+        text = json.dumps({self.name: described}, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def is_name(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a vector on the CPU."""
+    numbers: Any = flat.contiguous().view(torch.uint8).numpy()
+    return memoryview(numbers) if len(flat) else memoryview(b"")

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from softdb import IndexConfig, Read, SoftKVStore
-from softdb.demo import load_senses
+from softdb.cli.demo import load_senses
 
 WIDTH = 64
 BINS = {"mass < 0.2": (0.0, 0.2), "0.2 to 0.5": (0.2, 0.5), "> 0.5": (0.5, 1.1)}

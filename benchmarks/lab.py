@@ -8,6 +8,7 @@ import torch
 from harness import Case, main
 
 from softdb import SoftKVStore, lab
+from softdb.lab import choices as choices_module
 
 
 def cases(small: bool) -> Iterator[Case]:
@@ -25,7 +26,7 @@ def _comparison(rows: int, queries: int, width: int, value_width: int) -> Case:
 
     @torch.no_grad()
     def reads() -> None:
-        for factor in 4 * lab.FACTORS:
+        for factor in 4 * choices_module.FACTORS:
             store.read(query, temperature=factor)
 
     return Case(

@@ -13,7 +13,7 @@ from torch import Tensor
 import faiss
 
 from softdb import SoftKVStore
-from softdb.demo import load_senses
+from softdb.cli.demo import load_senses
 
 WIDTH = 64
 CENTRES, SPREAD = 20_000, 0.4

@@ -1,7 +1,7 @@
 """Classify digits by looking similar ones up, hard and softly, and see which reads answer well.
 
 The rows of the store are images of digits, as they are: the key is the pixels, the value the label. An image held out
-asks for the labels of those near it. `softdb.lab.compare` reads in every way, at six temperatures: all rows or the k
+asks for the labels of those near it. `softdb.lab.comparison` reads in every way, at six temperatures: all rows or the k
 best, weighted by softmax, sparsemax or entmax15, and the best row alone. Each image is held out once, in one fold.
 
 Two tables say how many labels are right, and how far answers lie from the exact blend at the same temperature. A third

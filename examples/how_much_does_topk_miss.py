@@ -21,7 +21,7 @@ from torch.linalg import vector_norm
 from tqdm import tqdm
 
 from softdb import SoftKVStore, lab
-from softdb.demo import load_senses, store_of
+from softdb.cli.demo import load_senses, store_of
 
 KS = {4: "C3", 16: "C4", 64: "black", 256: "C9"}  # and their colours
 SAMPLES = {0: "black", 128: "C1", 512: "C2", 2048: "C0"}

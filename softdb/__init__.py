@@ -4,7 +4,7 @@ Attention is a soft database lookup: a query says what is looked for, a key what
 delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
 """
 
-from softdb import errors, functional, lab, page
+from softdb import errors, functional, lab, layers, optim
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,
@@ -31,6 +31,7 @@ from softdb.errors import (
 )
 from softdb.functional import Read
 from softdb.index import IndexConfig, IndexStats
+from softdb.lab import page
 from softdb.store import Audit, Rows, SoftKVStore, Usage
 from softdb.version import __version__
 

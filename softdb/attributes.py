@@ -1,12 +1,15 @@
-"""Attributes of modules whose properties may not apply."""
+"""Properties: of modules, where they may not apply, and of objects that compute them once."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-__all__ = ["ModuleWithProperties"]
+__all__ = ["ModuleWithProperties", "kept_property"]
+
+T = TypeVar("T")
 
 
 class ModuleWithProperties(nn.Module):
@@ -35,3 +38,19 @@ class ModuleWithProperties(nn.Module):
         if isinstance(own, property):
             return own.__get__(self)  # raises its error again
         return super().__getattr__(name)
+
+
+class kept_property(Generic[T]):
+    """A property that each object computes once: `functools.cached_property`, but without a lock.
+
+    Python 3.11 has one for all objects there: threads wait for each other, and a forked child for ever for a thread
+    that it does not have.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> T:
+        value = instance.__dict__[self._compute.__name__] = self._compute(instance)  # found before this from now on
+        return value

@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError, is_finite
+from softdb._checks import is_finite
+from softdb.attributes import kept_property
+from softdb.errors import NonFiniteError, SecondDerivativeError, StaleReadError
 from softdb.filters import Block, Selection
-from softdb.locks import kept_property
-from softdb.normalizers import GumbelNoise
 from softdb.rows import row_sparse
-from softdb.scores import prepare_keys, prepare_keys_backward, widest_dtype
+from softdb.scoring.gumbel import GumbelNoise
+from softdb.scoring.metrics import prepare_keys, prepare_keys_backward, widest_dtype
 from softdb.transforms import check_not_batched
 
 __all__ = [

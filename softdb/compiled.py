@@ -29,20 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from softdb._checks import is_finite
 from softdb.blockwise import blend_at, blend_back, products_at, weighted_sum
-from softdb.errors import (
-    ArgumentError,
-    NonFiniteError,
-    SecondDerivativeError,
-    StaleReadError,
-    TransformError,
-    is_finite,
-)
+from softdb.errors import ArgumentError, NonFiniteError, SecondDerivativeError, StaleReadError, TransformError
 from softdb.functional import Read, answer_dtype
-from softdb.locks import note_openmp
-from softdb.normalizers import SPARSE, in_eval_mode
+from softdb.processes import note_openmp
 from softdb.rows import RowTable
-from softdb.scores import compute_dtype
+from softdb.scoring.metrics import compute_dtype
+from softdb.scoring.normalizers import SPARSE, in_eval_mode
 from softdb.transforms import (
     has_batched,
     is_active,

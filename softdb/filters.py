@@ -14,18 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softdb.errors import (
-    DeviceError,
-    DtypeError,
-    ShapeError,
-    broadcasts,
-    check_dense,
-    check_device,
-    check_ids,
-    check_vector,
-    describe,
-)
-from softdb.locks import kept_property
+from softdb._checks import broadcasts, check_dense, check_device, check_ids, check_vector, describe
+from softdb.attributes import kept_property
+from softdb.errors import DeviceError, DtypeError, ShapeError
 from softdb.rows import RowTable
 
 __all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]

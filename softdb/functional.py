@@ -10,6 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from softdb._checks import (
+    broadcasts,
+    check_choice,
+    check_finite,
+    check_float_tensor,
+    check_ids,
+    check_positive,
+    check_temperature,
+    describe,
+    is_finite,
+    list_ids,
+)
 from softdb.blockwise import (
     BestRows,
     Places,
@@ -33,30 +45,13 @@ from softdb.errors import (
     NonFiniteError,
     ShapeError,
     TransformError,
-    broadcasts,
-    check_choice,
-    check_finite,
-    check_float_tensor,
-    check_ids,
-    check_positive,
-    check_temperature,
-    describe,
-    is_finite,
-    list_ids,
 )
 from softdb.filters import Selection
 from softdb.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
-from softdb.locks import note_openmp
-from softdb.normalizers import (
-    SPARSE,
-    GumbelNoise,
-    check_normalizer,
-    is_hard,
-    noise_for,
-    softmax,
-    straight_through,
-)
-from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.processes import note_openmp
+from softdb.scoring.gumbel import GumbelNoise, noise_for
+from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.scoring.normalizers import SPARSE, check_normalizer, is_hard, softmax, straight_through
 from softdb.transforms import (
     Answer,
     Operands,
@@ -437,7 +432,7 @@ def soft_read(
         query: What is looked for, (*batch, B, d), floating point.
         keys: What the rows advertise, (*batch, N, d).
         values: What the rows deliver, (*batch, N, dv).
-        metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scores`.
+        metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scoring.metrics`.
         temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
         mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen. A row that no
             query may see takes no part, whatever it holds, NaN and infinity included.
@@ -445,7 +440,7 @@ def soft_read(
         normalizer: "softmax"; "straight_through": the best row's value forward, the blend's gradient backward;
             "gumbel": the same for scores with noise, so that a row is drawn by its weight, and ``scores`` and ``lse``
             are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but some of the best rows, which
-            are gathered. See `softdb.normalizers`.
+            are gathered. See `softdb.scoring.normalizers`.
         generator: What "gumbel" draws from; torch's own if None.
 
     Returns:

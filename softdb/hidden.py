@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softdb.blockwise import TILE_ELEMENTS, Scan
 from softdb.filters import Selection
-from softdb.normalizers import straight_through
+from softdb.scoring.normalizers import straight_through
 
 __all__ = ["finite_or_zero", "finite_values", "hidden_keys_zeroed", "spoil"]
 

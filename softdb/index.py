@@ -39,12 +39,13 @@ from torch.nn import functional as F
 
 import faiss  # after torch: so that both share one OpenMP runtime
 
+from softdb._checks import check_above_zero, check_number, describe
 from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
-from softdb.errors import ArgumentError, DtypeError, IndexBuildError, check_above_zero, check_number, describe
+from softdb.errors import ArgumentError, DtypeError, IndexBuildError
 from softdb.filters import Selection, select
-from softdb.locks import is_openmp_used, note_openmp, run_in_forked_children
+from softdb.processes import is_openmp_used, note_openmp, run_in_forked_children
 from softdb.rows import RowTable, resized
-from softdb.scores import centre_of, compute_dtype, prepare_query
+from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
 from softdb.tail import FIRST_QUERY_COST, Outline
 
 __all__ = ["Index", "IndexConfig", "IndexStats"]

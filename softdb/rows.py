@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from softdb._checks import check_dense, describe, is_out_of_memory, list_ids
 from softdb.errors import (
     ArgumentError,
     DtypeError,
@@ -38,12 +39,8 @@ from softdb.errors import (
     ShapeError,
     StaleReadError,
     UnknownIdError,
-    check_dense,
-    describe,
-    is_out_of_memory,
-    list_ids,
 )
-from softdb.locks import SharedLock
+from softdb.table.locks import SharedLock
 
 __all__ = ["RowTable", "Snapshot"]
 

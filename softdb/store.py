@@ -23,27 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from softdb.attributes import ModuleWithProperties
-from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
-from softdb.compiled import count_read, new_handle, read_in_graph
-from softdb.errors import (
+from softdb._checks import (
     FLOAT_NAMES,
     FLOATS,
     INTEGERS,
-    ArgumentError,
-    CorruptSnapshotError,
-    DeviceError,
-    DtypeError,
-    ForeignWriteError,
-    GrowthError,
-    NonFiniteError,
-    NotApplicableError,
-    ReadOnlyError,
-    ShapeError,
-    SoftDBError,
-    StaleReadError,
-    TransformError,
-    UnfinishedWriteError,
     check_above_zero,
     check_choice,
     check_dense,
@@ -58,6 +41,25 @@ from softdb.errors import (
     check_whole,
     describe,
     is_out_of_memory,
+)
+from softdb.attributes import ModuleWithProperties
+from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
+from softdb.compiled import count_read, new_handle, read_in_graph
+from softdb.errors import (
+    ArgumentError,
+    CorruptSnapshotError,
+    DeviceError,
+    DtypeError,
+    ForeignWriteError,
+    GrowthError,
+    NonFiniteError,
+    NotApplicableError,
+    ReadOnlyError,
+    ShapeError,
+    SoftDBError,
+    StaleReadError,
+    TransformError,
+    UnfinishedWriteError,
 )
 from softdb.filters import Selection, Where, select
 from softdb.functional import (
@@ -78,7 +80,6 @@ from softdb.functional import (
     widened,
 )
 from softdb.index import Found, Index, IndexConfig, IndexStats
-from softdb.normalizers import SPARSE, check_normalizer, in_eval_mode, noise_for
 from softdb.rows import (
     NO_SLOTS,
     RowTable,
@@ -91,7 +92,9 @@ from softdb.rows import (
     unwatched,
     watch,
 )
-from softdb.scores import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.scoring.gumbel import noise_for
+from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.scoring.normalizers import SPARSE, check_normalizer, in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
@@ -781,7 +784,7 @@ class SoftKVStore(ModuleWithProperties):
                 some of the best rows. In topk mode k is doubled while it is too small for those of some query, up to
                 16 times or 1,024: ``mass`` is 1 where all of them are known to be candidates, and NaN elsewhere, so
                 wherever the search was approximate. In exact mode they are gathered, and too many are an ArgumentError.
-                See `softdb.normalizers`.
+                See `softdb.scoring.normalizers`.
             tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
                 are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
                 rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off: the norm of the

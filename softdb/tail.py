@@ -22,8 +22,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from softdb._checks import is_finite
 from softdb.blockwise import TILE_ELEMENTS, Places, Scan, check_scores
-from softdb.errors import is_finite
 from softdb.filters import Selection
 from softdb.functional import Read, Tables, share_of, transform
 from softdb.hidden import finite_values, hidden_keys_zeroed, spoil

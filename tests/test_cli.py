@@ -17,7 +17,7 @@ import torch
 from programs import check_exit
 
 import softdb
-from softdb.cli import main
+from softdb.cli.main import main
 
 ROOT = Path(softdb.__file__).parents[1]
 COMMAND = [sys.executable, "-W", "error", "-m", "softdb.cli"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softdb import SoftKVStore
-from softdb.demo import FEATURED, choose, load_senses, tour
+from softdb.cli.demo import FEATURED, choose, load_senses, tour
 from softdb.errors import ArgumentError
 
 RIVER, ACCOUNT = "the river bank was steep", "she checked her bank account"

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softdb
 from softdb import blockwise, functional
 from softdb.functional import merge, soft_read, topk_read
-from softdb.normalizers import SPARSE, GumbelNoise
+from softdb.scoring.gumbel import GumbelNoise
+from softdb.scoring.normalizers import SPARSE
 
 
 def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:

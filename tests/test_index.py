@@ -27,7 +27,7 @@ from softdb.blockwise import Scan
 from softdb.filters import select
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.rows import row_sparse
-from softdb.scores import centre_of, prepare_query
+from softdb.scoring.metrics import centre_of, prepare_query
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore, lab
-from softdb.demo import load_senses
-from softdb.normalizers import NORMALIZERS, SPARSE, GumbelNoise
+from softdb.cli.demo import load_senses
+from softdb.scoring.gumbel import GumbelNoise
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE
 
 ROWS, QUERIES, DIM, WIDTH = 60, 9, 6, 4
 
@@ -139,7 +140,7 @@ def test_many_queries_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     store, queries = make()
     options = {"ks": (3,), "normalizers": ("softmax", "entmax15")}
     whole = lab.compare(store, queries, **options)
-    monkeypatch.setattr(lab, "BATCH", 4)
+    monkeypatch.setattr("softdb.lab.comparison.BATCH", 4)
     for row, wanted in zip(lab.compare(store, queries, **options).settings, whole.settings, strict=True):
         assert row.distance == pytest.approx(wanted.distance)
         assert row.mass == pytest.approx(wanted.mass)

@@ -10,7 +10,8 @@ import torch
 from softdb import Read, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError
 from softdb.functional import merge, soft_read
-from softdb.normalizers import NORMALIZERS, SPARSE, GumbelNoise, check_normalizer, softmax, straight_through
+from softdb.scoring.gumbel import GumbelNoise
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE, check_normalizer, softmax, straight_through
 
 
 def test_softmax_is_torch_softmax() -> None:

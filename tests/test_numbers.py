@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import softdb
-from softdb import ArgumentError, DtypeError, IndexConfig, SoftKVStore, lab, optim, page
+from softdb import ArgumentError, DtypeError, IndexConfig, SoftKVStore, lab, optim
 from softdb.functional import soft_read, topk_read
+from softdb.lab import page as page_module
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 
 KEYS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -95,7 +96,7 @@ def explained(**options: Any) -> object:
 
 def paged(**changed: Any) -> object:
     columns = {"mode": "topk", "normalizer": "softmax", "temperature": 1.0, "k": 2, "distance": 0.5, "mass": 0.5}
-    settings, _ = page._checked_columns({name: [value] for name, value in (columns | changed).items()}, None)
+    settings, _ = page_module._checked_columns({name: [value] for name, value in (columns | changed).items()}, None)
     return settings
 
 

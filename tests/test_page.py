@@ -24,7 +24,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from softdb import MissingPackageError, SoftKVStore, page
 from softdb.errors import ArgumentError, DtypeError, ShapeError
-from softdb.page import write_page
+from softdb.lab import page_explorer
+from softdb.lab.page import write_page
 
 SECONDS = 10
 ROWS, WIDTH = 200, 8
@@ -126,7 +127,7 @@ def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
         scores = read.scores[place].double() * 0.7
         torch.testing.assert_close(gaps, scores[0] - scores, rtol=6e-5, atol=1e-5)
         assert query["best"] == pytest.approx(float(scores[0]), rel=1e-6)
-        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page.SHOWN].tolist()]
+        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page_explorer.SHOWN].tolist()]
         values = torch.tensor([data["values"][row] for row in query["rows"]])
         torch.testing.assert_close(values, store.get(read.ids[place]).values, rtol=1e-4, atol=1e-5)
         weights, _ = as_the_page_weighs(query, 0.7, None)
@@ -143,7 +144,7 @@ def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
 def test_rows_that_are_summed_up_weigh_what_they_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float
 ) -> None:
-    monkeypatch.setattr(page, "BUDGET", 1000)
+    monkeypatch.setattr(page_explorer, "BUDGET", 1000)
     store, queries = make_store(20_000), make_queries(2)
     if offset:  # one row far ahead, and one far behind
         store.update(store.ids[:2], keys=torch.stack([queries[0] * 10, queries[0] * -1000]))
@@ -152,21 +153,21 @@ def test_rows_that_are_summed_up_weigh_what_they_should(
     assert "The 256 best rows are on this page one by one" in text
     data = embedded(tmp_path / "page.html")
     for place, query in enumerate(data["queries"]):
-        assert len(query["gaps"]) == page.FEWEST_KEPT
-        assert sum(query["tail"]["counts"]) == 20_000 - page.FEWEST_KEPT
-        assert len(query["tail"]["counts"]) <= page.BINS
-        assert max(k for k in data["ks"] if k) <= page.FEWEST_KEPT
+        assert len(query["gaps"]) == page_explorer.FEWEST_KEPT
+        assert sum(query["tail"]["counts"]) == 20_000 - page_explorer.FEWEST_KEPT
+        assert len(query["tail"]["counts"]) <= page_explorer.BINS
+        assert max(k for k in data["ks"] if k) <= page_explorer.FEWEST_KEPT
         scores = (store.get(store.ids).keys.double() @ queries[place].double()).sort(descending=True).values
         for temperature in data["temperatures"][:-1]:
             exact = (scores / temperature).softmax(0)
             weights, effective = as_the_page_weighs(query, temperature, None)
-            best = exact[: page.FEWEST_KEPT]
+            best = exact[: page_explorer.FEWEST_KEPT]
             torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), best, rtol=2e-3, atol=1e-6)
             assert effective == pytest.approx(float(torch.special.entr(exact).sum().exp()), rel=5e-3)
 
 
 def test_values_of_summed_up_rows_blend_as_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "BUDGET", 1000)
+    monkeypatch.setattr(page_explorer, "BUDGET", 1000)
     store, query = make_store(5000), make_queries(1)
     write_page(tmp_path / "page.html", store, query)
     data = embedded(tmp_path / "page.html")
@@ -434,9 +435,9 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
         assert read.weights is not None
         weights = read.weights
         shown: list[float] = bars(browser)["x"]
-        expected = torch.zeros(page.SHOWN + 1)
-        expected[: min(page.SHOWN, len(weights))] = weights[: page.SHOWN]
-        expected[-1] = weights[page.SHOWN :].sum()
+        expected = torch.zeros(page_explorer.SHOWN + 1)
+        expected[: min(page_explorer.SHOWN, len(weights))] = weights[: page_explorer.SHOWN]
+        expected[-1] = weights[page_explorer.SHOWN :].sum()
         torch.testing.assert_close(torch.tensor(shown, dtype=torch.float32), expected, rtol=0, atol=1e-3)
         effective = float(torch.special.entr(weights).sum().exp())
         said = browser.find_element(By.ID, "effective").text.split(" of ")
@@ -464,8 +465,8 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
         press(browser, "k", *keys)
         k = data["ks"][chosen(browser, "k")]
         shown = agrees(0, temperature, k)
-        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page.SHOWN)]
-    assert k > page.SHOWN
+        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page_explorer.SHOWN)]
+    assert k > page_explorer.SHOWN
 
     before = bars(browser)
     Select(browser.find_element(By.ID, "query")).select_by_index(2)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import softdb
 from softdb import SoftKVStore
 from softdb.layers import MemoryLayer
-from softdb.normalizers import SPARSE
+from softdb.scoring.normalizers import SPARSE
 
 
 def visible_rule(visible: Tensor | None):  # type: ignore[no-untyped-def]

@@ -26,7 +26,7 @@ from torch import Tensor
 import softdb
 from softdb import IndexBuildError, IndexConfig, SoftKVStore, snapshot
 from softdb.filters import Selection
-from softdb.locks import SharedLock
+from softdb.table.locks import SharedLock
 
 # -- the lock --------------------------------------------------------------------------------------------
 

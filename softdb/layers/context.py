@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softdb.errors import (
+from softdb._checks import (
     INTEGERS,
+    check_float_tensor,
+    check_ids,
+    check_positive,
+    check_shape,
+    describe,
+    is_out_of_memory,
+)
+from softdb.errors import (
     ArgumentError,
     DeviceError,
     DtypeError,
@@ -18,12 +26,6 @@ from softdb.errors import (
     SoftDBError,
     StaleReadError,
     TransformError,
-    check_float_tensor,
-    check_ids,
-    check_positive,
-    check_shape,
-    describe,
-    is_out_of_memory,
 )
 from softdb.functional import Read, merge, soft_read
 from softdb.layers.context_state import Past, Ring, Stores

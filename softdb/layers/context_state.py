@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb.errors import ArgumentError, DtypeError, ShapeError, StaleReadError, check_shape
+from softdb._checks import check_shape
+from softdb.errors import ArgumentError, DtypeError, ShapeError, StaleReadError
 from softdb.functional import Read, soft_read
 from softdb.layers.queries import stack_reads
 from softdb.store import SoftKVStore

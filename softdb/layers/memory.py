@@ -11,16 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
-from softdb.errors import (
-    ArgumentError,
-    DtypeError,
-    NotApplicableError,
-    ShapeError,
-    check_float_tensor,
-    check_positive,
-    describe,
-)
+from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
 from softdb.functional import Read
 from softdb.layers.queries import Queries, QueryNorm, output_of, reset_output, stack_reads

@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import full_precision
 from softdb.compiled import blend
-from softdb.errors import (
-    ArgumentError,
-    DtypeError,
-    NotApplicableError,
-    ShapeError,
-    check_float_tensor,
-    check_positive,
-    describe,
-)
+from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.functional import Read, answer_dtype
 from softdb.layers.queries import Queries, QueryNorm, reset_output
-from softdb.normalizers import softmax
-from softdb.scores import compute_dtype
+from softdb.scoring.metrics import compute_dtype
+from softdb.scoring.normalizers import softmax
 from softdb.store import Usage, is_asked_by_ddp, stand_in
 from softdb.transforms import is_active, is_exporting, outside_of_transforms, plain, samples_first
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softdb.errors import check_choice, check_dtype, check_not_meta
+from softdb._checks import check_choice, check_dtype, check_not_meta
 from softdb.functional import Read, widened
 
 __all__ = ["Queries", "QueryNorm"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb.errors import check_number
+from softdb._checks import check_number
 from softdb.optim.row_optimizer import RowOptimizer, Rows
 from softdb.rows import trust
 

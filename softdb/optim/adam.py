@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softdb.errors import DtypeError, check_number, describe
+from softdb._checks import check_number, describe
+from softdb.errors import DtypeError
 from softdb.optim.row_optimizer import RowOptimizer, Rows
 from softdb.rows import trust
 

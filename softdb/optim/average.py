@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from softdb.errors import ArgumentError, DtypeError, ShapeError, check_not_meta, check_real, describe
+from softdb._checks import check_not_meta, check_real, describe
+from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.store import SoftKVStore
 
 __all__ = ["update_average"]

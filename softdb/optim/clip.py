@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from softdb.errors import NonFiniteError, check_above_zero, check_number
+from softdb._checks import check_above_zero, check_number
+from softdb.errors import NonFiniteError
 from softdb.optim.gradients import check_gradient
 from softdb.rows import coalesced
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from softdb.errors import (
+from softdb._checks import (
     FLOATS,
     INTEGERS,
-    ArgumentError,
-    DtypeError,
     check_dense,
     check_float_tensor,
     check_number,
@@ -26,9 +24,10 @@ from softdb.errors import (
     check_whole,
     describe,
 )
-from softdb.normalizers import splitmix64
+from softdb.errors import ArgumentError, DtypeError
 from softdb.optim.gradients import check_gradient
 from softdb.rows import RowTable, coalesced, is_sharded, note_move, of
+from softdb.scoring.gumbel import splitmix64
 
 __all__ = ["RowOptimizer"]
 

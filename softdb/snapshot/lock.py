@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from softdb.errors import ArgumentError, DtypeError, LockedError, UnsupportedSystemError, check_real, describe
-from softdb.locks import run_in_forked_children
+from softdb._checks import check_real, describe
+from softdb.errors import ArgumentError, DtypeError, LockedError, UnsupportedSystemError
+from softdb.processes import run_in_forked_children
 from softdb.snapshot.format import LOCK, MANIFEST
 
 # The disk is told to write after so many bytes: it has something to do while more are hashed.

@@ -7,52 +7,15 @@ is either held by somebody who will let it go, or free.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-__all__ = ["SharedLock", "is_openmp_used", "kept_property", "note_openmp", "run_in_forked_children"]
+from softdb.processes import run_in_forked_children
 
-T = TypeVar("T")
-
-
-def run_in_forked_children(function: Callable[[], None]) -> None:
-    """Call ``function`` in each child forked from now on; do nothing where processes cannot fork."""
-    if hasattr(os, "register_at_fork"):  # Windows has none
-        os.register_at_fork(after_in_child=function)
-
-
-_openmp_used = False
-
-
-def note_openmp() -> None:
-    """Note that this process is about to run softdb's kernels, which may start OpenMP threads."""
-    global _openmp_used
-    _openmp_used = True
-
-
-def is_openmp_used() -> bool:
-    """Return whether `note_openmp` was called in this process, or in its parent before the fork."""
-    return _openmp_used
-
-
-class kept_property(Generic[T]):
-    """A property that each object computes once: `functools.cached_property`, but without a lock.
-
-    Python 3.11 has one for all objects there: threads wait for each other, and a forked child for ever for a thread
-    that it does not have.
-    """
-
-    def __init__(self, compute: Callable[[Any], T]) -> None:
-        self._compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __get__(self, instance: Any, owner: Any = None) -> T:
-        value = instance.__dict__[self._compute.__name__] = self._compute(instance)  # found before this from now on
-        return value
+__all__ = ["SharedLock"]
 
 
 class SharedLock:

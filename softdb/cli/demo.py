@@ -21,28 +21,48 @@ from softdb.errors import ArgumentError
 from softdb.functional import Read
 from softdb.store import SoftKVStore
 
-__all__ = ["BANKS", "PARTS_OF_SPEECH", "Sense", "Senses", "choose", "explanation", "load_senses", "store_of", "tour"]
+__all__ = ["Sense", "Senses", "choose", "explanation", "load_senses", "store_of", "tour"]
+
 
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective"}  # by the first letter of a synset
+
+
 FEATURED = (
     "the river bank was steep",
     "she checked her bank account",
     "a crane stood on one leg in the marsh",
     "water bubbled up from the spring",
 )
+
+
 BANKS = FEATURED[:2]  # the same word, of which each asks for another row
+
+
 CORRECTED = FEATURED[1]  # the table answers with a verb, and the row that one would rather have comes second
+
+
 TEMPERATURE = 0.05
+
+
 TEMPERATURES = (1.0, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02)
+
+
 LEARNING_RATE = 0.01
+
+
 TOP = 5
+
+
 WIDTH = 79  # some terminals wrap when the last of 80 columns is written
+
+
 BAR_WIDTH = 20
+
+
 EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
 FULL = "█"
-
-
-# -- the data --------------------------------------------------------------------------------------------
 
 
 class Sense(NamedTuple):
@@ -154,9 +174,6 @@ def choose(words: Sequence[str]) -> tuple[str, ...]:
 
 def _tokens(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
-
-
-# -- the tour --------------------------------------------------------------------------------------------
 
 
 def tour(sentences: Sequence[str], *, blocks: bool = True) -> Iterator[str]:
@@ -278,9 +295,6 @@ def _step(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> It
         f"Of the {len(others)} other sentences that come with the demo, {kept} keep their best row: "
         "the step moved almost only the keys that this sentence had matched."
     )
-
-
-# -- how it looks ----------------------------------------------------------------------------------------
 
 
 def _top(read: Read) -> tuple[list[int], Tensor]:

@@ -44,7 +44,10 @@ __all__ = [
     "widest_dtype",
 ]
 
+
 Metric = Literal["dot", "scaled_dot", "cosine", "l2"]
+
+
 METRICS: tuple[str, ...] = get_args(Metric)
 
 

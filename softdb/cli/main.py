@@ -5,36 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
-import numpy as np
-import safetensors.torch
-import torch
-
-from softdb import __version__, demo, lab, page
-from softdb.errors import (
-    FLOATS,
-    ArgumentError,
-    DtypeError,
-    MissingPackageError,
-    UnsupportedSystemError,
-    describe,
-    is_out_of_memory,
-)
-from softdb.normalizers import NORMALIZERS
-from softdb.scores import METRICS
+from softdb import __version__, lab
+from softdb._checks import is_out_of_memory
+from softdb.cli import demo
+from softdb.cli.files import read_array, read_store
+from softdb.errors import ArgumentError, DtypeError, MissingPackageError, UnsupportedSystemError
+from softdb.lab import comparison, page
+from softdb.scoring.metrics import METRICS
+from softdb.scoring.normalizers import NORMALIZERS
 from softdb.snapshot.examine import Examination, examine_snapshot
 from softdb.snapshot.format import FORMAT
-from softdb.store import SoftKVStore
 
 __all__ = ["main"]
 
+
 # As shells report a process that a signal ended: 128 and the signal's number.
 INTERRUPTED = 130
-PIPE_CLOSED = 141
 
-Loaded = TypeVar("Loaded")
+
+PIPE_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +123,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperatures", type=float, nargs="+", metavar="T", help="those to compare; 8 times that to a quarter of it"
     )
-    parser.add_argument("--modes", nargs="+", choices=lab.MODES, default=lab.MODES, help="all three")
+    parser.add_argument("--modes", nargs="+", choices=comparison.MODES, default=comparison.MODES, help="all three")
     parser.add_argument("--ks", type=int, nargs="+", metavar="K", default=(1, 4, 16, 64), help="of top-k; 1 4 16 64")
     others = ", ".join(NORMALIZERS[1:])
     parser.add_argument(
@@ -264,11 +256,11 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
-        store = _read_store(options.store, options.metric or "scaled_dot", options.temperature)
-        queries = _read_array(options.queries)
+        store = read_store(options.store, options.metric or "scaled_dot", options.temperature)
+        queries = read_array(options.queries)
         if queries.dim() != 2:
             raise ArgumentError(f"QUERIES: expected shape (B, key_dim), got {tuple(queries.shape)}")
-        targets = None if options.targets is None else _read_array(options.targets)
+        targets = None if options.targets is None else read_array(options.targets)
     found = lab.compare(
         store,
         queries,
@@ -298,59 +290,6 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def _read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStore:
-    """A store of the ``keys`` and ``values`` in a file."""
-    if os.path.isdir(path):
-        raise ArgumentError(
-            f"STORE: expected a .safetensors or .npz file, got the directory {path!r}; compare a saved store in "
-            "Python, by softdb.lab.compare(SoftKVStore.load(path), queries)"
-        )
-    tensors = _read(path, _load_npz if path.endswith(".npz") else safetensors.torch.load_file)
-    if not {"keys", "values"} <= tensors.keys():
-        found = ", ".join(map(repr, sorted(tensors))) or "none"
-        raise ArgumentError(f"STORE: expected arrays 'keys' and 'values' in {path!r}, got {found}")
-    keys, values = (_tensor(path, tensors[name]) for name in ("keys", "values"))
-    for name, rows in (("keys", keys), ("values", values)):
-        if rows.dim() != 2 or rows.dtype not in FLOATS:
-            raise ArgumentError(f"STORE: expected {name} of floating-point numbers, (rows, n), got {describe(rows)}")
-    dtype = torch.promote_types(keys.dtype, values.dtype)
-    divisor = 1.0 if temperature is None else temperature
-    store = SoftKVStore(keys.shape[1], values.shape[1], metric=metric, temperature=divisor, device="cpu", dtype=dtype)
-    store.add(keys, values)
-    return store
-
-
-def _load_npz(path: str) -> dict[str, Any]:
-    arrays = np.load(path, allow_pickle=False)
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise ValueError("it is a single array, as in a .npy file")
-    with arrays:
-        return {name: arrays[name] if name in ("keys", "values") else None for name in arrays.files}
-
-
-def _read_array(path: str) -> torch.Tensor:
-    return _tensor(path, _read(path, lambda path: np.load(path, allow_pickle=False)))
-
-
-def _read(path: str, load: Callable[[str], Loaded]) -> Loaded:
-    try:
-        return load(path)
-    except OSError:
-        raise
-    except Exception as error:  # of whatever kind a broken file is to numpy, zipfile, zlib, tokenize or safetensors
-        if is_out_of_memory(error):
-            raise
-        raise ArgumentError(f"{path}: expected arrays as numpy or safetensors write them: {error}") from error
-
-
-def _tensor(path: str, array: object) -> torch.Tensor:
-    if isinstance(array, torch.Tensor):
-        return array
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
-        raise ArgumentError(f"{path}: expected one array of numbers of at most 64 bits, got {describe(array)}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-
-
 def _draws_blocks(stream: TextIO) -> bool:
     try:
         (demo.FULL + demo.EIGHTHS).encode(stream.encoding or "ascii")
@@ -371,7 +310,3 @@ def _discard_output() -> None:
     """Send what is left to nowhere, so that Python's own flush at exit does not fail once more."""
     if sys.__stdout__ is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From queries and keys to scores, and from scores to weights."""

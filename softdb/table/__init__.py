@@ -1,0 +1,1 @@
+"""The table of rows: what lies where, what changed, and who may look."""

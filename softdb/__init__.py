@@ -29,9 +29,9 @@ from softdb.errors import (
     UnknownIdError,
     UnsupportedSystemError,
 )
-from softdb.functional import Read
-from softdb.index import IndexConfig, IndexStats
+from softdb.index.config import IndexConfig, IndexStats
 from softdb.lab import page
+from softdb.reading.result import Read
 from softdb.store import Audit, Rows, SoftKVStore, Usage
 from softdb.version import __version__
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,21 +21,7 @@ from softdb._checks import (
     is_finite,
     list_ids,
 )
-from softdb.blockwise import (
-    BestRows,
-    Places,
-    Scan,
-    blend_at,
-    check_scores,
-    exact_read,
-    full_precision,
-    gather_rows,
-    gathered_scores,
-    is_narrow,
-    query_numbers,
-    scores_at,
-    weighted_sum,
-)
+from softdb.blockwise import Scan, check_scores, full_precision, gathered_scores, is_narrow, query_numbers, weighted_sum
 from softdb.errors import (
     ArgumentError,
     DeviceError,
@@ -47,8 +32,12 @@ from softdb.errors import (
     TransformError,
 )
 from softdb.filters import Selection
-from softdb.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
+from softdb.hidden import hidden_keys_zeroed
 from softdb.processes import note_openmp
+from softdb.reading.exact import read_exactly
+from softdb.reading.result import Read, answer_dtype, answer_of, best_of, finish, leaves_of, merge, read_of, transform
+from softdb.reading.tables import Tables
+from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import GumbelNoise, noise_for
 from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.scoring.normalizers import SPARSE, check_normalizer, is_hard, softmax, straight_through
@@ -68,334 +57,6 @@ from softdb.transforms import (
 )
 
 __all__ = ["Read", "merge", "soft_read", "topk_read"]
-
-# How many of the best rows are looked at for those that a sparse normalizer gives weight, and how many times as many
-# where that was not enough.
-FIRST_REACH, FURTHER = 32, 8
-# As many numbers of such rows are gathered: a GiB of float32.
-GATHERED_NUMBERS = 2**28
-# From one of so many rows on, a sample is the start of a permutation of all.
-MANY_DRAWS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """One answered batch of queries; the leading shape is the query's.
-
-    ``values``, ``weights``, ``scores``, ``lse`` and ``mass`` are differentiable.
-
-    Attributes:
-        values: The answer, (..., value_dim), in the query's dtype (under autocast: its dtype).
-        ids: The rows behind it, (..., k) int64, best first; -1 where fewer than k rows could be seen. None for an
-            exact read, or one to a tolerance, without ``k``. A top-k read with a sparse normalizer may double k.
-        weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
-        scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
-        lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
-        mass: The fraction of the weight of all allowed rows that the rows in ``ids`` hold, (...,): by ``normalizer``
-            if it is sparse, else by softmax. 1 for an exact read without ``k``, what the candidates hold for a read to
-            a tolerance without it, 0 where there was nothing to read, NaN when unknown.
-        error: The estimated relative error of ``values``, (...,), where a tail or a tolerance was asked for.
-        normalizer: How scores became weights; "hard" for a hard read.
-    """
-
-    values: Tensor
-    ids: Tensor | None
-    weights: Tensor | None
-    scores: Tensor | None
-    lse: Tensor
-    mass: Tensor
-    error: Tensor | None = None
-    normalizer: str = "softmax"
-
-
-def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
-    """The same read with ``function`` applied to every tensor."""
-
-    def changed(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else function(tensor)
-
-    return Read(
-        function(read.values),
-        changed(read.ids),
-        changed(read.weights),
-        changed(read.scores),
-        function(read.lse),
-        function(read.mass),
-        changed(read.error),
-        read.normalizer,
-    )
-
-
-def replaced(read: Read, queries: Tensor, other: Read) -> Read:
-    """``read`` of M queries with the answers to some of them, (b,), from ``other``."""
-
-    def put(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        return None if mine is None or theirs is None else mine.index_copy(0, queries, theirs)
-
-    return Read(
-        read.values.index_copy(0, queries, other.values),
-        put(read.ids, other.ids),
-        put(read.weights, other.weights),
-        put(read.scores, other.scores),
-        read.lse.index_copy(0, queries, other.lse),
-        read.mass.index_copy(0, queries, other.mass),
-        put(read.error, other.error),
-        read.normalizer,
-    )
-
-
-def widened(read: Read, k: int) -> Read:
-    """The same read with padding, up to k candidates."""
-    if read.ids is None or read.weights is None or read.scores is None:
-        return read
-    room = (0, k - read.ids.shape[-1])
-    ids, weights = torch.nn.functional.pad(read.ids, room, value=-1), torch.nn.functional.pad(read.weights, room)
-    return replace(read, ids=ids, weights=weights, scores=torch.nn.functional.pad(read.scores, room, value=-torch.inf))
-
-
-def best_of(read: Read, k: int | None) -> Read:
-    """The same read, of which only the k best candidates are reported, or none."""
-    if k is None:
-        return replace(read, ids=None, weights=None, scores=None)
-    if read.ids is None or read.weights is None or read.scores is None or read.ids.shape[-1] <= k:
-        return read
-    weights = read.weights[:, :k]
-    return replace(read, ids=read.ids[:, :k], weights=weights, scores=read.scores[:, :k], mass=share_of(weights))
-
-
-def completed(read: Read, queries: Tensor, exact: Read) -> Read:
-    """Of some of the queries, (b,), the candidates of ``read`` as parts of an exact one of those queries."""
-    scores = cast(Tensor, read.scores)[queries]
-    total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
-    weights = (scores - total).exp()
-    return replace(
-        exact,
-        ids=cast(Tensor, read.ids)[queries],
-        weights=weights,
-        scores=scores,
-        mass=share_of(weights),
-        error=torch.zeros_like(exact.lse),
-    )
-
-
-# -- the two kinds of read, of M = G B queries in G groups ------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Keys and values to read from, N rows for each of G groups of queries; row n of group g lies at ``g * N + n``.
-
-    Attributes:
-        keys, values: (G N, width).
-        groups: G.
-        sparse: Whether gathered rows get row-sparse gradients.
-    """
-
-    keys: Tensor
-    values: Tensor
-    groups: int = 1
-    sparse: bool = False
-
-    def place(self, rows: Tensor) -> Tensor:  # (M, k) row numbers -> (M, k) places in the tables
-        if self.groups <= 1:
-            return rows
-        first = torch.arange(self.groups, device=rows.device) * (len(self.keys) // self.groups)
-        first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
-        return torch.where(rows < 0, rows, rows + first)
-
-    def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
-        return gather_rows(self.keys, places, dtype, sparse=self.sparse)
-
-    def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
-        return gather_rows(self.values, places, dtype, sparse=self.sparse)
-
-
-def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
-    """An exact read of prepared queries (M, w); everything in ``scan.dtype``.
-
-    Without ``k`` it reports the rows that a sparse or hard normalizer gives weight all the same, without gradients:
-    whoever has counted them drops them by `best_of`.
-    """
-    selection, groups = scan.selection, tables.groups
-    height = len(query) // max(1, groups)
-    if selection.hides_some and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, scan, groups, height))
-    if normalizer in SPARSE:
-        return _read_support(query, tables, scan, k, normalizer)
-    hard = is_hard(normalizer)
-    values, lse, best = exact_read(query, tables.keys, tables.values, scan, groups, k or int(hard))
-    if selection.hides_some and not is_finite(values):
-        mended = finite_values(tables.values, selection, groups, height)
-        if mended is not None:
-            values, lse, best = exact_read(query, tables.keys, mended[0], scan, groups, k or int(hard))
-            values = spoil(values, mended[1])
-    mass = torch.ones_like(lse) if scan.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
-    if best is None:
-        return Read(values, None, None, None, lse, mass)
-    scores, weights, rows = best
-    places = Places(tables.place(rows))
-    if hard:
-        values = straight_through(_choose(tables, places, scan.dtype), values)
-    if k is None:
-        return Read(values, rows, _one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
-    if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
-        # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
-        again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)  # noise has no gradient
-        scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
-        exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
-        weights = straight_through(weights, exponents.exp())
-    mass = share_of(weights)
-    if hard:
-        weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
-    return Read(values, rows, weights, scores, lse, mass, normalizer=normalizer)
-
-
-def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
-    """An exact read that gives weight to some of the best rows only: they are found first, and then gathered."""
-    count = scan.selection.count
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
-    most = GATHERED_NUMBERS // max(1, len(query) * width)
-    reach = max(k or 1, min(FIRST_REACH, count))
-    lse, scores, rows = _best_rows(query, tables, scan, reach)
-    while True:
-        support = int((SPARSE[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
-        if support > most:
-            raise ArgumentError(
-                f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
-                f"{GATHERED_NUMBERS:,} numbers in all, got {len(query):,} queries with at least {support:,} rows of "
-                f"{width:,} numbers; lower the temperature, or read fewer queries at once"
-            )
-        # No row that was not found scores better than the last that was: if that has no weight, they have none.
-        if support < reach or reach >= count:
-            break
-        reach = min(FURTHER * reach, count, most + 1)
-        with torch.no_grad():
-            _, scores, rows = _best_rows(query, tables, scan, reach)
-    rows = rows[:, : max(k or 1, support)]
-    everything = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    tables = replace(tables, sparse=False)  # as of every exact read, gradients of the rows are dense
-    read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
-    if scan.selection.hides_some and wanted and not is_finite(read.values):
-        # Gradients of the keys are sums over queries, of which those that see no such value give theirs as ever.
-        wrong, tables = ~read.values.detach().isfinite(), replace(tables, values=finite_or_zero(tables.values))
-        read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
-        read = replace(read, values=spoil(read.values, wrong))
-    ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
-    if k is None:
-        ids = ids.masked_fill(weights == 0, -1)
-        return replace(read, ids=ids, weights=weights.detach(), scores=scores.detach(), lse=lse)
-    ids, weights, scores = ids[:, :k], weights[:, :k], scores[:, :k]
-    return Read(read.values, ids, weights, scores, lse, share_of(weights), normalizer=normalizer)
-
-
-def _best_rows(query: Tensor, tables: Tables, scan: Scan, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-sum-exp over all rows, and scores and numbers of the k best."""
-    _, lse, best = exact_read(query, tables.keys, tables.values.detach()[:, :0], scan, tables.groups, k)
-    scores, _, rows = cast(BestRows, best)
-    return lse, scores, rows
-
-
-def share_of(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
-    """What weights come to, no more than 1."""
-    total = weights.sum(-1)
-    return straight_through(total.clamp(max=1.0), total)
-
-
-def read_candidates(
-    query: Tensor,
-    tables: Tables,
-    scan: Scan,
-    rows: Tensor,
-    normalizer: str,
-    *,
-    complete: Tensor,
-    best: bool = False,
-) -> Read:
-    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
-
-    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
-    they are taken to be the best of those: then no row with weight is missing where one of them has none.
-    """
-    places = Places(tables.place(rows))
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and tables.values.shape[-1] > 0
-    if len(tables.keys) == 0:
-        nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
-        scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
-    elif wanted:
-        scores = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
-        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
-    else:
-        scores = scores_at(query, tables.keys, places.numbers, scan)
-    if scan.noise is not None:
-        numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
-        scores = scores + scan.noise.at(numbers.flatten().unsqueeze(-1), rows, scan.dtype).squeeze(-2)
-    weights, lse = softmax(scores)
-    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
-    if normalizer in SPARSE:
-        weights = SPARSE[normalizer](scores)
-        if best:
-            complete = complete | (weights.detach() == 0).any(-1)
-    order = _best_first(scores.detach(), rows)
-    if is_hard(normalizer):
-        blend = _choose(tables, Places(places.numbers.gather(-1, order[:, :1])), scan.dtype)
-        if wanted:
-            blend = straight_through(blend, _blend(weights, tables, places, scan.dtype))
-    elif lean:
-        blend = blend_at(weights, tables.values, places.numbers)
-    else:
-        blend = _blend(weights, tables, places, scan.dtype)
-    rows = rows.gather(-1, order)
-    weights, scores = weights.gather(-1, order), scores.gather(-1, order)
-    if is_hard(normalizer):
-        weights = straight_through(_one_hot_first(rows, weights.dtype), weights)
-    mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
-    return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-
-
-def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
-    """The order of candidates by score, the lowest row first among equals, padding last."""
-    ordered, order = scores.sort(dim=-1, descending=True)
-    tied = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)
-    if bool(tied.any()):
-        by_row = rows.sort(dim=-1).indices
-        order = by_row.gather(-1, scores.gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices)
-    return order
-
-
-def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
-    """The weighted sum of the values at ``places``."""
-    width = tables.values.shape[-1]
-    if len(tables.values) == 0:
-        values = weights.new_zeros(*weights.shape, width, dtype=dtype)
-    else:
-        values = tables.gather_values(places, dtype)
-    return weighted_sum(weights, values)
-
-
-def _choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
-    """The value of each query's best row, 0 where there is none."""
-    first = places.numbers[:, :1]
-    if len(tables.values) == 0:
-        return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
-    return gather_rows(tables.values.detach(), Places(first), dtype, sparse=False).squeeze(1)
-
-
-def _one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    weights = torch.zeros_like(rows, dtype=dtype)
-    weights[..., 0] = (rows[..., 0] >= 0).to(dtype)
-    return weights
-
-
-def answer_dtype(query: Tensor) -> torch.dtype:
-    """The dtype that ``read.values`` comes in: the query's, or autocast's where it is on."""
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        return torch.get_autocast_dtype(query.device.type)
-    return query.dtype
-
-
-# -- public ----------------------------------------------------------------------------------------------
 
 
 def soft_read(
@@ -605,91 +266,6 @@ def _refuse_tracing(function: Callable[..., Read]) -> Callable[..., Read]:
 _soft_read_outside, _topk_read_outside = _refuse_tracing(soft_read), _refuse_tracing(topk_read)
 
 
-def merge(reads: Sequence[Read]) -> Read:
-    """Join reads of disjoint sets of rows, for the same queries, into the read of all of them.
-
-    Equal to the softmax over the union of the rows: with shares s_i = softmax over i of lse_i::
-
-        values = sum_i s_i values_i,   lse = logsumexp_i lse_i
-
-    so a read over a local, in-graph context and a read of a store make one read, and so do the reads of shards.
-    Differentiable: gradients reach whatever each read's gradients reach.
-
-    Args:
-        reads: At least one `Read`, all with softmax weights and of one leading shape and value width. That their rows
-            are disjoint is the caller's word.
-
-    Returns:
-        A `Read`. Where all reads carry ids, the merged one carries them all, best first; ids of different sources
-        stand side by side, and telling them apart is the caller's part. Its ``mass`` counts what each read considered:
-        NaN if one of them does not know its own. It has no ``error``, whatever theirs were.
-
-    Raises:
-        ArgumentError: No reads, or one whose weights are not a softmax's.
-        ShapeError: Shapes differ.
-
-    Example:
-        >>> import torch
-        >>> from softdb.functional import merge, soft_read
-        >>> q, keys, values = torch.randn(3, 8), torch.randn(20, 8), torch.randn(20, 2)
-        >>> halves = [soft_read(q, keys[:9], values[:9]), soft_read(q, keys[9:], values[9:])]
-        >>> torch.allclose(merge(halves).values, soft_read(q, keys, values).values, atol=1e-6)
-        True
-    """
-    if isinstance(reads, Read):
-        raise DtypeError("reads: expected a sequence of Read objects, got one Read; pass [first, second]")
-    reads = list(reads)
-    _check_mergeable(reads)
-    dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
-    with full_precision(reads[0].lse.device):
-        shares, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
-        parts = torch.stack([read.values.to(dtype) for read in reads], dim=-1)  # (..., dv, reads)
-        values = (parts * shares.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)
-        masses = torch.stack([read.mass.to(dtype) for read in reads], dim=-1)
-        scored = [read for read in reads if read.ids is not None]
-        if len(scored) < len(reads):
-            held = torch.where(masses > 0, masses.detach().ceil(), masses)
-            mass = (shares.detach() * held).sum(-1).clamp(max=1.0)
-            return Read(values, None, None, None, lse, mass)
-        ids = torch.cat([read.ids for read in reads if read.ids is not None], dim=-1)
-        scores = torch.cat([read.scores.to(dtype) for read in reads if read.scores is not None], dim=-1)
-        weights = torch.cat(
-            [
-                read.weights.to(dtype) * shares[..., i : i + 1]
-                for i, read in enumerate(reads)
-                if read.weights is not None
-            ],
-            dim=-1,
-        )
-        order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-        total = (shares * masses).sum(-1)
-        mass = straight_through(total.clamp(max=1.0), total)
-        return Read(values, ids.gather(-1, order), weights.gather(-1, order), scores.gather(-1, order), lse, mass)
-
-
-# -- under transforms of torch.func ----------------------------------------------------------------------
-
-
-def answer_of(read: Read, leaves: Operands) -> Answer:
-    """Return a read as `softdb.transforms` takes it."""
-    members = {field.name: tensor for field in fields(Read) if isinstance(tensor := getattr(read, field.name), Tensor)}
-    return Answer(members, read.normalizer, leaves)
-
-
-def read_of(members: dict[str, Tensor], normalizer: str) -> Read:
-    """Return the read that has these members."""
-    named = {field.name: members.get(field.name) for field in fields(Read)}
-    return Read(**named | {"normalizer": normalizer})  # type: ignore[arg-type]
-
-
-def leaves_of(operands: Operands, wanted: Sequence[bool]) -> Operands:
-    """Return the same tensors, those whose gradients are wanted as leaves of a graph."""
-    return [
-        value.detach().requires_grad_() if want and value is not None else value
-        for value, want in zip(operands, wanted, strict=True)
-    ]
-
-
 def _soft_read_under_transform(
     query: Tensor,
     keys: Tensor,
@@ -830,9 +406,6 @@ def _check_temperature_shape(
     return temperature
 
 
-# -- shapes ----------------------------------------------------------------------------------------------
-
-
 class _Fold:
     """Batch dimensions brought to G groups of queries, each group with its own rows, and back.
 
@@ -892,15 +465,6 @@ class _Fold:
         tensor = tensor.reshape(*[self.batch[i] for i in order], self.height, *rest)
         back = [order.index(i) for i in range(len(order))]
         return tensor.permute(*back, *range(len(order), tensor.dim()))
-
-
-def finish(read: Read, query: Tensor) -> Read:
-    """``read``, its values in the dtype they are answered in."""
-    dtype = answer_dtype(query)
-    return read if read.values.dtype == dtype else replace(read, values=read.values.to(dtype))
-
-
-# -- checks ----------------------------------------------------------------------------------------------
 
 
 def _check_operands(
@@ -974,21 +538,3 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
             f"candidates: expected each row at most once per query, got {list_ids(twice.unique())} more than once"
         )
     return ids.expand(*shape, -1).to(device)
-
-
-def _check_mergeable(reads: list[Read]) -> None:
-    if not reads:
-        raise ArgumentError("reads: expected at least one Read, got none")
-    for read in reads:
-        if not isinstance(read, Read):
-            raise DtypeError(f"reads: expected Read objects, got {describe(read)}")
-        if read.normalizer != "softmax":
-            raise ArgumentError(
-                f"reads: expected reads with softmax weights, got one with {read.normalizer!r}; "
-                "only a softmax can be put together from its parts"
-            )
-        if read.values.shape != reads[0].values.shape:
-            raise ShapeError(
-                "reads: expected values of one shape, "
-                f"got {tuple(reads[0].values.shape)} and {tuple(read.values.shape)}"
-            )

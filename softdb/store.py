@@ -44,7 +44,6 @@ from softdb._checks import (
 )
 from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
-from softdb.compiled import count_read, new_handle, read_in_graph
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,
@@ -62,24 +61,28 @@ from softdb.errors import (
     UnfinishedWriteError,
 )
 from softdb.filters import Selection, Where, select
-from softdb.functional import (
-    GATHERED_NUMBERS,
+from softdb.index.config import IndexConfig, IndexStats
+from softdb.index.list_layout import promise_of
+from softdb.index.manager import Found, IndexManager
+from softdb.interop.compile import count_read, new_handle, read_in_graph
+from softdb.reading.exact import GATHERED_NUMBERS, read_exactly
+from softdb.reading.result import (
     Read,
-    Tables,
     answer_dtype,
     answer_of,
     best_of,
     completed,
     finish,
     leaves_of,
-    read_candidates,
-    read_exactly,
     read_of,
     replaced,
     transform,
     widened,
 )
-from softdb.index import Found, Index, IndexConfig, IndexStats
+from softdb.reading.sample import Sample
+from softdb.reading.tables import Tables
+from softdb.reading.tail import add_tail, is_worth_trying, samples_for
+from softdb.reading.topk import read_candidates
 from softdb.rows import (
     NO_SLOTS,
     RowTable,
@@ -98,7 +101,6 @@ from softdb.scoring.normalizers import SPARSE, check_normalizer, in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
-from softdb.tail import Sample, add_tail, is_worth_trying, promise_of, samples_for
 from softdb.transforms import (
     Answer,
     Operands,
@@ -440,7 +442,7 @@ class SoftKVStore(ModuleWithProperties):
         if self.capacity is not None:
             self.rows.resize(self.capacity)
         config = IndexConfig(index) if isinstance(index, str) else index
-        self._index = Index(config, metric, self.key_dim, moving=self.trainable)
+        self._index = IndexManager(config, metric, self.key_dim, moving=self.trainable)
         self._open_reads: list[weakref.ref[Tensor]] = []
         self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
         self._finished = 0  # how many writes that broke off have been
@@ -2189,7 +2191,7 @@ class _LentStore(SoftKVStore):
         tables = {"keys": keys, "values": values}
         self.__dict__["_parameters"] = {name: tables.get(name, value) for name, value in store._parameters.items()}
         self.__dict__["_buffers"] = {name: tables.get(name, value) for name, value in store._buffers.items()}
-        self.__dict__["_index"] = Index(IndexConfig("Flat"), self.metric, self.key_dim, moving=True)
+        self.__dict__["_index"] = IndexManager(IndexConfig("Flat"), self.metric, self.key_dim, moving=True)
 
     def _is_current(self, searching: bool) -> bool:
         return self._unfinished is None

@@ -15,7 +15,8 @@ import torch
 from programs import check_exit
 from torch import Tensor, nn
 
-from softdb import ArgumentError, GrowthError, Read, SoftKVStore, StaleReadError, UnknownIdError, compiled
+from softdb import ArgumentError, GrowthError, Read, SoftKVStore, StaleReadError, UnknownIdError
+from softdb.interop import compile as compile_module
 
 # Importing inductor makes torch warn of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -29,9 +30,9 @@ def _fresh() -> Any:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
-    if compiled._kept:
+    if compile_module._kept:
         gc.collect()
-    assert compiled._kept == {}, "an eager graph outlives what could go backward through it"
+    assert compile_module._kept == {}, "an eager graph outlives what could go backward through it"
 
 
 def make_store(rows: int = 30, **options: Any) -> SoftKVStore:
@@ -261,7 +262,7 @@ def test_without_gradients_nothing_is_kept() -> None:
             answer = run(x)
             assert torch.equal(answer, store(x))
             assert not answer.requires_grad
-            assert compiled._kept == {}
+            assert compile_module._kept == {}
 
 
 def test_what_is_kept_goes_with_the_answer() -> None:
@@ -270,7 +271,7 @@ def test_what_is_kept_goes_with_the_answer() -> None:
     answer = run(torch.randn(4, 8))
     for _ in range(3):
         answer = run(torch.randn(4, 8))
-    assert len(compiled._kept) == 1
+    assert len(compile_module._kept) == 1
     with pytest.raises(GrowthError, match="has not gone backward"):
         store.reserve(200)
     answer.sum().backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore, rows
-from softdb import index as index_module
+from softdb.index import manager as manager_module
 
 EVICTIONS = ["lru", "oldest"]
 
@@ -339,9 +339,9 @@ def test_gradients_of_a_row_that_is_gone_are_dropped(how: dict[str, object], wri
 
 @pytest.mark.parametrize("evict", EVICTIONS)
 def test_an_index_never_finds_an_evicted_row(evict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "EXACT_ROWS", 100)
-    monkeypatch.setattr(index_module, "PENDING_ROWS", 40)
-    monkeypatch.setattr(index_module, "PENDING_SHARE", 0.0)
+    monkeypatch.setattr(manager_module, "EXACT_ROWS", 100)
+    monkeypatch.setattr(manager_module, "PENDING_ROWS", 40)
+    monkeypatch.setattr(manager_module, "PENDING_SHARE", 0.0)
     torch.manual_seed(0)
     store = SoftKVStore(8, 1, index="IVF8,Flat", capacity=400, evict=evict)  # type: ignore[arg-type]
     for step in range(60):

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softdb
-from softdb import blockwise, functional
+from softdb import blockwise
 from softdb.functional import merge, soft_read, topk_read
+from softdb.reading import exact as exact_module
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import SPARSE
 
@@ -408,7 +409,7 @@ def test_sparse_reads_of_groups(normalizer: str) -> None:
 
 @pytest.mark.parametrize("normalizer", sorted(SPARSE))
 def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "GATHERED_NUMBERS", 10_500)
+    monkeypatch.setattr(exact_module, "GATHERED_NUMBERS", 10_500)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
     with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)

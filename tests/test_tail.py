@@ -12,11 +12,13 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb import store as store_module
-from softdb import tail as tail_module
 from softdb.blockwise import Scan, exact_top_k
 from softdb.filters import Selection
-from softdb.index import Found
-from softdb.tail import ALIKE, Outline, Sample, samples_for
+from softdb.index.list_layout import Outline
+from softdb.index.manager import Found
+from softdb.reading import tail as tail_module
+from softdb.reading.sample import ALIKE, Sample
+from softdb.reading.tail import samples_for
 
 CPU = torch.device("cpu")
 
@@ -249,7 +251,7 @@ def test_lists_make_a_tail_better_and_stay_unbiased_while_rows_change(trainable:
             store.keys[1000:2000] = store.keys[1000:2000].roll(1, 0)
         errors()
     flat, _ = clustered(6000)
-    flat._index = softdb.index.Index(softdb.IndexConfig("Flat"), "dot", 16, moving=False)
+    flat._index = softdb.index.manager.IndexManager(softdb.IndexConfig("Flat"), "dot", 16, moving=False)
     store = flat
     assert with_lists[0] < 0.8 * errors()[0]
 

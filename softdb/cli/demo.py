@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softdb import lab
 from softdb.errors import ArgumentError
-from softdb.functional import Read
+from softdb.reading.result import Read
 from softdb.store import SoftKVStore
 
 __all__ = ["Sense", "Senses", "choose", "explanation", "load_senses", "store_of", "tour"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from softdb._checks import check_above_zero, check_choice
 from softdb.errors import ArgumentError, DtypeError
-from softdb.functional import Read
+from softdb.reading.result import Read
 
 T = TypeVar("T")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from softdb._checks import check_finite, check_float_tensor, check_positive, check_real, describe
 from softdb.errors import ArgumentError, DtypeError, ShapeError
-from softdb.functional import Read
 from softdb.lab.choices import Readable, check_draws, chosen_of, given_list, progress, temperatures_of
 from softdb.lab.plotting import cooling_axis, figure_of, shade
 from softdb.lab.tables import Columns, aligned
+from softdb.reading.result import Read
 from softdb.scoring.normalizers import NORMALIZERS, SPARSE
 
 __all__ = ["Comparison", "Setting", "compare"]

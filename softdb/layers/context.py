@@ -27,9 +27,10 @@ from softdb.errors import (
     StaleReadError,
     TransformError,
 )
-from softdb.functional import Read, merge, soft_read
+from softdb.functional import soft_read
 from softdb.layers.context_state import Past, Ring, Stores
 from softdb.layers.queries import Queries, output_of, reset_output
+from softdb.reading.result import Read, merge
 from softdb.transforms import (
     check_no_tangent,
     is_active,

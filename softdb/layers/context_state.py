@@ -12,8 +12,9 @@ from torch import Tensor
 
 from softdb._checks import check_shape
 from softdb.errors import ArgumentError, DtypeError, ShapeError, StaleReadError
-from softdb.functional import Read, soft_read
+from softdb.functional import soft_read
 from softdb.layers.queries import stack_reads
+from softdb.reading.result import Read
 from softdb.store import SoftKVStore
 from softdb.transforms import is_active
 

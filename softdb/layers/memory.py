@@ -15,8 +15,8 @@ from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
-from softdb.functional import Read
 from softdb.layers.queries import Queries, QueryNorm, output_of, reset_output, stack_reads
+from softdb.reading.result import Read
 from softdb.store import Mode, SoftKVStore, check_options
 
 __all__ = ["MemoryLayer"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.blockwise import full_precision
-from softdb.compiled import blend
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
-from softdb.functional import Read, answer_dtype
+from softdb.interop.blend import blend
 from softdb.layers.queries import Queries, QueryNorm, reset_output
+from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
 from softdb.store import Usage, is_asked_by_ddp, stand_in

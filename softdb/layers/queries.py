@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb._checks import check_choice, check_dtype, check_not_meta
-from softdb.functional import Read, widened
+from softdb.reading.result import Read, widened
 
 __all__ = ["Queries", "QueryNorm"]
 

@@ -27,28 +27,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from softdb._checks import is_finite
-from softdb.blockwise import blend_at, blend_back, products_at, weighted_sum
-from softdb.errors import ArgumentError, NonFiniteError, SecondDerivativeError, StaleReadError, TransformError
-from softdb.functional import Read, answer_dtype
-from softdb.processes import note_openmp
+from softdb.errors import ArgumentError, StaleReadError, TransformError
+from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.reading.result import Read, answer_dtype
 from softdb.rows import RowTable
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import SPARSE, in_eval_mode
-from softdb.transforms import (
-    has_batched,
-    is_active,
-    is_exporting,
-    is_forward_mode,
-    is_traced,
-    outside_of_graphs,
-    outside_of_transforms,
-    samples_first,
-)
+from softdb.transforms import is_active, is_exporting, is_traced, outside_of_graphs
 
-__all__ = ["blend", "count_read", "new_handle", "read_in_graph"]
+__all__ = ["count_read", "new_handle", "read_in_graph"]
 
 
 class Store(Protocol):
@@ -70,18 +58,27 @@ class Store(Protocol):
 
 # values, ids, weights, scores, lse, mass and the ticket of a read; empty where there is none
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 UNTRACED = (
     "softdb: where: expected a bool mask or int64 ids, since a callable, like an argument of an unknown type, cannot "
     "be part of a compiled or exported graph, nor can a sample, a tolerance, 'gumbel', or a sparse normalizer with "
     "mode='topk'; pass a mask or ids, read outside of the graph, or leave out fullgraph=True"
 )
 
+
 _numbers = itertools.count(1)
+
+
 _deferred = threading.local()
+
+
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
+
+
 _kept: dict[int, _Kept] = {}
-# How often the tables of graphs that are being traced are read there, by the tensors that stand for them.
-_reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 # At which version of its rows a store was last read for a backward.
 _last_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary()
 
@@ -117,9 +114,6 @@ class _Kept:
     read: Read
     inputs: tuple[Tensor | None, ...]
     reported: tuple[tuple[Tensor, Tensor], ...] = ()
-
-
-# -- while a graph is traced -----------------------------------------------------------------------------
 
 
 def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
@@ -190,9 +184,6 @@ def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
     if is_traced(query):
         raise TransformError(UNTRACED)
     return store.read(query, **options)
-
-
-# -- while it runs ---------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op(
@@ -409,21 +400,14 @@ def _fake_read_backward(
     return results[0], results[1], results[2], torch.empty_like(divisor, memory_format=torch.contiguous_format)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise SecondDerivativeError(
-        "a compiled read and a ProductKeyMemory have no second derivatives; for a few rows, use "
-        "softdb.functional.topk_read with all of them as candidates, which has"
-    )
-
-
 torch.library.register_fake("softdb::read_backward", _fake_read_backward)
-torch.library.register_autograd("softdb::read_backward", _refuse_second_derivative)
+torch.library.register_autograd("softdb::read_backward", refuse_second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, keys, values, temperature = inputs[:4]
     mode, k, ctx.wanted, ctx.sparse = inputs[7], inputs[8], inputs[12], inputs[13]
-    ctx.reads = _count_read(keys)
+    ctx.reads = count_read_in_graph(keys)
     ctx.shapes = [part for table in (query, keys, values) for part in (table.shape, table.dtype)]
     ctx.device = query.device
     ctx.save_for_backward(output[-1], temperature)
@@ -466,24 +450,6 @@ def _laid_out(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
     return gradient.to_dense() if gradient.layout != torch.strided else gradient.contiguous()
 
 
-@dataclass
-class _Reads:
-    """How often a table is read in one graph."""
-
-    count: int = 0
-
-
-def _count_read(table: Tensor) -> _Reads:
-    """Count a read of ``table`` in the graph that is being traced; its backward is traced after all reads.
-
-    Inductor cannot add a row-sparse gradient to another one: where there are several, they have to be dense.
-    """
-    is_traced = type(table) not in (Tensor, torch.nn.Parameter)
-    reads: _Reads = _reads_in_graph.setdefault(table, _Reads()) if is_traced else _Reads()
-    reads.count += 1
-    return reads
-
-
 def _check_repetition(store: Store) -> None:
     """Raise if activation checkpointing repeats a read after rows were written, as far as can be told."""
     version = store.rows.version
@@ -513,103 +479,3 @@ def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
     if answer == query.dtype:
         return torch.autocast(query.device.type, enabled=False)
     return torch.autocast(query.device.type, dtype=answer)
-
-
-# -- blends of rows --------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("softdb::blend", mutates_args=())
-def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
-    note_openmp()
-    _check_weights(weights)
-    return blend_at(weights, values, numbers)
-
-
-def _check_weights(weights: Tensor) -> None:
-    if not is_finite(weights):
-        raise NonFiniteError(
-            "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "
-            "(did training diverge?)"
-        )
-
-
-@_blend.register_fake
-def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
-    return weights.new_empty(weights.shape[0], values.shape[1])
-
-
-torch.library.define(
-    "softdb::blend_backward",
-    "(Tensor gradient, Tensor weights, Tensor values, Tensor numbers, bool[] wanted, bool sparse) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("softdb::blend_backward", "default")
-def _blend_backward(
-    gradient: Tensor,  # (M, dv)
-    weights: Tensor,  # (M, k)
-    values: Tensor,  # (N, dv)
-    numbers: Tensor,  # (M, k)
-    wanted: Sequence[bool],
-    sparse: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of weights and values."""
-    nothing = weights.new_empty(0)
-    products = products_at(gradient, values, numbers) if wanted[0] else nothing
-    return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
-
-
-def _fake_blend_backward(
-    gradient: Tensor, weights: Tensor, values: Tensor, numbers: Tensor, wanted: Sequence[bool], sparse: bool
-) -> tuple[Tensor, Tensor]:
-    layout = torch.sparse_coo if sparse else torch.strided
-    return (
-        torch.empty_like(weights, memory_format=torch.contiguous_format) if wanted[0] else weights.new_empty(0),
-        torch.empty(values.shape, dtype=values.dtype, device=values.device, layout=layout)
-        if wanted[1]
-        else weights.new_empty(0),
-    )
-
-
-torch.library.register_fake("softdb::blend_backward", _fake_blend_backward)
-torch.library.register_autograd("softdb::blend_backward", _refuse_second_derivative)
-
-
-def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, values, numbers, sparse = inputs
-    ctx.save_for_backward(weights, values, numbers)
-    ctx.sparse, ctx.reads = sparse, _count_read(values)
-
-
-def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weights, values, numbers = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:2])
-    # torch.vmap over backward, as torch.autograd.functional.jacobian(vectorize=True) has it, stacks dense tensors.
-    sparse = ctx.sparse and ctx.reads.count == 1 and not has_batched([gradient])
-    results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, sparse)
-    return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
-
-
-_blend.register_autograd(_differentiate_blend, setup_context=_save_blend)
-
-
-def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> Tensor:  # (M, k), (N, dv), (M, k)
-    """``(weights[..., None] * values[numbers]).sum(1)``, (M, dv), in the dtype of the weights.
-
-    The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
-    of the rows in ``numbers``, none of which is -1.
-    """
-    if is_active() or (is_forward_mode() and not torch.compiler.is_compiling()):
-        return _blend_under_transform(weights, values, numbers)
-    result: Tensor = torch.ops.softdb.blend.default(weights, values, numbers, sparse)
-    return result
-
-
-def _blend_under_transform(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
-    """`blend` by operations that every transform goes through; the (M, k, dv) rows are held."""
-    if not torch.compiler.is_compiling():
-        with outside_of_transforms():
-            _check_weights(samples_first(weights))
-    rows = values.index_select(0, numbers.flatten()).reshape(*numbers.shape, values.shape[-1])
-    return weighted_sum(weights, rows.to(weights.dtype))

@@ -24,184 +24,46 @@ from torch import Tensor
 
 from softdb._checks import is_finite
 from softdb.blockwise import TILE_ELEMENTS, Places, Scan, check_scores
-from softdb.filters import Selection
-from softdb.functional import Read, Tables, share_of, transform
 from softdb.hidden import finite_values, hidden_keys_zeroed, spoil
+from softdb.index.list_layout import FURTHEST
+from softdb.reading.result import Read, share_of, transform
+from softdb.reading.sample import CHUNK_ROWS, PARTS, Sample
+from softdb.reading.tables import Tables
 
-__all__ = ["Outline", "Sample", "add_tail", "is_worth_trying", "promise_of", "samples_for"]
+__all__ = ["add_tail", "is_worth_trying", "samples_for"]
+
 
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
 
-# The part of a sample that is drawn as if all rows were alike: where the lists promise wrongly, the variance is no more
-# than twice, 1 / ALIKE times, that of rows drawn at random from all.
-ALIKE = 0.5
-# Into how many parts a sample is split to tell its variance.
-PARTS = 8
-# So many rows of a sample are scored at a time.
-CHUNK_ROWS = 1024
-# Rows with a score so far below the best candidates' are taken to score no worse.
-FURTHEST = 75.0
+
 # Rows are counted as found for certain as long as it is less likely than this that one of them is not; how far values
 # lie from the answer is told by so many of the next.
 SURELY, TOLD_BY, LEAST_RECALL = 0.05, 16, 0.01
+
+
 TINY = 1e-300
+
+
 # No error is told to be less than so many times the precision of a number: an exact read's is not, either.
 ROUNDING = 64
+
+
 # This part of a batch, the lower, tells what error is usual.
 USUAL = 0.95
+
+
 # What reads cost, in products of a query with a key and its value in an exact one, which costs as much as if there
 # were so many queries more: a row of a sample, as if there were many more, since it lies somewhere in memory; a
 # candidate; and a sample beside that. And up to which part of an exact read a first sample is worth trying.
 FIRST_QUERY_COST, SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 40, 1.7, 130, 150, 5e6
+
+
 TRIAL_SHARE = 1 / 4
+
+
 # ``error`` is so many standard deviations that nine of ten errors are below it, and so many more for values of width 1,
 # fewer by the root of the width: the norm of what is wide varies less.
 DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4
-
-
-@dataclass(frozen=True, eq=False)
-class Outline:
-    """The rows in the order of the index's lists, and where the lists lie.
-
-    Attributes:
-        order: Every slot once, list after list.
-        counts: How many slots each list has, (L,).
-        means: The mean key of each list, (L, d), or of some of its rows.
-    """
-
-    order: Tensor
-    counts: Tensor
-    means: Tensor
-
-    def among(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """``order`` and ``counts`` of the slots that some query may see."""
-        order, counts = self.order, self.counts
-        if len(order) < selection.size:  # rows that the lists do not know yet
-            order = torch.cat([order, torch.arange(len(order), selection.size, device=order.device)])
-            counts = torch.cat([counts[:-1], counts[-1:] + (len(order) - len(self.order))])
-        if selection.shared is None:
-            return order, counts
-        seen = selection.shared[order]
-        before = torch.cat([counts.new_zeros(1), seen.cumsum(0)])
-        ends = counts.cumsum(0)
-        return order[seen], before[ends] - before[ends - counts]
-
-
-def promise_of(outline: Outline, query: Tensor, scan: Scan, read: Read) -> Tensor:  # (M, w) -> (L,)
-    """The weight that a row of each list may have beside the candidates, root mean square over the queries."""
-    operand = scan.operand(outline.means)
-    some = (read.lse > -torch.inf).nonzero().squeeze(-1)  # the others see no row
-    query = query.detach()[some]
-    twice = 2 * query  # squares of weights are exponentials of twice the scores
-    most = 2 * cast(Tensor, read.scores).detach()[some, -1:].to(query.dtype)  # what is better should be a candidate
-    total = 2 * read.lse.detach()[some].unsqueeze(-1).to(query.dtype)
-    squares = operand.new_zeros(len(operand))
-    height = max(1, TILE_ELEMENTS // max(1, len(operand)))
-    for start in range(0, len(query), height):
-        part = slice(start, start + height)
-        doubled = (twice[part] @ operand.T).clamp_(total[part] - FURTHEST, most[part]).sub_(total[part])
-        squares += doubled.exp_().sum(0)
-    return squares.double().nan_to_num_(nan=0.0, posinf=0.0).sqrt_()
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Rows that stand for others.
-
-    Attributes:
-        slots: (m,): ``parts`` times ``width`` first rows of strata and as many second rows of the same strata, by
-            turns; then the rows that stand for themselves.
-        factors: How many rows each stands for, (m,): 0 for those that only make parts as wide.
-        width: How many strata there are in a part.
-        parts: How many parts there are.
-    """
-
-    slots: Tensor
-    factors: Tensor
-    width: int
-    parts: int
-
-    @classmethod
-    def draw(
-        cls,
-        selection: Selection,
-        count: int,
-        device: torch.device,
-        generator: torch.Generator | None,
-        outline: Outline | None = None,
-        promise: Tensor | None = None,
-    ) -> Sample:
-        """Two rows of every stratum, ``count`` in all, rounded up to an even number; all rows if there are no more.
-
-        Strata hold as many rows as each other, or with a ``promise`` of weight, as much of that.
-        """
-        if outline is None or selection.visit is not None:
-            order = selection.shared_slots.to(device)
-            counts, promise = torch.tensor([len(order)], device=device), None
-        else:
-            order, counts = outline.among(selection)
-        if count >= len(order):
-            return cls(order, torch.ones(len(order), device=device), 0, 0)
-        strata = max(1, (count + 1) // 2)
-        edges = _edges(counts, promise, strata)
-        first, size = edges[:-1], edges.diff()
-        small = size <= 2
-        alone = torch.cat([first[small & (size > 0)], first[small & (size == 2)] + 1])
-        first, size = first[~small], size[~small]
-        source = torch.device("cpu") if generator is None else generator.device
-        dice = torch.rand(2, len(first), dtype=torch.float64, device=source, generator=generator).to(device)
-        one = (dice[0] * size).long().clamp_(max=size - 1)
-        other = (one + 1 + (dice[1] * (size - 1)).long().clamp_(max=size - 2)) % size
-        parts = min(PARTS, len(first))
-        width = -(-len(first) // max(1, parts))
-        padding = parts * width - len(first)
-        pairs = torch.nn.functional.pad(torch.stack([first + one, first + other]), (0, padding))
-        factors = torch.nn.functional.pad((size / 2).expand(2, -1), (0, padding))
-        places = pairs.view(2, parts, width).transpose(0, 1).flatten()
-        factors = factors.reshape(2, parts, width).transpose(0, 1).flatten()
-        return cls(
-            order[torch.cat([places, alone])],
-            torch.cat([factors, torch.ones(len(alone), device=device)]),
-            width,
-            parts,
-        )
-
-    @property
-    def ends(self) -> list[int]:
-        """Where the rows that stand for some end, of what `chunks` numbers."""
-        paired = 2 * self.parts * self.width
-        standing = (self.factors[:paired].view(2 * self.parts, self.width) > 0).sum(-1)
-        starts = torch.arange(2 * self.parts, device=standing.device) * self.width
-        return [*(starts + standing).tolist(), len(self.slots)]
-
-    @property
-    def chunks(self) -> list[tuple[int, slice]]:
-        """A few rows at a time: first and second rows of the parts by turns, numbered; last those that stand alone."""
-        count, paired = len(self.slots), 2 * self.parts * self.width
-        turns = [(start, start + self.width) for start in range(0, paired, max(1, self.width))]
-        return [
-            (number, slice(start, min(start + CHUNK_ROWS, stop)))
-            for number, (first, stop) in enumerate([*turns, (paired, count)])
-            for start in range(first, stop, CHUNK_ROWS)
-        ]
-
-
-def _edges(counts: Tensor, promise: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
-    """Where to cut the rows so that every stratum has the same measure, to a row."""
-    ends = counts.cumsum(0).double()
-    total = ends[-1]
-    density = torch.full_like(ends, 1.0) / total
-    if promise is not None:
-        promised = (promise * counts).sum()
-        if promised > 0:
-            density = ALIKE * density + (1 - ALIKE) * promise / promised
-    measure = torch.cat([ends.new_zeros(1), (density * counts).cumsum(0)])
-    targets = torch.arange(strata + 1, device=counts.device).double() * (measure[-1] / strata)
-    place = torch.searchsorted(measure, targets, right=True).sub_(1).clamp_(0, len(counts) - 1)
-    edges = ends[place] - counts[place] + (targets - measure[place]) / density[place]
-    edges = torch.minimum(edges, ends[place]).round_().long()
-    edges[-1] = ends[-1]
-    return edges
 
 
 def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample, recall: float = 1.0) -> Read:

@@ -1,0 +1,75 @@
+"""What a search width costs and finds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
+from softdb.filters import Selection
+from softdb.index.base import Base
+from softdb.reading.tail import FIRST_QUERY_COST
+from softdb.rows import RowTable
+from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
+
+# A filter that leaves at most this fraction of the rows leaves so few that an exact top-k over them is cheaper.
+FEW = 1 / 32
+
+
+TELLING_QUERIES = 8
+
+
+# A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; a
+# crown costs as much as if it were so many rows larger.
+VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
+
+
+def truth_of(
+    queries: Tensor, keys: Tensor, metric: str, selection: Selection, k: int
+) -> tuple[Scan, Tensor, Tensor, Tensor]:
+    """What a recall is measured by.
+
+    How queries meet rows, the queries prepared, the slots of the k best rows of each, (m, k), and from which score on a
+    row is as good as these, (m, 1): one that ties with the k-th best is.
+    """
+    scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
+    operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
+    scores, best = exact_top_k(operand, keys, scan, k)
+    worst = scores[:, -1:]
+    return scan, operand, best, worst - 1e-5 * worst.abs()
+
+
+def cost_of(base: Base, queries: int) -> float:
+    """What a search costs beside an exact one."""
+    return base.share * VISIT_COST * queries / (queries + FIRST_QUERY_COST)
+
+
+def pays(base: Base, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
+    """Whether a search in the base is cheaper than an exact one of so many queries."""
+    few = selection.shared_count <= max(4 * k, FEW * len(rows))
+    if queries == 0 or few:
+        return False
+    more = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbours)))
+    return more * cost_of(base, queries) <= 1
+
+
+def best_candidates(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)
+    """The k best of each query's candidates by their live keys."""
+    return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
+
+
+def tuning_queries(query: Tensor | None, rows: Tensor, count: int) -> list[Tensor]:  # (B, d), (n, d) -> (m, d) each
+    """Queries to tune on: those of the read that wants the index, and, where they are few, some rows moved a little."""
+    given = rows[:0] if query is None else query.detach().to(rows.dtype)
+    given = given[:: max(1, len(given) // count)][:count]
+    generator = torch.Generator("cpu").manual_seed(0)
+    wanted = count - len(given) if len(rows) else 0
+    chosen = torch.randint(max(1, len(rows)), (wanted,), generator=generator, device="cpu")
+    sample = rows[chosen.to(rows.device)]
+    noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
+    spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
+    made = sample + noise.mul_(0.5 * spread)
+    groups = [given, made] if len(given) >= TELLING_QUERIES else [torch.cat([given, made])]
+    return [group for group in groups if len(group)]

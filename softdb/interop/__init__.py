@@ -1,0 +1,1 @@
+"""softdb in the machinery of others: torch.compile and torch.export."""

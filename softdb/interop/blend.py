@@ -1,0 +1,117 @@
+"""An operator of its own in graphs of torch.compile: the blend of a table's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softdb._checks import is_finite
+from softdb.blockwise import blend_at, blend_back, products_at, weighted_sum
+from softdb.errors import NonFiniteError
+from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.processes import note_openmp
+from softdb.transforms import has_batched, is_active, is_forward_mode, outside_of_transforms, samples_first
+
+__all__ = ["blend"]
+
+
+@torch.library.custom_op("softdb::blend", mutates_args=())
+def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    note_openmp()
+    _check_weights(weights)
+    return blend_at(weights, values, numbers)
+
+
+def _check_weights(weights: Tensor) -> None:
+    if not is_finite(weights):
+        raise NonFiniteError(
+            "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "
+            "(did training diverge?)"
+        )
+
+
+@_blend.register_fake
+def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
+    return weights.new_empty(weights.shape[0], values.shape[1])
+
+
+torch.library.define(
+    "softdb::blend_backward",
+    "(Tensor gradient, Tensor weights, Tensor values, Tensor numbers, bool[] wanted, bool sparse) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("softdb::blend_backward", "default")
+def _blend_backward(
+    gradient: Tensor,  # (M, dv)
+    weights: Tensor,  # (M, k)
+    values: Tensor,  # (N, dv)
+    numbers: Tensor,  # (M, k)
+    wanted: Sequence[bool],
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weights and values."""
+    nothing = weights.new_empty(0)
+    products = products_at(gradient, values, numbers) if wanted[0] else nothing
+    return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
+
+
+def _fake_blend_backward(
+    gradient: Tensor, weights: Tensor, values: Tensor, numbers: Tensor, wanted: Sequence[bool], sparse: bool
+) -> tuple[Tensor, Tensor]:
+    layout = torch.sparse_coo if sparse else torch.strided
+    return (
+        torch.empty_like(weights, memory_format=torch.contiguous_format) if wanted[0] else weights.new_empty(0),
+        torch.empty(values.shape, dtype=values.dtype, device=values.device, layout=layout)
+        if wanted[1]
+        else weights.new_empty(0),
+    )
+
+
+torch.library.register_fake("softdb::blend_backward", _fake_blend_backward)
+
+
+torch.library.register_autograd("softdb::blend_backward", refuse_second_derivative)
+
+
+def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, values, numbers, sparse = inputs
+    ctx.save_for_backward(weights, values, numbers)
+    ctx.sparse, ctx.reads = sparse, count_read_in_graph(values)
+
+
+def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weights, values, numbers = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    # torch.vmap over backward, as torch.autograd.functional.jacobian(vectorize=True) has it, stacks dense tensors.
+    sparse = ctx.sparse and ctx.reads.count == 1 and not has_batched([gradient])
+    results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, sparse)
+    return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
+
+
+_blend.register_autograd(_differentiate_blend, setup_context=_save_blend)
+
+
+def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> Tensor:  # (M, k), (N, dv), (M, k)
+    """``(weights[..., None] * values[numbers]).sum(1)``, (M, dv), in the dtype of the weights.
+
+    The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
+    of the rows in ``numbers``, none of which is -1.
+    """
+    if is_active() or (is_forward_mode() and not torch.compiler.is_compiling()):
+        return _blend_under_transform(weights, values, numbers)
+    result: Tensor = torch.ops.softdb.blend.default(weights, values, numbers, sparse)
+    return result
+
+
+def _blend_under_transform(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
+    """`blend` by operations that every transform goes through; the (M, k, dv) rows are held."""
+    if not torch.compiler.is_compiling():
+        with outside_of_transforms():
+            _check_weights(samples_first(weights))
+    rows = values.index_select(0, numbers.flatten()).reshape(*numbers.shape, values.shape[-1])
+    return weighted_sum(weights, rows.to(weights.dtype))

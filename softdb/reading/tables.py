@@ -1,0 +1,56 @@
+"""Keys and values as a read finds them, and the rows gathered from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softdb.blockwise import Places, gather_rows
+
+# From one of so many rows on, a sample is the start of a permutation of all.
+MANY_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Keys and values to read from, N rows for each of G groups of queries; row n of group g lies at ``g * N + n``.
+
+    Attributes:
+        keys, values: (G N, width).
+        groups: G.
+        sparse: Whether gathered rows get row-sparse gradients.
+    """
+
+    keys: Tensor
+    values: Tensor
+    groups: int = 1
+    sparse: bool = False
+
+    def place(self, rows: Tensor) -> Tensor:  # (M, k) row numbers -> (M, k) places in the tables
+        if self.groups <= 1:
+            return rows
+        first = torch.arange(self.groups, device=rows.device) * (len(self.keys) // self.groups)
+        first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
+        return torch.where(rows < 0, rows, rows + first)
+
+    def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
+        return gather_rows(self.keys, places, dtype, sparse=self.sparse)
+
+    def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
+        return gather_rows(self.values, places, dtype, sparse=self.sparse)
+
+
+def choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+    """The value of each query's best row, 0 where there is none."""
+    first = places.numbers[:, :1]
+    if len(tables.values) == 0:
+        return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
+    return gather_rows(tables.values.detach(), Places(first), dtype, sparse=False).squeeze(1)
+
+
+def one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    weights = torch.zeros_like(rows, dtype=dtype)
+    weights[..., 0] = (rows[..., 0] >= 0).to(dtype)
+    return weights

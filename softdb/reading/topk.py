@@ -1,0 +1,92 @@
+"""Top-k reads: over candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softdb.blockwise import (
+    Places,
+    Scan,
+    blend_at,
+    check_scores,
+    gathered_scores,
+    query_numbers,
+    scores_at,
+    weighted_sum,
+)
+from softdb.reading.result import Read
+from softdb.reading.tables import Tables, choose, one_hot_first
+from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_through
+
+
+def read_candidates(
+    query: Tensor,
+    tables: Tables,
+    scan: Scan,
+    rows: Tensor,
+    normalizer: str,
+    *,
+    complete: Tensor,
+    best: bool = False,
+) -> Read:
+    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
+
+    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
+    they are taken to be the best of those: then no row with weight is missing where one of them has none.
+    """
+    places = Places(tables.place(rows))
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
+    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and tables.values.shape[-1] > 0
+    if len(tables.keys) == 0:
+        nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
+        scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+    elif wanted:
+        scores = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
+        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
+    else:
+        scores = scores_at(query, tables.keys, places.numbers, scan)
+    if scan.noise is not None:
+        numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
+        scores = scores + scan.noise.at(numbers.flatten().unsqueeze(-1), rows, scan.dtype).squeeze(-2)
+    weights, lse = softmax(scores)
+    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
+    if normalizer in SPARSE:
+        weights = SPARSE[normalizer](scores)
+        if best:
+            complete = complete | (weights.detach() == 0).any(-1)
+    order = _best_first(scores.detach(), rows)
+    if is_hard(normalizer):
+        blend = choose(tables, Places(places.numbers.gather(-1, order[:, :1])), scan.dtype)
+        if wanted:
+            blend = straight_through(blend, _blend(weights, tables, places, scan.dtype))
+    elif lean:
+        blend = blend_at(weights, tables.values, places.numbers)
+    else:
+        blend = _blend(weights, tables, places, scan.dtype)
+    rows = rows.gather(-1, order)
+    weights, scores = weights.gather(-1, order), scores.gather(-1, order)
+    if is_hard(normalizer):
+        weights = straight_through(one_hot_first(rows, weights.dtype), weights)
+    mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
+    return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
+
+
+def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
+    """The order of candidates by score, the lowest row first among equals, padding last."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    tied = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)
+    if bool(tied.any()):
+        by_row = rows.sort(dim=-1).indices
+        order = by_row.gather(-1, scores.gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices)
+    return order
+
+
+def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+    """The weighted sum of the values at ``places``."""
+    width = tables.values.shape[-1]
+    if len(tables.values) == 0:
+        values = weights.new_zeros(*weights.shape, width, dtype=dtype)
+    else:
+        values = tables.gather_values(places, dtype)
+    return weighted_sum(weights, values)

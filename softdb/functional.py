@@ -21,7 +21,6 @@ from softdb._checks import (
     is_finite,
     list_ids,
 )
-from softdb.blockwise import Scan, check_scores, full_precision, gathered_scores, is_narrow, query_numbers, weighted_sum
 from softdb.errors import (
     ArgumentError,
     DeviceError,
@@ -32,7 +31,10 @@ from softdb.errors import (
     TransformError,
 )
 from softdb.filters import Selection
-from softdb.hidden import hidden_keys_zeroed
+from softdb.kernels.gather import gathered_scores, weighted_sum
+from softdb.kernels.hidden import hidden_keys_zeroed
+from softdb.kernels.spec import ReadSpec, check_scores, full_precision, query_numbers
+from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
 from softdb.reading.exact import read_exactly
 from softdb.reading.result import Read, answer_dtype, answer_of, best_of, finish, leaves_of, merge, read_of, transform
@@ -139,23 +141,25 @@ def soft_read(
         k = check_positive("k", k)
     if mask is not None:
         _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
-    narrow = is_narrow(values, answer_dtype(query))
+    tiling = Tiling.for_device(query.device)
+    narrow = tiling.is_narrow(values, answer_dtype(query))
     with full_precision(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
-        scan = Scan(metric, centre, selection, dtype, narrow=narrow, noise=noise_for(normalizer, generator))
+        noise = noise_for(normalizer, generator)
+        spec = ReadSpec(metric, centre, selection, dtype, narrow=narrow, noise=noise, tiling=tiling)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         height = fold.shared_size * query.shape[-2]
         if not selection.shows_some_to_all:
             check_finite("query", query)  # else scores tell
         try:
-            read = read_exactly(fold.queries(operand), tables, scan, k, normalizer)
+            read = read_exactly(fold.queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:
             check_finite("query", query)  # it may be their fault: say so
-            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, scan, fold.groups, height))
+            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, height))
             raise
     if not is_finite(read.values):
         check_finite("values", values)
@@ -230,12 +234,14 @@ def topk_read(
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
         noise = noise_for(normalizer, generator)
-        scan = Scan(metric, centre, Selection(keys.shape[-2]), dtype, noise=noise)
+        spec = ReadSpec(
+            metric, centre, Selection(keys.shape[-2]), dtype, noise=noise, tiling=Tiling.for_device(query.device)
+        )
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         rows = fold.queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
         try:
-            read = read_candidates(fold.queries(operand), tables, scan, rows, normalizer, complete=complete)
+            read = read_candidates(fold.queries(operand), tables, spec, rows, normalizer, complete=complete)
         except NonFiniteError:
             check_finite("keys", keys)  # it may be their fault: say so
             raise
@@ -352,8 +358,8 @@ def _topk_read_under_transform(
         rows = fold.queries(candidates.to(torch.int64).expand(*batch, height, candidates.shape[-1]))  # (M, k)
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
-        scan = Scan(metric, centre, Selection(count), dtype)
-        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), scan)
+        spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
+        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
         if normalizer == "gumbel":
             device = "cpu" if generator is None else generator.device
             noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))

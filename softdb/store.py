@@ -43,7 +43,6 @@ from softdb._checks import (
     is_out_of_memory,
 )
 from softdb.attributes import ModuleWithProperties
-from softdb.blockwise import Scan, exact_top_k, full_precision, is_narrow
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,
@@ -65,6 +64,9 @@ from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.list_layout import promise_of
 from softdb.index.manager import Found, IndexManager
 from softdb.interop.compile import count_read, new_handle, read_in_graph
+from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.spec import ReadSpec, full_precision
+from softdb.kernels.tiling import Tiling
 from softdb.reading.exact import GATHERED_NUMBERS, read_exactly
 from softdb.reading.result import (
     Read,
@@ -931,7 +933,8 @@ class SoftKVStore(ModuleWithProperties):
         selection = self._select(leading, where, exclude)
         if mode != "exact" or not selection.shows_some_to_all:
             check_finite("query", query)  # else its scores tell
-        narrow = is_narrow(values, answer_dtype(query))
+        tiling = Tiling.for_device(query.device)
+        narrow = tiling.is_narrow(values, answer_dtype(query))
         with full_precision(query.device):
             dtype = compute_dtype(query, keys, values)
             centre = centre_of(query, self.metric)
@@ -940,25 +943,25 @@ class SoftKVStore(ModuleWithProperties):
                 operand = operand.reshape(-1, operand.shape[-1])
             noise = noise_for(normalizer, generator)
             largest = functools.partial(_largest_norm, keys) if "keys" in lent else self._largest_key_norm
-            scan = Scan(self.metric, centre, selection, dtype, largest, narrow, noise)
+            spec = ReadSpec(self.metric, centre, selection, dtype, largest, narrow, noise, tiling)
             tables = Tables(keys, values, sparse=sparse)
             if mode == "exact":
                 try:
-                    read = read_exactly(operand, tables, scan, k, normalizer)
+                    read = read_exactly(operand, tables, spec, k, normalizer)
                 except NonFiniteError:
                     check_finite("query", query)  # it may be its fault: say so
                     raise
                 used = selection.shared
             elif tolerance is not None:
-                read, used = self._read_to(query, operand, scan, tables, k, tolerance, generator)
+                read, used = self._read_to(query, operand, spec, tables, k, tolerance, generator)
             else:
-                read, found = self._read_best(query, operand, scan, tables, k, normalizer)
+                read, found = self._read_best(query, operand, spec, tables, k, normalizer)
                 used = found.slots.flatten()
                 if normalizer in SPARSE:
-                    read, more = self._find_support(read, query, operand, scan, tables, normalizer)
+                    read, more = self._find_support(read, query, operand, spec, tables, normalizer)
                     used = torch.cat([used, *more])
                 if tail_samples:
-                    read, sampled = self._add_tail(read, operand, scan, tables, tail_samples, found.recall, generator)
+                    read, sampled = self._add_tail(read, operand, spec, tables, tail_samples, found.recall, generator)
                     used = torch.cat([used, sampled])
         if mode == "hard":
             read = replace(read, normalizer="hard")
@@ -970,7 +973,7 @@ class SoftKVStore(ModuleWithProperties):
         self,
         query: Tensor,
         operand: Tensor,
-        scan: Scan,
+        spec: ReadSpec,
         tables: Tables,
         k: int | None,
         normalizer: str = "softmax",
@@ -978,18 +981,18 @@ class SoftKVStore(ModuleWithProperties):
         careful: bool = False,
     ) -> tuple[Read, Found]:
         """A read of the k best rows, and how they were found."""
-        found = self._candidates(query, operand, scan, k, careful=careful)
-        complete = self._complete(found.slots, scan.selection)
-        read = read_candidates(operand, tables, scan, found.slots, normalizer, complete=complete, best=found.exact)
+        found = self._candidates(query, operand, spec, k, careful=careful)
+        complete = self._complete(found.slots, spec.selection)
+        read = read_candidates(operand, tables, spec, found.slots, normalizer, complete=complete, best=found.exact)
         return read, found
 
     def _find_support(
-        self, read: Read, query: Tensor, operand: Tensor, scan: Scan, tables: Tables, normalizer: str
+        self, read: Read, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, normalizer: str
     ) -> tuple[Read, list[Tensor]]:
         """The same read, of as many candidates for a query as it takes for one of them to have no weight."""
         query, used = query.detach().reshape(-1, self.key_dim), list[Tensor]()
         reach = cast(Tensor, read.ids).shape[-1]
-        most = min(scan.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
+        most = min(spec.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
         while True:
             whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
             left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
@@ -997,7 +1000,7 @@ class SoftKVStore(ModuleWithProperties):
             if len(left) == 0 or reach >= most or gathered > GATHERED_NUMBERS:
                 return read, used
             reach = min(2 * reach, most)
-            part = replace(scan, selection=scan.selection.take(left))
+            part = replace(spec, selection=spec.selection.take(left))
             again, found = self._read_best(query[left], operand[left], part, tables, reach, normalizer)
             used.append(found.slots.flatten())
             read = replaced(widened(read, reach), left, again)
@@ -1006,42 +1009,42 @@ class SoftKVStore(ModuleWithProperties):
         self,
         read: Read,
         operand: Tensor,
-        scan: Scan,
+        spec: ReadSpec,
         tables: Tables,
         count: int,
         recall: float,
         generator: torch.Generator | None,
     ) -> tuple[Read, Tensor]:
         """The read of the best rows and, by a sample of ``count``, of the others; and the slots of the sample."""
-        selection = scan.selection
+        selection = spec.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
         is_lent = bool(self._lent({"keys": self.keys}))
         outline = None if is_lent else self._index.outline(self.keys.detach(), selection.size)
-        promise = None if outline is None else promise_of(outline, operand, scan, read)
+        promise = None if outline is None else promise_of(outline, operand, spec, read)
         sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
-        return add_tail(read, operand, tables, scan, sample, recall), sample.slots
+        return add_tail(read, operand, tables, spec, sample, recall), sample.slots
 
     def _read_to(
         self,
         query: Tensor,
         operand: Tensor,
-        scan: Scan,
+        spec: ReadSpec,
         tables: Tables,
         k: int | None,
         tolerance: float,
         generator: torch.Generator | None,
     ) -> tuple[Read, Tensor | None]:
         """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
-        selection, query = scan.selection, query.detach().reshape(-1, self.key_dim)
+        selection, query = spec.selection, query.detach().reshape(-1, self.key_dim)
         candidates = max(k or 1, BEST_ROWS)
         trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
         trial = trial and not self._lent({"keys": self.keys})
         if not (trial and self._index.approximates(self.rows, selection, candidates, len(query))):
-            read = read_exactly(operand, tables, scan, k, "softmax")
+            read = read_exactly(operand, tables, spec, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
-        best, found = self._read_best(query, operand, scan, tables, candidates, careful=True)
-        read, sampled = self._add_tail(best, operand, scan, tables, FIRST_SAMPLES, found.recall, generator)
+        best, found = self._read_best(query, operand, spec, tables, candidates, careful=True)
+        read, sampled = self._add_tail(best, operand, spec, tables, FIRST_SAMPLES, found.recall, generator)
         used = [found.slots.flatten(), sampled]
         drawn = torch.full_like(cast(Tensor, read.error), FIRST_SAMPLES)
         for rate in RATES:
@@ -1051,7 +1054,7 @@ class SoftKVStore(ModuleWithProperties):
             if not samples:
                 break
             some = left[needed <= samples]
-            part = replace(scan, selection=selection.take(some))
+            part = replace(spec, selection=selection.take(some))
             again = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
             again, sampled = self._add_tail(again, operand[some], part, tables, samples, found.recall, generator)
             drawn[some] = samples
@@ -1060,7 +1063,7 @@ class SoftKVStore(ModuleWithProperties):
         left, _ = _excess(read, tolerance)
         if len(left) == 0:
             return best_of(read, k), torch.cat(used)
-        part = replace(scan, selection=selection.take(left))
+        part = replace(spec, selection=selection.take(left))
         exact = read_exactly(operand[left], tables, part, None, "softmax")
         return best_of(replaced(read, left, completed(read, left, exact)), k), selection.shared
 
@@ -1095,17 +1098,19 @@ class SoftKVStore(ModuleWithProperties):
             self._key_norm = (self.rows.version, norm)
         return norm
 
-    def _candidates(self, query: Tensor, operand: Tensor, scan: Scan, k: int | None, *, careful: bool = False) -> Found:
+    def _candidates(
+        self, query: Tensor, operand: Tensor, spec: ReadSpec, k: int | None, *, careful: bool = False
+    ) -> Found:
         """Slots (B, k)."""
         keys = self.keys.detach()
         if k is None:
-            return Found(exact_top_k(operand, keys, scan, 1)[1], True, 1.0)
+            return Found(exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(self.rows)))
         if self._lent({"keys": self.keys}):
-            found = Found(exact_top_k(operand, keys, scan, wanted)[1], True, 1.0)
+            found = Found(exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
             return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
         query = query.reshape(-1, self.key_dim)
-        found = self._index.search(query, operand, keys, self.rows, scan, wanted, careful=careful)
+        found = self._index.search(query, operand, keys, self.rows, spec, wanted, careful=careful)
         return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
 
     def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softdb
-from softdb import blockwise
+from softdb.kernels.tiling import Tiling
 
 METRICS = ["dot", "scaled_dot", "cosine", "l2"]
 
@@ -42,12 +42,15 @@ DISPATCH = {
 def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
     """Have every exact read go as `DISPATCH` says."""
     elements, queries, sum_rows, tall, unshifted = DISPATCH[choice]
-    patch.setattr(blockwise, "SMALL_SCORES", 0)
-    patch.setattr(blockwise, "TILE_ELEMENTS", elements)
-    patch.setattr(blockwise, "TILE_QUERIES", queries)
-    patch.setattr(blockwise, "SUM_ROWS", sum_rows)
-    patch.setattr(blockwise, "UNSHIFTED", unshifted)
-    patch.setattr(blockwise, "_is_tall", lambda queries, width: tall)
+    tiling = Tiling(
+        small_scores=0, elements=elements, queries=queries, sum_rows=sum_rows, unshifted=unshifted, tall=tall
+    )
+    force_tiling(tiling, patch)
+
+
+def force_tiling(tiling: Tiling, patch: pytest.MonkeyPatch) -> None:
+    """Have every backend work with these sizes."""
+    patch.setattr(Tiling, "for_device", lambda device: tiling)
 
 
 class RoundingNoise(TorchDispatchMode):

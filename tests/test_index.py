@@ -22,12 +22,12 @@ import faiss
 
 import softdb
 from softdb import IndexConfig, SoftKVStore
-from softdb.blockwise import Scan
 from softdb.filters import select
 from softdb.index import builder as builder_module
 from softdb.index import manager as manager_module
 from softdb.index import norm_outliers as norm_outliers_module
 from softdb.index import tuning as tuning_module
+from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.rows import row_sparse
 from softdb.scoring.metrics import centre_of, prepare_query
@@ -816,11 +816,11 @@ def candidates(
     keys, rows = store.keys.detach(), store.rows
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
     operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
-    scan = Scan(store.metric, centre, selection, query.dtype)
+    spec = ReadSpec(store.metric, centre, selection, query.dtype)
     store._index.follow(rows, keys, query, k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning_module, "pays", lambda *arguments: True)
-        return store._index.search(query, operand, keys, rows, scan, k, careful=careful)
+        return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
 @pytest.mark.parametrize("factory", TRAINED)

@@ -12,10 +12,11 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb import store as store_module
-from softdb.blockwise import Scan, exact_top_k
 from softdb.filters import Selection
 from softdb.index.list_layout import Outline
 from softdb.index.manager import Found
+from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.spec import ReadSpec
 from softdb.reading import tail as tail_module
 from softdb.reading.sample import ALIKE, Sample
 from softdb.reading.tail import samples_for
@@ -278,8 +279,8 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
 def missing(store: SoftKVStore, count: int) -> None:
     """Let searches miss the best rows."""
 
-    def search(query: Tensor, operand: Tensor, scan: Scan, k: int, *, careful: bool = False) -> Found:
-        return Found(exact_top_k(operand, store.keys.detach(), scan, k + count)[1][:, count:], False, 0.95)
+    def search(query: Tensor, operand: Tensor, spec: ReadSpec, k: int, *, careful: bool = False) -> Found:
+        return Found(exact_top_k(operand, store.keys.detach(), spec, k + count)[1][:, count:], False, 0.95)
 
     store._candidates = search  # type: ignore[method-assign, assignment]
 

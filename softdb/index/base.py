@@ -11,7 +11,6 @@ from torch import Tensor
 
 import faiss
 
-from softdb.blockwise import scores_at
 from softdb.filters import Selection
 from softdb.index.faiss_parts import (
     accepts,
@@ -31,6 +30,7 @@ from softdb.index.manager import CHECK_AFTER, CHECKING_SHARES, NEAR_ENOUGH
 from softdb.index.norm_outliers import CROWNED_ENTRIES, longest_rows, scale_of
 from softdb.index.tuning import CROWN_COST, CROWN_ROWS, VISIT_COST, truth_of
 from softdb.index.visibility import Visible
+from softdb.kernels.gather import scores_at
 from softdb.rows import RowTable, resized
 from softdb.scoring.metrics import compute_dtype
 
@@ -367,7 +367,7 @@ class Base:
         self.taken, self.crown, self.neighbours = 0, self.crown[:0], neighbours
         k = min(neighbours, self.entries)
         queries = torch.cat(groups)
-        scan, operand, best, worst = truth_of(queries, keys, metric, selection, k)
+        spec, operand, best, worst = truth_of(queries, keys, metric, selection, k)
         crowning = metric in UNBOUNDED and self.entries >= CROWNED_ENTRIES
         longest = longest_rows(keys, selection) if crowning else best.new_empty(0)
         rank = best.new_full((len(keys),), len(keys))
@@ -380,7 +380,7 @@ class Base:
             if knob is not None:
                 setattr(knob, name, probes)
             found = self.search(vectors, k).to(keys.device)
-            hits = (scores_at(operand, keys, found, scan) >= worst) & (found >= 0)
+            hits = (scores_at(operand, keys, found, spec) >= worst) & (found >= 0)
             hits &= rank[found.clamp(min=0)] >= crown  # not twice
             held = (rank[best.clamp(min=0)] < crown) & (best >= 0)
             shares = ((hits.sum(-1) + held.sum(-1)).clamp(max=k) / k).split(sizes)

@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from softdb.blockwise import TILE_ELEMENTS, Scan
 from softdb.filters import Selection
+from softdb.kernels.spec import ReadSpec
+from softdb.kernels.tiling import Tiling
 from softdb.reading.result import Read
 
 # Rows with a score so far below the best candidates' are taken to score no worse.
@@ -44,16 +45,16 @@ class Outline:
         return order[seen], before[ends] - before[ends - counts]
 
 
-def promise_of(outline: Outline, query: Tensor, scan: Scan, read: Read) -> Tensor:  # (M, w) -> (L,)
+def promise_of(outline: Outline, query: Tensor, spec: ReadSpec, read: Read) -> Tensor:  # (M, w) -> (L,)
     """The weight that a row of each list may have beside the candidates, root mean square over the queries."""
-    operand = scan.operand(outline.means)
+    operand = spec.operand(outline.means)
     some = (read.lse > -torch.inf).nonzero().squeeze(-1)  # the others see no row
     query = query.detach()[some]
     twice = 2 * query  # squares of weights are exponentials of twice the scores
     most = 2 * cast(Tensor, read.scores).detach()[some, -1:].to(query.dtype)  # what is better should be a candidate
     total = 2 * read.lse.detach()[some].unsqueeze(-1).to(query.dtype)
     squares = operand.new_zeros(len(operand))
-    height = max(1, TILE_ELEMENTS // max(1, len(operand)))
+    height = max(1, Tiling.for_device(operand.device).elements // max(1, len(operand)))
     for start in range(0, len(query), height):
         part = slice(start, start + height)
         doubled = (twice[part] @ operand.T).clamp_(total[part] - FURTHEST, most[part]).sub_(total[part])

@@ -28,6 +28,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,6 @@ from torch import Tensor
 
 import faiss
 
-from softdb.blockwise import Scan, exact_top_k, scores_at
 from softdb.errors import ArgumentError, IndexBuildError
 from softdb.filters import Selection, select
 from softdb.index.base import Base
@@ -45,6 +45,9 @@ from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.faiss_parts import array_of, faiss_metric, parts_of, prepared_keys
 from softdb.index.list_layout import Outline
 from softdb.index.tuning import TELLING_QUERIES, VISIT_COST, best_candidates, cost_of, pays, truth_of, tuning_queries
+from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.gather import scores_at
+from softdb.kernels.spec import ReadSpec
 from softdb.processes import is_openmp_used, note_openmp, run_in_forked_children
 from softdb.reading.tail import FIRST_QUERY_COST
 from softdb.rows import RowTable
@@ -222,16 +225,16 @@ class IndexManager:
         operand: Tensor,  # (B, w): the same, prepared
         keys: Tensor,  # (capacity, d)
         rows: RowTable,
-        scan: Scan,
+        spec: ReadSpec,
         k: int,
         *,
         careful: bool = False,
     ) -> Found:
         """The k best rows of each query, as far as the index finds them; with ``careful``, more of them."""
         query, operand, keys = query.detach(), operand.detach(), keys.detach()
-        selection = scan.selection
+        selection = spec.selection
         if self._is_interrupted:
-            return Found(exact_top_k(operand, keys, scan, k)[1], True, 1.0)
+            return Found(exact_top_k(operand, keys, spec, k)[1], True, 1.0)
         with self._lock, torch.inference_mode(False):
             if self._noted is None or query.data_ptr() != self._noted.data_ptr():
                 self._note_queries(query, k)
@@ -246,13 +249,13 @@ class IndexManager:
         started = time.perf_counter()
         try:
             if base is None or not pays(base, rows, selection, k, len(query)):
-                return Found(exact_top_k(operand, keys, scan, k)[1], True, 1.0)
+                return Found(exact_top_k(operand, keys, spec, k)[1], True, 1.0)
             effort, recall = self._effort(base, len(query), k * len(rows) / selection.shared_count, careful)
-            found = self._find(base, beside, query, operand, keys, rows, scan, k, effort)
+            found = self._find(base, beside, query, operand, keys, rows, spec, k, effort)
             missing = found < 0
             if bool(missing.any()):
                 short = ((~missing).sum(-1) < k).nonzero().squeeze(-1)
-                rest = Scan(scan.metric, scan.centre, selection.take(short), scan.dtype)
+                rest = replace(spec, selection=selection.take(short), key_norm=None, narrow=False, noise=None)
                 found[short] = exact_top_k(operand[short], keys, rest, k)[1]
             return Found(found, False, recall)
         finally:
@@ -283,16 +286,16 @@ class IndexManager:
         operand: Tensor,
         keys: Tensor,
         rows: RowTable,
-        scan: Scan,
+        spec: ReadSpec,
         k: int,
         effort: int | None,
     ) -> Tensor:  # (B, k)
         """The best rows of the base and of those that are searched beside it."""
-        found = self._search_base(base, query, rows, scan, k, effort)  # (B, c)
+        found = self._search_base(base, query, rows, spec, k, effort)  # (B, c)
         if len(beside):
-            visible = Scan(scan.metric, scan.centre, scan.selection.among(beside), scan.dtype)
+            visible = replace(spec, selection=spec.selection.among(beside), key_norm=None, narrow=False, noise=None)
             found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
-        return best_candidates(found, operand, keys, scan, k) if found.shape[-1] > k else found
+        return best_candidates(found, operand, keys, spec, k) if found.shape[-1] > k else found
 
     def approximates(self, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
         """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
@@ -304,8 +307,10 @@ class IndexManager:
         """The base, where searches may use it."""
         return None if self._asleep or self._unsure else self._base
 
-    def _search_base(self, base: Base, query: Tensor, rows: RowTable, scan: Scan, k: int, effort: int | None) -> Tensor:
-        selection = scan.selection
+    def _search_base(
+        self, base: Base, query: Tensor, rows: RowTable, spec: ReadSpec, k: int, effort: int | None
+    ) -> Tensor:
+        selection = spec.selection
         wanted = k
         if selection.excluded is not None:
             wanted += selection.excluded.shape[-1]
@@ -416,11 +421,11 @@ class IndexManager:
         """The least effort, about, with which queries find as many of their best rows as wanted, and how many."""
         wanted, k = self.config.recall, min(self._neighbours, len(rows))
         selection = select(rows, (), None, None)
-        scan, operand, _, worst = truth_of(queries, keys, self._metric, selection, k)
+        spec, operand, _, worst = truth_of(queries, keys, self._metric, selection, k)
 
         def measure(effort: int) -> tuple[float, bool]:
-            found = self._find(base, self._beside, queries, operand, keys, rows, scan, k, effort or None)
-            shares = ((scores_at(operand, keys, found, scan) >= worst) & (found >= 0)).sum(-1) / k
+            found = self._find(base, self._beside, queries, operand, keys, rows, spec, k, effort or None)
+            shares = ((scores_at(operand, keys, found, spec) >= worst) & (found >= 0)).sum(-1) / k
             recall = float(shares.mean())
             chance = float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
             return recall, recall - chance >= wanted if beyond_chance else recall >= wanted - NEAR_ENOUGH

@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from softdb.blockwise import Scan, exact_top_k, scores_at, top_k
 from softdb.filters import Selection
 from softdb.index.base import Base
+from softdb.kernels.cpu.topk import exact_top_k, top_k
+from softdb.kernels.gather import scores_at
+from softdb.kernels.spec import ReadSpec
+from softdb.kernels.tiling import Tiling
 from softdb.reading.tail import FIRST_QUERY_COST
 from softdb.rows import RowTable
 from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
@@ -28,17 +31,23 @@ VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
 
 def truth_of(
     queries: Tensor, keys: Tensor, metric: str, selection: Selection, k: int
-) -> tuple[Scan, Tensor, Tensor, Tensor]:
+) -> tuple[ReadSpec, Tensor, Tensor, Tensor]:
     """What a recall is measured by.
 
     How queries meet rows, the queries prepared, the slots of the k best rows of each, (m, k), and from which score on a
     row is as good as these, (m, 1): one that ties with the k-th best is.
     """
-    scan = Scan(metric, centre_of(queries, metric), selection, compute_dtype(queries, keys))
-    operand = prepare_query(queries, metric, 1.0, scan.centre, scan.dtype)
-    scores, best = exact_top_k(operand, keys, scan, k)
+    spec = ReadSpec(
+        metric,
+        centre_of(queries, metric),
+        selection,
+        compute_dtype(queries, keys),
+        tiling=Tiling.for_device(keys.device),
+    )
+    operand = prepare_query(queries, metric, 1.0, spec.centre, spec.dtype)
+    scores, best = exact_top_k(operand, keys, spec, k)
     worst = scores[:, -1:]
-    return scan, operand, best, worst - 1e-5 * worst.abs()
+    return spec, operand, best, worst - 1e-5 * worst.abs()
 
 
 def cost_of(base: Base, queries: int) -> float:
@@ -55,9 +64,9 @@ def pays(base: Base, rows: RowTable, selection: Selection, k: int, queries: int)
     return more * cost_of(base, queries) <= 1
 
 
-def best_candidates(slots: Tensor, operand: Tensor, keys: Tensor, scan: Scan, k: int) -> Tensor:  # (B, c) -> (B, k)
+def best_candidates(slots: Tensor, operand: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> Tensor:  # (B, c) -> (B, k)
     """The k best of each query's candidates by their live keys."""
-    return slots.gather(-1, top_k(scores_at(operand, keys, slots, scan), k)[1])
+    return slots.gather(-1, top_k(scores_at(operand, keys, slots, spec), k)[1])
 
 
 def tuning_queries(query: Tensor | None, rows: Tensor, count: int) -> list[Tensor]:  # (B, d), (n, d) -> (m, d) each

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from softdb._checks import is_finite
-from softdb.blockwise import blend_at, blend_back, products_at, weighted_sum
 from softdb.errors import NonFiniteError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.kernels.gather import blend_at, blend_back, products_at, weighted_sum
 from softdb.processes import note_openmp
 from softdb.transforms import has_batched, is_active, is_forward_mode, outside_of_transforms, samples_first
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
-from softdb.blockwise import full_precision
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.interop.blend import blend
+from softdb.kernels.spec import full_precision
 from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from softdb._checks import is_finite
-from softdb.blockwise import BestRows, Places, Scan, exact_read, gathered_scores
 from softdb.errors import ArgumentError
-from softdb.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
+from softdb.kernels.cpu.exact import exact_read
+from softdb.kernels.cpu.topk import BestRows
+from softdb.kernels.gather import Places, gathered_scores
+from softdb.kernels.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
+from softdb.kernels.spec import ReadSpec
 from softdb.reading.result import Read, share_of
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.reading.topk import read_candidates
@@ -26,37 +29,37 @@ FIRST_REACH, FURTHER = 32, 8
 GATHERED_NUMBERS = 2**28
 
 
-def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
-    """An exact read of prepared queries (M, w); everything in ``scan.dtype``.
+def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, normalizer: str) -> Read:
+    """An exact read of prepared queries (M, w); everything in ``spec.dtype``.
 
     Without ``k`` it reports the rows that a sparse or hard normalizer gives weight all the same, without gradients:
     whoever has counted them drops them by `best_of`.
     """
-    selection, groups = scan.selection, tables.groups
+    selection, groups = spec.selection, tables.groups
     height = len(query) // max(1, groups)
     if selection.hides_some and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, scan, groups, height))
+        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, groups, height))
     if normalizer in SPARSE:
-        return _read_support(query, tables, scan, k, normalizer)
+        return _read_support(query, tables, spec, k, normalizer)
     hard = is_hard(normalizer)
-    values, lse, best = exact_read(query, tables.keys, tables.values, scan, groups, k or int(hard))
+    values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
     if selection.hides_some and not is_finite(values):
         mended = finite_values(tables.values, selection, groups, height)
         if mended is not None:
-            values, lse, best = exact_read(query, tables.keys, mended[0], scan, groups, k or int(hard))
+            values, lse, best = exact_read(query, tables.keys, mended[0], spec, groups, k or int(hard))
             values = spoil(values, mended[1])
-    mass = torch.ones_like(lse) if scan.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
+    mass = torch.ones_like(lse) if spec.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
     scores, weights, rows = best
     places = Places(tables.place(rows))
     if hard:
-        values = straight_through(choose(tables, places, scan.dtype), values)
+        values = straight_through(choose(tables, places, spec.dtype), values)
     if k is None:
         return Read(values, rows, one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
-        again = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)  # noise has no gradient
+        again = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)  # noise has no gradient
         scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
@@ -66,14 +69,14 @@ def read_exactly(query: Tensor, tables: Tables, scan: Scan, k: int | None, norma
     return Read(values, rows, weights, scores, lse, mass, normalizer=normalizer)
 
 
-def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, normalizer: str) -> Read:
+def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, normalizer: str) -> Read:
     """An exact read that gives weight to some of the best rows only: they are found first, and then gathered."""
-    count = scan.selection.count
+    count = spec.selection.count
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
     most = GATHERED_NUMBERS // max(1, len(query) * width)
     reach = max(k or 1, min(FIRST_REACH, count))
-    lse, scores, rows = _best_rows(query, tables, scan, reach)
+    lse, scores, rows = _best_rows(query, tables, spec, reach)
     while True:
         support = int((SPARSE[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
         if support > most:
@@ -87,15 +90,15 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
             break
         reach = min(FURTHER * reach, count, most + 1)
         with torch.no_grad():
-            _, scores, rows = _best_rows(query, tables, scan, reach)
+            _, scores, rows = _best_rows(query, tables, spec, reach)
     rows = rows[:, : max(k or 1, support)]
     everything = torch.ones(len(query), dtype=torch.bool, device=query.device)
     tables = replace(tables, sparse=False)  # as of every exact read, gradients of the rows are dense
-    read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
-    if scan.selection.hides_some and wanted and not is_finite(read.values):
+    read = read_candidates(query, tables, spec, rows, normalizer, complete=everything)
+    if spec.selection.hides_some and wanted and not is_finite(read.values):
         # Gradients of the keys are sums over queries, of which those that see no such value give theirs as ever.
         wrong, tables = ~read.values.detach().isfinite(), replace(tables, values=finite_or_zero(tables.values))
-        read = read_candidates(query, tables, scan, rows, normalizer, complete=everything)
+        read = read_candidates(query, tables, spec, rows, normalizer, complete=everything)
         read = replace(read, values=spoil(read.values, wrong))
     ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
     if k is None:
@@ -105,8 +108,8 @@ def _read_support(query: Tensor, tables: Tables, scan: Scan, k: int | None, norm
     return Read(read.values, ids, weights, scores, lse, share_of(weights), normalizer=normalizer)
 
 
-def _best_rows(query: Tensor, tables: Tables, scan: Scan, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best_rows(query: Tensor, tables: Tables, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The log-sum-exp over all rows, and scores and numbers of the k best."""
-    _, lse, best = exact_read(query, tables.keys, tables.values.detach()[:, :0], scan, tables.groups, k)
+    _, lse, best = exact_read(query, tables.keys, tables.values.detach()[:, :0], spec, tables.groups, k)
     scores, _, rows = cast(BestRows, best)
     return lse, scores, rows

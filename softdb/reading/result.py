@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softdb._checks import describe
-from softdb.blockwise import full_precision
 from softdb.errors import ArgumentError, DtypeError, ShapeError
+from softdb.kernels.spec import full_precision
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax, straight_through
 from softdb.transforms import Answer, Operands

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softdb.blockwise import Places, gather_rows
+from softdb.kernels.gather import Places, gather_rows
 
 # From one of so many rows on, a sample is the start of a permutation of all.
 MANY_DRAWS = 8

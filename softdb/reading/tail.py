@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from softdb._checks import is_finite
-from softdb.blockwise import TILE_ELEMENTS, Places, Scan, check_scores
-from softdb.hidden import finite_values, hidden_keys_zeroed, spoil
 from softdb.index.list_layout import FURTHEST
+from softdb.kernels.gather import Places
+from softdb.kernels.hidden import finite_values, hidden_keys_zeroed, spoil
+from softdb.kernels.spec import ReadSpec, check_scores
 from softdb.reading.result import Read, share_of, transform
 from softdb.reading.sample import CHUNK_ROWS, PARTS, Sample
 from softdb.reading.tables import Tables
@@ -66,7 +67,7 @@ TRIAL_SHARE = 1 / 4
 DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4
 
 
-def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample, recall: float = 1.0) -> Read:
+def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: Sample, recall: float = 1.0) -> Read:
     """A softmax read of candidates and, by a sample, of all other rows.
 
     ``error`` is about 1.5 times the standard deviation of the numerator's error for this normaliser, in parts of the
@@ -76,34 +77,34 @@ def add_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Samp
         read: Of the candidates; its ``ids`` are slots.
         query: Prepared, (M, w).
         tables: One group.
-        scan: How queries meet rows; its selection says which each may see.
+        spec: How queries meet rows; its selection says which each may see.
         sample: Of all rows that some query may see.
         recall: The share of the best rows that the candidates are expected to hold.
     """
-    selection, count = scan.selection, len(query)
+    selection, count = spec.selection, len(query)
     hides = not selection.is_shared  # of the sample, what no query may see is left out already
     if hides and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, scan, 1, count))
-    estimated = _with_tail(read, query, tables, scan, sample, recall)
+        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, 1, count))
+    estimated = _with_tail(read, query, tables, spec, sample, recall)
     if hides and not is_finite(estimated.values):
         mended = finite_values(tables.values, selection.among(sample.slots.unique()), 1, count)
         if mended is not None:
             values, spoilt = mended
-            estimated = _with_tail(read, query, replace(tables, values=values), scan, sample, recall)
+            estimated = _with_tail(read, query, replace(tables, values=values), spec, sample, recall)
             error = cast(Tensor, estimated.error).masked_fill(spoilt.any(-1), torch.inf)
             return replace(estimated, values=spoil(estimated.values, spoilt), error=error)
     return estimated
 
 
-def _with_tail(read: Read, query: Tensor, tables: Tables, scan: Scan, sample: Sample, recall: float) -> Read:
+def _with_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: Sample, recall: float) -> Read:
     """`add_tail`, where no row that is hidden holds NaN or infinity."""
-    rows = _rows(sample, tables, scan, query.requires_grad)
+    rows = _rows(sample, tables, spec, query.requires_grad)
     nothing = read.lse == -torch.inf  # where there are no candidates, there are no rows
     shift = read.lse.detach().masked_fill(nothing, 0.0)
-    found, height = [], TILE_ELEMENTS // CHUNK_ROWS
+    found, height = [], spec.tiling.elements // CHUNK_ROWS
     for start in range(0, max(1, len(query)), height):
         part = slice(start, min(start + height, len(query)))
-        hidden = _Hidden.of(sample, scan, cast(Tensor, read.ids), part)
+        hidden = _Hidden.of(sample, spec, cast(Tensor, read.ids), part)
         summed = _sums(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         if not is_finite(summed.total):  # a row that the index missed is far better than all that it found
             shift[part] += _excess(query[part], rows, shift[part], hidden)
@@ -152,18 +153,18 @@ def samples_for(needed: Tensor, population: int) -> int:  # (b,)
     return best
 
 
-def _rows(sample: Sample, tables: Tables, scan: Scan, queries_learn: bool) -> Rows:
+def _rows(sample: Sample, tables: Tables, spec: ReadSpec, queries_learn: bool) -> Rows:
     """A function that gives prepared keys, and values, of a chunk of the sample."""
     if torch.is_grad_enabled() and (queries_learn or tables.keys.requires_grad or tables.values.requires_grad):
         places = Places(sample.slots.unsqueeze(0))
-        operand = scan.operand(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
-        values = tables.gather_values(places, scan.dtype).squeeze(0)
+        operand = spec.operand(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
+        values = tables.gather_values(places, spec.dtype).squeeze(0)
         return lambda chunk: (operand[chunk], values[chunk])
     tables = Tables(tables.keys.detach(), tables.values.detach())
 
     def gathered(chunk: slice) -> tuple[Tensor, Tensor]:  # in the cache, and in memory that is used again
         slots = sample.slots[chunk]
-        return scan.operand(tables.keys.index_select(0, slots)), tables.values.index_select(0, slots).to(scan.dtype)
+        return spec.operand(tables.keys.index_select(0, slots)), tables.values.index_select(0, slots).to(spec.dtype)
 
     return gathered
 
@@ -185,8 +186,8 @@ class _Hidden:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, sample: Sample, scan: Scan, candidates: Tensor, part: slice) -> _Hidden:
-        selection, numbers, chunks = scan.selection, candidates[part], sample.chunks
+    def of(cls, sample: Sample, spec: ReadSpec, candidates: Tensor, part: slice) -> _Hidden:
+        selection, numbers, chunks = spec.selection, candidates[part], sample.chunks
         if selection.excluded is not None:
             numbers = torch.cat([numbers, selection.excluded[part]], dim=-1)
         real = sample.factors > 0  # what only makes a part as wide is a copy of another row
@@ -204,7 +205,7 @@ class _Hidden:
         ]
         mask = None if selection.rule is None else selection.rule(sample.slots)
         return cls(
-            pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part], sample.ends, scan.dtype
+            pairs, mask if mask is None or mask.dim() < 2 or len(mask) == 1 else mask[part], sample.ends, spec.dtype
         )
 
     def scores(self, query: Tensor, rows: Rows, shift: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:

@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softdb.blockwise import (
-    Places,
-    Scan,
-    blend_at,
-    check_scores,
-    gathered_scores,
-    query_numbers,
-    scores_at,
-    weighted_sum,
-)
+from softdb.kernels.gather import Places, blend_at, gathered_scores, scores_at, weighted_sum
+from softdb.kernels.spec import ReadSpec, check_scores, query_numbers
 from softdb.reading.result import Read
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_through
@@ -23,32 +15,32 @@ from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_throug
 def read_candidates(
     query: Tensor,
     tables: Tables,
-    scan: Scan,
+    spec: ReadSpec,
     rows: Tensor,
     normalizer: str,
     *,
     complete: Tensor,
     best: bool = False,
 ) -> Read:
-    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``scan.dtype``.
+    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``spec.dtype``.
 
     ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
     they are taken to be the best of those: then no row with weight is missing where one of them has none.
     """
     places = Places(tables.place(rows))
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not wanted and not places.padded and tables.values.dtype == scan.dtype and tables.values.shape[-1] > 0
+    lean = not wanted and not places.padded and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
-        scores = nothing.to(scan.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
     elif wanted:
-        scores = gathered_scores(query, tables.gather_keys(places, scan.dtype), scan)
+        scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
         scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
     else:
-        scores = scores_at(query, tables.keys, places.numbers, scan)
-    if scan.noise is not None:
+        scores = scores_at(query, tables.keys, places.numbers, spec)
+    if spec.noise is not None:
         numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
-        scores = scores + scan.noise.at(numbers.flatten().unsqueeze(-1), rows, scan.dtype).squeeze(-2)
+        scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
     weights, lse = softmax(scores)
     check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
     if normalizer in SPARSE:
@@ -57,13 +49,13 @@ def read_candidates(
             complete = complete | (weights.detach() == 0).any(-1)
     order = _best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = choose(tables, Places(places.numbers.gather(-1, order[:, :1])), scan.dtype)
+        blend = choose(tables, Places(places.numbers.gather(-1, order[:, :1])), spec.dtype)
         if wanted:
-            blend = straight_through(blend, _blend(weights, tables, places, scan.dtype))
+            blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
         blend = blend_at(weights, tables.values, places.numbers)
     else:
-        blend = _blend(weights, tables, places, scan.dtype)
+        blend = _blend(weights, tables, places, spec.dtype)
     rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if is_hard(normalizer):

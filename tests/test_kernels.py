@@ -7,12 +7,16 @@ import math
 import pytest
 import reference
 import torch
-from contract import force_dispatch
+from contract import force_dispatch, force_tiling
 from torch import Tensor
 
-from softdb import NonFiniteError, blockwise
-from softdb.blockwise import Scan, exact_read, exact_top_k, top_k, top_of_block
+from softdb import NonFiniteError
 from softdb.filters import Selection
+from softdb.kernels.cpu.exact import exact_read
+from softdb.kernels.cpu.topk import exact_top_k, top_k, top_of_block
+from softdb.kernels.gather import blend_at, scores_at
+from softdb.kernels.spec import ReadSpec
+from softdb.kernels.tiling import Tiling
 
 
 def tied(*shape: int, levels: int = 5, seed: int = 0) -> Tensor:
@@ -50,12 +54,12 @@ def test_two_stages_find_what_one_finds(width: int, k: int, levels: int) -> None
 def test_exact_top_k_over_tiles(
     rows: int, tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "SMALL_SCORES", 0 if tile[0] < 2**19 else 2**17)
-    monkeypatch.setattr(blockwise, "TILE_ELEMENTS", tile[0])
-    monkeypatch.setattr(blockwise, "TILE_QUERIES", tile[1])
-    monkeypatch.setattr(blockwise, "FEW_GROUPS", few)
-    monkeypatch.setattr(blockwise, "MAXIMA_ELEMENTS", maxima)
-    monkeypatch.setattr(blockwise, "GATHER_ELEMENTS", 30 * tile[1])
+    small = 0 if tile[0] < 2**19 else 2**17
+    gathered = 30 * tile[1]
+    tiling = Tiling(
+        small_scores=small, elements=tile[0], queries=tile[1], few_groups=few, maxima=maxima, gathered=gathered
+    )
+    force_tiling(tiling, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     query = torch.randint(-2, 3, (9, 3), generator=generator).float()
     keys = torch.randint(-2, 3, (rows, 3), generator=generator).float()  # small whole numbers: many exact ties
@@ -71,7 +75,7 @@ def test_exact_top_k_over_tiles(
             visible &= torch.zeros(rows, dtype=torch.bool).scatter(0, selection.visit, True)
         scores = (query @ keys.T).masked_fill(~visible, -math.inf)
         for k in (1, 5, 50):
-            found_scores, found = exact_top_k(query, keys, Scan("dot", None, selection, torch.float32), k)
+            found_scores, found = exact_top_k(query, keys, ReadSpec("dot", None, selection, torch.float32), k)
             wanted = reference.best(scores, k)
             assert (found == wanted).all()
             assert (found_scores.isneginf() == (wanted < 0)).all()
@@ -80,10 +84,10 @@ def test_exact_top_k_over_tiles(
 def test_every_tile_is_visited_once() -> None:
     for groups, queries, rows in ((1, 1, 1), (3, 5, 100), (40, 300, 70), (1, 2000, 100_000)):
         for k in (0, 1, 40):
-            scan = Scan("dot", None, Selection(rows), torch.float32)
-            tiling = scan.tiling(torch.empty(groups, queries, 8), 0, k)
+            spec = ReadSpec("dot", None, Selection(rows), torch.float32)
+            tiling = spec.tiles_of(torch.empty(groups, queries, 8), 0, k)
             seen = 0
-            for chunk, block, slices in scan.tiles(tiling, groups, queries):
+            for chunk, block, slices in spec.visit(tiling, groups, queries):
                 assert isinstance(block.rows, slice)
                 for part in slices:
                     area = (part.stop - part.start) * (block.rows.stop - block.rows.start)
@@ -95,10 +99,10 @@ def test_every_tile_is_visited_once() -> None:
 
 
 def read_in_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **scan: object
+    query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **spec: object
 ) -> tuple[Tensor, Tensor]:
     force_dispatch("two partitions", patch)
-    how = Scan("dot", None, Selection(len(keys)), query.dtype, **scan)  # type: ignore[arg-type]
+    how = ReadSpec("dot", None, Selection(len(keys)), query.dtype, **spec)  # type: ignore[arg-type]
     values, lse, _ = exact_read(query, keys, values, how)
     return values, lse
 
@@ -135,7 +139,7 @@ def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     force_dispatch("two partitions", monkeypatch)
     query, keys, values = torch.ones(4, 1), 38 + 0.5 * torch.randn(900, 1), torch.randn(900, 2)
-    how = Scan("dot", None, Selection(900), torch.float32)
+    how = ReadSpec("dot", None, Selection(900), torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (query, keys, values)]
     found = torch.autograd.grad(exact_read(*leaves, how)[0], leaves, torch.full((4, 2), 1e-25))
     doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
@@ -174,14 +178,15 @@ def test_bfloat16_values_may_be_blended_as_they_are(monkeypatch: pytest.MonkeyPa
     assert 1e-6 < (narrow - wanted[0]).abs().max() < 2**-8  # it was rounded, but no more than the answer will be
 
 
-def test_what_decides_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_multiplies_bfloat16", lambda: True)
+def test_what_decides_for_bfloat16() -> None:
+    tiling = Tiling(multiplies_bfloat16=True)
     narrow, wide = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1)
     with torch.no_grad():
-        assert blockwise.is_narrow(narrow, torch.bfloat16)
-        assert not blockwise.is_narrow(narrow, torch.float32)
-        assert not blockwise.is_narrow(wide, torch.bfloat16)
-    assert not blockwise.is_narrow(narrow, torch.bfloat16)  # a gradient may be wanted
+        assert tiling.is_narrow(narrow, torch.bfloat16)
+        assert not tiling.is_narrow(narrow, torch.float32)
+        assert not tiling.is_narrow(wide, torch.bfloat16)
+        assert not Tiling().is_narrow(narrow, torch.bfloat16)
+    assert not tiling.is_narrow(narrow, torch.bfloat16)  # a gradient may be wanted
 
 
 # -- reads of a few rows ---------------------------------------------------------------------------------
@@ -189,14 +194,14 @@ def test_what_decides_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores_and_blend_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(blockwise, "GATHER_ELEMENTS", 40)
+    force_tiling(Tiling(gathered=40), monkeypatch)
     query, keys, values = torch.randn(7, 4), torch.randn(30, 4), torch.randn(30, 3)
     numbers = torch.randint(30, (7, 5))
-    scan = Scan("dot", None, Selection(30), torch.float32)
+    spec = ReadSpec("dot", None, Selection(30), torch.float32)
     wanted = (query[:, None] * keys[numbers]).sum(-1)
-    assert torch.allclose(blockwise.scores_at(query, keys, numbers, scan), wanted, atol=1e-6)
+    assert torch.allclose(scores_at(query, keys, numbers, spec), wanted, atol=1e-6)
     weights = torch.rand(7, 5)
     blend = (weights[..., None] * values[numbers]).sum(1)
-    assert torch.allclose(blockwise.blend_at(weights, values, numbers), blend, atol=1e-6)
+    assert torch.allclose(blend_at(weights, values, numbers), blend, atol=1e-6)
     numbers[2, 1] = -1
-    assert blockwise.scores_at(query, keys, numbers, scan)[2, 1] == -math.inf
+    assert scores_at(query, keys, numbers, spec)[2, 1] == -math.inf

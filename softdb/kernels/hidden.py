@@ -15,32 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb.blockwise import TILE_ELEMENTS, Scan
 from softdb.filters import Selection
+from softdb.kernels.spec import ReadSpec
+from softdb.kernels.tiling import Tiling
 from softdb.scoring.normalizers import straight_through
 
 __all__ = ["finite_or_zero", "finite_values", "hidden_keys_zeroed", "spoil"]
 
 
-def hidden_keys_zeroed(keys: Tensor, scan: Scan, groups: int, queries: int) -> Tensor:  # (G N, d) -> (G N, d)
+def hidden_keys_zeroed(keys: Tensor, spec: ReadSpec, groups: int, queries: int) -> Tensor:  # (G N, d) -> (G N, d)
     """``keys``, with zeros in rows that are not finite and that no query may see.
 
     A row that some query sees stays: its score is the error that it has to be.
 
     Args:
         keys: Keys as stored.
-        scan: How queries meet them.
+        spec: How queries meet them.
         groups: G.
         queries: How many queries each group has.
     """
     given = keys.detach()
-    norm = torch.linalg.vector_norm(given, dtype=scan.dtype) if scan.key_norm is None else scan.key_norm()
+    norm = torch.linalg.vector_norm(given, dtype=spec.dtype) if spec.key_norm is None else spec.key_norm()
     if math.isfinite(norm) or groups * queries == 0:
         return keys
     # By their norms: what l2 squares may overflow where the key does not.
-    finite = torch.linalg.vector_norm(given, dim=-1, dtype=scan.dtype).isfinite().view(groups, -1)
+    finite = torch.linalg.vector_norm(given, dim=-1, dtype=spec.dtype).isfinite().view(groups, -1)
     hidden = ~finite
-    for slots, visible in _visible(scan.selection, (~finite).any(0), groups, queries):
+    for slots, visible in _visible(spec.selection, (~finite).any(0), groups, queries):
         hidden[:, slots] &= ~visible.any(1)
     hidden = hidden.view(-1, 1)
     return straight_through(given.masked_fill(hidden, 0.0), keys) if bool(hidden.any()) else keys
@@ -89,7 +90,9 @@ def _visible(
     slots = wanted.nonzero().squeeze(-1)
     if selection.visit is not None:
         slots = slots[torch.isin(slots, selection.visit)]
-    for some in slots.split(max(1, TILE_ELEMENTS // (groups * queries))) if len(slots) else ():
+    for some in (
+        slots.split(max(1, Tiling.for_device(slots.device).elements // (groups * queries))) if len(slots) else ()
+    ):
         visible = torch.ones(groups, queries, len(some), dtype=torch.bool, device=some.device)
         block = replace(selection, shared=None, visit=some).block(0, len(some))
         if block is not None:

@@ -1,0 +1,1 @@
+"""The kernels for CPUs: blocks of rows, multiplied by torch."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore, rows
-from softdb.index import manager as manager_module
+from softdb.index.manager import IndexManager
+from softdb.index.policy import IndexPolicy
 
 EVICTIONS = ["lru", "oldest"]
 
@@ -339,9 +340,8 @@ def test_gradients_of_a_row_that_is_gone_are_dropped(how: dict[str, object], wri
 
 @pytest.mark.parametrize("evict", EVICTIONS)
 def test_an_index_never_finds_an_evicted_row(evict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "EXACT_ROWS", 100)
-    monkeypatch.setattr(manager_module, "PENDING_ROWS", 40)
-    monkeypatch.setattr(manager_module, "PENDING_SHARE", 0.0)
+    policy = IndexPolicy(exact_rows=100, pending_rows=40, pending_share=0.0)
+    monkeypatch.setattr(IndexManager, "policy", policy)
     torch.manual_seed(0)
     store = SoftKVStore(8, 1, index="IVF8,Flat", capacity=400, evict=evict)  # type: ignore[arg-type]
     for step in range(60):

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,8 @@ import faiss
 import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb.filters import select
-from softdb.index import builder as builder_module
-from softdb.index import manager as manager_module
-from softdb.index import norm_outliers as norm_outliers_module
-from softdb.index import tuning as tuning_module
+from softdb.index.builder import Plan
+from softdb.index.manager import Found, IndexManager
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.rows import row_sparse
@@ -35,11 +34,15 @@ from softdb.scoring.metrics import centre_of, prepare_query
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 
 
+def set_policy(patch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Have every index decide by these thresholds."""
+    patch.setattr(IndexManager, "policy", dataclasses.replace(IndexManager.policy, **changes))
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few hundred rows go the ways of a million."""
-    monkeypatch.setattr(manager_module, "EXACT_ROWS", 500)
-    monkeypatch.setattr(manager_module, "PENDING_ROWS", 40)
+    set_policy(monkeypatch, exact_rows=500, pending_rows=40)
 
 
 @pytest.fixture
@@ -441,8 +444,7 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16"])
 def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By dot product the longest rows are among the best of queries far from them."""
-    monkeypatch.setattr(norm_outliers_module, "CROWNED_ENTRIES", 1000)
-    monkeypatch.setattr(tuning_module, "CROWN_ROWS", 0)
+    set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0)
     store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True)
     query = clustered(64, seed=0)
     store.read(query, "topk", k=8)
@@ -809,9 +811,7 @@ TRAINED = {
 }
 
 
-def candidates(
-    store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None
-) -> manager_module.Found:
+def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Found:
     """What the index finds, whatever an exact search costs."""
     keys, rows = store.keys.detach(), store.rows
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
@@ -819,7 +819,7 @@ def candidates(
     spec = ReadSpec(store.metric, centre, selection, query.dtype)
     store._index.follow(rows, keys, query, k)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning_module, "pays", lambda *arguments: True)
+        patch.setattr("softdb.index.manager.pays", lambda *arguments: True)
         return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
@@ -858,7 +858,7 @@ def test_a_build_that_fails_leaves_exact_searches_and_says_why(monkeypatch: pyte
 
     store = make("PQ4x6", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(builder_module.Plan, "_base", fail)
+        patch.setattr(Plan, "_base", fail)
         assert recall(store, clustered(5, seed=2)) == 1.0
     assert "training" in (store.index_stats().error or "")
     store.add(clustered(600, seed=3), torch.randn(600, 2))
@@ -1044,9 +1044,7 @@ def test_recall_is_checked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF64,Flat", "PCA8,IVF64,Flat"])
 def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_outliers_module, "CROWNED_ENTRIES", 1000)
-    monkeypatch.setattr(tuning_module, "CROWN_ROWS", 0)
-    monkeypatch.setattr(manager_module, "CHECK_AFTER", 64)
+    set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=64)
     store = SoftKVStore(16, 2, metric="dot", index=IndexConfig(factory, recall=0.97))
     store.add(clustered(8000) * torch.randn(8000, 1).exp(), torch.randn(8000, 2))
     queries = clustered(64, seed=4)
@@ -1064,9 +1062,7 @@ def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatc
 
 
 def test_readers_in_threads_find_no_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_outliers_module, "CROWNED_ENTRIES", 1000)
-    monkeypatch.setattr(tuning_module, "CROWN_ROWS", 0)
-    monkeypatch.setattr(manager_module, "CHECK_AFTER", 100)
+    set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=100)
     store = SoftKVStore(16, 2, metric="dot", index=IndexConfig("IVF64,Flat", recall=0.97))
     store.add(clustered(10_000) * torch.randn(10_000, 1).exp(), torch.randn(10_000, 2))
     store.build_index()
@@ -1133,7 +1129,7 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
 def test_more_recall_is_expected_only_of_searches_that_are_wider(
     factory: str, raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "CAREFUL_SHARE", math.inf)  # whatever it costs
+    set_policy(monkeypatch, careful_share=math.inf)  # whatever it costs
     store = make(IndexConfig(factory, recall=0.6), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     usual, careful = (candidates(store, query, 32, careful=careful) for careful in (False, True))

@@ -26,9 +26,9 @@ from softdb.index.faiss_parts import (
     within_lists,
 )
 from softdb.index.list_layout import Outline
-from softdb.index.manager import CHECK_AFTER, CHECKING_SHARES, NEAR_ENOUGH
-from softdb.index.norm_outliers import CROWNED_ENTRIES, longest_rows, scale_of
-from softdb.index.tuning import CROWN_COST, CROWN_ROWS, VISIT_COST, truth_of
+from softdb.index.norm_outliers import longest_rows, scale_of
+from softdb.index.policy import IndexPolicy
+from softdb.index.tuning import truth_of
 from softdb.index.visibility import Visible
 from softdb.kernels.gather import scores_at
 from softdb.rows import RowTable, resized
@@ -86,9 +86,20 @@ class Base:
             clusters, a few times that from the nearest of a sample.
     """
 
-    def __init__(self, owner: Any, factory: str, slots: Tensor, rows: Tensor, capacity: int, *, copied: bool) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        factory: str,
+        slots: Tensor,
+        rows: Tensor,
+        capacity: int,
+        *,
+        copied: bool,
+        policy: IndexPolicy,
+    ) -> None:
         self.owner = owner  # the FAISS index: what FAISS gives as its parts or other types dies with it
         self.factory = factory
+        self.policy = policy
         self.slots = slots  # on the CPU, as are the next
         self.entry_of = torch.full((capacity,), -1, dtype=torch.int64, device="cpu")
         self.entry_of[slots] = torch.arange(len(slots), device="cpu")
@@ -99,7 +110,7 @@ class Base:
         )
         self.in_order = len(slots) == 0 or int(slots[-1]) == len(slots) - 1  # entry e is slot e, since they ascend
         self.crown, self.crowned, self.crown_norm = slots[:0], 0, math.inf
-        self.check_after = CHECKING_SHARES[0]
+        self.check_after = policy.checking_shares[0]
         self.taken = 0  # rows taken in since the recall was checked
         self._outline: Outline | None = None
         self._outlined = 0  # rows taken in since
@@ -107,7 +118,7 @@ class Base:
         self.recall: float | None = None
         self.told = 0  # by how many queries that were asked; else by made-up ones
         self.neighbours = 0  # of which that is the share found
-        self.next_check = CHECK_AFTER  # after as many queries
+        self.next_check = policy.check_after  # after as many queries
         self.scale = scale_of(rows)
         self.copy: Tensor | None = None
         self._drift: Tensor | None = None  # (capacity,): how far rows have come since their list was chosen
@@ -368,7 +379,7 @@ class Base:
         k = min(neighbours, self.entries)
         queries = torch.cat(groups)
         spec, operand, best, worst = truth_of(queries, keys, metric, selection, k)
-        crowning = metric in UNBOUNDED and self.entries >= CROWNED_ENTRIES
+        crowning = metric in UNBOUNDED and self.entries >= self.policy.outlier_entries
         longest = longest_rows(keys, selection) if crowning else best.new_empty(0)
         rank = best.new_full((len(keys),), len(keys))
         rank[longest] = torch.arange(len(longest), device=rank.device)
@@ -396,14 +407,15 @@ class Base:
         probes, crown = levels[level]
         recall, sure = measure(probes, crown)
         # Tuned on a sample, to be right for others: beyond chance. Checked on a smaller one: not moved by chance.
-        lacks = recall < wanted - NEAR_ENOUGH if again else sure < wanted
+        near = self.policy.near_enough
+        lacks = recall < wanted - near if again else sure < wanted
         if lacks:
             # The sample is the same for all levels: where it is a hard one, the wanted recall is far off.
-            while (recall < wanted - NEAR_ENOUGH / 2 if again else sure < wanted) and level < len(levels) - 1:
+            while (recall < wanted - near / 2 if again else sure < wanted) and level < len(levels) - 1:
                 level += 1
                 probes, crown = levels[level]
                 recall, sure = measure(probes, crown)
-        elif recall > wanted + NEAR_ENOUGH and level > 0:
+        elif recall > wanted + near and level > 0:
             lower = measure(*levels[level - 1])
             if lower[not again] >= wanted:
                 level, recall = level - 1, lower[0]
@@ -418,10 +430,11 @@ class Base:
                 few = middle
         if knob is not None:
             setattr(knob, name, probes)
-        self.recall, self.next_check = recall, CHECK_AFTER
+        self.recall, self.next_check = recall, self.policy.check_after
         if again:  # the more often, the more there is to be changed
             interval = self.check_after * (0.5 if (probes, crown) != now else 2)
-            self.check_after = min(max(interval, CHECKING_SHARES[0]), CHECKING_SHARES[1])
+            least, most = self.policy.checking_shares
+            self.check_after = min(max(interval, least), most)
         last = longest[crown - 1 : crown] if crown else longest[:1]
         self.crown_norm = float(torch.linalg.vector_norm(keys[last], dtype=torch.float32)) if len(last) else math.inf
         self.crown, self.crowned = longest[:crown].sort().values.cpu(), crown
@@ -429,12 +442,13 @@ class Base:
 
     def _levels(self, limit: int, longest: int) -> list[tuple[int, int]]:
         """Probes up to ``limit`` and sizes of a crown up to ``longest``, from the cheapest on, in doublings."""
-        probes, crown = min(FEWEST_PROBES, limit), 0
+        probes, crown, policy = min(FEWEST_PROBES, limit), 0, self.policy
         visited = self.entries / max(1, self.lists)  # rows a probe, in lists
         levels = [(probes, crown)]
         while probes < limit or crown < longest:
             if crown < longest and (
-                probes == limit or CROWN_COST * (crown + CROWN_ROWS) < VISIT_COST * probes * visited
+                probes == limit
+                or policy.outlier_cost * (crown + policy.outlier_rows) < policy.visit_cost * probes * visited
             ):
                 crown = min(longest, max(64, 2 * crown))
             else:

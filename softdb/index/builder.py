@@ -16,6 +16,7 @@ import faiss
 from softdb.filters import Selection
 from softdb.index.base import Base
 from softdb.index.faiss_parts import array_of, faiss_metric, is_movable, parts_of, quantizers_of, within_lists
+from softdb.index.policy import IndexPolicy
 
 # FAISS trains an OPQ transformation for codes of so many bits.
 OPQ_BITS = 8
@@ -40,6 +41,7 @@ class Plan:
         metric, recall: As in the configuration.
         neighbours: To tune for.
         told: How many of the queries were asked.
+        policy: Of the base.
     """
 
     version: int
@@ -57,6 +59,7 @@ class Plan:
     recall: float
     neighbours: int
     told: int
+    policy: IndexPolicy
 
     def carry_out(self) -> Built:
         """Build."""
@@ -82,7 +85,9 @@ class Plan:
             index.add(vectors)
         else:
             fill_index(index, vectors, self.lists)
-        base = Base(index, self.factory, self.slots, self.rows, self.capacity, copied=self.keys is None)
+        base = Base(
+            index, self.factory, self.slots, self.rows, self.capacity, copied=self.keys is None, policy=self.policy
+        )
         if self.old is not None:
             base.inherit(self.old)
         keys = self.keys if base.copy is None else base.copy

@@ -44,25 +44,17 @@ from softdb.index.builder import Background, Built, Plan, reason_of, rows_to_tra
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.faiss_parts import array_of, faiss_metric, parts_of, prepared_keys
 from softdb.index.list_layout import Outline
-from softdb.index.tuning import TELLING_QUERIES, VISIT_COST, best_candidates, cost_of, pays, truth_of, tuning_queries
+from softdb.index.planner import cost_of, pays
+from softdb.index.policy import IndexPolicy
+from softdb.index.tuning import TELLING_QUERIES, best_candidates, truth_of, tuning_queries
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.processes import is_openmp_used, note_openmp, run_in_forked_children
-from softdb.reading.tail import FIRST_QUERY_COST
 from softdb.rows import RowTable
-
-# Where an IVF search that finds 95 % gets faster than an exact one: measured from 200,000 rows on for single queries
-# and by a million for 256 at a time (benchmarks/index_crossover.py).
-EXACT_ROWS = 500_000
-
 
 # IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
 LISTS = 4
-
-
-# The base takes pending rows in when they are more than this many, or than this share of it.
-PENDING_ROWS, PENDING_SHARE = 4096, 1 / 8
 
 
 # Where a step has moved this share of the rows, exact searches are cheaper than keeping up, until steps get smaller.
@@ -78,29 +70,15 @@ LONGEST = 1e18
 
 
 # Queries, and neighbours of each at the least and the most, that the probes are tuned on; how many of a read's own tell
-# a recall of theirs; and how many when it is checked again, after the base has taken in so many times its rows, at the
-# least and the most.
+# a recall of theirs; and how many when it is checked again.
 TUNING_QUERIES, NEIGHBOURS, MOST_NEIGHBOURS = 256, 32, 256
 
 
-CHECKING_QUERIES, CHECKING_SHARES = 64, (1 / 4, 1 / 2)
-
-
-# The recall is checked on the latest queries after so many, then twice as many as long as nothing changes, until checks
-# cost this share of the searches.
-CHECK_AFTER, DRIFT_SHARE = 4096, 1 / 20
+CHECKING_QUERIES = 64
 
 
 # A measured recall says no more than that so few are missed.
 FEWEST_MISSES = 1e-4
-
-
-# A recall as near to the wanted one is left alone when it is checked: the sample is small.
-NEAR_ENOUGH = 0.01
-
-
-# A careful search visits this many times the lists, unless it then costs more than this share of an exact one.
-CAREFUL, CAREFUL_SHARE = 2, 1 / 8
 
 
 _indexes: weakref.WeakSet[IndexManager] = weakref.WeakSet()
@@ -150,6 +128,8 @@ class IndexManager:
     Raises:
         ArgumentError: FAISS does not know the factory string.
     """
+
+    policy = IndexPolicy()
 
     def __init__(self, config: IndexConfig, metric: str, key_dim: int, *, moving: bool) -> None:
         self.config = config
@@ -272,8 +252,9 @@ class IndexManager:
         if base.probes is None:
             wanted = max(wanted, neighbours)  # a search in a graph is at least as wide, whatever efSearch says
         effort = min(limit, math.ceil(wanted))
-        if careful and CAREFUL * wanted / max(1, now) * cost_of(base, queries) < CAREFUL_SHARE:
-            usual, effort = effort, min(limit, math.ceil(CAREFUL * wanted))
+        policy = self.policy
+        if careful and policy.careful * wanted / max(1, now) * cost_of(base, queries) < policy.careful_share:
+            usual, effort = effort, min(limit, math.ceil(policy.careful * wanted))
             if limit and base.is_exact_at_full_width:
                 recall = 1 - (1 - recall) * usual / effort
         return (None if effort == now else effort), recall
@@ -411,9 +392,11 @@ class IndexManager:
         now, recall = self._measured_effort(base, queries, rows, keys, beyond_chance=first)
         base.exert(now)
         base.recall, base.neighbours, base.told = recall, self._neighbours, len(queries)
-        affordable = (CHECKING_QUERIES + FIRST_QUERY_COST) / (DRIFT_SHARE * VISIT_COST * base.looked_at)
-        longer = 2 * base.next_check if now == before else CHECK_AFTER
-        base.next_check, self._asked = max(CHECK_AFTER, min(longer, math.ceil(affordable))), 0
+        policy = self.policy
+        least = CHECKING_QUERIES + policy.first_query_cost
+        affordable = least / (policy.drift_share * policy.visit_cost * base.looked_at)
+        longer = 2 * base.next_check if now == before else policy.check_after
+        base.next_check, self._asked = max(policy.check_after, min(longer, math.ceil(affordable))), 0
 
     def _measured_effort(
         self, base: Base, queries: Tensor, rows: RowTable, keys: Tensor, *, beyond_chance: bool
@@ -428,7 +411,7 @@ class IndexManager:
             shares = ((scores_at(operand, keys, found, spec) >= worst) & (found >= 0)).sum(-1) / k
             recall = float(shares.mean())
             chance = float(shares.std()) / math.sqrt(len(shares)) if len(shares) > 1 else 0.0
-            return recall, recall - chance >= wanted if beyond_chance else recall >= wanted - NEAR_ENOUGH
+            return recall, recall - chance >= wanted if beyond_chance else recall >= wanted - self.policy.near_enough
 
         now, limit = base.effort
         recall, enough = measure(now)
@@ -436,7 +419,7 @@ class IndexManager:
         while not enough and now < limit:
             few, now = now, min(limit, 2 * now)
             recall, enough = measure(now)
-        if few == now and recall > wanted + NEAR_ENOUGH:
+        if few == now and recall > wanted + self.policy.near_enough:
             few = now // 2
         while now - few > max(1, now // 8):
             middle = (few + now) // 2
@@ -497,7 +480,9 @@ class IndexManager:
                     self._renew(rows, keys, None if outworn else base)
             elif (garbage or outworn) and self._aside is None:
                 self._renew(rows, keys, None if outworn else base)
-            elif len(self._pending) > (0 if now else min(PENDING_ROWS, PENDING_SHARE * base.entries)):
+            elif len(self._pending) > (
+                0 if now else min(self.policy.pending_rows, self.policy.pending_share * base.entries)
+            ):
                 self._take(base, rows, keys)
 
     def _drop(self) -> None:
@@ -582,7 +567,7 @@ class IndexManager:
     @property
     def _fewest_rows(self) -> int:
         """How many rows there have to be before a base is built."""
-        return EXACT_ROWS if self.config.factory == "auto" else self._rows_to_train
+        return self.policy.exact_rows if self.config.factory == "auto" else self._rows_to_train
 
     def _renew(self, rows: RowTable, keys: Tensor, old: Base | None) -> None:
         """Build a base, with the trained lists of an ``old`` one if there is any, now or aside."""
@@ -628,6 +613,7 @@ class IndexManager:
             self.config.recall,
             self._neighbours,
             self._told(),
+            self.policy,
         )
 
     def _adopt(self, aside: Background) -> None:

@@ -15,7 +15,7 @@ CLUSTERED = 4
 
 # For dot products, in a base of some size, the longest rows may be searched exactly beside it: up to this share of all,
 # if the least of them is this much longer than the median.
-CROWNED_ENTRIES, CROWN_SHARE, CROWN_RATIO = 2**14, 1 / 16, 1.2
+CROWN_SHARE, CROWN_RATIO = 1 / 16, 1.2
 
 
 def scale_of(rows: Tensor) -> float:  # (n, d)

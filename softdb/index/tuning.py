@@ -1,32 +1,18 @@
-"""What a search width costs and finds."""
+"""What the recall of a search is measured by."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from softdb.filters import Selection
-from softdb.index.base import Base
 from softdb.kernels.cpu.topk import exact_top_k, top_k
 from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.reading.tail import FIRST_QUERY_COST
-from softdb.rows import RowTable
 from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
 
-# A filter that leaves at most this fraction of the rows leaves so few that an exact top-k over them is cheaper.
-FEW = 1 / 32
-
-
 TELLING_QUERIES = 8
-
-
-# A row visited in a list costs as much as this many in an exact search of all, and a row of the crown as this many; a
-# crown costs as much as if it were so many rows larger.
-VISIT_COST, CROWN_COST, CROWN_ROWS = 10, 2, 2**14
 
 
 def truth_of(
@@ -48,20 +34,6 @@ def truth_of(
     scores, best = exact_top_k(operand, keys, spec, k)
     worst = scores[:, -1:]
     return spec, operand, best, worst - 1e-5 * worst.abs()
-
-
-def cost_of(base: Base, queries: int) -> float:
-    """What a search costs beside an exact one."""
-    return base.share * VISIT_COST * queries / (queries + FIRST_QUERY_COST)
-
-
-def pays(base: Base, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
-    """Whether a search in the base is cheaper than an exact one of so many queries."""
-    few = selection.shared_count <= max(4 * k, FEW * len(rows))
-    if queries == 0 or few:
-        return False
-    more = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbours)))
-    return more * cost_of(base, queries) <= 1
 
 
 def best_candidates(slots: Tensor, operand: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> Tensor:  # (B, c) -> (B, k)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from softdb._checks import is_finite
 from softdb.index.list_layout import FURTHEST
+from softdb.index.policy import FIRST_QUERY_COST
 from softdb.kernels.gather import Places
 from softdb.kernels.hidden import finite_values, hidden_keys_zeroed, spoil
 from softdb.kernels.spec import ReadSpec, check_scores
@@ -56,7 +57,7 @@ USUAL = 0.95
 # What reads cost, in products of a query with a key and its value in an exact one, which costs as much as if there
 # were so many queries more: a row of a sample, as if there were many more, since it lies somewhere in memory; a
 # candidate; and a sample beside that. And up to which part of an exact read a first sample is worth trying.
-FIRST_QUERY_COST, SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 40, 1.7, 130, 150, 5e6
+SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 1.7, 130, 150, 5e6
 
 
 TRIAL_SHARE = 1 / 4

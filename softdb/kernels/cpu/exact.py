@@ -13,8 +13,9 @@ again. Few rows are read at once, and keep their weights for backward.
 
 What holds on every processor: libraries round a product differently for other shapes and memory layouts, and some add
 up its terms one after the other. So backward makes the scores by the same calls as forward, as the read's `Tiles` say
-(otherwise the weights would not sum to 1), and no product over a block sums over more than ``Tiling.sum_rows`` rows. Where all
-scores make one small tile it may be ``Tiling.small_sum`` rows; a row's gradient sums over at most ``Tiling.queries`` queries.
+(otherwise the weights would not sum to 1), and no product over a block sums over more than ``Tiling.sum_rows`` rows.
+Where all scores make one small tile it may be ``Tiling.small_sum`` rows; a row's gradient sums over at most
+``Tiling.queries`` queries.
 
 Shapes: G groups of B queries, each group over its own N rows. A store is one group.
 """

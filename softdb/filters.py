@@ -17,7 +17,7 @@ from torch import Tensor
 from softdb._checks import broadcasts, check_dense, check_device, check_ids, check_vector, describe
 from softdb.attributes import kept_property
 from softdb.errors import DeviceError, DtypeError, ShapeError
-from softdb.rows import RowTable
+from softdb.table.storage import RowStorage
 
 __all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]
 
@@ -198,7 +198,7 @@ def places_in(slots: Tensor, numbers: Tensor) -> Tensor:  # (m,) ascending, (B, 
 
 
 def select(
-    rows: RowTable,
+    rows: RowStorage,
     queries: tuple[int, ...],  # the query's leading shape
     where: Where | None,
     exclude: Tensor | None,
@@ -225,7 +225,7 @@ def select(
     return selection
 
 
-def _mask_of_tensor(rows: RowTable, where: Tensor) -> Tensor:  # -> (used,) bool
+def _mask_of_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bool
     device = rows.ids.device
     if where.dtype == torch.bool:
         if where.shape != (len(rows),):
@@ -251,7 +251,7 @@ def _mask_of_tensor(rows: RowTable, where: Tensor) -> Tensor:  # -> (used,) bool
 class _RuleOnSlots:
     """A user's ``where`` callable, asked about slots."""
 
-    rows: RowTable
+    rows: RowStorage
     where: Rule
     batch: int
 
@@ -291,7 +291,7 @@ class _RuleForSome:
         return allowed[self.queries] if allowed.dim() == 2 and allowed.shape[0] != 1 else allowed
 
 
-def _excluded_slots(rows: RowTable, exclude: Tensor, queries: tuple[int, ...], batch: int) -> Tensor:  # -> (B, m)
+def _excluded_slots(rows: RowStorage, exclude: Tensor, queries: tuple[int, ...], batch: int) -> Tensor:  # -> (B, m)
     ids = check_ids("exclude", exclude, repeats=True, padding=True)
     if ids.dim() == 0 or tuple(ids.shape[:-1]) != queries:
         raise ShapeError(

@@ -82,27 +82,20 @@ from softdb.reading.result import (
     widened,
 )
 from softdb.reading.sample import Sample
+from softdb.reading.staleness import StalenessCheck
 from softdb.reading.tables import Tables
 from softdb.reading.tail import add_tail, is_worth_trying, samples_for
 from softdb.reading.topk import read_candidates
-from softdb.rows import (
-    NO_SLOTS,
-    RowTable,
-    Snapshot,
-    coalesced,
-    is_sharded,
-    note_write,
-    resized,
-    row_sparse,
-    unwatched,
-    watch,
-)
 from softdb.scoring.gumbel import noise_for
 from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
 from softdb.scoring.normalizers import SPARSE, check_normalizer, in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
+from softdb.table.gradients import coalesced, is_sharded, row_sparse
+from softdb.table.hooks import note_write, unwatched, watch
+from softdb.table.slots import resized
+from softdb.table.storage import NO_SLOTS, RowStorage
 from softdb.transforms import (
     Answer,
     Operands,
@@ -440,7 +433,7 @@ class SoftKVStore(ModuleWithProperties):
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        self.rows = RowTable(fields, device=device, evict=evict, track_usage=bool(track_usage))
+        self.rows = RowStorage(fields, device=device, evict=evict, track_usage=bool(track_usage))
         if self.capacity is not None:
             self.rows.resize(self.capacity)
         config = IndexConfig(index) if isinstance(index, str) else index
@@ -1582,7 +1575,7 @@ class SoftKVStore(ModuleWithProperties):
             return
         place: slice | Tensor | None = None
         # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
-        # these rows know by `Snapshot`.
+        # these rows know by `StalenessCheck`.
         for name, rows in (("keys", keys), ("values", values)):
             if rows is not None:
                 table = getattr(self, name).data
@@ -1917,7 +1910,7 @@ class SoftKVStore(ModuleWithProperties):
             self._stamp = (self.rows.version, stamp)
         token = stamp.detach()  # an object of its own
         life = self._note_open_read(token)
-        snapshot = Snapshot(self.rows, used, lent, own=len(lent) < 2)
+        snapshot = StalenessCheck(self.rows, used, lent, own=len(lent) < 2)
         guarded = _Guard.apply(snapshot, token, *open_ones.values())  # type: ignore[no-untyped-call]
         del token
         if life() is None:  # a saved-tensor hook keeps another tensor in its place
@@ -2341,7 +2334,7 @@ class _Guard(torch.autograd.Function):
     """The identity on a read's tensors; before gradients pass back, it checks that the rows are still those read."""
 
     @staticmethod
-    def forward(ctx: Any, snapshot: Snapshot, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, snapshot: StalenessCheck, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.snapshot, ctx.version = snapshot, int(token)
         ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
         ctx.set_materialize_grads(False)

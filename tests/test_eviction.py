@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import softdb
-from softdb import SoftKVStore, rows
+from softdb import SoftKVStore
 from softdb.index.manager import IndexManager
 from softdb.index.policy import IndexPolicy
+from softdb.table import storage as storage_module
 
 EVICTIONS = ["lru", "oldest"]
 
@@ -121,8 +122,8 @@ COPIES = [
 def test_the_rows_that_go_are_those_of_plain_python(
     evict: str, capacity: int, trainable: bool, queue_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "QUEUE_SHARE", queue_share)
-    monkeypatch.setattr(rows, "QUEUE_SAMPLE", 10)
+    monkeypatch.setattr(storage_module, "QUEUE_SHARE", queue_share)
+    monkeypatch.setattr(storage_module, "QUEUE_SAMPLE", 10)
     chance = random.Random(capacity)
     torch.manual_seed(capacity)
     store = SoftKVStore(2, 1, capacity=capacity, evict=evict, track_usage=True, trainable=trainable)  # type: ignore[arg-type]
@@ -287,14 +288,14 @@ def test_storage_is_laid_out_once(evict: str | None) -> None:
 def test_a_large_memory_looks_at_every_row_only_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     store = full("lru", capacity=4000)
     looks = 0
-    line_up = rows.RowTable._line_up
+    line_up = storage_module.RowStorage._line_up
 
-    def counted(table: rows.RowTable, least: int) -> None:
+    def counted(table: storage_module.RowStorage, least: int) -> None:
         nonlocal looks
         looks += 1
         line_up(table, least)
 
-    monkeypatch.setattr(rows.RowTable, "_line_up", counted)
+    monkeypatch.setattr(storage_module.RowStorage, "_line_up", counted)
     for step in range(200):
         store.add(*rows_of(10))
         store.read(torch.randn(8, 2), "topk", k=4)

@@ -371,7 +371,7 @@ class Failing:
 
     def __init__(self, patch: pytest.MonkeyPatch, step: str, at: int, times: int, failure: type[BaseException]) -> None:
         self.calls, self.at, self.times = 0, at, times
-        original = getattr(softdb.rows.RowTable, step)
+        original = getattr(softdb.table.storage.RowStorage, step)
 
         def failing(*args: Any, **options: Any) -> Any:
             self.calls += 1
@@ -379,7 +379,7 @@ class Failing:
                 raise failure
             return original(*args, **options)
 
-        patch.setattr(softdb.rows.RowTable, step, failing)
+        patch.setattr(softdb.table.storage.RowStorage, step, failing)
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES)

@@ -28,8 +28,8 @@ from softdb.index.builder import Plan
 from softdb.index.manager import Found, IndexManager
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
-from softdb.rows import row_sparse
 from softdb.scoring.metrics import centre_of, prepare_query
+from softdb.table.gradients import row_sparse
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 

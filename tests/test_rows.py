@@ -9,24 +9,27 @@ import pytest
 import torch
 
 import softdb
-from softdb.rows import RowTable, SlotTable, Snapshot, watch
+from softdb.reading.staleness import StalenessCheck
+from softdb.table.hooks import watch
+from softdb.table.slots import SlotTable
+from softdb.table.storage import RowStorage
 
 
-def table_of(count: int) -> RowTable:
-    rows = RowTable(())
+def table_of(count: int) -> RowStorage:
+    rows = RowStorage(())
     rows.resize(count)
     place(rows, rows.new_ids(count))
     return rows
 
 
-def place(rows: RowTable, ids: torch.Tensor) -> list[int]:
+def place(rows: RowStorage, ids: torch.Tensor) -> list[int]:
     slots = rows.choose(len(ids))
     rows.place(ids, slots)
     found: list[int] = slots.tolist()
     return found
 
 
-def remove(rows: RowTable, ids: list[int]) -> None:
+def remove(rows: RowStorage, ids: list[int]) -> None:
     slots = rows.find(torch.tensor(ids))
     rows.remove(torch.tensor(ids), slots)
     rows.release(slots)
@@ -77,7 +80,7 @@ def test_changes_since_a_version() -> None:
 def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
     rows = table_of(10)
     remove(rows, [8])
-    snapshot = Snapshot(rows, used)
+    snapshot = StalenessCheck(rows, used)
     place(rows, torch.tensor([50]))  # into the hole
     rows.resize(20)
     place(rows, torch.tensor([51]))

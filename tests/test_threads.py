@@ -615,7 +615,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
         "add": lambda store: store.add(torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
         "put": lambda store: store.put(range(90), torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
     }
-    resized = softdb.rows.resized
+    resized = softdb.table.slots.resized
     for number in range(1, 40):
         store = table(**KINDS[kind])
         if kind == "trainable":
@@ -630,7 +630,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
             return resized(*args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(softdb.rows, "resized", short)
+            patch.setattr(softdb.table.slots, "resized", short)
             patch.setattr(softdb.store, "resized", short)
             try:
                 growing[name](store)

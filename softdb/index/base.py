@@ -31,8 +31,9 @@ from softdb.index.policy import IndexPolicy
 from softdb.index.tuning import truth_of
 from softdb.index.visibility import Visible
 from softdb.kernels.gather import scores_at
-from softdb.rows import RowTable, resized
 from softdb.scoring.metrics import compute_dtype
+from softdb.table.slots import resized
+from softdb.table.storage import RowStorage
 
 # A row has its list chosen again when it has come this far since, relative to the scale of the keys, and when it comes
 # this far at once.
@@ -130,7 +131,7 @@ class Base:
         self._sample_slots = slots[:: max(1, len(slots) // SAMPLE_ROWS)][:SAMPLE_ROWS].to(rows.device)
         self._sample_keys: Tensor | None = None
 
-    def follow_sample(self, rows: RowTable, keys: Tensor, version: int) -> None:
+    def follow_sample(self, rows: RowStorage, keys: Tensor, version: int) -> None:
         """Copy the sampled keys that are known to have changed after ``version``, or all of them at first."""
         slots = self._sample_slots
         if self._sample_keys is None:

@@ -51,7 +51,7 @@ from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.processes import is_openmp_used, note_openmp, run_in_forked_children
-from softdb.rows import RowTable
+from softdb.table.storage import RowStorage
 
 # IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
 LISTS = 4
@@ -204,7 +204,7 @@ class IndexManager:
         query: Tensor,  # (B, d)
         operand: Tensor,  # (B, w): the same, prepared
         keys: Tensor,  # (capacity, d)
-        rows: RowTable,
+        rows: RowStorage,
         spec: ReadSpec,
         k: int,
         *,
@@ -266,7 +266,7 @@ class IndexManager:
         query: Tensor,
         operand: Tensor,
         keys: Tensor,
-        rows: RowTable,
+        rows: RowStorage,
         spec: ReadSpec,
         k: int,
         effort: int | None,
@@ -278,7 +278,7 @@ class IndexManager:
             found = torch.cat([found, exact_top_k(operand, keys, visible, k)[1]], dim=-1)
         return best_candidates(found, operand, keys, spec, k) if found.shape[-1] > k else found
 
-    def approximates(self, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
+    def approximates(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
         """Whether a search for k rows of each query would not be exact, which is when that is cheaper."""
         base = self._awake
         return base is not None and pays(base, rows, selection, k, queries)
@@ -289,7 +289,7 @@ class IndexManager:
         return None if self._asleep or self._unsure else self._base
 
     def _search_base(
-        self, base: Base, query: Tensor, rows: RowTable, spec: ReadSpec, k: int, effort: int | None
+        self, base: Base, query: Tensor, rows: RowStorage, spec: ReadSpec, k: int, effort: int | None
     ) -> Tensor:
         selection = spec.selection
         wanted = k
@@ -315,11 +315,11 @@ class IndexManager:
 
     # -- following the rows ----------------------------------------------------------------------------------
 
-    def is_current(self, rows: RowTable) -> bool:
+    def is_current(self, rows: RowStorage) -> bool:
         """Whether searches need no `follow` before."""
         return rows.version == self._version and not self._unsure
 
-    def follow(self, rows: RowTable, keys: Tensor, query: Tensor, k: int) -> None:
+    def follow(self, rows: RowStorage, keys: Tensor, query: Tensor, k: int) -> None:
         """Take note of every change to the rows, for a search of ``query``, while nobody else searches."""
         if self._is_interrupted:
             return
@@ -338,7 +338,7 @@ class IndexManager:
             yield
             self._unsure = False
 
-    def _follow(self, rows: RowTable, keys: Tensor) -> None:
+    def _follow(self, rows: RowStorage, keys: Tensor) -> None:
         """Take note of every change since the last call."""
         version, before = rows.version, self._version
         if version == before:
@@ -375,7 +375,7 @@ class IndexManager:
             latest = torch.cat([self._queries[len(latest) - TUNING_QUERIES :], latest])
         self._queries = latest.clone()
 
-    def _follow_queries(self, base: Base, rows: RowTable, keys: Tensor) -> None:
+    def _follow_queries(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         """Check the recall where queries may have become others, or more neighbours are asked for.
 
         So often that it costs little beside the searches: by the number of queries, not by the clock. Nothing changes
@@ -399,7 +399,7 @@ class IndexManager:
         base.next_check, self._asked = max(policy.check_after, min(longer, math.ceil(affordable))), 0
 
     def _measured_effort(
-        self, base: Base, queries: Tensor, rows: RowTable, keys: Tensor, *, beyond_chance: bool
+        self, base: Base, queries: Tensor, rows: RowStorage, keys: Tensor, *, beyond_chance: bool
     ) -> tuple[int, float]:
         """The least effort, about, with which queries find as many of their best rows as wanted, and how many."""
         wanted, k = self.config.recall, min(self._neighbours, len(rows))
@@ -437,7 +437,7 @@ class IndexManager:
             crown = self._base.crown.to(self._pending.device)
             self._beside = torch.cat([self._pending, crown]).sort().values
 
-    def _note_changes(self, base: Base, rows: RowTable, keys: Tensor) -> None:
+    def _note_changes(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         outdated, moved = self._outdated(base, rows, keys)
         if moved > MASS * len(rows):
             self._asleep, self._searched = True, 0
@@ -447,7 +447,7 @@ class IndexManager:
         base.hide(outdated.cpu())
         self._pending = self._pending_with(outdated, base, rows)
 
-    def _outdated(self, base: Base, rows: RowTable, keys: Tensor) -> tuple[Tensor, int]:
+    def _outdated(self, base: Base, rows: RowStorage, keys: Tensor) -> tuple[Tensor, int]:
         """The slots that the base shows as they no longer are, and how many of them have been moved, not written."""
         changed = rows.changed_since(self._version, keys=True)
         written = rows.keys_written_at[changed] > self._version
@@ -455,13 +455,13 @@ class IndexManager:
         moved = base.moved(moving[base.sees(moving.cpu()).to(moving.device)], keys, self._metric, self.config.tolerance)
         return torch.cat([changed[written], moved]), len(moved)
 
-    def _pending_with(self, changed: Tensor, base: Base, rows: RowTable) -> Tensor:
+    def _pending_with(self, changed: Tensor, base: Base, rows: RowStorage) -> Tensor:
         """The pending slots once ``changed`` ones are, too; a slot without a row is not, nor one of the crown."""
         pending: Tensor = torch.cat([self._pending.to(changed.device), changed]).unique()
         pending = pending[rows.ids[pending] >= 0]
         return pending[~torch.isin(pending, base.crown.to(pending.device))] if len(base.crown) else pending
 
-    def _settle(self, rows: RowTable, keys: Tensor, *, now: bool = False) -> None:
+    def _settle(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
         """Build, or take pending rows in, if it is due; ``now`` if there is any reason to."""
         base = self._base
         enough = max(2 * self._failed_at, self._fewest_rows)
@@ -489,7 +489,7 @@ class IndexManager:
         self._base, self._asleep = None, False
         self._pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def _take(self, base: Base, rows: RowTable, keys: Tensor) -> None:
+    def _take(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         """Let the base take the pending rows in, or the crown; not those that training has led to infinity."""
         with self._upkeep():
             check = base.taken + len(self._pending) > base.check_after * base.entries
@@ -515,7 +515,7 @@ class IndexManager:
         if base.recall is None:
             self._renew(rows, keys, None)
 
-    def _check_recall(self, base: Base, rows: RowTable, keys: Tensor) -> None:
+    def _check_recall(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         """Tune the probes to the rows as they are now."""
         live = rows.live_slots()
         sample = prepared_keys(keys[live[:: max(1, len(live) // 2**12)]], self._metric)
@@ -524,7 +524,7 @@ class IndexManager:
         everything = select(rows, (), None, None)
         base.tune(queries, keys, self._metric, everything, self.config.recall, self._neighbours)
 
-    def refresh(self, rows: RowTable, keys: Tensor, *, wait: bool) -> None:
+    def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
         if self._is_interrupted:
             return
@@ -547,7 +547,7 @@ class IndexManager:
                 f"{self._error}"
             )
 
-    def build(self, rows: RowTable, keys: Tensor) -> None:
+    def build(self, rows: RowStorage, keys: Tensor) -> None:
         """Build the base anew from the rows as they are."""
         if self._is_interrupted:
             return
@@ -569,14 +569,14 @@ class IndexManager:
         """How many rows there have to be before a base is built."""
         return self.policy.exact_rows if self.config.factory == "auto" else self._rows_to_train
 
-    def _renew(self, rows: RowTable, keys: Tensor, old: Base | None) -> None:
+    def _renew(self, rows: RowStorage, keys: Tensor, old: Base | None) -> None:
         """Build a base, with the trained lists of an ``old`` one if there is any, now or aside."""
         if not self.config.background:
             self._install(self._plan(rows, keys, old).carry_out())
         elif self._aside is None:
             self._aside = Background(self._plan(rows, keys, old))
 
-    def _plan(self, rows: RowTable, keys: Tensor, old: Base | None) -> Plan:
+    def _plan(self, rows: RowStorage, keys: Tensor, old: Base | None) -> Plan:
         slots = rows.live_slots()
         vectors = prepared_keys(keys if len(slots) == len(keys) else keys.index_select(0, slots), self._metric)
         left_out = slots[:0]
@@ -640,7 +640,7 @@ class IndexManager:
         finally:
             self._upkeep_seconds += time.perf_counter() - started
 
-    def stats(self, rows: RowTable, keys: Tensor) -> IndexStats:
+    def stats(self, rows: RowStorage, keys: Tensor) -> IndexStats:
         """What the index is and what it has cost."""
         base = None if self._unsure else self._base
         pending = 0
@@ -661,7 +661,7 @@ class IndexManager:
             error=self._error,
         )
 
-    def invariants(self, rows: RowTable) -> Iterator[tuple[str, bool]]:
+    def invariants(self, rows: RowStorage) -> Iterator[tuple[str, bool]]:
         """What has to be true of an index that searches use, and whether it is."""
         base = self._awake
         if base is None or self._version != rows.version:

@@ -6,7 +6,7 @@ import math
 
 from softdb.filters import Selection
 from softdb.index.base import Base
-from softdb.rows import RowTable
+from softdb.table.storage import RowStorage
 
 
 def cost_of(base: Base, queries: int) -> float:
@@ -14,7 +14,7 @@ def cost_of(base: Base, queries: int) -> float:
     return base.share * base.policy.visit_cost * queries / (queries + base.policy.first_query_cost)
 
 
-def pays(base: Base, rows: RowTable, selection: Selection, k: int, queries: int) -> bool:
+def pays(base: Base, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
     """Whether a search in the base is cheaper than an exact one of so many queries."""
     few = selection.shared_count <= max(4 * k, base.policy.few * len(rows))
     if queries == 0 or few:

@@ -31,9 +31,9 @@ from torch import Tensor
 from softdb.errors import ArgumentError, StaleReadError, TransformError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
 from softdb.reading.result import Read, answer_dtype
-from softdb.rows import RowTable
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import SPARSE, in_eval_mode
+from softdb.table.storage import RowStorage
 from softdb.transforms import is_active, is_exporting, is_traced, outside_of_graphs
 
 __all__ = ["count_read", "new_handle", "read_in_graph"]
@@ -44,7 +44,7 @@ class Store(Protocol):
 
     keys: Tensor
     values: Tensor
-    rows: RowTable
+    rows: RowStorage
     temperature: float
     trainable: bool
     sparse_grad: bool
@@ -304,7 +304,7 @@ def _deferring(reported: list[tuple[Tensor, Tensor]] | None) -> Iterator[None]:
         _deferred.reported = before
 
 
-def count_read(rows: RowTable, slots: Tensor, weights: Tensor) -> None:
+def count_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:
     """Count a read that reports ``slots`` with ``weights``, now or, within a graph that does so itself, later."""
     reported = getattr(_deferred, "reported", None)
     if reported is None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from softdb.attributes import kept_property
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.rows import row_sparse
+from softdb.table.gradients import row_sparse
 
 
 class Places:

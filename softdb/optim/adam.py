@@ -12,7 +12,7 @@ from torch import Tensor
 from softdb._checks import check_number, describe
 from softdb.errors import DtypeError
 from softdb.optim.row_optimizer import RowOptimizer, Rows
-from softdb.rows import trust
+from softdb.table.hooks import trust
 
 __all__ = ["RowAdam"]
 

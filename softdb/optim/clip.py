@@ -11,7 +11,7 @@ from torch import Tensor
 from softdb._checks import check_above_zero, check_number
 from softdb.errors import NonFiniteError
 from softdb.optim.gradients import check_gradient
-from softdb.rows import coalesced
+from softdb.table.gradients import coalesced
 
 __all__ = ["clip_row_grad_norm_"]
 

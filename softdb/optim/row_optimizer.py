@@ -26,8 +26,10 @@ from softdb._checks import (
 )
 from softdb.errors import ArgumentError, DtypeError
 from softdb.optim.gradients import check_gradient
-from softdb.rows import RowTable, coalesced, is_sharded, note_move, of
 from softdb.scoring.gumbel import splitmix64
+from softdb.table.gradients import coalesced, is_sharded
+from softdb.table.hooks import note_move, of
+from softdb.table.storage import RowStorage
 
 __all__ = ["RowOptimizer"]
 
@@ -281,7 +283,9 @@ class RowOptimizer(Optimizer):
         finally:  # whatever happens: some rows may have moved
             note_move(parameter, slots)
 
-    def _fitted_state(self, parameter: Tensor, rows: Tensor, table: RowTable | None, options: dict[str, Any]) -> State:
+    def _fitted_state(
+        self, parameter: Tensor, rows: Tensor, table: RowStorage | None, options: dict[str, Any]
+    ) -> State:
         """What is remembered of ``parameter``, for as many rows as it now has."""
         state: State = self.state[parameter]
         count, device, dtype = len(rows), rows.device, _state_dtype(rows.dtype)
@@ -319,7 +323,7 @@ class RowOptimizer(Optimizer):
             return next(place for place, other in enumerate(every) if other is parameter)
         return int(torch.randint(2**62, (), device="cpu"))
 
-    def _welcome(self, state: State, table: RowTable, slots: Tensor, options: dict[str, Any]) -> None:
+    def _welcome(self, state: State, table: RowStorage, slots: Tensor, options: dict[str, Any]) -> None:
         """Start those of the rows at ``slots`` afresh that are not the ones known."""
         generation = table.generation.index_select(0, slots)
         new = state["generation"].index_select(0, slots) != generation
@@ -363,7 +367,7 @@ def _check_integers(name: str, value: object, shape: Sequence[int | None]) -> No
 
 
 def _parts(
-    slots: Tensor | None, table: RowTable | None, length: int, count: int
+    slots: Tensor | None, table: RowStorage | None, length: int, count: int
 ) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
     """The rows to move, ``count`` at a time: where they lie in the Parameter, and where in what belongs to the step."""
     if slots is not None:

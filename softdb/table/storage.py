@@ -11,56 +11,60 @@ remembers the ``version`` it saw and asks what changed since.
 from __future__ import annotations
 
 import heapq
-import sys
-import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.weak import WeakIdKeyDictionary
 
-from softdb._checks import check_dense, describe, is_out_of_memory, list_ids
-from softdb.errors import (
-    ArgumentError,
-    DtypeError,
-    DuplicateIdError,
-    FieldError,
-    ForeignWriteError,
-    GrowthError,
-    ShapeError,
-    StaleReadError,
-    UnknownIdError,
-)
+from softdb._checks import describe, list_ids
+from softdb.errors import ArgumentError, DtypeError, DuplicateIdError, FieldError, ForeignWriteError, UnknownIdError
+from softdb.table.changes import Differences, Overwrites, RecentChanges, Tenants, TensorState, state_of, version_of
+from softdb.table.fields import RowView, check_column, check_field_names
 from softdb.table.locks import SharedLock
+from softdb.table.slots import SlotTable, resized
 
-__all__ = ["RowTable", "Snapshot"]
+__all__ = ["NO_SLOTS", "RowStorage"]
+
 
 MAX_ID = 2**63 - 2
+
+
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
+
+
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
+
+
 # The check of ids is below this: a float32 holds it, so that averaging equal checks leaves them as they are.
 ID_CHECK_MASK, NO_CHECK = 2**20 - 1, -1
+
+
 # An average of two equal whole numbers may be another one, by rounding: about one in three, for many decays. With so
 # many numbers it is noticed.
 ID_CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(64, device="cpu")
+
+
 # What a conversion does to these tells whether it keeps numbers.
 PROBE = (7, 13, 2**40 + 1)
+
+
 # The journal of recent changes names at most this share of the rows, or as many.
 JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
+
+
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
 TURNS = {"lru": "used_at", "oldest": "added_at"}
+
+
 # The buffers from which something is derived, by the rule for eviction.
 WATCHED: dict[str | None, tuple[str, ...]] = {None: ("ids", "next_id", "generation", "id_check")}
+
+
 WATCHED |= {rule: (*WATCHED[None], clock) for rule, clock in TURNS.items()}
+
+
 # Of the rows, this share is lined up for eviction at a time, found by the turns of about so many of them.
 QUEUE_SHARE, QUEUE_SAMPLE = 1 / 8, 4096
 
@@ -72,7 +76,7 @@ AVERAGED = (
 )
 
 
-class RowTable(nn.Module):
+class RowStorage(nn.Module):
     """Ids, fields, live slots and change versions of a table of rows.
 
     Args:
@@ -127,11 +131,11 @@ class RowTable(nn.Module):
         self.version = 0
         self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
-        self._journal = _Journal()
-        self._recorded: dict[str, _State] = {}
+        self._journal = RecentChanges()
+        self._recorded: dict[str, TensorState] = {}
         self._next_id = self._id_hash = self._writes = 0
         self._expected_check = ID_CHECK_PATTERN  # what `id_check` holds
-        self._tenants: _Tenants | None = None
+        self._tenants: Tenants | None = None
         self._mixed = self._started = NO_SLOTS  # of an average by slots: ids of mixed rows; slots that were empty
         self._next_turn = 0  # above every turn there is
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
@@ -282,7 +286,7 @@ class RowTable(nn.Module):
         """Record that every write so far to ``tables`` and to the buffers is accounted for; not to ``lent`` ones."""
         own = {name: getattr(self, name) for name in self._watched if name not in lent} | dict(tables)
         kept = {name: state for name, state in self._recorded.items() if name in lent}
-        self._recorded = kept | {name: _state(tensor) for name, tensor in own.items()}
+        self._recorded = kept | {name: state_of(tensor) for name, tensor in own.items()}
 
     def is_own(self, name: str, table: Tensor) -> bool:
         """Whether ``table`` is the one whose writes are recorded under ``name``, not another in its place."""
@@ -295,10 +299,10 @@ class RowTable(nn.Module):
         self._recorded = {}
         yield
 
-    def record_step(self, name: str, before: _State, table: Tensor) -> None:
+    def record_step(self, name: str, before: TensorState, table: Tensor) -> None:
         """Record that an optimiser's step from state ``before`` on is accounted for, if it was the only write."""
         if before.equals(self._recorded.get(name)):
-            self._recorded[name] = _state(table)
+            self._recorded[name] = state_of(table)
 
     def is_unchanged(self, tables: Mapping[str, Tensor]) -> bool:
         """Whether nothing else has written to ``tables`` or the buffers, or replaced them."""
@@ -309,7 +313,7 @@ class RowTable(nn.Module):
                 tensor = buffers.get(name)
             if tensor is None or reference() is not tensor or tensor.data_ptr() != place:
                 return False
-            if version != _version_of(tensor):
+            if version != version_of(tensor):
                 return False
         complete = len(self._recorded) == len(tables) + len(self._watched)
         return complete and not self._is_overwritten_uncounted
@@ -330,7 +334,7 @@ class RowTable(nn.Module):
             recorded = self._recorded.get(name)
             if recorded is None or recorded.table() is not tensor:
                 replaced.add(name)
-            elif not _state(tensor).equals(recorded):
+            elif not state_of(tensor).equals(recorded):
                 written.add(name)
         if not replaced & {"ids", "next_id", "id_check"} and self._is_overwritten_uncounted:
             written |= {"ids", "next_id"}
@@ -382,7 +386,7 @@ class RowTable(nn.Module):
             self._id_hash = _hash(live, ids[live])
             self._write_id_check()
             self._queue = None
-            self._journal = _Journal()
+            self._journal = RecentChanges()
             self.mark_moved()
             if self.evict is not None and self.capacity:
                 self._next_turn = max(self._next_turn, int(self._turns.max()) + 1)
@@ -406,7 +410,7 @@ class RowTable(nn.Module):
     def remember_tenants(self, *, is_updated: bool = False) -> None:
         """Remember which rows are where, to be compared when something else averages and copies rows here."""
         self._is_average = is_updated
-        self._tenants = _Tenants(self.ids.clone(), self.generation.clone(), _version_of(self.id_check))
+        self._tenants = Tenants(self.ids.clone(), self.generation.clone(), version_of(self.id_check))
 
     def forget_remains(self) -> None:
         """Remember that free slots hold zeros."""
@@ -420,10 +424,10 @@ class RowTable(nn.Module):
         time: before the next update, or before the average is exchanged with the model, this is called.
         """
         known = self._tenants
-        if known is None or _version_of(self.id_check) == known.version:
+        if known is None or version_of(self.id_check) == known.version:
             return
         # An average begins as a copy: nothing is mixed by the first update.
-        is_first = not self._is_average and _version_of(self.id_check) == known.version + 1
+        is_first = not self._is_average and version_of(self.id_check) == known.version + 1
         if not is_first and len(known.ids) == len(self.ids):
             held, holds, other = known.ids >= 0, self.ids >= 0, known.generation != self.generation
             self._mixed = torch.cat([self._mixed, self.ids[held & holds & other].cpu()])
@@ -431,7 +435,7 @@ class RowTable(nn.Module):
         self.remember_tenants(is_updated=True)
         if len(known.ids) == len(self.ids):  # a slot that has become free still holds what remains of its row
             kept = torch.where((self.ids < 0) & (known.ids >= 0), known.ids, self.ids)
-            self._tenants = cast(_Tenants, self._tenants)._replace(ids=kept)
+            self._tenants = cast(Tenants, self._tenants)._replace(ids=kept)
         if len(self._mixed):
             self.own("id_check").fill_(NO_CHECK)  # so that a store that these buffers are copied to notices, too
 
@@ -553,7 +557,7 @@ class RowTable(nn.Module):
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
         if self.ids.is_meta:  # which names no rows
-            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), _Journal(), None, [], 0
+            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), RecentChanges(), None, [], 0
             self.mark_moved()
             return
         ids = self.ids.cpu()
@@ -570,7 +574,7 @@ class RowTable(nn.Module):
         self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0))
         self._id_hash = _hash(live, ids)
         self._write_id_check()
-        self._journal = _Journal()
+        self._journal = RecentChanges()
         self._queue = None
         if self.evict is not None:
             turns = self._turns
@@ -707,7 +711,7 @@ class RowTable(nn.Module):
         return f"rows={len(self)}, capacity={self.capacity}"
 
     @torch.inference_mode(False)
-    def _apply(self, fn: Any, recurse: bool = True) -> RowTable:
+    def _apply(self, fn: Any, recurse: bool = True) -> RowStorage:
         device = self.ids.device
         weight = self.weight if self.track_usage else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -793,7 +797,7 @@ class RowTable(nn.Module):
 
 
 def _id_check(id_hash: int, writes: int) -> Tensor:  # -> (64,)
-    """Return what `RowTable.id_check` holds: the number of writes, and numbers from it and the hash of the ids."""
+    """Return what `RowStorage.id_check` holds: the number of writes, and numbers from it and the hash of the ids."""
     writes &= ID_CHECK_MASK
     mixed = (writes * 0x9E3779B1 ^ (id_hash & ID_CHECK_MASK) * 0x85EBCA6B) & 0xFFFFFFFF
     mixed = (mixed ^ (mixed >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -809,438 +813,6 @@ def _hash(slots: Tensor, ids: Tensor) -> int:  # (m,), (m,) on one device
     return int(((mixed ^ (mixed >> 29)) & ID_CHECK_MASK).sum())
 
 
-def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(fields, str) or not isinstance(fields, Iterable):
-        raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
-    names = tuple(fields)
-    for name in names:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise FieldError(f"fields: expected names that are Python identifiers, got {describe(name)}")
-    if "id" in names:
-        raise FieldError("fields: 'id' is reserved for the row's id; choose another name")
-    if len(set(names)) != len(names):
-        raise FieldError(f"fields: expected each name once, got {names}")
-    return names
-
-
-def check_column(name: str, column: object, count: int) -> Tensor:
-    try:
-        values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
-        values = values.cpu()
-        if values.numel() == 0:
-            values = values.to(torch.int64)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {describe(column)}") from error
-    check_dense(f"fields[{name!r}]", values)
-    if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {values.dtype}")
-    if values.shape not in ((), (count,)):
-        raise ShapeError(
-            f"fields[{name!r}]: expected one number or shape ({count},), one per row, got {tuple(values.shape)}"
-        )
-    return values.to(torch.int64)
-
-
 def check_largest(ids: Tensor) -> None:
     if len(ids) and int(ids.max()) > MAX_ID:
         raise ArgumentError(f"ids: expected ids of at most {MAX_ID}, got {int(ids.max())}")
-
-
-def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
-    """A copy of ``tensor`` with ``capacity`` rows: cut, or filled up with ``fill``."""
-    kept = min(len(tensor), capacity)
-    larger = tensor.new_empty(capacity, *tensor.shape[1:])
-    larger[:kept] = tensor[:kept]
-    larger[kept:] = fill
-    return larger
-
-
-class RowView(dict[str, Tensor]):
-    """Columns of some rows by name."""
-
-    def __missing__(self, name: str) -> Tensor:
-        known = ", ".join(map(repr, self))
-        raise FieldError(f"where: expected names among this store's fields ({known}), got {name!r}")
-
-
-class SlotTable:
-    """The map from id to slot.
-
-    Ids that are small beside the number of rows, as assigned ones are, index an array: eight bytes each, and a
-    million are found in a millisecond. The others live in a dict.
-    """
-
-    def __init__(self) -> None:
-        self._array = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._dict: dict[int, int] = {}
-        self._count = 0
-
-    @property
-    def entries(self) -> int:
-        """How many different ids there are."""
-        return int((self._array >= 0).sum()) + len(self._dict)
-
-    def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
-        small = ids < len(self._array)
-        if small.all():
-            return self._array[ids]
-        slots = torch.empty_like(ids)
-        slots[small] = self._array[ids[small]]
-        found = [self._dict.get(number, -1) for number in ids[~small].tolist()]
-        slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
-        return slots
-
-    def put(self, ids: Tensor, slots: Tensor) -> None:
-        """Enter new ids."""
-        self.widen(ids)
-        self._count += len(ids)
-        small = ids < len(self._array)
-        if small.all():
-            self._array[ids] = slots
-        else:
-            self._array[ids[small]] = slots[small]
-            self._dict.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
-
-    def remove(self, ids: Tensor) -> None:
-        self._count -= len(ids)
-        small = ids < len(self._array)
-        self._array[ids[small]] = -1
-        for number in ids[~small].tolist():
-            del self._dict[number]
-
-    def widen(self, ids: Tensor) -> None:
-        """Let the array reach the largest of the new ``ids`` that keeps it within a few entries per row."""
-        limit = 4 * (self._count + len(ids)) + 1024
-        largest = int(ids.max()) if len(ids) else -1
-        if largest >= limit:
-            within = ids[ids < limit]
-            largest = int(within.max()) if len(within) else -1
-        if largest < len(self._array):
-            return
-        size = min(limit, max(largest + 1, 2 * len(self._array)))
-        self._array = resized(self._array, size, fill=-1)
-        moving = [number for number in self._dict if number < size] if self._dict else []
-        for number in moving:
-            self._array[number] = self._dict.pop(number)
-
-
-class _State(NamedTuple):
-    """What changes when torch writes to a table; by reference, since another table may get the number of a dead one."""
-
-    table: weakref.ref[Tensor]
-    place: int
-    version: int
-
-    def equals(self, other: _State | None) -> bool:
-        """Whether it is that of the same table, not written to in between."""
-        return other is not None and self.table() is other.table() is not None and self[1:] == other[1:]
-
-
-def _state(table: Tensor) -> _State:
-    return _State(weakref.ref(table), table.data_ptr(), _version_of(table))
-
-
-def _version_of(table: Tensor) -> int:
-    """Return how often torch has counted a write to ``table``; it counts none to inference tensors."""
-    return 0 if table.is_inference() else table._version
-
-
-class Differences(NamedTuple):
-    """What something else did to tensors: the names of those written to, and of those with another in their place."""
-
-    written: frozenset[str]
-    replaced: frozenset[str]
-
-
-class Overwrites(NamedTuple):
-    """What something else wrote into the buffers.
-
-    Attributes:
-        started: Slots that held no row before that update, whose average began with zeros.
-        rows_differ: Whether other rows lie in the slots now.
-    """
-
-    started: Tensor
-    rows_differ: bool
-
-
-class _Tenants(NamedTuple):
-    """The ids and generations of a copied store when it was last looked at, for `RowTable.follow_overwrites`."""
-
-    ids: Tensor
-    generation: Tensor
-    version: int
-
-
-class _Journal:
-    """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
-
-    def __init__(self) -> None:
-        self._entries: deque[tuple[int, Tensor, bool]] = deque()
-        self._slots = 0
-        self._complete_since = 0  # every later change is in it
-
-    def write(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
-        """Add a change; the oldest are forgotten where more than ``limit`` slots are named."""
-        self._entries.append((version, slots, keys))
-        self._slots += len(slots)
-        while self._slots > limit:
-            self._complete_since, dropped, _ = self._entries.popleft()
-            self._slots -= len(dropped)
-
-    def since(self, version: int, *, keys: bool) -> Tensor | None:
-        """The slots changed after ``version``, ascending, each once; None if that has been forgotten."""
-        if version < self._complete_since:
-            return None
-        recent = []
-        for changed_at, slots, of_keys in reversed(self._entries):
-            if changed_at <= version:
-                break
-            if of_keys or not keys:
-                recent.append(slots)
-        return torch.cat(recent).unique() if recent else torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-class Snapshot:
-    """What a read saw, to be checked again before its backward.
-
-    Args:
-        table: The rows that were read.
-        used: Which slots the read may have used: a bool mask over the first slots, a tensor of slots (-1 is
-            padding), or None for every slot that held a row.
-        lent: Tensors that were read in the place of the table's own, which no change to its rows concerns.
-        own: Whether tensors of the table's own were read.
-    """
-
-    def __init__(self, table: RowTable, used: Tensor | None, lent: Sequence[Tensor] = (), *, own: bool = True) -> None:
-        self._table = table if own else None
-        self._version = table.version
-        self._first = table.used
-        self._used = table.live() if used is None else used
-        self._lent = [(tensor, _version_of(tensor)) for tensor in lent]
-
-    def check(self) -> None:
-        """Raise `StaleReadError` if a row that the read used has changed since."""
-        if any(_version_of(tensor) != version for tensor, version in self._lent):
-            raise StaleReadError(
-                "keys or values that were put in the place of the store's own were written to between this read and "
-                "its backward, so its gradients would be wrong; call backward() before writing to them"
-            )
-        if self._table is None or self._table.version == self._version:
-            return
-        changed = self._table.changed_since(self._version)
-        changed = changed[changed < self._first]
-        if self._used is not None:
-            if self._used.dtype == torch.bool:
-                changed = changed[self._used[changed]]
-            else:
-                changed = changed[torch.isin(changed, self._used)]
-        if len(changed):
-            raise StaleReadError(
-                f"{len(changed)} of the rows that this read used (slots {list_ids(changed)}) were changed, deleted or "
-                "moved by an optimiser before its backward, so their gradients would be wrong; call backward() "
-                "before writing to the store, or read again"
-            )
-
-
-# -- optimisers ------------------------------------------------------------------------------------------
-
-# Which tables' rows a Parameter holds, and what of them: "keys" or "values". Several stores may share a Parameter.
-# Written tensors' version counters do not betray fused optimisers, whose step hooks do fire; the hooks are registered
-# with the first trainable table.
-_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # The hooks of Parameters whose gradients are kept coalesced
-_hooked = False
-# Optimisers, beside torch's own, that move only the rows of a row-sparse gradient, and whose state grows with the rows.
-_row_optimizers: set[type[torch.optim.Optimizer]] = set()
-# What the steps under way will move, by optimiser: a gradient may be gone when the step has ended.
-_moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Move]] = weakref.WeakKeyDictionary()
-
-
-class _Move(NamedTuple):
-    """A Parameter that a step moves: whose rows it holds, which of them a trusted optimiser moves (None: all)."""
-
-    parameter: nn.Parameter
-    table: RowTable
-    name: str
-    slots: Tensor | None
-    state: _State
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether ``tensor`` is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
-    """A gradient of ``shape`` that is 0 but in ``rows``: coalesced COO."""
-    # torch.sparse_coo_tensor(check_invariants=False) checks nothing either, but warns of that in torch 2.11 and 2.12:
-    # https://github.com/pytorch/pytorch/issues/178274.
-    whole: Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
-        1,
-        values.dim() - 1,
-        shape,
-        rows.unsqueeze(0),
-        values,
-        dtype=values.dtype,
-        layout=torch.sparse_coo,
-        device=values.device,
-        is_coalesced=True,
-    )
-    return whole
-
-
-def coalesced(gradient: Tensor) -> Tensor:
-    """A row-sparse gradient that names each row once, in order: itself if it does so already."""
-    if gradient.is_coalesced():
-        return gradient
-    slots = gradient._indices()[0]
-    if bool((slots[1:] > slots[:-1]).all()):
-        gradient._coalesced_(True)
-    whole: Tensor = gradient.coalesce()  # itself, once it says that it is
-    return whole
-
-
-def of(parameter: Tensor) -> RowTable | None:
-    """The table whose keys or values ``parameter`` holds; the first of several."""
-    return next((table for table, _ in _owners(parameter)), None)
-
-
-def _owners(parameter: Tensor) -> Iterator[tuple[RowTable, str]]:
-    """Yield the tables whose rows ``parameter`` holds, and what of them."""
-    for reference, name in _tables.get(parameter, ()):
-        table = reference()
-        if table is not None:
-            yield table, name
-
-
-def note_move(parameter: Tensor, slots: Tensor | None) -> None:
-    """Have the tables of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
-    for table, name in _owners(parameter):
-        with table.access.writing():
-            table.mark_moved(slots, keys=name == "keys")
-
-
-def note_write(tensor: Tensor, writer: RowTable, name: str) -> None:
-    """Have the other tables whose rows ``tensor`` holds note that a store has written to it as its ``name``."""
-    for table, what in list(_owners(tensor)):
-        if table is not writer or what != name:
-            table.mark_moved(keys=what == "keys")
-
-
-def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Take the word of an optimiser class that it follows growth and notes by itself which rows it moves."""
-    _row_optimizers.add(kind)
-    return kind
-
-
-def watch(parameter: Tensor, table: RowTable, name: str) -> None:
-    """Have ``table`` note every step, and write of another store, to ``parameter``: its "keys" or its "values"."""
-    global _hooked
-    if parameter.requires_grad and parameter not in _coalescing:
-        _coalescing[parameter] = parameter.register_post_accumulate_grad_hook(_keep_coalesced)
-    others = [
-        (reference, what)
-        for reference, what in _tables.get(parameter, ())
-        if reference() is not None and (reference() is not table or what != name)
-    ]
-    _tables[parameter] = [*others, (weakref.ref(table), name)]
-    if not _hooked and isinstance(parameter, nn.Parameter):
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
-        _hooked = True
-
-
-@contextmanager
-def unwatched(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Keep no weak reference to ``parameters`` meanwhile: torch refuses to swap tensors that have one."""
-    watching = [(parameter, _tables.pop(parameter, None)) for parameter in parameters]
-    for parameter, _ in watching:
-        hook = _coalescing.pop(parameter, None)
-        if hook is not None:
-            hook.remove()
-    try:
-        yield
-    finally:
-        for parameter, owners in watching:
-            for reference, name in owners or ():
-                table = reference()
-                if table is not None:
-                    watch(parameter, table, name)
-
-
-def _keep_coalesced(parameter: Tensor) -> None:
-    """Say again that a sparse gradient is coalesced: on its way to ``.grad`` it forgets, and its reader would sort."""
-    gradient = parameter.grad
-    if gradient is not None and gradient.layout == torch.sparse_coo:
-        whole = coalesced(gradient)
-        if whole is not gradient:
-            parameter.grad = whole
-
-
-def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            owners = list(_owners(parameter))
-            if owners and parameter.grad is not None:
-                sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
-                slots = parameter.grad._indices()[0].clone() if sparse else None
-                for table, name in owners:
-                    yield _Move(parameter, table, name, slots, _state(parameter))
-
-
-def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a step leaves every row alone that a sparse gradient does not name."""
-    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    everybodys = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-    hooks: list[object] = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
-    if any(hook not in (_before_step, _after_step) for hook in hooks):
-        return False  # they may write to anything
-    kind = type(optimizer)
-    if kind is torch.optim.SGD:
-        return bool(group["momentum"] == 0)
-    return kind in (torch.optim.SparseAdam, torch.optim.Adagrad) or kind in _row_optimizers
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moves = list(_moved_by(optimizer))
-    if not isinstance(optimizer, tuple(_row_optimizers)):
-        for move in moves:
-            _check_state(move.parameter, optimizer.state.get(move.parameter, {}))
-    _moving[optimizer] = moves
-
-
-def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
-    for name, state in states.items():
-        # A fused step over a state of the old size would read and write past its end. Other states have shapes of
-        # their own; Adafactor's, of one row for all, looks like one of these.
-        if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
-            continue
-        if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
-            grown = len(parameter) > len(state)
-            remedy = "call store.reserve() before building an optimiser, or build" if grown else "build"
-            raise GrowthError(
-                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimiser's "
-                f"{name!r} has shape {tuple(state.shape)}: {remedy} a new one; softdb.optim.RowAdam follows "
-                f"{'growth' if grown else 'such changes'}"
-            )
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    noted = type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {})  # by the optimiser itself
-    before = {(id(move.parameter), id(move.table), move.name): move for move in _moving.pop(optimizer, [])}
-    # A closure may have made the gradients.
-    after = {(id(move.parameter), id(move.table), move.name): move for move in _moved_by(optimizer)}
-    for number, move in (before | after).items():
-        if not noted:
-            # Only what was there on both sides of the step, or came with it, is known to be what the step used.
-            first, last = before.get(number, move).slots, after[number].slots if number in after else None
-            if first is not None and last is not None and not torch.equal(first, last):
-                last = torch.cat([first, last]).unique()
-            with move.table.access.writing():
-                move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
-        if number in before:
-            move.table.record_step(move.name, before[number].state, move.parameter)

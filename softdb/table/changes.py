@@ -1,0 +1,87 @@
+"""What has changed: slots, by version; and tensors that something else may write to, by the counters of torch."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TensorState(NamedTuple):
+    """What changes when torch writes to a table; by reference, since another table may get the number of a dead one."""
+
+    table: weakref.ref[Tensor]
+    place: int
+    version: int
+
+    def equals(self, other: TensorState | None) -> bool:
+        """Whether it is that of the same table, not written to in between."""
+        return other is not None and self.table() is other.table() is not None and self[1:] == other[1:]
+
+
+def state_of(table: Tensor) -> TensorState:
+    return TensorState(weakref.ref(table), table.data_ptr(), version_of(table))
+
+
+def version_of(table: Tensor) -> int:
+    """Return how often torch has counted a write to ``table``; it counts none to inference tensors."""
+    return 0 if table.is_inference() else table._version
+
+
+class Differences(NamedTuple):
+    """What something else did to tensors: the names of those written to, and of those with another in their place."""
+
+    written: frozenset[str]
+    replaced: frozenset[str]
+
+
+class Overwrites(NamedTuple):
+    """What something else wrote into the buffers.
+
+    Attributes:
+        started: Slots that held no row before that update, whose average began with zeros.
+        rows_differ: Whether other rows lie in the slots now.
+    """
+
+    started: Tensor
+    rows_differ: bool
+
+
+class Tenants(NamedTuple):
+    """The ids and generations of a copied store when it was last looked at, for `RowStorage.follow_overwrites`."""
+
+    ids: Tensor
+    generation: Tensor
+    version: int
+
+
+class RecentChanges:
+    """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[int, Tensor, bool]] = deque()
+        self._slots = 0
+        self._complete_since = 0  # every later change is in it
+
+    def write(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
+        """Add a change; the oldest are forgotten where more than ``limit`` slots are named."""
+        self._entries.append((version, slots, keys))
+        self._slots += len(slots)
+        while self._slots > limit:
+            self._complete_since, dropped, _ = self._entries.popleft()
+            self._slots -= len(dropped)
+
+    def since(self, version: int, *, keys: bool) -> Tensor | None:
+        """The slots changed after ``version``, ascending, each once; None if that has been forgotten."""
+        if version < self._complete_since:
+            return None
+        recent = []
+        for changed_at, slots, of_keys in reversed(self._entries):
+            if changed_at <= version:
+                break
+            if of_keys or not keys:
+                recent.append(slots)
+        return torch.cat(recent).unique() if recent else torch.empty(0, dtype=torch.int64, device="cpu")

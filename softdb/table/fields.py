@@ -1,0 +1,55 @@
+"""Integer fields that rows carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from softdb._checks import check_dense, describe, is_out_of_memory
+from softdb.errors import DtypeError, FieldError, ShapeError
+
+__all__ = ["RowView", "check_column", "check_field_names"]
+
+
+def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(fields, str) or not isinstance(fields, Iterable):
+        raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
+    names = tuple(fields)
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise FieldError(f"fields: expected names that are Python identifiers, got {describe(name)}")
+    if "id" in names:
+        raise FieldError("fields: 'id' is reserved for the row's id; choose another name")
+    if len(set(names)) != len(names):
+        raise FieldError(f"fields: expected each name once, got {names}")
+    return names
+
+
+def check_column(name: str, column: object, count: int) -> Tensor:
+    try:
+        values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
+        values = values.cpu()
+        if values.numel() == 0:
+            values = values.to(torch.int64)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {describe(column)}") from error
+    check_dense(f"fields[{name!r}]", values)
+    if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise DtypeError(f"fields[{name!r}]: expected whole numbers (int64), got {values.dtype}")
+    if values.shape not in ((), (count,)):
+        raise ShapeError(
+            f"fields[{name!r}]: expected one number or shape ({count},), one per row, got {tuple(values.shape)}"
+        )
+    return values.to(torch.int64)
+
+
+class RowView(dict[str, Tensor]):
+    """Columns of some rows by name."""
+
+    def __missing__(self, name: str) -> Tensor:
+        known = ", ".join(map(repr, self))
+        raise FieldError(f"where: expected names among this store's fields ({known}), got {name!r}")

@@ -1,0 +1,45 @@
+"""Gradients of rows: dense, or row-sparse, as coalesced COO tensors."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+__all__ = ["coalesced", "is_sharded", "row_sparse"]
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
+    """A gradient of ``shape`` that is 0 but in ``rows``: coalesced COO."""
+    # torch.sparse_coo_tensor(check_invariants=False) checks nothing either, but warns of that in torch 2.11 and 2.12:
+    # https://github.com/pytorch/pytorch/issues/178274.
+    whole: Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        1,
+        values.dim() - 1,
+        shape,
+        rows.unsqueeze(0),
+        values,
+        dtype=values.dtype,
+        layout=torch.sparse_coo,
+        device=values.device,
+        is_coalesced=True,
+    )
+    return whole
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A row-sparse gradient that names each row once, in order: itself if it does so already."""
+    if gradient.is_coalesced():
+        return gradient
+    slots = gradient._indices()[0]
+    if bool((slots[1:] > slots[:-1]).all()):
+        gradient._coalesced_(True)
+    whole: Tensor = gradient.coalesce()  # itself, once it says that it is
+    return whole

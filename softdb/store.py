@@ -36,9 +36,7 @@ from softdb._checks import (
     check_ids,
     check_not_meta,
     check_positive,
-    check_temperature,
     check_vector,
-    check_whole,
     describe,
     is_out_of_memory,
 )
@@ -50,45 +48,29 @@ from softdb.errors import (
     DtypeError,
     ForeignWriteError,
     GrowthError,
-    NonFiniteError,
     NotApplicableError,
     ReadOnlyError,
     ShapeError,
     SoftDBError,
-    StaleReadError,
     TransformError,
     UnfinishedWriteError,
 )
-from softdb.filters import Selection, Where, select
+from softdb.filters import Where
 from softdb.index.config import IndexConfig, IndexStats
-from softdb.index.list_layout import promise_of
-from softdb.index.manager import Found, IndexManager
+from softdb.index.manager import IndexManager
 from softdb.interop.compile import count_read, new_handle, read_in_graph
-from softdb.kernels.cpu.topk import exact_top_k
-from softdb.kernels.spec import ReadSpec, full_precision
-from softdb.kernels.tiling import Tiling
-from softdb.reading.exact import GATHERED_NUMBERS, read_exactly
+from softdb.reading.options import Mode, ReadOptions
+from softdb.reading.reader import Reader, ReadView
 from softdb.reading.result import (
     Read,
-    answer_dtype,
     answer_of,
     best_of,
-    completed,
-    finish,
     leaves_of,
     read_of,
-    replaced,
-    transform,
-    widened,
 )
-from softdb.reading.sample import Sample
-from softdb.reading.staleness import StalenessCheck
-from softdb.reading.tables import Tables
-from softdb.reading.tail import add_tail, is_worth_trying, samples_for
-from softdb.reading.topk import read_candidates
-from softdb.scoring.gumbel import noise_for
-from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.scoring.normalizers import SPARSE, check_normalizer, in_eval_mode
+from softdb.reading.staleness import OpenReads
+from softdb.scoring.metrics import METRICS, Metric
+from softdb.scoring.normalizers import in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
@@ -113,8 +95,6 @@ from softdb.version import __version__
 
 __all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
 
-Mode = Literal["exact", "topk", "hard"]
-MODES = ("exact", "topk", "hard")
 Evict = Literal["lru", "oldest"]
 EVICTIONS = ("lru", "oldest")
 Ids = Tensor | Sequence[int]
@@ -135,19 +115,10 @@ EXTRA_STATE = "_extra_state"
 WALKS = frozenset(
     ("named_modules", "named_buffers", "named_parameters", "_named_members", "is_asked_by_ddp", "buffers", "<lambda>")
 )
-# As many rows have their norms taken at a time.
-NORM_ROWS = 2**14
 # Scores this close, in parts of themselves, tie in an audit.
 TIE = 1e-5
-# As many candidates, or so many times those asked for, are looked at for the rows to which a sparse normalizer gives
-# weight.
-SUPPORT, SUPPORT_TIMES = 1024, 16
-# What a read to a tolerance begins with, for all queries; the error tells how many samples are enough where those were
-# not, if it falls with a root of their number: this one, as a stratified sample's does at first, or the square root, as
-# that of any sample does. Of these, some more.
-BEST_ROWS, FIRST_SAMPLES = 256, 2**14
-RATES, MORE = (1.4, 2.0, 2.0), 1.2
-
+# As many rows are averaged at a time.
+AVERAGED_ROWS = 2**14
 CAPTURED = (
     "expected a callable that uses no tensors which a transform of torch.func wraps, since it runs outside of the "
     "transform; pass where or exclude as a tensor"
@@ -384,8 +355,6 @@ class SoftKVStore(ModuleWithProperties):
     _is_strict = False
     # Whether FSDP2 has put shards in the place of the tables, which it exchanges for whole ones in a forward.
     _is_sharded = False
-    # At which version of the rows a key held NaN.
-    _key_nan_at = -1
     # Of rows in the files of a snapshot: the tables that get no gradient once they are materialized.
     _frozen_in_files: tuple[str, ...] = ()
 
@@ -438,16 +407,13 @@ class SoftKVStore(ModuleWithProperties):
             self.rows.resize(self.capacity)
         config = IndexConfig(index) if isinstance(index, str) else index
         self._index = IndexManager(config, metric, self.key_dim, moving=self.trainable)
-        self._open_reads: list[weakref.ref[Tensor]] = []
+        self._reader = Reader()
+        self._open_reads = OpenReads()
         self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
         self._finished = 0  # how many writes that broke off have been
         self._is_mapped = False  # the rows lie in the files of a snapshot
         self._has_warned = False  # of keys that were written to unnoticed
         self._handle = new_handle(self)
-        # At which version of the rows, and: the largest norm that a key has had, and what a read without filters sees.
-        self._key_norm = (0, 0.0)
-        self._everything: tuple[int, Selection | None] = (0, None)
-        self._stamp = (-1, NO_SLOTS)  # and the version itself, as reads that wait for their backward hold it
         self._record_versions()
         self._watch()
 
@@ -846,27 +812,26 @@ class SoftKVStore(ModuleWithProperties):
             )
         if is_forward_mode():
             check_no_tangent(query, self.keys, self.values, temperature)
-        k, tail_samples, tolerance = check_options(mode, k, normalizer, tail_samples, tolerance, generator)
+        options = ReadOptions(mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
         check_float_tensor("query", query, (-1, self.key_dim), keys.device)
-        normalizer = normalizer if self.training else in_eval_mode(normalizer)
+        if not self.training:
+            options = replace(options, normalizer=in_eval_mode(normalizer))
 
         def answered() -> Read:
-            read = self._answer(
-                query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator
-            )
+            read = self._answer(query, options)
             if read.ids is None or read.weights is None:
                 return read
             count_read(self.rows, read.ids, read.weights)
-            if mode == "exact" and k is None:
+            if options.mode == "exact" and options.k is None:
                 return best_of(read, None)
             return replace(read, ids=self.rows.ids_at(read.ids))
 
-        return self._reading(answered, query if mode == "topk" else None, k)
+        return self._reading(answered, query if mode == "topk" else None, options.k)
 
     def _read_under_transform(self, query: Tensor, **options: Any) -> Read:
         """`read` while a transform of torch.func is active."""
-        mode, k, normalizer, generator = (options[name] for name in ("mode", "k", "normalizer", "generator"))
-        check_options(mode, k, normalizer, options["tail_samples"], options["tolerance"], generator)
+        normalizer, generator = options["normalizer"], options["generator"]
+        ReadOptions(**options)
         keys, values = self.keys, self.values
         check_float_tensor("query", query, (-1, self.key_dim), keys.device)
         if is_wrapped(*self.rows.buffers()):
@@ -898,220 +863,20 @@ class SoftKVStore(ModuleWithProperties):
         operands = [query, keys, values, *given]
         return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_lent))
 
-    def _answer(
-        self,
-        query: Tensor,
-        mode: Mode,
-        k: int | None,
-        where: Where | None,
-        exclude: Tensor | None,
-        temperature: float | Tensor | None,
-        normalizer: str = "softmax",
-        tail_samples: int = 0,
-        tolerance: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Read:
-        """What `read` returns, with slots for ids; nobody counts it. The options and the query have been checked."""
+    def _answer(self, query: Tensor, options: ReadOptions) -> Read:
+        """What `read` returns, with slots for ids; nobody counts it. The query has been checked."""
         self._recompute_pruned()
         keys, values = self.keys, self.values
         lent = self._lent({"keys": keys, "values": values})
         for name, table in lent.items():
-            self._check_lent(name, table, mode)
+            self._check_lent(name, table, options.mode)
         # What made a lent tensor from others may take no row-sparse gradient.
         sparse = self.trainable and self.sparse_grad and keys.is_leaf and values.is_leaf
         if sparse and _within_ddp():
             keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
-        leading = query.shape[:-1]
-        chosen = self.temperature if temperature is None else check_temperature(temperature, leading, keys.device)
-        selection = self._select(leading, where, exclude)
-        if mode != "exact" or not selection.shows_some_to_all:
-            check_finite("query", query)  # else its scores tell
-        tiling = Tiling.for_device(query.device)
-        narrow = tiling.is_narrow(values, answer_dtype(query))
-        with full_precision(query.device):
-            dtype = compute_dtype(query, keys, values)
-            centre = centre_of(query, self.metric)
-            operand = prepare_query(query, self.metric, chosen, centre, dtype)
-            if len(leading) != 1:
-                operand = operand.reshape(-1, operand.shape[-1])
-            noise = noise_for(normalizer, generator)
-            largest = functools.partial(_largest_norm, keys) if "keys" in lent else self._largest_key_norm
-            spec = ReadSpec(self.metric, centre, selection, dtype, largest, narrow, noise, tiling)
-            tables = Tables(keys, values, sparse=sparse)
-            if mode == "exact":
-                try:
-                    read = read_exactly(operand, tables, spec, k, normalizer)
-                except NonFiniteError:
-                    check_finite("query", query)  # it may be its fault: say so
-                    raise
-                used = selection.shared
-            elif tolerance is not None:
-                read, used = self._read_to(query, operand, spec, tables, k, tolerance, generator)
-            else:
-                read, found = self._read_best(query, operand, spec, tables, k, normalizer)
-                used = found.slots.flatten()
-                if normalizer in SPARSE:
-                    read, more = self._find_support(read, query, operand, spec, tables, normalizer)
-                    used = torch.cat([used, *more])
-                if tail_samples:
-                    read, sampled = self._add_tail(read, operand, spec, tables, tail_samples, found.recall, generator)
-                    used = torch.cat([used, sampled])
-        if mode == "hard":
-            read = replace(read, normalizer="hard")
-        if len(leading) != 1:
-            read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-        return self._guard(finish(read, query), used, list(lent.values()))
-
-    def _read_best(
-        self,
-        query: Tensor,
-        operand: Tensor,
-        spec: ReadSpec,
-        tables: Tables,
-        k: int | None,
-        normalizer: str = "softmax",
-        *,
-        careful: bool = False,
-    ) -> tuple[Read, Found]:
-        """A read of the k best rows, and how they were found."""
-        found = self._candidates(query, operand, spec, k, careful=careful)
-        complete = self._complete(found.slots, spec.selection)
-        read = read_candidates(operand, tables, spec, found.slots, normalizer, complete=complete, best=found.exact)
-        return read, found
-
-    def _find_support(
-        self, read: Read, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, normalizer: str
-    ) -> tuple[Read, list[Tensor]]:
-        """The same read, of as many candidates for a query as it takes for one of them to have no weight."""
-        query, used = query.detach().reshape(-1, self.key_dim), list[Tensor]()
-        reach = cast(Tensor, read.ids).shape[-1]
-        most = min(spec.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
-        while True:
-            whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
-            left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
-            gathered = 2 * reach * len(left) * (self.key_dim + self.value_dim)
-            if len(left) == 0 or reach >= most or gathered > GATHERED_NUMBERS:
-                return read, used
-            reach = min(2 * reach, most)
-            part = replace(spec, selection=spec.selection.take(left))
-            again, found = self._read_best(query[left], operand[left], part, tables, reach, normalizer)
-            used.append(found.slots.flatten())
-            read = replaced(widened(read, reach), left, again)
-
-    def _add_tail(
-        self,
-        read: Read,
-        operand: Tensor,
-        spec: ReadSpec,
-        tables: Tables,
-        count: int,
-        recall: float,
-        generator: torch.Generator | None,
-    ) -> tuple[Read, Tensor]:
-        """The read of the best rows and, by a sample of ``count``, of the others; and the slots of the sample."""
-        selection = spec.selection
-        if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
-            count = selection.shared_count
-        is_lent = bool(self._lent({"keys": self.keys}))
-        outline = None if is_lent else self._index.outline(self.keys.detach(), selection.size)
-        promise = None if outline is None else promise_of(outline, operand, spec, read)
-        sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
-        return add_tail(read, operand, tables, spec, sample, recall), sample.slots
-
-    def _read_to(
-        self,
-        query: Tensor,
-        operand: Tensor,
-        spec: ReadSpec,
-        tables: Tables,
-        k: int | None,
-        tolerance: float,
-        generator: torch.Generator | None,
-    ) -> tuple[Read, Tensor | None]:
-        """A read with an error of no more than ``tolerance``, and the slots that it used, None for all."""
-        selection, query = spec.selection, query.detach().reshape(-1, self.key_dim)
-        candidates = max(k or 1, BEST_ROWS)
-        trial = is_worth_trying(FIRST_SAMPLES, candidates, len(query), selection.shared_count)
-        trial = trial and not self._lent({"keys": self.keys})
-        if not (trial and self._index.approximates(self.rows, selection, candidates, len(query))):
-            read = read_exactly(operand, tables, spec, k, "softmax")
-            return replace(read, error=torch.zeros_like(read.lse)), selection.shared
-        best, found = self._read_best(query, operand, spec, tables, candidates, careful=True)
-        read, sampled = self._add_tail(best, operand, spec, tables, FIRST_SAMPLES, found.recall, generator)
-        used = [found.slots.flatten(), sampled]
-        drawn = torch.full_like(cast(Tensor, read.error), FIRST_SAMPLES)
-        for rate in RATES:
-            left, excess = _excess(read, tolerance)
-            needed = MORE * drawn[left] * excess**rate
-            samples = samples_for(needed, selection.shared_count)
-            if not samples:
-                break
-            some = left[needed <= samples]
-            part = replace(spec, selection=selection.take(some))
-            again = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
-            again, sampled = self._add_tail(again, operand[some], part, tables, samples, found.recall, generator)
-            drawn[some] = samples
-            read = replaced(read, some, again)
-            used.append(sampled)
-        left, _ = _excess(read, tolerance)
-        if len(left) == 0:
-            return best_of(read, k), torch.cat(used)
-        part = replace(spec, selection=selection.take(left))
-        exact = read_exactly(operand[left], tables, part, None, "softmax")
-        return best_of(replaced(read, left, completed(read, left, exact)), k), selection.shared
-
-    def _select(self, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
-        if where is not None or exclude is not None:
-            return select(self.rows, tuple(leading), where, exclude)
-        version, everything = self._everything
-        if version != self.rows.version or everything is None:
-            everything = select(self.rows, (), None, None)
-            self._everything = (self.rows.version, everything)
-        return everything
-
-    def _largest_key_norm(self) -> float:
-        """A norm that no key surpasses; rows that are gone may still count."""
-        version, norm = self._key_norm
-        if version == self.rows.version:
-            return norm
-        if self._key_nan_at == self.rows.version:
-            return math.nan
-        keys = self.keys.detach()
-        moved = self.rows.keys_moved_at > version
-        largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
-        changed = self.rows.changed_since(version, keys=True)
-        for slots in changed.split(NORM_ROWS) if len(changed) else ():
-            part = keys[int(slots[0]) : int(slots[-1]) + 1] if moved else keys[slots]
-            norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
-            largest = torch.maximum(largest, norms.amax())
-        norm = float(largest)
-        if math.isnan(norm):  # which is not what to go on from: it would stay when the row is gone
-            self._key_nan_at = self.rows.version
-        else:
-            self._key_norm = (self.rows.version, norm)
-        return norm
-
-    def _candidates(
-        self, query: Tensor, operand: Tensor, spec: ReadSpec, k: int | None, *, careful: bool = False
-    ) -> Found:
-        """Slots (B, k)."""
-        keys = self.keys.detach()
-        if k is None:
-            return Found(exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
-        wanted = max(1, min(k, len(self.rows)))
-        if self._lent({"keys": self.keys}):
-            found = Found(exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
-            return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
-        query = query.reshape(-1, self.key_dim)
-        found = self._index.search(query, operand, keys, self.rows, spec, wanted, careful=careful)
-        return found._replace(slots=nn.functional.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
-
-    def _complete(self, slots: Tensor, selection: Selection) -> Tensor:  # (B, k) -> (B,)
-        """For which queries the candidates are all the rows that may be seen, as far as is known."""
-        count = slots.shape[-1]
-        if count >= len(self.rows) or (selection.is_shared and count >= selection.shared_count):
-            return torch.ones(len(slots), dtype=torch.bool, device=slots.device)
-        return (slots < 0).any(-1)
+        view = ReadView(self.rows, keys, values, frozenset(lent), self._index, self.metric, self.temperature, sparse)
+        read, used = self._reader.read(view, query, options)
+        return self._open_reads.attach(read, self.rows, used, list(lent.values()))
 
     # -- the index -------------------------------------------------------------------------------------------
 
@@ -1202,7 +967,7 @@ class SoftKVStore(ModuleWithProperties):
 
         def both() -> list[Read]:
             modes: tuple[Mode, ...] = ("exact", "topk")
-            return [self._answer(queries, mode, k, where, exclude, temperature) for mode in modes]
+            return [self._answer(queries, ReadOptions(mode, k, where, exclude, temperature)) for mode in modes]
 
         exact, found = self._reading(both, queries, k)
         best, scores = cast(Tensor, exact.scores), cast(Tensor, found.scores)
@@ -1436,7 +1201,7 @@ class SoftKVStore(ModuleWithProperties):
         for name, table in self._tables().items():
             averaged = getattr(model, name).detach().to(table.device, table.dtype, copy=True)
             wide = torch.promote_types(table.dtype, torch.float32)
-            for to, of in zip(slots.split(NORM_ROWS), mine.split(NORM_ROWS), strict=True):
+            for to, of in zip(slots.split(AVERAGED_ROWS), mine.split(AVERAGED_ROWS), strict=True):
                 present = getattr(model, name).detach()[to.to(model.keys.device)].to(device, wide)
                 averaged[to] = torch.lerp(present, table.detach()[of].to(wide), decay).to(table.dtype)
             tables[name] = averaged
@@ -1663,7 +1428,7 @@ class SoftKVStore(ModuleWithProperties):
             exact = "" if loaded else " or more"  # a state that is loaded has room for so many rows, and no others
             change, remedy = "grow", f"call store.reserve({needed}){exact} beforehand, or "
         change = f"the storage must {change} from {capacity} to {needed} rows"
-        if any(reference() is not None for reference in self._open_reads):
+        if self._open_reads:
             raise GrowthError(
                 f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
                 f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
@@ -1896,36 +1661,6 @@ class SoftKVStore(ModuleWithProperties):
 
     # -- reads that wait for their backward ------------------------------------------------------------------
 
-    def _guard(self, read: Read, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
-        """``read``, such that its backward first checks the rows it used."""
-        if not torch.is_grad_enabled():
-            return read
-        members = {name: getattr(read, name) for name in ("values", "weights", "scores", "lse", "mass")}
-        open_ones = {name: tensor for name, tensor in members.items() if tensor is not None and tensor.requires_grad}
-        if not open_ones:
-            return read
-        version, stamp = self._stamp
-        if version != self.rows.version:
-            stamp = torch.tensor(self.rows.version, device="cpu")
-            self._stamp = (self.rows.version, stamp)
-        token = stamp.detach()  # an object of its own
-        life = self._note_open_read(token)
-        snapshot = StalenessCheck(self.rows, used, lent, own=len(lent) < 2)
-        guarded = _Guard.apply(snapshot, token, *open_ones.values())  # type: ignore[no-untyped-call]
-        del token
-        if life() is None:  # a saved-tensor hook keeps another tensor in its place
-            guarded[0].grad_fn.token = again = stamp.detach()
-            self._note_open_read(again)
-        return replace(read, **dict(zip(open_ones, guarded, strict=True)))
-
-    def _note_open_read(self, token: Tensor) -> weakref.ref[Tensor]:
-        """Have growth wait as long as ``token`` lives."""
-        life = weakref.ref(token)
-        with self.rows.access.alone:
-            self._open_reads = [reference for reference in self._open_reads if reference() is not None]
-            self._open_reads.append(life)
-        return life
-
     def _check_not_wrapped(self) -> None:
         if is_wrapped(self.keys, self.values):
             raise TransformError(
@@ -2138,7 +1873,7 @@ class SoftKVStore(ModuleWithProperties):
     def __getstate__(self) -> dict[str, Any]:
         with self.writing():  # nothing is left unfinished
             pass
-        return self.__dict__ | {"_open_reads": [], "_everything": (0, None)}
+        return self.__dict__.copy()
 
     @without_transforms
     @torch.inference_mode(False)
@@ -2181,6 +1916,13 @@ _copies: weakref.WeakKeyDictionary[Any, list[SoftKVStore]] = weakref.WeakKeyDict
 ForkingPickler.register(SoftKVStore, _sent)
 
 
+class _Nobody(OpenReads):
+    """No reads that wait: those of lent tables."""
+
+    def attach(self, read: Read, rows: RowStorage, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
+        return read
+
+
 class _LentStore(SoftKVStore):
     """The rows of a store with other keys and values in their place, exactly searched: for reads only."""
 
@@ -2190,15 +1932,13 @@ class _LentStore(SoftKVStore):
         self.__dict__["_parameters"] = {name: tables.get(name, value) for name, value in store._parameters.items()}
         self.__dict__["_buffers"] = {name: tables.get(name, value) for name, value in store._buffers.items()}
         self.__dict__["_index"] = IndexManager(IndexConfig("Flat"), self.metric, self.key_dim, moving=True)
+        self.__dict__["_open_reads"] = _Nobody()  # later writes to the store do not concern these tables
 
     def _is_current(self, searching: bool) -> bool:
         return self._unfinished is None
 
     def _notice_writes(self) -> None:
         pass
-
-    def _guard(self, read: Read, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
-        return read  # later writes to the store do not concern these tables
 
 
 def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
@@ -2295,13 +2035,6 @@ def is_asked_by_ddp() -> bool:
     return frame.f_globals.get("__name__") == "torch.nn.parallel.distributed"
 
 
-def _largest_norm(keys: Tensor) -> float:
-    """The largest norm of a key."""
-    parts = keys.detach().split(NORM_ROWS)
-    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=compute_dtype(keys)).amax() for part in parts if len(part)]
-    return float(torch.stack(norms).amax()) if norms else 0.0
-
-
 def _within_ddp() -> bool:
     """Whether DistributedDataParallel is going forward: it takes no dense gradient where it expects a sparse one."""
     return torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
@@ -2330,29 +2063,6 @@ class _Sparse(torch.autograd.Function):
         return row_sparse(rows, gradient.contiguous(), gradient.shape)
 
 
-class _Guard(torch.autograd.Function):
-    """The identity on a read's tensors; before gradients pass back, it checks that the rows are still those read."""
-
-    @staticmethod
-    def forward(ctx: Any, snapshot: StalenessCheck, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.snapshot, ctx.version = snapshot, int(token)
-        ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.clone() for tensor in tensors)  # views could not be written to in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (token,) = ctx.saved_tensors
-        ctx.token = None
-        if int(token) != ctx.version:
-            raise StaleReadError(
-                "activation checkpointing repeated this read after rows had been written, so its gradients would be "
-                "those of another read; call backward() before writing to the store"
-            )
-        ctx.snapshot.check()
-        return None, None, *grads
-
-
 def _place(slots: Tensor) -> slice | Tensor:
     """``slots`` as an index, by a slice where they follow each other."""
     count = len(slots)
@@ -2370,46 +2080,3 @@ def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
         return resized(gradient, capacity)
     gradient = coalesced(gradient)
     return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))
-
-
-def check_options(
-    mode: object,
-    k: int | None,
-    normalizer: str,
-    tail_samples: int = 0,
-    tolerance: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[int | None, int, float | None]:
-    """Check the arguments of a read that depend on its mode; return k, tail_samples and tolerance as Python numbers."""
-    tail_samples = check_whole("tail_samples", tail_samples, least=0)
-    tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
-    check_choice("mode", mode, MODES)
-    if mode == "hard":
-        _refuse(k is not None, "k", "hard mode reads one row")
-        _refuse(normalizer != "softmax", "normalizer", "hard mode gives its one row weight 1")
-    if mode != "topk":
-        _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail", ", or pass mode='topk'")
-        _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing", ", or pass mode='topk'")
-    if tail_samples:
-        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
-    check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
-    if tolerance is not None:
-        _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
-        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
-    elif mode == "topk" and k is None:
-        raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it, or a tolerance")
-    return None if k is None else check_positive("k", k), tail_samples, tolerance
-
-
-def _excess(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), (b,)
-    """The queries whose error is above the tolerance, and by how many times."""
-    times = cast(Tensor, read.error).detach() / tolerance
-    left = (~(times <= 1)).nonzero().squeeze(-1)
-    return left, times[left]
-
-
-def _refuse(given: bool, name: str, why: str, otherwise: str = "") -> None:
-    if given:
-        raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out{otherwise}")

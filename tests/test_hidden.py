@@ -334,4 +334,4 @@ def test_a_store_looks_at_norms_once_a_version(monkeypatch: pytest.MonkeyPatch) 
     assert looks == 0
     store.update(list(BAD), keys=torch.zeros(3, 8, dtype=torch.float64))
     store.read(case.problem.query)  # it has forgotten the NaN
-    assert math.isfinite(store._largest_key_norm())
+    assert math.isfinite(store._reader.largest_key_norm(store.rows, store.keys))

@@ -11,13 +11,13 @@ from torch import Tensor
 
 import softdb
 from softdb import SoftKVStore
-from softdb import store as store_module
 from softdb.filters import Selection
 from softdb.index.list_layout import Outline
 from softdb.index.manager import Found
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.reading import tail as tail_module
+from softdb.reading.reader import Reader, ReadView, ToleranceRounds
 from softdb.reading.sample import ALIKE, Sample
 from softdb.reading.tail import samples_for
 
@@ -269,7 +269,7 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
     def missing_the_best(*args: object, careful: bool = False) -> Found:
         return Found(others, False, 1.0)
 
-    store._candidates = missing_the_best  # type: ignore[method-assign]
+    store._reader.candidates = missing_the_best  # type: ignore[method-assign]
     exact = store.read(query, temperature=0.001)
     read = store.read(query, "topk", k=2, temperature=0.001, tail_samples=300)
     assert largest_error(read.values, exact.values) < 1e-5
@@ -279,10 +279,12 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
 def missing(store: SoftKVStore, count: int) -> None:
     """Let searches miss the best rows."""
 
-    def search(query: Tensor, operand: Tensor, spec: ReadSpec, k: int, *, careful: bool = False) -> Found:
+    def search(
+        view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, k: int, *, careful: bool = False
+    ) -> Found:
         return Found(exact_top_k(operand, store.keys.detach(), spec, k + count)[1][:, count:], False, 0.95)
 
-    store._candidates = search  # type: ignore[method-assign, assignment]
+    store._reader.candidates = search  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize(("metric", "temperature"), [("dot", 0.004), ("l2", 0.005)])
@@ -393,8 +395,7 @@ def test_errors_stay_below_what_is_told_and_what_is_asked_for(
     width: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cheaply(monkeypatch)
-    monkeypatch.setattr(store_module, "FIRST_SAMPLES", 256)
-    monkeypatch.setattr(store_module, "BEST_ROWS", 16)
+    monkeypatch.setattr(Reader, "rounds", ToleranceRounds(candidates=16, samples=256))
     torch.manual_seed(0)
     centres = torch.randn(200, 16)
     place = torch.randint(200, (20_000,))
@@ -442,8 +443,7 @@ def test_a_tolerance_reads_exactly_where_that_is_cheaper() -> None:
 @pytest.mark.parametrize("kind", ["all", "ids", "rule", "exclude"])
 def test_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cheaply(monkeypatch)
-    monkeypatch.setattr(store_module, "FIRST_SAMPLES", 64)
-    monkeypatch.setattr(store_module, "BEST_ROWS", 8)
+    monkeypatch.setattr(Reader, "rounds", ToleranceRounds(candidates=8, samples=64))
     store, query = clustered(6000, trainable=True)
     query = query.view(3, 4, 16).requires_grad_()
     wheres: dict[str, dict[str, object]] = {

@@ -16,8 +16,9 @@ from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
 from softdb.layers.queries import Queries, QueryNorm, output_of, reset_output, stack_reads
+from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.result import Read
-from softdb.store import Mode, SoftKVStore, check_options
+from softdb.store import SoftKVStore
 
 __all__ = ["MemoryLayer"]
 
@@ -127,7 +128,7 @@ class MemoryLayer(ModuleWithProperties):
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
         self.mode, self.normalizer = mode, normalizer
-        self.k, _, _ = check_options(mode, k, normalizer)
+        self.k = ReadOptions(mode, k, normalizer=normalizer).k
         if store is not None:
             self._check_store(store, rows, shared, store_options)
         if mode == "exact" and self.k is None and normalizer == "softmax":

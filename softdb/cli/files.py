@@ -48,6 +48,7 @@ def _load_npz(path: str) -> dict[str, Any]:
 
 
 def read_array(path: str) -> torch.Tensor:
+    """Read one array from a .npy file."""
     return _tensor(path, _read(path, lambda path: np.load(path, allow_pickle=False)))
 
 

@@ -162,6 +162,7 @@ class Base:
 
     @property
     def entries(self) -> int:
+        """How many entries there are, hidden ones included."""
         return len(self.slots)
 
     @property

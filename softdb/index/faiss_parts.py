@@ -20,6 +20,7 @@ QUANTIZERS = ("pq", "refine_pq", "rq", "lsq", "prq", "plsq")
 
 
 def faiss_metric(metric: str) -> int:
+    """Return FAISS's number of a metric."""
     return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
 
 
@@ -37,6 +38,7 @@ def array_of(rows: Tensor) -> Any:
 
 
 def distance_to(left: Tensor, right: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,)
+    """Return the distances of rows from those of the same places."""
     distance: Tensor = torch.linalg.vector_norm(left - right, dim=-1)
     return distance
 

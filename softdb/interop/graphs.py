@@ -16,6 +16,7 @@ _reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """Raise: the backward of an operator cannot be differentiated."""
     raise SecondDerivativeError(
         "a compiled read and a ProductKeyMemory have no second derivatives; for a few rows, use "
         "softdb.functional.topk_read with all of them as candidates, which has"

@@ -142,6 +142,8 @@ def _ks(most: int) -> list[int]:
 
 
 def rounded(numbers: Tensor) -> Any:
+    """Return numbers as nested lists, with as many digits as the page shows."""
+
     def shorten(nested: Any) -> Any:
         return [shorten(entry) for entry in nested] if isinstance(nested, list) else float(f"{nested:.{DIGITS}g}")
 

@@ -11,6 +11,7 @@ from softdb.lab.tables import shortened
 
 
 def figure_of(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
+    """Return a matplotlib figure of a size in inches, for a file of the path's kind."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

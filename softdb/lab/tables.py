@@ -35,6 +35,7 @@ class Columns(Printed, ABC):
 
 
 def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table of cells as text, its columns aligned."""
     lines = [headings, *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(

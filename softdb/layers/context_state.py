@@ -53,6 +53,7 @@ class Past:
         self.clear()
 
     def clear(self) -> None:
+        """Forget everything."""
         self.version += 1
         self.tokens.clear()
         self.recent: Segment | None = None
@@ -66,6 +67,7 @@ class Past:
     @torch.inference_mode(False)
     @torch.no_grad()
     def forget(self, places: Tensor) -> None:
+        """Forget what some sequences of the batch have seen."""
         self.settle()
         self.version += 1
         self.tokens.forget(places)
@@ -109,6 +111,7 @@ class Past:
         return self.tokens.read(queries, documents)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Convert every tensor by a function."""
         self.tokens.apply(function)
         if self.recent is not None:
             self.recent = _each(function, self.recent)
@@ -169,21 +172,26 @@ class Ring:
         return Ring(self.rows, *self.widths)
 
     def knows(self, name: str) -> bool:
+        """Whether a state holds an entry of this name."""
         return name in self.needed
 
     def clear(self) -> None:
+        """Forget everything."""
         self.tables: Segment | None = None
         self.written = 0
 
     @property
     def batch(self) -> int:
+        """How many sequences are remembered; 0 if none has been seen."""
         return 0 if self.tables is None else len(self.tables[0])
 
     def forget(self, places: Tensor) -> None:
+        """Forget what some sequences of the batch have seen."""
         if self.tables is not None:
             self.tables[2][places.to(self.tables[2].device)] = -1
 
     def write(self, segment: Segment) -> None:
+        """Add a segment."""
         batch, count = segment[2].shape
         if self.tables is None:
             self.tables = _segment(batch, self.rows, self.widths, segment[0])
@@ -196,6 +204,7 @@ class Ring:
         self.written += count
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
+        """Read what is remembered; None if that is nothing."""
         if self.tables is None or self.written == 0:
             return None
         tables = _each(torch.clone, self.tables) if is_active() else self.tables
@@ -212,10 +221,12 @@ class Ring:
         return replace(read, values=guarded[0], lse=guarded[1])
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Convert every tensor by a function."""
         if self.tables is not None:
             self.tables = _each(function, self.tables)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the tensors to save, on the device and in the dtype of ``like``."""
         tables = self.tables or _segment(0, self.rows, self.widths, like)
         found = dict(zip(SEGMENT, tables, strict=True))
         return found | {"written": torch.tensor(self.written, dtype=torch.int64, device=tables[0].device)}
@@ -271,13 +282,16 @@ class Stores:
         return Stores(self.rows, *self.widths, self.k)
 
     def knows(self, name: str) -> bool:
+        """Whether a state holds an entry of this name."""
         return name.split(".")[0].isdigit()
 
     def clear(self) -> None:
+        """Forget everything."""
         self.stores: list[SoftKVStore] = []
 
     @property
     def batch(self) -> int:
+        """How many sequences are remembered; 0 if none has been seen."""
         return len(self.stores)
 
     def _made(self, batch: int, like: Tensor) -> list[SoftKVStore]:
@@ -298,11 +312,13 @@ class Stores:
         ]
 
     def forget(self, places: Tensor) -> None:
+        """Forget what some sequences of the batch have seen."""
         for place in places.unique().tolist():
             if self.stores:
                 self.stores[place].delete(self.stores[place].ids)
 
     def write(self, segment: Segment) -> None:
+        """Add a segment."""
         if not self.stores:
             self.stores = self._made(len(segment[0]), segment[0])
         for store, keys, values, documents in zip(self.stores, *segment, strict=True):
@@ -310,6 +326,7 @@ class Stores:
             store.add(keys[seen], values[seen], fields={"document": documents[seen]})
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
+        """Read what is remembered; None if that is nothing."""
         if not any(map(len, self.stores)):
             return None
         reads = []
@@ -322,10 +339,12 @@ class Stores:
         return stack_reads(reads, 0)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Convert every tensor by a function."""
         for store in self.stores:
             store._apply(function)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
+        """Return the tensors to save, on the device and in the dtype of ``like``."""
         found: dict[str, Tensor] = {}
         for number, store in enumerate(self.stores):
             store.state_dict(destination=found, prefix=f"{number}.")

@@ -57,6 +57,7 @@ class Queries(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Make the queries of each token."""
         is_meta = getattr(self.projection.weight, "is_meta", False)  # a quantised layer has a method there
         if is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
             check_not_meta("layer", self.projection.weight)

@@ -9,6 +9,7 @@ from softdb.errors import DtypeError, ShapeError
 
 
 def check_gradient(parameter: Tensor) -> None:
+    """Raise unless a gradient is finite and of a layout that rows can have."""
     gradient = parameter.grad
     if gradient is None:
         return

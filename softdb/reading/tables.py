@@ -29,6 +29,7 @@ class Tables:
     sparse: bool = False
 
     def place(self, rows: Tensor) -> Tensor:  # (M, k) row numbers -> (M, k) places in the tables
+        """Return where the rows of each query's group lie in the tables."""
         if self.groups <= 1:
             return rows
         first = torch.arange(self.groups, device=rows.device) * (len(self.keys) // self.groups)
@@ -36,9 +37,11 @@ class Tables:
         return torch.where(rows < 0, rows, rows + first)
 
     def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
+        """Return the keys at some places."""
         return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
     def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
+        """Return the values at some places."""
         return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 
@@ -51,6 +54,7 @@ def choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M,
 
 
 def one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return weights of 1 for the first row of each query, 0 for the others and where there is none."""
     weights = torch.zeros_like(rows, dtype=dtype)
     weights[..., 0] = (rows[..., 0] >= 0).to(dtype)
     return weights

@@ -76,6 +76,7 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """How many bytes the tensor's numbers take."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -88,6 +89,7 @@ class Entry(NamedTuple):
 
 
 def is_name(name: str) -> bool:
+    """Whether a tensor may have this name: it becomes part of a file's name."""
     return all(part.isidentifier() for part in name.split("."))
 
 

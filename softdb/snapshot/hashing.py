@@ -30,6 +30,7 @@ class Threads(ThreadPoolExecutor):
 
 
 def at_once(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """Call a function here, as a future that is done."""
     done: Future[Any] = Future()
     try:
         done.set_result(fn(*args, **kwargs))
@@ -61,4 +62,5 @@ class Digest:
 
 
 def hash_of(content: memoryview | bytes) -> bytes:
+    """Return the hash of some bytes."""
     return hashlib.blake2b(content).digest()

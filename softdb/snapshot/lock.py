@@ -28,6 +28,7 @@ POSIX = ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "preadv", "pwri
 
 
 def directory_of(path: str | os.PathLike[str]) -> Path:
+    """Return a snapshot's path, on systems that have what snapshots need."""
     missing = [f"os.{name}" for name in POSIX if not hasattr(os, name)]
     missing += [] if importlib.util.find_spec("fcntl") else ["fcntl"]
     if missing:

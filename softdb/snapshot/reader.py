@@ -106,6 +106,7 @@ def open_file(file: Path) -> Any:
 
 
 def read_manifest(file: Path) -> tuple[list[Entry], dict[str, Any]]:
+    """Return the tensors that a manifest names, and what it says of the store."""
     with open_file(file) as source:
         size = os.fstat(source.fileno()).st_size
         if size > LARGEST_MANIFEST:
@@ -163,6 +164,7 @@ def _entry(found: Any) -> Entry:
 
 
 def check_size_and_header(file: Path, entry: Entry, source: Any) -> None:
+    """Raise unless an open file has the size and the header that the manifest says."""
     size, wanted = os.fstat(source.fileno()).st_size, len(entry.header) + entry.nbytes
     if size != wanted:
         raise CorruptSnapshotError(f"{file}: expected {wanted} bytes for the tensor {entry.name!r}, got {size}")
@@ -205,6 +207,7 @@ def check_hash(
 
 
 def fill(descriptor: int, place: memoryview, start: int) -> bool:
+    """Read from a descriptor until the memory is full; return whether there were as many bytes."""
     while len(place):
         count = os.preadv(descriptor, [place], start)
         if not count:

@@ -23,6 +23,7 @@ class TensorState(NamedTuple):
 
 
 def state_of(table: Tensor) -> TensorState:
+    """Return the present state of a tensor."""
     return TensorState(weakref.ref(table), table.data_ptr(), version_of(table))
 
 

@@ -14,6 +14,7 @@ __all__ = ["RowView", "check_column", "check_field_names"]
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of fields, if they can be that."""
     if isinstance(fields, str) or not isinstance(fields, Iterable):
         raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
     names = tuple(fields)
@@ -28,6 +29,7 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_column(name: str, column: object, count: int) -> Tensor:
+    """Return a column as int64 numbers of shape () or (count,)."""
     try:
         values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
         values = values.cpu()

@@ -35,6 +35,7 @@ class SlotTable:
         return int((self._array >= 0).sum()) + len(self._dict)
 
     def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
+        """Return the slots of ids."""
         small = ids < len(self._array)
         if small.all():
             return self._array[ids]
@@ -56,6 +57,7 @@ class SlotTable:
             self._dict.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
 
     def remove(self, ids: Tensor) -> None:
+        """Forget ids that are there."""
         self._count -= len(ids)
         small = ids < len(self._array)
         self._array[ids[small]] = -1

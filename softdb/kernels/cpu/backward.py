@@ -116,6 +116,7 @@ def gradients_in_blocks(
 
 
 def check_same_rule(seen: Tensor, again: Tensor) -> None:
+    """Raise if a callable ``where`` shows other rows in backward than it did in forward."""
     if not torch.equal(seen, again):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "

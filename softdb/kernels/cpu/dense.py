@@ -27,6 +27,7 @@ class DenseRead(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, block: Block, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
+        """Read, and keep the weights."""
         blend, lse, best, weights = read_densely(query, keys, values, spec, groups, block, k)
         ctx.spec, ctx.groups, ctx.block = spec, groups, block
         ctx.seen = None if spec.selection.rule is None else block.fingerprint()
@@ -39,6 +40,7 @@ class DenseRead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Compute the gradients of query, keys and values from the weights."""
         query, keys, values, blend, _ = ctx.saved_tensors
         grad_blend, grad_lse = grads[:2]
         spec, block, weights, groups = ctx.spec, ctx.block, ctx.weights, ctx.groups

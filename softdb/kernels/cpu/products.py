@@ -162,6 +162,7 @@ def repeated_queries(queries: Tensor, parts: int) -> Tensor:  # (g, b, d) -> (pa
 
 
 def grouped(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x)
+    """Return a view with a dimension for the groups."""
     if groups == 1:
         return tensor.unsqueeze(0)
     return tensor.reshape(groups, len(tensor) // max(1, groups), *tensor.shape[1:])

@@ -23,7 +23,7 @@ from faults import Report, content_of, contents, fill, make, unsynced, which
 
 import softdb
 from softdb import ArgumentError, CorruptSnapshotError, SoftKVStore, snapshot
-from softdb.snapshot import format as format_module
+from softdb.snapshot.format import ALIGNMENT, Sizes
 
 MANIFEST = "manifest.json"
 # What loading small files may take of memory, of address space beside what importing softdb takes, and of seconds.
@@ -54,15 +54,16 @@ def sign(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def header_of(name: str, described: Any) -> bytes:
     """A safetensors header that says anything."""
     text = described if isinstance(described, bytes) else json.dumps({name: described}, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % format_module.ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
 def hash_of(header: bytes, rest: bytes) -> str:
     """The hash of a file, as the format has it."""
     whole = hashlib.blake2b(hashlib.blake2b(header).digest())
-    for start in range(0, len(rest), format_module.CHUNK):
-        whole.update(hashlib.blake2b(rest[start : start + format_module.CHUNK]).digest())
+    chunk = Sizes.usual().chunk
+    for start in range(0, len(rest), chunk):
+        whole.update(hashlib.blake2b(rest[start : start + chunk]).digest())
     return whole.hexdigest()
 
 

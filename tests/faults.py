@@ -30,6 +30,7 @@ from unittest import mock
 import torch
 
 from softdb import CorruptSnapshotError, SoftKVStore
+from softdb.snapshot import writer
 
 Arguments, Returned = ParamSpec("Arguments"), TypeVar("Returned")
 FORK = multiprocessing.get_context("fork")
@@ -239,7 +240,7 @@ def hooks(
     """Tell of every operation on files that a save does; ``lost`` ones are left out as if nobody had asked for them."""
     made = _Hooks(root, before, after, lost)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(snapshot, "open", made.hooked_file, create=True))
+        stack.enter_context(mock.patch.object(writer, "open", made.hooked_file, create=True))
         for name, function in {
             "open": made.hooked_open,
             "pwrite": made.hooked_write,

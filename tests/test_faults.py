@@ -24,9 +24,9 @@ from programs import check_exit
 
 import softdb
 from softdb import LockedError, SoftKVStore, snapshot
-from softdb.snapshot import format as format_module
-from softdb.snapshot import lock as lock_module
-from softdb.snapshot import reader as reader_module
+from softdb.snapshot import lock as snapshot_lock
+from softdb.snapshot import reader as snapshot_reader
+from softdb.snapshot.format import Sizes
 
 OLD_NEW = {"old": make(1.0), "new": make(2.0)}
 
@@ -45,8 +45,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Whether files are large beside what is written at a time: then threads write and sync them."""
     name: str = request.param
     if name == "in chunks":
-        for constant, value in {"CHUNK": 64, "PART": 24, "SYNC": 64}.items():
-            monkeypatch.setattr(snapshot, constant, value)
+        monkeypatch.setattr(Sizes, "usual", lambda: Sizes(chunk=64, part=24, sync=64))
     return name
 
 
@@ -224,7 +223,7 @@ def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> No
 
 def test_a_lock_is_released_though_a_forked_child_has_not_closed_its_copy_yet(tmp_path: Path) -> None:
     with snapshot.locked(tmp_path, 0.0):
-        copies = [os.dup(descriptor) for descriptor in lock_module._lock_files]
+        copies = [os.dup(descriptor) for descriptor in snapshot_lock._lock_files]
     assert copies
     make(2.0).save(tmp_path)
     for descriptor in copies:
@@ -248,7 +247,7 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
     look_at: Callable[[Path], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(1.0).save(tmp_path)
-    look, left = reader_module.read_manifest, [2]
+    look, left = snapshot_reader.read_manifest, [2]
 
     def slow_look(file: Path) -> Any:
         found = look(file)
@@ -257,7 +256,7 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
             make(2.0).save(tmp_path)
         return found
 
-    monkeypatch.setattr(reader_module, "read_manifest", slow_look)
+    monkeypatch.setattr(snapshot_reader, "read_manifest", slow_look)
     assert look_at(tmp_path)
     assert left == [0]
 
@@ -321,7 +320,8 @@ def test_any_identifier_is_a_name_of_a_field_on_disk(tmp_path: Path) -> None:
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(1.0).save(tmp_path)
     before = faults.content_of(tmp_path)
-    monkeypatch.setattr(format_module, "LARGEST_MANIFEST", len(before["manifest.json"]) + 10)
+    largest = len(before["manifest.json"]) + 10
+    monkeypatch.setattr(Sizes, "usual", lambda: Sizes(manifest=largest))
     with pytest.raises(softdb.ArgumentError, match="has room for"):
         SoftKVStore(4, 3, fields=tuple(f"f{n}" for n in range(9))).save(tmp_path)
     assert faults.content_of(tmp_path) == before

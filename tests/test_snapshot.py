@@ -20,7 +20,7 @@ from programs import check_exit
 import softdb
 from softdb import SoftKVStore
 from softdb.snapshot import examine_snapshot, locked, read_snapshot, write_snapshot
-from softdb.snapshot import format as format_module
+from softdb.snapshot.format import Sizes
 
 
 def make(value: float = 1.0, rows: int = 12, **options: Any) -> SoftKVStore:
@@ -82,7 +82,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_module, "CHUNK", 64)
+    monkeypatch.setattr(Sizes, "usual", lambda: Sizes(chunk=64))
     wide = torch.randn(9, 30).T
     with locked(tmp_path, 0.0) as directory:
         write_snapshot(directory, {"wide": wide, "none": torch.empty(0, 5), "one": torch.tensor(7)}, {"a": [1, None]})

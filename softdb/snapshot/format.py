@@ -17,14 +17,6 @@ FORMAT = 1
 MANIFEST, LOCK = "manifest.json", ".lock"
 
 
-# A manifest describes some dozen tensors.
-LARGEST_MANIFEST = 2**20
-
-
-# As many bytes are hashed at a time: part of the format.
-CHUNK = 2**23
-
-
 # Of errors when a file is opened, those that tell of another kind of file than a save makes, or of none.
 DAMAGE = (
     errno.ENOENT,
@@ -37,10 +29,6 @@ DAMAGE = (
     errno.EILSEQ,
     errno.ENAMETOOLONG,
 )
-
-
-# As many bytes at a time, so that they are still in the processor's cache when they are hashed, or written.
-PART = 2**18
 
 
 # Where the numbers in a file begin: at a multiple of so many bytes.
@@ -97,3 +85,27 @@ def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a vector on the CPU."""
     numbers: Any = flat.contiguous().view(torch.uint8).numpy()
     return memoryview(numbers) if len(flat) else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many bytes are handled at a time.
+
+    Attributes:
+        chunk: Written and hashed at a time, as one task for a thread; the hash of a file is that of its chunks' hashes, so
+            that this is part of the format.
+        part: Copied at a time within a chunk: it stays in the processor's cache from the hash to the write.
+        sync: After so many the system is asked to write them to the disk, so that it has something
+            to do while more are hashed.
+        manifest: The most that a manifest takes: it describes some dozen tensors.
+    """
+
+    chunk: int = 2**23
+    part: int = 2**18
+    sync: int = 2**26
+    manifest: int = 2**20
+
+    @classmethod
+    def usual(cls) -> Sizes:
+        """Return the sizes that files are written and read by."""
+        return cls()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from softdb.snapshot.format import PART
+from softdb.snapshot.format import Sizes
 
 # So many threads write and hash, or read and hash; and so many chunks wait for one, or are under way, at the most.
 THREADS = min(4, os.cpu_count() or 1)
@@ -49,7 +49,7 @@ class Digest:
 
     def add(self, size: int, hashed: Callable[..., bytes], *arguments: Any) -> None:
         """Add the chunk of ``size`` bytes whose hash ``hashed`` makes; waits where many are under way."""
-        do = self._threads.submit if size > PART else at_once  # to start a thread would take longer
+        do = self._threads.submit if size > Sizes.usual().part else at_once  # to start a thread would take longer
         self._waiting.append(do(hashed, *arguments))
         if len(self._waiting) > WAITING:
             self._whole.update(self._waiting.popleft().result())

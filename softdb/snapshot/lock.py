@@ -15,10 +15,6 @@ from softdb.errors import ArgumentError, DtypeError, LockedError, UnsupportedSys
 from softdb.processes import run_in_forked_children
 from softdb.snapshot.format import LOCK, MANIFEST
 
-# The disk is told to write after so many bytes: it has something to do while more are hashed.
-SYNC = 2**26
-
-
 # How often somebody who waits for a lock looks again.
 PATIENCE = 0.02
 

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, CorruptSnapshotError
 from softdb.snapshot.format import (
-    CHUNK,
     DAMAGE,
     DATA_FILE,
     DTYPE_OF,
     FORMAT,
-    LARGEST_MANIFEST,
     MANIFEST,
-    PART,
     Entry,
+    Sizes,
     bytes_of,
     is_name,
 )
@@ -109,8 +107,9 @@ def read_manifest(file: Path) -> tuple[list[Entry], dict[str, Any]]:
     """Return the tensors that a manifest names, and what it says of the store."""
     with open_file(file) as source:
         size = os.fstat(source.fileno()).st_size
-        if size > LARGEST_MANIFEST:
-            raise CorruptSnapshotError(f"{file}: expected at most {LARGEST_MANIFEST} bytes, got {size}")
+        most = Sizes.usual().manifest
+        if size > most:
+            raise CorruptSnapshotError(f"{file}: expected at most {most} bytes, got {size}")
         content = source.read(size)
     head, _, rest = content.partition(b"\n")
     body = rest.removesuffix(b"\n}\n")
@@ -182,13 +181,13 @@ def check_hash(
     report: Callable[[int], None] | None = None,
 ) -> None:
     """Compare a file's hash with the manifest's, and read the tensor ``into`` memory on the way."""
-    first = len(entry.header)
+    first, sizes = len(entry.header), Sizes.usual()
 
     def read(start: int) -> bytes:
-        digest, size = hashlib.blake2b(), min(CHUNK, entry.nbytes - start)
-        buffer = memoryview(bytearray(min(PART, size))) if into is None else into[start : start + size]
-        for place in range(0, size, PART):
-            part = buffer[: size - place] if into is None else buffer[place : place + PART]
+        digest, size = hashlib.blake2b(), min(sizes.chunk, entry.nbytes - start)
+        buffer = memoryview(bytearray(min(sizes.part, size))) if into is None else into[start : start + size]
+        for place in range(0, size, sizes.part):
+            part = buffer[: size - place] if into is None else buffer[place : place + sizes.part]
             if not fill(source.fileno(), part, first + start + place):
                 raise CorruptSnapshotError(f"{file}: the tensor {entry.name!r} was cut while it was read")
             digest.update(part)
@@ -196,8 +195,8 @@ def check_hash(
 
     digest = Digest(threads)
     digest.add(len(entry.header), hash_of, entry.header)
-    for start in range(0, entry.nbytes, CHUNK):
-        digest.add(min(CHUNK, entry.nbytes - start), read, start)
+    for start in range(0, entry.nbytes, sizes.chunk):
+        digest.add(min(sizes.chunk, entry.nbytes - start), read, start)
         if report is not None:
             report(start)
     if digest.hexdigest() != entry.blake2b:

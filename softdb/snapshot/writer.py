@@ -16,20 +16,18 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError
 from softdb.snapshot.format import (
-    CHUNK,
     DATA_FILE,
     DRAFT,
     DTYPES,
     FORMAT,
-    LARGEST_MANIFEST,
     MANIFEST,
-    PART,
     Entry,
+    Sizes,
     bytes_of,
     is_name,
 )
 from softdb.snapshot.hashing import THREADS, Digest, Threads, hash_of
-from softdb.snapshot.lock import SYNC, sync_directory
+from softdb.snapshot.lock import sync_directory
 
 LARGEST = 10**18 - 1  # generation that these names have room for
 
@@ -60,10 +58,9 @@ def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: 
         draft = directory / f"{MANIFEST}-{generation}"
         written.append(draft)
         manifest = _manifest(entries, description)
-        if len(manifest) > LARGEST_MANIFEST:
-            raise ArgumentError(
-                f"tensors: expected what a manifest of {LARGEST_MANIFEST} bytes has room for, got {len(tensors)}"
-            )
+        most = Sizes.usual().manifest
+        if len(manifest) > most:
+            raise ArgumentError(f"tensors: expected what a manifest of {most} bytes has room for, got {len(tensors)}")
         _write_bytes(draft, manifest)
         sync_directory(directory)
         swapping = True
@@ -85,7 +82,7 @@ def _make_room(files: Iterable[Path]) -> None:
     """Let new files have the memory that the system keeps what is in these in: they are about to go."""
     for file in files:
         with suppress(OSError, AttributeError):  # it is advice, which not every system takes
-            if file.lstat().st_size > SYNC:
+            if file.lstat().st_size > Sizes.usual().sync:
                 descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -134,13 +131,14 @@ class _Writer:
         flat, first, width = tensor.detach().reshape(-1), len(entry.header), tensor.dtype.itemsize
         with ExitStack() as opened:
             out = opened.enter_context(open(file, "xb", buffering=0))
-            digest, step, synced = Digest(self._threads), max(1, CHUNK // width), 0
+            sizes = Sizes.usual()
+            digest, step, synced = Digest(self._threads), max(1, sizes.chunk // width), 0
             _write_all(out.fileno(), entry.header, 0)
             digest.add(len(entry.header), hash_of, entry.header)
             for start in range(0, len(flat), step):
                 chunk = bytes_of(flat[start : start + step].cpu())
                 digest.add(len(chunk), _write_and_hash, out.fileno(), chunk, first + start * width)
-                if start * width - synced >= SYNC:
+                if start * width - synced >= sizes.sync:
                     self._syncs.append(self._syncing.submit(os.fsync, out.fileno()))
                     synced = start * width
             self._entries.append(entry._replace(blake2b=digest.hexdigest()))
@@ -159,10 +157,11 @@ class _Writer:
 
 def _write_and_hash(descriptor: int, chunk: memoryview, start: int) -> bytes:
     """Write a chunk to its place in a file; its hash."""
-    digest, copy = hashlib.blake2b(), memoryview(bytearray(min(PART, len(chunk))))
-    for place in range(0, len(chunk), PART):
+    size = Sizes.usual().part
+    digest, copy = hashlib.blake2b(), memoryview(bytearray(min(size, len(chunk))))
+    for place in range(0, len(chunk), size):
         part = copy[: len(chunk) - place]
-        part[:] = chunk[place : place + PART]  # what is written is what is hashed, whoever may write to it meanwhile
+        part[:] = chunk[place : place + size]  # what is written is what is hashed, whoever may write to it meanwhile
         digest.update(part)
         _write_all(descriptor, part, start + place)
     return digest.digest()

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ class Sizes:
     Attributes:
         chunk: Written and hashed at a time, as one task for a thread; the hash of a file is that of its chunks' hashes, so
             that this is part of the format.
-        part: Copied at a time within a chunk: it stays in the processor's cache from the hash to the write.
+        part: Copied at a time within a chunk: stays in the processor's cache from the hash to the write.
         sync: After so many the system is asked to write them to the disk, so that it has something
             to do while more are hashed.
         manifest: The most that a manifest takes: it describes some dozen tensors.

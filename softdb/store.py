@@ -16,8 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,6 @@ from softdb.errors import (
     ShapeError,
     SoftDBError,
     TransformError,
-    UnfinishedWriteError,
 )
 from softdb.filters import Where
 from softdb.index.config import IndexConfig, IndexStats
@@ -76,6 +74,7 @@ from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
 from softdb.table.gradients import coalesced, is_sharded, row_sparse
 from softdb.table.hooks import note_write, unwatched, watch
+from softdb.table.journal import RESIZED, WRITTEN, Growth, Journal, WriteBatch, WritePlan
 from softdb.table.slots import resized
 from softdb.table.storage import NO_SLOTS, RowStorage
 from softdb.transforms import (
@@ -167,55 +166,6 @@ def _alone(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **kwargs)
 
     return alone
-
-
-class _Change(NamedTuple):
-    """What one call writes, so that it can be written again from the start.
-
-    Attributes:
-        leaving: The slots of rows that go.
-        ids: Of the rows that come.
-        slots: Of rows that are there, and are written.
-        keys, values: Of the rows at ``slots``, and of those that come; None to leave them.
-        fields: The same.
-        placed: The slots of the rows that come.
-        afresh: Whether the rows at ``slots`` begin as other rows.
-    """
-
-    leaving: Tensor = NO_SLOTS
-    ids: Tensor = NO_SLOTS
-    slots: Tensor = NO_SLOTS
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    fields: Mapping[str, Tensor] = MappingProxyType({})
-    placed: Tensor = NO_SLOTS
-    afresh: bool = False
-
-
-class _Outcome(NamedTuple):
-    """What has come of a write that broke off, in words: ``done`` if it was applied again, else ``pending``."""
-
-    done: str
-    pending: str
-
-
-WRITTEN = _Outcome(
-    "the write has been completed",
-    "it is recorded: the next use of the store completes it, so do not repeat the call, and until then leave the "
-    "tensors that were passed to it as they are",
-)
-RESIZED = _Outcome(
-    "the storage has been resized, and nothing else was written",
-    "the next use of the store resizes the storage; nothing else was written",
-)
-
-
-class _Growth(NamedTuple):
-    """Tensors with room for more rows, or fewer."""
-
-    buffers: dict[str, Tensor]
-    tables: dict[str, Tensor]
-    gradients: dict[str, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,8 +359,7 @@ class SoftKVStore(ModuleWithProperties):
         self._index = IndexManager(config, metric, self.key_dim, moving=self.trainable)
         self._reader = Reader()
         self._open_reads = OpenReads()
-        self._unfinished: Callable[[], None] | None = None  # brings the write that is under way to its end
-        self._finished = 0  # how many writes that broke off have been
+        self._journal = Journal()
         self._is_mapped = False  # the rows lie in the files of a snapshot
         self._has_warned = False  # of keys that were written to unnoticed
         self._handle = new_handle(self)
@@ -551,8 +500,8 @@ class SoftKVStore(ModuleWithProperties):
             self.rows.check_new(new)
         columns = self.rows.check_fields(fields, len(keys), complete=True)
         added = new.to(self.keys.device)  # now: afterwards an error would not say that the rows are there
-        leaving = self._admit(new)
-        self._carry_out(_Change(leaving, new, NO_SLOTS, stored_keys, stored_values, columns))
+        leaving, growth = self._admit(new)
+        self._write(WriteBatch(new, NO_SLOTS, leaving, stored_keys, stored_values, columns), growth)
         return added
 
     @_writes
@@ -579,10 +528,10 @@ class SoftKVStore(ModuleWithProperties):
         slots, given = slots[order], given[order]
         there = _place(order.to(stored_keys.device))
         replaced = slots[slots >= 0]
-        leaving = self._admit(given[len(replaced) :], replaced)
+        leaving, growth = self._admit(given[len(replaced) :], replaced)
         columns = {name: column if column.dim() == 0 else column[order] for name, column in columns.items()}
         new = given[len(replaced) :]
-        self._carry_out(_Change(leaving, new, replaced, stored_keys[there], stored_values[there], columns))
+        self._write(WriteBatch(new, replaced, leaving, stored_keys[there], stored_values[there], columns), growth)
 
     @_writes
     def update(
@@ -611,7 +560,7 @@ class SoftKVStore(ModuleWithProperties):
         slots = self.rows.slots_of("ids", given)
         if keys is None and values is None and not columns:
             return
-        self._carry_out(_Change(NO_SLOTS, NO_SLOTS, slots, stored_keys, stored_values, columns))
+        self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, fields=columns))
 
     @_writes
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
@@ -634,7 +583,7 @@ class SoftKVStore(ModuleWithProperties):
         stored_keys, stored_values = self._check_rows(keys, values)
         self._check_count(given, len(keys))
         slots = self.rows.slots_of("ids", given)
-        self._carry_out(_Change(NO_SLOTS, NO_SLOTS, slots, stored_keys, stored_values, {}, afresh=True))
+        self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, afresh=True))
 
     @_writes
     def delete(self, ids: Ids) -> None:
@@ -647,7 +596,7 @@ class SoftKVStore(ModuleWithProperties):
             UnknownIdError: An id is not in the store.
         """
         given = check_ids("ids", ids)
-        self._carry_out(_Change(self.rows.slots_of("ids", given), NO_SLOTS, NO_SLOTS))
+        self._write(WriteBatch(leaving=self.rows.slots_of("ids", given)))
 
     @without_transforms
     def get(self, ids: Ids) -> Rows:
@@ -682,7 +631,9 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             GrowthError: A graph over the present storage is alive, or ``n`` is more than the store's ``capacity``.
         """
-        self._make_room(check_positive("n", n), exactly=True)
+        growth = self._growth_to(check_positive("n", n), exactly=True)
+        if growth is not None:
+            self._resize(growth)
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -923,7 +874,7 @@ class SoftKVStore(ModuleWithProperties):
         given = check_ids("ids", ids, repeats=True)
         check_vector("ids", given)
         slots = self.rows.slots_of("ids", given).unique()
-        self._commit(functools.partial(self.rows.mark_changed, slots), WRITTEN)
+        self._journal.commit(functools.partial(self.rows.mark_changed, slots), WRITTEN)
 
     @without_transforms
     @torch.no_grad()
@@ -1131,7 +1082,7 @@ class SoftKVStore(ModuleWithProperties):
         here = {name: tensor.to(self.keys.device) for name, tensor in fitted.items()}
         buffers = {name: here[f"rows.{name}"] for name in self.rows.saved}
         tables = {name: here[name] for name in ("keys", "values")}
-        self._grow(_Growth(buffers | self.rows.stamps(capacity, lasting=not mapped), tables, dict.fromkeys(tables)))
+        self._grow(Growth(buffers | self.rows.stamps(capacity, lasting=not mapped), tables, dict.fromkeys(tables)))
         self.rows.rebuild()
         if not self.rows.names_differ:
             raise ValueError("an id twice")
@@ -1156,7 +1107,7 @@ class SoftKVStore(ModuleWithProperties):
         ``keys`` and ``values`` stay the same objects. Any other store is left as it is.
         """
         if self._is_mapped:
-            self._resize(self.capacity or self.rows.capacity)
+            self._resize(self._resized(self.capacity or self.rows.capacity))
             for name, table in self._tables().items():
                 table.requires_grad_(self.trainable and name not in self._frozen_in_files)
             self._is_mapped = False
@@ -1181,9 +1132,9 @@ class SoftKVStore(ModuleWithProperties):
             store._check_not_meta()
             store._check_own_tables()
         averaged = self._averaged(model, decay)
-        return lambda: self._commit(functools.partial(self._take_average, averaged), WRITTEN)
+        return lambda: self._journal.commit(functools.partial(self._take_average, averaged), WRITTEN)
 
-    def _averaged(self, model: SoftKVStore, decay: float) -> _Growth:
+    def _averaged(self, model: SoftKVStore, decay: float) -> Growth:
         """Return the tensors of the average, laid out as the model's, while nobody writes to either."""
         rows, device = model.rows, self.keys.device
         capacity = rows.capacity
@@ -1207,9 +1158,9 @@ class SoftKVStore(ModuleWithProperties):
             tables[name] = averaged
         buffers = {name: getattr(rows, name).to(device, copy=True) for name in rows.saved}
         buffers |= self.rows.stamps(capacity, lasting=True)
-        return _Growth(buffers, tables, dict.fromkeys(tables))
+        return Growth(buffers, tables, dict.fromkeys(tables))
 
-    def _take_average(self, averaged: _Growth) -> None:
+    def _take_average(self, averaged: Growth) -> None:
         same = torch.equal(self.rows.ids, averaged.buffers["ids"])
         self._grow(averaged)
         self.rows.rebuild()
@@ -1246,94 +1197,24 @@ class SoftKVStore(ModuleWithProperties):
         if len(ids) != count:
             raise ShapeError(f"ids: expected {count} ids, one for each row, got {len(ids)}")
 
-    def _carry_out(self, change: _Change) -> None:
+    def _write(self, batch: WriteBatch, growth: Growth | None = None) -> None:
         """Write. Where an interrupt or a shortage of memory breaks that off, it is applied again at once."""
-        finished, rows = self._finished, self.rows
-        if len(change.ids):
-            placed, finished = self._chosen(change)
-            change = change._replace(placed=placed)
-        finish = functools.partial(self._finish, change)
-        try:
-            self._unfinished = finish
-            if len(change.leaving):
-                rows.remove(rows.ids[change.leaving.to(rows.ids.device)].cpu(), change.leaving)
-                if len(change.placed) == 0:
-                    rows.release(change.leaving)
-            if len(change.placed):
-                rows.place(change.ids, change.placed)
-            rows.mark_changed(change.slots, keys=change.keys is not None)
-            self._write(change)
-        except BaseException as error:
-            self._apply_again(finish, error, WRITTEN)
-        if self._finished != finished:
-            # A signal's handler has looked at the store meanwhile: the books are those that it has drawn up.
-            self._unfinished = finish
-            self._catch_up()
-        self._unfinished = None
+        plan = self.rows.plan(batch, growth)
+        self._journal.commit(functools.partial(self._apply_plan, plan), WRITTEN)
 
-    def _commit(self, apply: Callable[[], None], outcome: _Outcome) -> None:
-        """Record a write, and apply it."""
-        try:
-            self._unfinished = apply
-            apply()
-        except BaseException as error:
-            self._apply_again(apply, error, outcome)
-        self._unfinished = None
-
-    def _apply_again(self, apply: Callable[[], None], error: BaseException, outcome: _Outcome) -> None:
-        """Apply a recorded write again that ``error`` broke off; an interrupt is raised again when that is done."""
-        said = outcome.done
-        self._unfinished = apply
-        try:
-            self._catch_up()
-        except BaseException as again:
-            said = outcome.pending
-            if not isinstance(again, Exception):
-                error = again
-            elif outcome is RESIZED and isinstance(error, Exception):
-                raise error from again  # a storage that grows at the next use is nothing that a caller could notice
-            elif isinstance(error, Exception):
-                raise UnfinishedWriteError(f"expected to write at once, got {error!r}; {said}") from error
-        if not isinstance(error, Exception):
-            error.args = error.args or (said,)
-            raise error
-
-    def _chosen(self, change: _Change) -> tuple[Tensor, int]:
-        """The slots for new rows, and how many writes had been finished when the books said so.
-
-        Nothing is written yet, but the books may be wrong, if it breaks off.
-        """
-        while True:
-            finished = self._finished
-            self._unfinished = self.rows.rebuild
-            try:
-                placed = self.rows.choose(len(change.ids), change.leaving)
-            except Exception:
-                if self._finished == finished:
-                    raise
-            if self._finished == finished:
-                return placed, finished
-            self.rows.rebuild()  # a signal's handler has looked at the store meanwhile
-
-    def _finish(self, change: _Change) -> None:
-        self.rows.finish(change.leaving, change.ids, change.placed)
-        self._write(change)
-
-    def _write(self, change: _Change) -> None:
-        """Write what lies in the rows: as often as need be."""
-        if len(change.leaving):
-            self._forget_gradients(change.leaving)
+    def _apply_plan(self, plan: WritePlan) -> None:
+        batch = plan.batch
+        if plan.growth is not None:
+            self._grow(plan.growth)
+        self.rows.carry_out(plan)
+        if len(batch.leaving):
+            self._forget_gradients(batch.leaving)
             # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
             zero = torch.zeros((), device=self.keys.device)
-            self._put(change.leaving[~torch.isin(change.leaving, change.placed)], zero, zero)
-        if change.afresh:
-            self.rows.start_afresh(change.slots)
-            self._forget_gradients(change.slots)
-        written = change.slots if len(change.placed) == 0 else torch.cat([change.slots, change.placed])
-        self._put(written, change.keys, change.values)
-        self.rows.set_fields(written, change.fields)
-        if change.keys is not None or change.values is not None:
-            self.rows.note_use(written)
+            self._put(batch.leaving[~torch.isin(batch.leaving, plan.placed)], zero, zero)
+        if batch.afresh:
+            self._forget_gradients(batch.slots)
+        self._put(plan.written, batch.keys, batch.values)
 
     def _put(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
         if len(slots) == 0:
@@ -1363,8 +1244,8 @@ class SoftKVStore(ModuleWithProperties):
             if not bool(kept.all()):
                 table.grad = row_sparse(rows[kept], gradient.values()[kept], gradient.shape)
 
-    def _admit(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> Tensor:
-        """Make room for ``new`` ids: by growth or, in a full store that evicts, by the slots returned, whose rows go.
+    def _admit(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:
+        """Return what makes room for ``new`` ids: slots whose rows go, in a full store that evicts, and growth.
 
         The rows in the slots ``replaced`` come in the same call, and stay.
         """
@@ -1377,27 +1258,27 @@ class SoftKVStore(ModuleWithProperties):
         self.rows.prepare(new)
         needed = self.rows.slots_needed(count)
         if self.evict is None or needed <= self.rows.capacity:
-            self._make_room(needed)
-            return NO_SLOTS
-        return self.rows.to_evict(needed - self.rows.capacity, replaced).cpu()
+            return NO_SLOTS, self._growth_to(needed)
+        return self.rows.to_evict(needed - self.rows.capacity, replaced).cpu(), None
 
-    def _make_room(self, needed: int, *, exactly: bool = False) -> None:
-        """Grow the storage to hold ``needed`` slots, at least doubling it unless ``exactly``."""
+    def _growth_to(self, needed: int, *, exactly: bool = False) -> Growth | None:
+        """Return storage for ``needed`` slots, at least doubled unless ``exactly``; None if there is room."""
         capacity = self.rows.capacity
-        if needed > capacity:
-            self._check_growth(needed, asked=exactly)
-            self._resize(needed if exactly else max(needed, 2 * capacity))
+        if needed <= capacity:
+            return None
+        self._check_growth(needed, asked=exactly)
+        return self._resized(needed if exactly else max(needed, 2 * capacity))
 
-    def _resize(self, capacity: int) -> None:
-        self._commit(functools.partial(self._grow, self._resized(capacity)), RESIZED)
+    def _resize(self, growth: Growth) -> None:
+        self._journal.commit(functools.partial(self._grow, growth), RESIZED)
 
-    def _resized(self, capacity: int) -> _Growth:
+    def _resized(self, capacity: int) -> Growth:
         """All that it takes, before any of it is set: memory may run out in between."""
         tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
         gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
-        return _Growth(self.rows.resized(capacity), tables, gradients)
+        return Growth(self.rows.resized(capacity), tables, gradients)
 
-    def _grow(self, growth: _Growth) -> None:
+    def _grow(self, growth: Growth) -> None:
         """Use tensors of another size: as often as need be."""
         self.rows.install(growth.buffers)
         for name, table in growth.tables.items():
@@ -1499,7 +1380,7 @@ class SoftKVStore(ModuleWithProperties):
     def _is_current(self, searching: bool) -> bool:
         """Whether there is nothing to catch up with."""
         rows, tables = self.rows, self._tables()
-        if self._unfinished is not None or (not rows.is_unchanged(tables) and not self._only_lends(tables)):
+        if not self._journal.is_empty or (not rows.is_unchanged(tables) and not self._only_lends(tables)):
             return False
         if not searching or self._lent(tables):
             return True
@@ -1532,12 +1413,8 @@ class SoftKVStore(ModuleWithProperties):
 
     def _recover(self) -> None:
         """Finish a write that broke off."""
-        if self._unfinished is not None:
-            self._unfinished()
-            self.rows.rebuild()
+        if self._journal.recover():
             self._index.reset()
-            self._unfinished = None
-            self._finished += 1
 
     # -- tensors that others write to or replace -------------------------------------------------------------
 
@@ -1831,9 +1708,9 @@ class SoftKVStore(ModuleWithProperties):
             self._record_versions()
             self._watch()
 
-        self._commit(load, WRITTEN)
+        self._journal.commit(load, WRITTEN)
 
-    def _room_for(self, state: Mapping[str, Any]) -> _Growth | None:
+    def _room_for(self, state: Mapping[str, Any]) -> Growth | None:
         """Check what is to be loaded; tensors of its size, if that is another."""
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
@@ -1935,7 +1812,7 @@ class _LentStore(SoftKVStore):
         self.__dict__["_open_reads"] = _Nobody()  # later writes to the store do not concern these tables
 
     def _is_current(self, searching: bool) -> bool:
-        return self._unfinished is None
+        return self._journal.is_empty
 
     def _notice_writes(self) -> None:
         pass
@@ -1947,7 +1824,7 @@ def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
     yield "keys and values have a row for each slot", (store.keys.shape, store.values.shape) == shapes
     empty = bool((store.keys.detach()[~live] == 0).all()) and bool((store.values.detach()[~live] == 0).all())
     yield "slots without a row hold zeros", empty
-    yield "no write is unfinished", store._unfinished is None
+    yield "no write is unfinished", store._journal.is_empty
 
 
 def _usable(device: torch.device | str | None) -> torch.device:

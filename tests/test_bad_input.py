@@ -437,7 +437,7 @@ def snapshot(store: SoftKVStore) -> dict[str, Any]:
         "version": store.rows.version,
         "slots": store.rows.find(torch.arange(20)),
         "next turn": store.rows._next_turn,
-        "free": list(store.rows._free),
+        "free": store.rows._free.all().tolist(),
         **{f"gradient of {name}": gradient for name, gradient in gradients.items()},
     }
 

@@ -11,6 +11,7 @@ import torch
 import softdb
 from softdb.reading.staleness import StalenessCheck
 from softdb.table.hooks import watch
+from softdb.table.journal import WriteBatch
 from softdb.table.slots import SlotTable
 from softdb.table.storage import RowStorage
 
@@ -23,16 +24,15 @@ def table_of(count: int) -> RowStorage:
 
 
 def place(rows: RowStorage, ids: torch.Tensor) -> list[int]:
-    slots = rows.choose(len(ids))
-    rows.place(ids, slots)
-    found: list[int] = slots.tolist()
+    rows.prepare(ids)
+    plan = rows.plan(WriteBatch(ids))
+    rows.carry_out(plan)
+    found: list[int] = plan.placed.tolist()
     return found
 
 
 def remove(rows: RowStorage, ids: list[int]) -> None:
-    slots = rows.find(torch.tensor(ids))
-    rows.remove(torch.tensor(ids), slots)
-    rows.release(slots)
+    rows.carry_out(rows.plan(WriteBatch(leaving=rows.find(torch.tensor(ids)))))
 
 
 def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> None:

@@ -93,8 +93,8 @@ class Sizes:
     """How many bytes are handled at a time.
 
     Attributes:
-        chunk: Written and hashed at a time, as one task for a thread; the hash of a file is that of its chunks' hashes, so
-            that this is part of the format.
+        chunk: Written and hashed at a time, as one task for a thread; a file's hash is that of its chunks' hashes, so
+            this is part of the format.
         part: Copied at a time within a chunk: stays in the processor's cache from the hash to the write.
         sync: After so many the system is asked to write them to the disk, so that it has something
             to do while more are hashed.

@@ -59,28 +59,31 @@ class Tenants(NamedTuple):
     version: int
 
 
-class RecentChanges:
+class ChangeLog:
     """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[int, Tensor, bool]] = deque()
-        self._slots = 0
+        # Versions, slots, whether their keys changed, and how many slots all entries so far have named.
+        self._entries: deque[tuple[int, Tensor, bool, int]] = deque()
         self._complete_since = 0  # every later change is in it
 
-    def write(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
-        """Add a change; the oldest are forgotten where more than ``limit`` slots are named."""
-        self._entries.append((version, slots, keys))
-        self._slots += len(slots)
-        while self._slots > limit:
-            self._complete_since, dropped, _ = self._entries.popleft()
-            self._slots -= len(dropped)
+    def record(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
+        """Add a change, unless it is there; the oldest are forgotten where more than ``limit`` slots are named."""
+        entries = self._entries
+        if not entries or entries[-1][0] != version:
+            entries.append((version, slots, keys, len(slots) + (entries[-1][3] if entries else 0)))
+        while entries[-1][3] - entries[0][3] + len(entries[0][1]) > limit:
+            self._complete_since = entries[0][0]
+            entries.popleft()
+            if not entries:
+                return
 
     def since(self, version: int, *, keys: bool) -> Tensor | None:
-        """The slots changed after ``version``, ascending, each once; None if that has been forgotten."""
+        """Return the slots changed after ``version``, ascending, each once; None if that has been forgotten."""
         if version < self._complete_since:
             return None
         recent = []
-        for changed_at, slots, of_keys in reversed(self._entries):
+        for changed_at, slots, of_keys, _ in reversed(self._entries):
             if changed_at <= version:
                 break
             if of_keys or not keys:

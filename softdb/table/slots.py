@@ -1,11 +1,17 @@
-"""The map from id to slot."""
+"""Slots: which row lies in which, and which are free."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["SlotTable", "resized"]
+__all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "resized"]
+
+NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
+# As many slots that were freed lately are kept apart, so that one more does not cost a look at all.
+RECENT = 1024
 
 
 def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
@@ -17,64 +23,126 @@ def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
     return larger
 
 
+@dataclass(frozen=True, eq=False)
+class FreeSlots:
+    """The slots below ``used`` without a row: holes that later rows fill, the lowest first.
+
+    It never changes: taking and freeing slots makes another, which shares memory with this one.
+
+    Attributes:
+        used: No slot from here on has ever held a row.
+        holes: (m,) ascending int64.
+        recent: A few more of them, ascending.
+    """
+
+    used: int = 0
+    holes: Tensor = NO_SLOTS
+    recent: Tensor = NO_SLOTS
+
+    @classmethod
+    def of(cls, there: Tensor) -> FreeSlots:  # (capacity,) bool, on the CPU
+        """Return the free slots of a table whose rows lie where ``there`` says."""
+        live = there.nonzero().squeeze(-1)
+        used = int(live[-1]) + 1 if len(live) else 0
+        return cls(used, (~there[:used]).nonzero().squeeze(-1))
+
+    def __len__(self) -> int:
+        return len(self.holes) + len(self.recent)
+
+    def take(self, count: int) -> tuple[Tensor, FreeSlots]:
+        """Return the ``count`` lowest free slots, ascending, and what is free without them."""
+        if len(self) == 0:
+            return torch.arange(self.used, self.used + count, device="cpu"), FreeSlots(self.used + count)
+        slots, holes, recent = self.holes[:count], self.holes, self.recent
+        if len(recent):
+            slots = torch.cat([slots, recent[:count]]).sort().values[:count]
+            last = slots[-1:] if len(slots) else slots.new_full((1,), -1)
+            holes = holes[int(torch.searchsorted(holes, last, right=True)) :]
+            recent = recent[int(torch.searchsorted(recent, last, right=True)) :]
+        else:
+            holes = holes[len(slots) :]
+        fresh = count - len(slots)
+        if fresh:
+            slots = torch.cat([slots, torch.arange(self.used, self.used + fresh, device="cpu")])
+        return slots, FreeSlots(self.used + fresh, holes, recent)
+
+    def free(self, slots: Tensor) -> FreeSlots:
+        """Return what is free with ``slots``, each given once."""
+        if len(slots) == 0:
+            return self
+        recent = torch.cat([self.recent, slots]).sort().values
+        if len(recent) <= RECENT:
+            return FreeSlots(self.used, self.holes, recent)
+        return FreeSlots(self.used, torch.cat([self.holes, recent]).sort().values)
+
+    def all(self) -> Tensor:
+        """Return every hole, ascending."""
+        return torch.cat([self.holes, self.recent]).sort().values
+
+
 class SlotTable:
     """The map from id to slot.
 
     Ids that are small beside the number of rows, as assigned ones are, index an array: eight bytes each, and a
-    million are found in a millisecond. The others live in a dict.
+    million are found in a millisecond. The others live in a dict. Entering ids and forgetting them may be repeated.
     """
 
     def __init__(self) -> None:
-        self._array = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._dict: dict[int, int] = {}
-        self._count = 0
+        # Together, so that both change at once.
+        self._map: tuple[Tensor, dict[int, int]] = (NO_SLOTS, {})
 
     @property
     def entries(self) -> int:
         """How many different ids there are."""
-        return int((self._array >= 0).sum()) + len(self._dict)
+        array, others = self._map
+        return int((array >= 0).sum()) + len(others)
 
     def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
         """Return the slots of ids."""
-        small = ids < len(self._array)
+        array, others = self._map
+        small = ids < len(array)
         if small.all():
-            return self._array[ids]
+            return array[ids]
         slots = torch.empty_like(ids)
-        slots[small] = self._array[ids[small]]
-        found = [self._dict.get(number, -1) for number in ids[~small].tolist()]
+        slots[small] = array[ids[small]]
+        found = [others.get(number, -1) for number in ids[~small].tolist()]
         slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:
-        """Enter new ids."""
-        self.widen(ids)
-        self._count += len(ids)
-        small = ids < len(self._array)
+        """Enter ids, for which there is room: see `widen`."""
+        array, others = self._map
+        small = ids < len(array)
         if small.all():
-            self._array[ids] = slots
+            array[ids] = slots
         else:
-            self._array[ids[small]] = slots[small]
-            self._dict.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
+            array[ids[small]] = slots[small]
+            others.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
 
     def remove(self, ids: Tensor) -> None:
-        """Forget ids that are there."""
-        self._count -= len(ids)
-        small = ids < len(self._array)
-        self._array[ids[small]] = -1
+        """Forget ids."""
+        array, others = self._map
+        small = ids < len(array)
+        array[ids[small]] = -1
         for number in ids[~small].tolist():
-            del self._dict[number]
+            others.pop(number, None)
 
-    def widen(self, ids: Tensor) -> None:
-        """Let the array reach the largest of the new ``ids`` that keeps it within a few entries per row."""
-        limit = 4 * (self._count + len(ids)) + 1024
+    def widen(self, ids: Tensor, rows: int) -> None:
+        """Let the array reach the largest of the new ``ids`` that keeps it within a few entries for each of ``rows``."""
+        array, others = self._map
+        limit = 4 * (rows + len(ids)) + 1024
         largest = int(ids.max()) if len(ids) else -1
         if largest >= limit:
             within = ids[ids < limit]
             largest = int(within.max()) if len(within) else -1
-        if largest < len(self._array):
+        if largest < len(array):
             return
-        size = min(limit, max(largest + 1, 2 * len(self._array)))
-        self._array = resized(self._array, size, fill=-1)
-        moving = [number for number in self._dict if number < size] if self._dict else []
-        for number in moving:
-            self._array[number] = self._dict.pop(number)
+        size = min(limit, max(largest + 1, 2 * len(array)))
+        array = resized(array, size, fill=-1)
+        moving = [number for number in others if number < size]
+        if moving:
+            array[torch.tensor(moving, device="cpu")] = torch.tensor(
+                [others[number] for number in moving], device="cpu"
+            )
+            others = {number: slot for number, slot in others.items() if number >= size}
+        self._map = (array, others)

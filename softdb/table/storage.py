@@ -4,13 +4,12 @@ A *slot* is a row's place in the tensors. Slots never move, since optimiser stat
 a deleted row leaves a hole that a later row fills, lowest slot first. Ids are the user's names for rows: an int64
 each, assigned in order and never twice.
 
-`RowTable` keeps the books and calls nobody. Whoever depends on rows (an index, a read that waits for its backward)
+`RowStorage` calls nobody. Whoever depends on rows (an index, a read that waits for its backward)
 remembers the ``version`` it saw and asks what changed since.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,18 +19,16 @@ from torch import Tensor, nn
 
 from softdb._checks import describe, list_ids
 from softdb.errors import ArgumentError, DtypeError, DuplicateIdError, FieldError, ForeignWriteError, UnknownIdError
-from softdb.table.changes import Differences, Overwrites, RecentChanges, Tenants, TensorState, state_of, version_of
+from softdb.table.changes import ChangeLog, Differences, Overwrites, Tenants, TensorState, state_of, version_of
 from softdb.table.fields import RowView, check_column, check_field_names
+from softdb.table.journal import Growth, WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
-from softdb.table.slots import SlotTable, resized
+from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable, resized
 
 __all__ = ["NO_SLOTS", "RowStorage"]
 
 
 MAX_ID = 2**63 - 2
-
-
-NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 STAMPS = ("changed_at", "keys_changed_at", "keys_written_at")
@@ -50,8 +47,8 @@ ID_CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(64, device="cpu")
 PROBE = (7, 13, 2**40 + 1)
 
 
-# The journal of recent changes names at most this share of the rows, or as many.
-JOURNAL_SHARE, JOURNAL_SLOTS = 1 / 8, 4096
+# The log of changes names at most this share of the slots, or as many.
+LOGGED_SHARE, LOGGED_SLOTS = 1 / 8, 4096
 
 
 # By which buffer the next row to evict is found: the one with the lowest entry goes first.
@@ -129,9 +126,8 @@ class RowStorage(nn.Module):
         self.register_buffer("id_check", torch.zeros(64, dtype=torch.int64, device=device), persistent=False)
         self.access = SharedLock()  # whose callers hold it: to look at rows for reading, else for writing
         self.version = 0
-        self.used = 0  # slots [used, capacity) have never held a row
         self.moved_at = self.keys_moved_at = 0  # the version at which every row, every key, last changed at once
-        self._journal = RecentChanges()
+        self._changes = ChangeLog()
         self._recorded: dict[str, TensorState] = {}
         self._next_id = self._id_hash = self._writes = 0
         self._expected_check = ID_CHECK_PATTERN  # what `id_check` holds
@@ -139,7 +135,7 @@ class RowStorage(nn.Module):
         self._mixed = self._started = NO_SLOTS  # of an average by slots: ids of mixed rows; slots that were empty
         self._next_turn = 0  # above every turn there is
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and their turns when lined up, the first to go first
-        self._free: list[int] = []  # a heap: the holes below `used`
+        self._free = FreeSlots()
         self._slots = SlotTable()
         self._live: tuple[int, Tensor | None] = (0, None)
         self._live_slots: tuple[int, Tensor] | None = None
@@ -168,6 +164,11 @@ class RowStorage(nn.Module):
     def saved(self) -> list[str]:
         """The names of all buffers that are saved."""
         return ["ids", "next_id", *self.columns]
+
+    @property
+    def used(self) -> int:
+        """From which slot on none has ever held a row."""
+        return self._free.used
 
     def __len__(self) -> int:
         return self.used - len(self._free)
@@ -200,7 +201,7 @@ class RowStorage(nn.Module):
         """Which slots below ``used`` hold a row: (used,) bool, or None where all do. Do not write to it."""
         version, mask = self._live
         if version != self.version:
-            mask = self.ids[: self.used] >= 0 if self._free else None
+            mask = self.ids[: self.used] >= 0 if len(self._free) else None
             self._live = (self.version, mask)
         return mask
 
@@ -230,7 +231,7 @@ class RowStorage(nn.Module):
         """The slots that changed after ``version``, ascending; with ``keys`` only those whose key did."""
         if (self.keys_moved_at if keys else self.moved_at) > version:
             return torch.arange(self.used, device=self.ids.device)
-        recent = self._journal.since(version, keys=keys)
+        recent = self._changes.since(version, keys=keys)
         if recent is not None:
             return recent.to(self.ids.device)
         changed_at = self.keys_changed_at if keys else self.changed_at
@@ -265,7 +266,7 @@ class RowStorage(nn.Module):
         self.own("changed_at")[slots] = self.version
         if keys:
             self.own("keys_changed_at")[slots] = self.version
-        self._journal.write(self.version, slots, keys, limit=max(JOURNAL_SLOTS, int(JOURNAL_SHARE * self.used)))
+        self._record(slots, keys)
         return slots
 
     # -- writes of others: torch counts them, as it does not those by `own` -----------------------------------
@@ -386,7 +387,7 @@ class RowStorage(nn.Module):
             self._id_hash = _hash(live, ids[live])
             self._write_id_check()
             self._queue = None
-            self._journal = RecentChanges()
+            self._changes = ChangeLog()
             self.mark_moved()
             if self.evict is not None and self.capacity:
                 self._next_turn = max(self._next_turn, int(self._turns.max()) + 1)
@@ -458,74 +459,88 @@ class RowStorage(nn.Module):
         """The capacity that ``count`` more rows need."""
         return self.used + max(0, count - len(self._free))
 
-    def choose(self, count: int, leaving: Tensor | None = None) -> Tensor:
-        """The slots that ``count`` rows are to get, the lowest first, on the CPU; with those of ``leaving`` rows."""
-        if leaving is not None:
-            self._free.extend(leaving.tolist())
-            heapq.heapify(self._free)
-        holes = min(count, len(self._free))
-        if holes and holes == len(self._free):
-            slots = sorted(self._free)
-            self._free = []
-        else:
-            slots = [heapq.heappop(self._free) for _ in range(holes)]
-        fresh = count - holes
-        reused = torch.tensor(slots, dtype=torch.int64, device="cpu")
-        placed = torch.cat([reused, torch.arange(self.used, self.used + fresh, device="cpu")])
-        self.used += fresh
-        return placed
-
     def prepare(self, ids: Tensor) -> None:
         """Take the memory that it needs to find ``ids``."""
-        self._slots.widen(ids)
+        self._slots.widen(ids, len(self))
 
-    def place(self, ids: Tensor, slots: Tensor) -> None:  # (m,) new ids; (m,); on the CPU
-        """Put rows into the slots that were chosen for them."""
-        self._slots.put(ids, slots)
-        self.own("ids")[slots.to(self.ids.device)] = ids.to(self.ids.device)
-        self._id_hash += _hash(slots, ids)
-        self.start_afresh(slots)
-        self.line_up_last(slots)
-        if len(ids):
-            self._set_next_id(max(self._next_id, int(ids.max()) + 1))
-        self.mark_changed(slots)
+    def plan(self, batch: WriteBatch, growth: Growth | None = None) -> WritePlan:
+        """Work out what a batch does, and change nothing."""
+        incoming, leaving, device = len(batch.ids), batch.leaving, self.ids.device
+        placed, gone, free, id_hash = NO_SLOTS, NO_SLOTS, self._free, self._id_hash
+        if len(leaving):
+            gone = self.ids[leaving.to(device)].cpu()
+            free, id_hash = free.free(leaving), id_hash - _hash(leaving, gone)
+        if incoming:
+            placed, free = free.take(incoming)
+            id_hash += _hash(placed, batch.ids)
+        written = torch.cat([batch.slots, placed]) if incoming else batch.slots
+        fresh = torch.cat([batch.slots, placed]) if batch.afresh else placed
+        changed = torch.cat([leaving, written]).unique() if len(leaving) else written
+        generation = self.generation if growth is None else growth.buffers["generation"]
+        is_use = len(written) > 0 and (batch.keys is not None or batch.values is not None)
+        turn = self._next_turn if self.evict == "lru" and is_use else None
+        ages = None
+        if self.evict == "oldest" and incoming:
+            ages = torch.arange(self._next_turn, self._next_turn + incoming, device=device)
+        return WritePlan(
+            batch=batch,
+            growth=growth,
+            placed=placed,
+            written=written,
+            gone=gone,
+            fresh=fresh,
+            generation=generation[fresh.to(device)] + 1,
+            changed=changed,
+            keys_change=batch.keys is not None or incoming > 0 or len(leaving) > 0,
+            free=free,
+            turn=turn,
+            ages=ages,
+            next_turn=self._next_turn + (turn is not None) + (0 if ages is None else incoming),
+            next_id=max(self._next_id, int(batch.ids.max()) + 1) if incoming else self._next_id,
+            id_hash=id_hash,
+            writes=self._writes + (len(changed) > 0),
+            version=self.version + (len(changed) > 0),
+        )
 
-    def line_up_last(self, slots: Tensor) -> None:
-        """Have the rows at ``slots`` be the youngest."""
-        if self.evict == "oldest":
-            turns = torch.arange(self._next_turn, self._next_turn + len(slots), device=self.ids.device)
-            self.own("added_at")[slots.to(self.ids.device)] = turns
-            self._next_turn += len(slots)
+    def carry_out(self, plan: WritePlan) -> None:
+        """Carry out a plan: once or again, to the same end."""
+        batch, device = plan.batch, self.ids.device
+        if len(plan.changed) == 0:
+            return
+        ids, fresh, written = self.own("ids"), plan.fresh.to(device), plan.written.to(device)
+        if len(batch.leaving):
+            self._slots.remove(plan.gone)
+            # Not where others come: what is there at any time may be read by a signal's handler.
+            ids[batch.leaving[~torch.isin(batch.leaving, plan.placed)].to(device)] = -1
+        if len(plan.placed):
+            self._slots.put(batch.ids, plan.placed)
+            ids[plan.placed.to(device)] = batch.ids.to(device)
+        self._free = plan.free
+        if len(fresh):
+            self.own("generation")[fresh] = plan.generation
+            self.forget_usage(fresh)
+        if len(fresh) or len(batch.leaving):
+            self._tenants = None
+        if plan.ages is not None:
+            self.own("added_at")[plan.placed.to(device)] = plan.ages
+        if plan.turn is not None:
+            self.own("used_at")[written] = plan.turn
+        for name, column in batch.fields.items():
+            self.own(f"field_{name}")[written] = column.to(device)
+        self._next_turn = max(self._next_turn, plan.next_turn)
+        self._set_next_id(plan.next_id)
+        self._id_hash, self._writes = plan.id_hash, plan.writes
+        self._write_id_check()
+        self.version = max(self.version, plan.version)
+        changed = plan.changed.to(device)
+        self.own("changed_at")[changed] = plan.version
+        if plan.keys_change:
+            self.own("keys_changed_at")[changed] = plan.version
+            self.own("keys_written_at")[changed] = plan.version
+        self._record(changed, plan.keys_change)
 
-    def set_fields(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
-        """Write columns of fields at ``slots``."""
-        for name, column in fields.items():
-            self.own(f"field_{name}")[slots.to(self.ids.device)] = column.to(self.ids.device)
-
-    def start_afresh(self, slots: Tensor) -> None:
-        """Count the uses of ``slots`` from 0, and let optimisers know that what they remember of them is untrue."""
-        slots = slots.to(self.ids.device)
-        self.own("generation")[slots] += 1
-        self._tenants = None
-        self.forget_usage(slots)
-
-    def remove(self, ids: Tensor, slots: Tensor) -> None:
-        """Forget the rows ``ids`` at ``slots``, and who follows them there is chosen already."""
-        self._slots.remove(ids)
-        self.own("ids")[slots.to(self.ids.device)] = -1
-        self._id_hash -= _hash(slots, ids)
-        self._tenants = None
-        self.mark_changed(slots)
-
-    def release(self, slots: Tensor) -> None:
-        """Let ``slots``, whose rows are gone, be chosen."""
-        holes = slots.tolist()
-        if len(holes) * 8 > len(self._free):
-            self._free.extend(holes)
-            heapq.heapify(self._free)
-        else:
-            for slot in holes:
-                heapq.heappush(self._free, slot)
+    def _record(self, slots: Tensor, keys: bool) -> None:
+        self._changes.record(self.version, slots, keys, limit=max(LOGGED_SLOTS, int(LOGGED_SHARE * self.used)))
 
     def resize(self, capacity: int) -> None:
         """Make room for ``capacity`` rows, at least those in use."""
@@ -546,35 +561,24 @@ class RowStorage(nn.Module):
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
 
-    def finish(self, leaving: Tensor, ids: Tensor, slots: Tensor) -> None:  # on the CPU
-        """Carry out again, to the end, what broke off in `remove` or `place`, and draw up the books anew."""
-        self.own("ids")[leaving.to(self.ids.device)] = -1
-        self.own("ids")[slots.to(self.ids.device)] = ids.to(self.ids.device)
-        self.start_afresh(slots)
-        self.rebuild()
-        self.line_up_last(slots)
-
     def rebuild(self) -> None:
         """Draw up the books anew from the buffers: after ``load_state_dict`` or unpickling."""
         if self.ids.is_meta:  # which names no rows
-            self._slots, self._journal, self._queue, self._free, self.used = SlotTable(), RecentChanges(), None, [], 0
+            self._slots, self._changes, self._queue, self._free = SlotTable(), ChangeLog(), None, FreeSlots()
             self.mark_moved()
             return
         ids = self.ids.cpu()
         there = ids >= 0
-        if bool(there.all()):
-            live, self.used, self._free = torch.arange(len(ids), device="cpu"), len(ids), []
-        else:
-            live = there.nonzero().squeeze(-1)
-            self.used = int(live[-1]) + 1 if len(live) else 0
-            self._free = (~there[: self.used]).nonzero().squeeze(-1).tolist()  # ascending, so a heap
-            ids = ids[live]
+        live = there.nonzero().squeeze(-1)
+        ids = ids[live]
+        self._free = FreeSlots.of(there)
         self._slots = SlotTable()
+        self._slots.widen(ids, 0)
         self._slots.put(ids, live)
         self._set_next_id(max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0))
         self._id_hash = _hash(live, ids)
         self._write_id_check()
-        self._journal = RecentChanges()
+        self._changes = ChangeLog()
         self._queue = None
         if self.evict is not None:
             turns = self._turns
@@ -695,7 +699,7 @@ class RowStorage(nn.Module):
         buffers = [getattr(self, name) for name in (*STAMPS, *self.columns)]
         yield "every buffer has an entry for each slot", all(len(buffer) == self.capacity for buffer in buffers)
         yield "no row lies beyond those in use", self.used <= self.capacity and not bool(live[self.used :].any())
-        yield "the holes are those without an id", sorted(self._free) == holes.tolist()
+        yield "the holes are those without an id", torch.equal(self._free.all(), holes)
         yield "each id is found in its slot", bool((self.find(named) == slots).all()) and self.names_differ
         yield "ids are below the next", bool((named < self._next_id).all()) and int(self.next_id) == self._next_id
         yield "nothing changes after the last version", bool((self.changed_at <= self.version).all())
@@ -775,7 +779,7 @@ class RowStorage(nn.Module):
             "_live",
             "_live_slots",
             "_free",
-            "_journal",
+            "_changes",
             "_recorded",
             "_queue",
             "_tenants",

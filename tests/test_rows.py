@@ -35,17 +35,23 @@ def remove(rows: RowStorage, ids: list[int]) -> None:
     rows.carry_out(rows.plan(WriteBatch(leaving=rows.find(torch.tensor(ids)))))
 
 
+def enter(slots: SlotTable, ids: torch.Tensor, places: torch.Tensor, rows: int) -> None:
+    slots.widen(ids, rows)
+    slots.put(ids, places)
+
+
 def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> None:
     slots = SlotTable()
     large = torch.tensor([10**12, 5000, 10**15])
-    slots.put(large, torch.tensor([0, 1, 2]))
-    slots.put(torch.arange(3000), torch.arange(3, 3003))
+    enter(slots, large, torch.tensor([0, 1, 2]), rows=0)
+    enter(slots, torch.arange(3000), torch.arange(3, 3003), rows=3)
     assert slots.find(large).tolist() == [0, 1, 2]
     assert slots.find(torch.tensor([0, 2999, 3000, 4999, 5001, 10**14])).tolist() == [3, 3002, -1, -1, -1, -1]
-    slots.put(torch.tensor([6000]), torch.tensor([3003]))
+    enter(slots, torch.tensor([6000]), torch.tensor([3003]), rows=3003)
     assert slots.find(torch.tensor([5000, 6000])).tolist() == [1, 3003]
-    assert len(slots._dict) == 2  # 5000 moved over as the rows grew many
-    assert len(slots._array) < 20_000
+    array, others = slots._map
+    assert len(others) == 2  # 5000 moved over as the rows grew many
+    assert len(array) < 20_000
     slots.remove(torch.tensor([10**12, 7, 5000]))
     assert slots.find(torch.tensor([10**12, 7, 5000, 8])).tolist() == [-1, -1, -1, 11]
 

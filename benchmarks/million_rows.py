@@ -9,7 +9,7 @@ import torch
 from harness import Case, Contestant, main, peak_memory
 
 from softdb import SoftKVStore
-from softdb.store import Mode
+from softdb.reading.options import Mode
 
 WIDTH, QUERIES, NEIGHBOURS = 64, 256, 32
 CENTRES, SPREAD = 20_000, 0.4

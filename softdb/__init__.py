@@ -31,8 +31,9 @@ from softdb.errors import (
 )
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.lab import page
+from softdb.reading.audit import Audit
 from softdb.reading.result import Read
-from softdb.store import Audit, Rows, SoftKVStore, Usage
+from softdb.store import Rows, SoftKVStore, Usage
 from softdb.version import __version__
 
 __all__ = [

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 import os
 import pickle
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,25 +55,22 @@ from softdb.filters import Where
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager
 from softdb.interop.compile import count_read, new_handle, read_in_graph
+from softdb.interop.ddp import has_company, is_asked_by_ddp, is_within_ddp, stand_in, with_sparse_gradient
+from softdb.interop.transformed import fold_no_samples, fold_queries, without_wrapped_tensors
+from softdb.reading.audit import TIE, Audit
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.reader import Reader, ReadView
-from softdb.reading.result import (
-    Read,
-    answer_of,
-    best_of,
-    leaves_of,
-    read_of,
-)
+from softdb.reading.result import Read, answer_of, best_of, leaves_of, read_of
 from softdb.reading.staleness import OpenReads
 from softdb.scoring.metrics import METRICS, Metric
 from softdb.scoring.normalizers import in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
-from softdb.table.gradients import coalesced, is_sharded, row_sparse
+from softdb.table.gradients import coalesced, is_sharded, resized_gradient, row_sparse
 from softdb.table.hooks import note_write, unwatched, watch
 from softdb.table.journal import RESIZED, WRITTEN, Growth, Journal, WriteBatch, WritePlan
-from softdb.table.slots import resized
+from softdb.table.slots import place_of, resized
 from softdb.table.storage import NO_SLOTS, RowStorage
 from softdb.transforms import (
     Answer,
@@ -92,39 +87,48 @@ from softdb.transforms import (
 )
 from softdb.version import __version__
 
-__all__ = ["Audit", "Evict", "Mode", "Rows", "SoftKVStore", "Usage"]
+__all__ = ["Evict", "Rows", "SoftKVStore", "Usage"]
+
 
 Evict = Literal["lru", "oldest"]
+
+
 EVICTIONS = ("lru", "oldest")
+
+
 Ids = Tensor | Sequence[int]
+
+
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 
 # What a snapshot says of a store, beside its fields and its index.
 SETTINGS = ("key_dim", "value_dim", "metric", "temperature", "trainable", "sparse_grad", "capacity", "evict")
+
+
 # What cannot be assigned once the store is made: its tensors and its index are laid out by them.
 FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
+
+
 # What `load` leaves in its files: what only a look at rows, or an optimiser, wants to know.
 MAPPED = ("keys", "values", "rows.generation")
+
+
 # A read tries so many times to find nobody writing, before it keeps others from doing so.
 ATTEMPTS = 3
+
+
 # Under which name torch saves what a subclass adds by `get_extra_state`.
 EXTRA_STATE = "_extra_state"
-# The frames between a module that is walked and whoever walks it.
-WALKS = frozenset(
-    ("named_modules", "named_buffers", "named_parameters", "_named_members", "is_asked_by_ddp", "buffers", "<lambda>")
-)
-# Scores this close, in parts of themselves, tie in an audit.
-TIE = 1e-5
+
+
 # As many rows are averaged at a time.
 AVERAGED_ROWS = 2**14
-CAPTURED = (
-    "expected a callable that uses no tensors which a transform of torch.func wraps, since it runs outside of the "
-    "transform; pass where or exclude as a tensor"
-)
 
 
 T = TypeVar("T")
+
+
 P = ParamSpec("P")
 
 
@@ -195,46 +199,6 @@ class Usage:
 
     reads: Tensor
     weight: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Audit:
-    """How top-k reads compare with exact ones, for each query, as `SoftKVStore.audit` returns it; float64.
-
-    Attributes:
-        k: The number of candidates.
-        recall: The share of the k best rows that are among the candidates, (...,); rows that tie are as good, and 1
-            where no row may be seen.
-        mass: The fraction of the exact softmax that the candidates hold, (...,).
-        error: The norm of the difference of the values, in parts of that of the exact ones, (...,).
-    """
-
-    k: int
-    recall: Tensor
-    mass: Tensor
-    error: Tensor
-
-    @property
-    def mean_recall(self) -> float:
-        """The mean of ``recall``."""
-        return float(self.recall.mean())
-
-    @property
-    def mean_mass(self) -> float:
-        """The mean of ``mass``."""
-        return float(self.mass.mean())
-
-    @property
-    def mean_error(self) -> float:
-        """The mean of ``error``."""
-        return float(self.error.mean())
-
-    def __str__(self) -> str:
-        lowest = float(self.recall.min()) if self.recall.numel() else math.nan
-        return (
-            f"{self.recall.numel():,} queries, k = {self.k}: recall {self.mean_recall:.4f} (lowest {lowest:.2f}), "
-            f"mass {self.mean_mass:.4f}, error {self.mean_error:.4f}"
-        )
 
 
 class SoftKVStore(ModuleWithProperties):
@@ -526,7 +490,7 @@ class SoftKVStore(ModuleWithProperties):
         # Those that are replaced come first, and the new ones after them.
         order = (slots < 0).to(torch.int8).argsort(stable=True)
         slots, given = slots[order], given[order]
-        there = _place(order.to(stored_keys.device))
+        there = place_of(order.to(stored_keys.device))
         replaced = slots[slots >= 0]
         leaving, growth = self._admit(given[len(replaced) :], replaced)
         columns = {name: column if column.dim() == 0 else column[order] for name, column in columns.items()}
@@ -791,7 +755,7 @@ class SoftKVStore(ModuleWithProperties):
                 "functional_call the Parameters only"
             )
         if callable(options["where"]):
-            options["where"] = _without_wrapped_tensors(options["where"])
+            options["where"] = without_wrapped_tensors(options["where"])
         random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
         if normalizer == "gumbel" and self.training:
             random = "queries"
@@ -810,7 +774,7 @@ class SoftKVStore(ModuleWithProperties):
             read = SoftKVStore.read(store, own_query, **options | {name: arguments[name] for name in names})
             return answer_of(read, own)
 
-        fold = _fold_no_samples if callable(options["where"]) else _fold_queries
+        fold = fold_no_samples if callable(options["where"]) else fold_queries
         operands = [query, keys, values, *given]
         return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_lent))
 
@@ -823,8 +787,8 @@ class SoftKVStore(ModuleWithProperties):
             self._check_lent(name, table, options.mode)
         # What made a lent tensor from others may take no row-sparse gradient.
         sparse = self.trainable and self.sparse_grad and keys.is_leaf and values.is_leaf
-        if sparse and _within_ddp():
-            keys, values = _with_sparse_gradient(keys), _with_sparse_gradient(values)
+        if sparse and is_within_ddp():
+            keys, values = with_sparse_gradient(keys), with_sparse_gradient(values)
         view = ReadView(self.rows, keys, values, frozenset(lent), self._index, self.metric, self.temperature, sparse)
         read, used = self._reader.read(view, query, options)
         return self._open_reads.attach(read, self.rows, used, list(lent.values()))
@@ -1039,7 +1003,7 @@ class SoftKVStore(ModuleWithProperties):
         """
         if mmap and device is None:
             device = "cpu"  # whatever torch\'s default is
-        place = _usable(device)
+        place = usable_device(device)
         if mmap and place.type != "cpu":
             raise ArgumentError(f"device: expected the CPU beside mmap=True, got {place}; load without mmap")
         if place.type == "meta":
@@ -1225,7 +1189,7 @@ class SoftKVStore(ModuleWithProperties):
         for name, rows in (("keys", keys), ("values", values)):
             if rows is not None:
                 table = getattr(self, name).data
-                place = _place(slots.to(table.device)) if place is None else place
+                place = place_of(slots.to(table.device)) if place is None else place
                 table[place] = rows.to(table.dtype)
                 note_write(getattr(self, name), self.rows, name)
 
@@ -1275,7 +1239,7 @@ class SoftKVStore(ModuleWithProperties):
     def _resized(self, capacity: int) -> Growth:
         """All that it takes, before any of it is set: memory may run out in between."""
         tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
-        gradients = {name: _resized_gradient(getattr(self, name).grad, capacity) for name in tables}
+        gradients = {name: resized_gradient(getattr(self, name).grad, capacity) for name in tables}
         return Growth(self.rows.resized(capacity), tables, gradients)
 
     def _grow(self, growth: Growth) -> None:
@@ -1315,7 +1279,7 @@ class SoftKVStore(ModuleWithProperties):
                 f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before wrapping, and nobody wraps an empty store.
-        if not asked and capacity > 0 and _has_company():
+        if not asked and capacity > 0 and has_company():
             raise GrowthError(
                 f"{change}, which DistributedDataParallel cannot follow: "
                 f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"
@@ -1790,6 +1754,8 @@ def _sent(store: SoftKVStore) -> Any:
 
 # The memory that a process has its store in, as long as that process is known.
 _copies: weakref.WeakKeyDictionary[Any, list[SoftKVStore]] = weakref.WeakKeyDictionary()
+
+
 ForkingPickler.register(SoftKVStore, _sent)
 
 
@@ -1827,7 +1793,7 @@ def _invariants(store: SoftKVStore) -> Iterator[tuple[str, bool]]:
     yield "no write is unfinished", store._journal.is_empty
 
 
-def _usable(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
     """The device, if tensors can be put there: what it raises would else look like a fault of the snapshot."""
     try:
         place = torch.device("cpu" if device is None else device)
@@ -1842,118 +1808,3 @@ def _usable(device: torch.device | str | None) -> torch.device:
 def _empty(name: str) -> int:
     """What a column of the saved tensors holds where there is no row."""
     return -1 if name == "rows.ids" else 0
-
-
-class _SparseTables(nn.Embedding):
-    """A module whose gradients DistributedDataParallel takes to be row-sparse."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.sparse = True
-
-
-def stand_in(module: nn.Module, *, sparse: bool) -> nn.Module:
-    """Return a module with the Parameters of ``module``, as DistributedDataParallel is to see it, and no buffers."""
-    standing = _SparseTables() if sparse else nn.Module()
-    standing._parameters = module._parameters
-    return standing
-
-
-def _has_company() -> bool:
-    """Whether this is one of several processes."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:
-    """Make more queries of one read of the samples of `SoftKVStore.read`, unless each has its own rows."""
-    query, keys, values, temperature, where, exclude, salt = operands
-    if query is None or batched[1] or batched[2] or batched[4]:
-        return None
-    leading = query.dim() - 1 - batched[0]
-    if not batched[0]:
-        query = query.unsqueeze(0).expand(size, *query.shape)
-    if temperature is not None and batched[3]:
-        temperature = temperature.reshape(size, *[1] * (leading + 1 - temperature.dim()), *temperature.shape[1:])
-    if exclude is not None and not batched[5]:
-        exclude = exclude.unsqueeze(0).expand(size, *exclude.shape)
-    return [query, keys, values, temperature, where, exclude, salt]
-
-
-def _fold_no_samples(operands: Operands, batched: list[bool], size: int) -> None:
-    """Make no single read of the samples: a callable is written for the queries of one."""
-
-
-def _without_wrapped_tensors(
-    where: Callable[[Mapping[str, Tensor]], Tensor],
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Guard a callable ``where``, which runs outside of the transforms around its read."""
-
-    def guarded(row: Mapping[str, Tensor]) -> Tensor:
-        try:
-            allowed = where(row)
-        except RuntimeError as error:
-            raise TransformError(f"where: {CAPTURED}; the callable raised {type(error).__name__}") from error
-        if is_wrapped(allowed):
-            raise TransformError(f"where: {CAPTURED}")
-        return allowed
-
-    return guarded
-
-
-def is_asked_by_ddp() -> bool:
-    """Whether DistributedDataParallel walks the module, to lay out its buckets and the buffers that it broadcasts.
-
-    Its first broadcast, of all Parameters and buffers, is asked for by another module of torch.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_name in WALKS:
-        frame = frame.f_back
-    return frame.f_globals.get("__name__") == "torch.nn.parallel.distributed"
-
-
-def _within_ddp() -> bool:
-    """Whether DistributedDataParallel is going forward: it takes no dense gradient where it expects a sparse one."""
-    return torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
-
-
-def _with_sparse_gradient(table: Tensor) -> Tensor:
-    if not table.requires_grad:
-        return table
-    same: Tensor = _Sparse.apply(table)  # type: ignore[no-untyped-call]
-    return same
-
-
-class _Sparse(torch.autograd.Function):
-    """The identity; the gradient goes back as a row-sparse one of all rows."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor) -> Tensor:
-        return table.view_as(table)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        gradient = grads[0]
-        if gradient.layout != torch.strided:
-            return gradient
-        rows = torch.arange(len(gradient), device=gradient.device)
-        return row_sparse(rows, gradient.contiguous(), gradient.shape)
-
-
-def _place(slots: Tensor) -> slice | Tensor:
-    """``slots`` as an index, by a slice where they follow each other."""
-    count = len(slots)
-    if count == 0:
-        return slots
-    first = int(slots[0])
-    in_order = count == 1 or (int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all()))
-    return slice(first, first + count) if in_order else slots
-
-
-def _resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
-    if gradient is None:
-        return None
-    if gradient.layout == torch.strided:
-        return resized(gradient, capacity)
-    gradient = coalesced(gradient)
-    return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))

@@ -13,12 +13,13 @@ from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.interop.blend import blend
+from softdb.interop.ddp import is_asked_by_ddp, stand_in
 from softdb.kernels.spec import full_precision
 from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
-from softdb.store import Usage, is_asked_by_ddp, stand_in
+from softdb.store import Usage
 from softdb.transforms import is_active, is_exporting, outside_of_transforms, plain, samples_first
 
 __all__ = ["ProductKeyMemory", "ValueTable"]

@@ -7,7 +7,9 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["coalesced", "is_sharded", "row_sparse"]
+from softdb.table.slots import resized
+
+__all__ = ["coalesced", "is_sharded", "resized_gradient", "row_sparse"]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -43,3 +45,13 @@ def coalesced(gradient: Tensor) -> Tensor:
         gradient._coalesced_(True)
     whole: Tensor = gradient.coalesce()  # itself, once it says that it is
     return whole
+
+
+def resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
+    """Return a gradient of a table with another number of slots."""
+    if gradient is None:
+        return None
+    if gradient.layout == torch.strided:
+        return resized(gradient, capacity)
+    gradient = coalesced(gradient)
+    return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))

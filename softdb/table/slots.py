@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "resized"]
+__all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "place_of", "resized"]
 
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
 # As many slots that were freed lately are kept apart, so that one more does not cost a look at all.
@@ -128,7 +128,7 @@ class SlotTable:
             others.pop(number, None)
 
     def widen(self, ids: Tensor, rows: int) -> None:
-        """Let the array reach the largest of the new ``ids`` that keeps it within a few entries for each of ``rows``."""
+        """Let the array reach the largest of new ``ids`` that keeps it within a few entries for each of ``rows``."""
         array, others = self._map
         limit = 4 * (rows + len(ids)) + 1024
         largest = int(ids.max()) if len(ids) else -1
@@ -146,3 +146,13 @@ class SlotTable:
             )
             others = {number: slot for number, slot in others.items() if number >= size}
         self._map = (array, others)
+
+
+def place_of(slots: Tensor) -> slice | Tensor:
+    """``slots`` as an index, by a slice where they follow each other."""
+    count = len(slots)
+    if count == 0:
+        return slots
+    first = int(slots[0])
+    in_order = count == 1 or (int(slots[-1]) == first + count - 1 and bool((slots.diff() == 1).all()))
+    return slice(first, first + count) if in_order else slots

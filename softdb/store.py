@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from softdb._checks import (
-    FLOAT_NAMES,
-    FLOATS,
-    INTEGERS,
     check_above_zero,
     check_choice,
     check_dense,
@@ -43,7 +40,6 @@ from softdb.errors import (
     CorruptSnapshotError,
     DeviceError,
     DtypeError,
-    ForeignWriteError,
     GrowthError,
     NotApplicableError,
     ReadOnlyError,
@@ -66,12 +62,25 @@ from softdb.scoring.metrics import METRICS, Metric
 from softdb.scoring.normalizers import in_eval_mode
 from softdb.snapshot.lock import locked
 from softdb.snapshot.reader import read_snapshot
+from softdb.snapshot.state import check_state
 from softdb.snapshot.writer import write_snapshot
-from softdb.table.gradients import coalesced, is_sharded, resized_gradient, row_sparse
-from softdb.table.hooks import note_write, unwatched, watch
+from softdb.table.averages import averaged_by_id
+from softdb.table.gradients import is_sharded
+from softdb.table.hooks import unwatched, watch
 from softdb.table.journal import RESIZED, WRITTEN, Growth, Journal, WriteBatch, WritePlan
 from softdb.table.slots import place_of, resized
 from softdb.table.storage import NO_SLOTS, RowStorage
+from softdb.table.tensors import (
+    check_own,
+    check_size,
+    check_whole,
+    forget_gradients,
+    grown,
+    lent_of,
+    only_lends,
+    put_rows,
+    swap_storage,
+)
 from softdb.transforms import (
     Answer,
     Operands,
@@ -122,10 +131,6 @@ ATTEMPTS = 3
 EXTRA_STATE = "_extra_state"
 
 
-# As many rows are averaged at a time.
-AVERAGED_ROWS = 2**14
-
-
 T = TypeVar("T")
 
 
@@ -147,7 +152,7 @@ def _writes(method: Callable[P, T]) -> Callable[P, T]:
                 f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
                 "written to; call store.materialize() first"
             )
-        store._check_own_tables()
+        check_own(store._tables(), store.rows)
         return method(*args, **kwargs)
 
     return allowed
@@ -578,7 +583,7 @@ class SoftKVStore(ModuleWithProperties):
 
         def copied() -> Rows:
             slots = self.rows.slots_of("ids", given).to(self.keys.device)
-            self._check_whole()
+            check_whole(self._tables())
             row = self.rows.view(slots)
             fields = {name: row[name] for name in self.rows.fields}
             return Rows(self.keys.detach()[slots], self.values.detach()[slots], fields)
@@ -782,7 +787,7 @@ class SoftKVStore(ModuleWithProperties):
         """What `read` returns, with slots for ids; nobody counts it. The query has been checked."""
         self._recompute_pruned()
         keys, values = self.keys, self.values
-        lent = self._lent({"keys": keys, "values": values})
+        lent = lent_of({"keys": keys, "values": values}, self.rows)
         for name, table in lent.items():
             self._check_lent(name, table, options.mode)
         # What made a lent tensor from others may take no row-sparse gradient.
@@ -945,7 +950,7 @@ class SoftKVStore(ModuleWithProperties):
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a snapshot holds of the store."""
         used = self.rows.used
-        self._check_whole()
+        check_whole(self._tables())
         tensors = {"keys": self.keys.detach()[:used], "values": self.values.detach()[:used]}
         with self.rows.access.alone:  # readers in other threads count on
             tensors |= {f"rows.{name}": getattr(self.rows, name)[:used].clone() for name in self.rows.columns}
@@ -1036,7 +1041,7 @@ class SoftKVStore(ModuleWithProperties):
         capacity = used if mapped or self.capacity is None else self.capacity
         if used > capacity:
             raise ValueError(f"{used} rows")
-        self._check_state(tensors, used)
+        check_state(tensors, used, self._widths)
         if tensors["values"].dtype != self.values.dtype:
             raise ValueError(f"values of {tensors['values'].dtype}")
         fitted = {
@@ -1071,7 +1076,7 @@ class SoftKVStore(ModuleWithProperties):
         ``keys`` and ``values`` stay the same objects. Any other store is left as it is.
         """
         if self._is_mapped:
-            self._resize(self._resized(self.capacity or self.rows.capacity))
+            self._resize(grown(self._tables(), self.rows, self.capacity or self.rows.capacity))
             for name, table in self._tables().items():
                 table.requires_grad_(self.trainable and name not in self._frozen_in_files)
             self._is_mapped = False
@@ -1094,35 +1099,11 @@ class SoftKVStore(ModuleWithProperties):
             raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
         for store in (self, model):
             store._check_not_meta()
-            store._check_own_tables()
-        averaged = self._averaged(model, decay)
+            check_own(store._tables(), store.rows)
+        if model.rows.capacity != self.rows.capacity:
+            self._check_growth(model.rows.capacity, loaded=True)
+        averaged = averaged_by_id(self._tables(), self.rows, model._tables(), model.rows, decay)
         return lambda: self._journal.commit(functools.partial(self._take_average, averaged), WRITTEN)
-
-    def _averaged(self, model: SoftKVStore, decay: float) -> Growth:
-        """Return the tensors of the average, laid out as the model's, while nobody writes to either."""
-        rows, device = model.rows, self.keys.device
-        capacity = rows.capacity
-        if capacity != self.rows.capacity:
-            self._check_growth(capacity, loaded=True)
-        slots = rows.live_slots().cpu()
-        mine = self.rows.find(rows.ids[rows.live_slots()].cpu())
-        known = mine >= 0
-        slots, mine = slots[known], mine[known]
-        # Another generation of the same slot is another row under an old id.
-        generation, before = rows.generation.cpu()[slots], self.rows.generation.cpu()[mine]
-        same = (generation == before) | (slots != mine)
-        slots, mine = slots[same].to(device), mine[same].to(device)
-        tables = {}
-        for name, table in self._tables().items():
-            averaged = getattr(model, name).detach().to(table.device, table.dtype, copy=True)
-            wide = torch.promote_types(table.dtype, torch.float32)
-            for to, of in zip(slots.split(AVERAGED_ROWS), mine.split(AVERAGED_ROWS), strict=True):
-                present = getattr(model, name).detach()[to.to(model.keys.device)].to(device, wide)
-                averaged[to] = torch.lerp(present, table.detach()[of].to(wide), decay).to(table.dtype)
-            tables[name] = averaged
-        buffers = {name: getattr(rows, name).to(device, copy=True) for name in rows.saved}
-        buffers |= self.rows.stamps(capacity, lasting=True)
-        return Growth(buffers, tables, dict.fromkeys(tables))
 
     def _take_average(self, averaged: Growth) -> None:
         same = torch.equal(self.rows.ids, averaged.buffers["ids"])
@@ -1171,42 +1152,16 @@ class SoftKVStore(ModuleWithProperties):
         if plan.growth is not None:
             self._grow(plan.growth)
         self.rows.carry_out(plan)
+        tables = self._tables()
         if len(batch.leaving):
-            self._forget_gradients(batch.leaving)
+            forget_gradients(tables.values(), batch.leaving)
             # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
             zero = torch.zeros((), device=self.keys.device)
-            self._put(batch.leaving[~torch.isin(batch.leaving, plan.placed)], zero, zero)
+            empty = batch.leaving[~torch.isin(batch.leaving, plan.placed)]
+            put_rows(tables, self.rows, empty, {"keys": zero, "values": zero})
         if batch.afresh:
-            self._forget_gradients(batch.slots)
-        self._put(plan.written, batch.keys, batch.values)
-
-    def _put(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-        if len(slots) == 0:
-            return
-        place: slice | Tensor | None = None
-        # Through .data: torch counts no version up, so that a read of other rows may still go backward. Reads of
-        # these rows know by `StalenessCheck`.
-        for name, rows in (("keys", keys), ("values", values)):
-            if rows is not None:
-                table = getattr(self, name).data
-                place = place_of(slots.to(table.device)) if place is None else place
-                table[place] = rows.to(table.dtype)
-                note_write(getattr(self, name), self.rows, name)
-
-    def _forget_gradients(self, slots: Tensor) -> None:
-        """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
-        for table in (self.keys, self.values):
-            gradient = table.grad
-            if gradient is None or len(slots) == 0:
-                continue
-            if gradient.layout == torch.strided:
-                gradient.detach()[slots.to(gradient.device)] = 0.0
-                continue
-            gradient = coalesced(gradient.detach())
-            rows = gradient.indices()[0]
-            kept = ~torch.isin(rows, slots.to(gradient.device))
-            if not bool(kept.all()):
-                table.grad = row_sparse(rows[kept], gradient.values()[kept], gradient.shape)
+            forget_gradients(tables.values(), batch.slots)
+        put_rows(tables, self.rows, plan.written, {"keys": batch.keys, "values": batch.values})
 
     def _admit(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:
         """Return what makes room for ``new`` ids: slots whose rows go, in a full store that evicts, and growth.
@@ -1231,29 +1186,17 @@ class SoftKVStore(ModuleWithProperties):
         if needed <= capacity:
             return None
         self._check_growth(needed, asked=exactly)
-        return self._resized(needed if exactly else max(needed, 2 * capacity))
+        return grown(self._tables(), self.rows, needed if exactly else max(needed, 2 * capacity))
 
     def _resize(self, growth: Growth) -> None:
         self._journal.commit(functools.partial(self._grow, growth), RESIZED)
-
-    def _resized(self, capacity: int) -> Growth:
-        """All that it takes, before any of it is set: memory may run out in between."""
-        tables = {name: resized(getattr(self, name).data, capacity) for name in ("keys", "values")}
-        gradients = {name: resized_gradient(getattr(self, name).grad, capacity) for name in tables}
-        return Growth(self.rows.resized(capacity), tables, gradients)
 
     def _grow(self, growth: Growth) -> None:
         """Use tensors of another size: as often as need be."""
         self.rows.install(growth.buffers)
         for name, table in growth.tables.items():
             if self.trainable:
-                parameter = getattr(self, name)
-                parameter.grad = None
-                # A graph of the past, still referenced somewhere, holds the node that adds up this Parameter's
-                # gradient, made for the old size. torch makes a new one only when the dtype changes: it does, shortly.
-                parameter.data = table.new_empty(0, dtype=torch.float32 if table.dtype != torch.float32 else torch.half)
-                parameter.data = table  # the same Parameter object: optimisers keep it
-                parameter.grad = growth.gradients[name]
+                swap_storage(getattr(self, name), table, growth.gradients[name])
             else:
                 self._buffers[name] = table
         self._record_versions()
@@ -1344,9 +1287,9 @@ class SoftKVStore(ModuleWithProperties):
     def _is_current(self, searching: bool) -> bool:
         """Whether there is nothing to catch up with."""
         rows, tables = self.rows, self._tables()
-        if not self._journal.is_empty or (not rows.is_unchanged(tables) and not self._only_lends(tables)):
+        if not self._journal.is_empty or (not rows.is_unchanged(tables) and not only_lends(tables, self.rows)):
             return False
-        if not searching or self._lent(tables):
+        if not searching or lent_of(tables, self.rows):
             return True
         return self._index.is_current(rows) and not self._index.has_stale_sample(self.keys)
 
@@ -1359,7 +1302,7 @@ class SoftKVStore(ModuleWithProperties):
             return
         self._recover()
         self._notice_writes()
-        if query is None or self._lent(self._tables()):
+        if query is None or lent_of(self._tables(), self.rows):
             return
         if self._index.is_current(self.rows) and self._index.has_stale_sample(self.keys):
             self.rows.mark_moved()
@@ -1397,7 +1340,7 @@ class SoftKVStore(ModuleWithProperties):
         written, replaced = self.rows.compare_versions(tables)
         self.rows.check_lent(replaced - tables.keys())
         for name in written & tables.keys():
-            self._check_table_size(name, tables[name])
+            check_size(name, tables[name], self._shape_of(name))
         if written - tables.keys():
             self._follow_overwrites(written - tables.keys())
         if written & tables.keys():
@@ -1412,7 +1355,9 @@ class SoftKVStore(ModuleWithProperties):
             self.rows.forget_remains()
             free = (self.rows.ids < 0).nonzero().squeeze(-1)
             zero = torch.zeros((), device=self.keys.device)
-            self._put(free, zero, zero)  # an average of a row that is gone
+            put_rows(
+                self._tables(), self.rows, free, {"keys": zero, "values": zero}
+            )  # an average of a row that is gone
             self._index.reset()
         if len(found.started):
             warnings.warn(
@@ -1422,14 +1367,12 @@ class SoftKVStore(ModuleWithProperties):
                 stacklevel=2,
             )
 
-    def _check_table_size(self, name: str, table: Tensor) -> None:
-        width = self.key_dim if name == "keys" else self.value_dim
-        shape = self.rows.capacity, width
-        if tuple(table.shape) != shape:
-            raise ForeignWriteError(
-                f"{name}: expected shape {shape}, got {tuple(table.shape)}: another store that shares the tensor has "
-                "grown, or it was resized; call reserve() on both before sharing a tensor, or share the whole store"
-            )
+    @property
+    def _widths(self) -> dict[str, int]:
+        return {"keys": self.key_dim, "values": self.value_dim}
+
+    def _shape_of(self, name: str) -> tuple[int, int]:
+        return self.rows.capacity, self._widths[name]
 
     def _record_versions(self, lent: frozenset[str] = frozenset()) -> None:
         """Record that what is in the store's own tensors is accounted for."""
@@ -1437,50 +1380,21 @@ class SoftKVStore(ModuleWithProperties):
         tables = {name: own.get(name) for name in ("keys", "values") if name not in lent}
         self.rows.record_versions({name: table for name, table in tables.items() if table is not None}, lent)
 
-    def _lent(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of ``tables`` that are not the store's own: of functional_call, FSDP2 or pruning."""
-        return {name: table for name, table in tables.items() if not self.rows.is_own(name, table)}
-
-    def _only_lends(self, tables: Mapping[str, Tensor]) -> bool:
-        """Whether tensors are lent in the place of the store's own, and there is nothing else to follow."""
-        written, replaced = self.rows.compare_versions(tables)
-        if written or not replaced:
-            return False
-        self.rows.check_lent(replaced - tables.keys())
-        return True
-
-    def _check_own_tables(self) -> None:
-        """Raise if other tensors are in the place of the store's own: what is written would be lost with them."""
-        for name in self._lent(self._tables()):
-            raise ForeignWriteError(
-                f"{name}: expected the store's own tensor to write to, got another one in its place (of "
-                "torch.func.functional_call, fully_shard or pruning); write before, or remove it"
-            )
-
     def _recompute_pruned(self) -> None:
         """Have pruning compute its tables again, as it does before a forward."""
         for hook in self._forward_pre_hooks.values():
             if isinstance(hook, prune.BasePruningMethod):
                 hook(self, ())
 
-    def _check_whole(self) -> None:
-        """Raise if FSDP2 has left this process a part of the rows only."""
-        for name, table in self._tables().items():
-            if is_sharded(table):
-                raise ForeignWriteError(
-                    f"{name}: expected all rows, got the shard of a DTensor; read in the forward of a module that "
-                    "fully_shard was called on, or register the read with register_fsdp_forward_method(store, 'read')"
-                )
-
     def _check_lent(self, name: str, table: Tensor, mode: Mode) -> None:
         """Raise unless a read of ``table``, in the place of the store's own, is possible."""
-        self._check_whole()
+        check_whole(self._tables())
         if self._is_sharded and self.sparse_grad and mode != "exact" and table.requires_grad:
             raise ArgumentError(
                 "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
                 "sparse_grad=False, or pass its Parameters to fully_shard as ignored_params"
             )
-        self._check_table_size(name, table)
+        check_size(name, table, self._shape_of(name))
 
     def _replace_table(self, name: str, value: Any) -> None:
         """Assign ``keys`` or ``values``: another tensor for the same rows."""
@@ -1684,32 +1598,17 @@ class SoftKVStore(ModuleWithProperties):
             check_dense(f"state_dict[{name!r}]", tensor)
         for name, table in self._tables().items():
             if self.rows.is_own(name, table):
-                self._check_table_size(name, table)
+                check_size(name, table, self._shape_of(name))
         ids = state["rows.ids"]
         capacity = ids.numel() if self.capacity is None else self.capacity
-        self._check_state(state, capacity)
+        check_state(state, capacity, self._widths)
         check_ids("state_dict['rows.ids']", ids[ids != -1])
         check_finite("state_dict['keys']", state["keys"])
         check_finite("state_dict['values']", state["values"])
         if capacity == self.rows.capacity:
             return None
         self._check_growth(capacity, loaded=True)
-        return self._resized(capacity)
-
-    def _check_state(self, state: Mapping[str, Tensor], capacity: int) -> None:
-        """Whether tensors have the types and shapes of a store's with so many slots."""
-        for name, tensor in sorted(state.items(), key=lambda item: item[0] != "rows.ids"):
-            shape: tuple[int, ...] = () if name == "rows.next_id" else (capacity,)
-            if name in ("keys", "values"):
-                shape = (capacity, self.key_dim if name == "keys" else self.value_dim)
-            inexact = name in ("keys", "values", "rows.weight")
-            if tensor.dtype not in (FLOATS if inexact else INTEGERS):
-                wanted = f"one of {FLOAT_NAMES}" if inexact else "int64"
-                raise DtypeError(f"state_dict[{name!r}]: expected {wanted}, got {tensor.dtype}")
-            if tuple(tensor.shape) != shape:
-                raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
-        if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:
-            raise ArgumentError("state_dict['rows.ids']: expected ids from 0 on, and -1 where there is no row")
+        return grown(self._tables(), self.rows, capacity)
 
     def __getstate__(self) -> dict[str, Any]:
         with self.writing():  # nothing is left unfinished

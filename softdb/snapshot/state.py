@@ -1,0 +1,34 @@
+"""The tensors that make up a store, in a snapshot or a ``state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from softdb._checks import FLOAT_NAMES, FLOATS, INTEGERS
+from softdb.errors import ArgumentError, DtypeError, ShapeError
+
+__all__ = ["check_state"]
+
+
+def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str, int]) -> None:
+    """Raise unless tensors have the types and shapes of a store's with so many slots.
+
+    Args:
+        state: By name: "keys", "values" and the "rows." buffers.
+        capacity: How many slots there are.
+        widths: Of keys and values.
+    """
+    for name, tensor in sorted(state.items(), key=lambda item: item[0] != "rows.ids"):
+        shape: tuple[int, ...] = () if name == "rows.next_id" else (capacity,)
+        if name in widths:
+            shape = (capacity, widths[name])
+        inexact = name in widths or name == "rows.weight"
+        if tensor.dtype not in (FLOATS if inexact else INTEGERS):
+            wanted = f"one of {FLOAT_NAMES}" if inexact else "int64"
+            raise DtypeError(f"state_dict[{name!r}]: expected {wanted}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
+    if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:
+        raise ArgumentError("state_dict['rows.ids']: expected ids from 0 on, and -1 where there is no row")

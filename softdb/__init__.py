@@ -33,7 +33,9 @@ from softdb.index.config import IndexConfig, IndexStats
 from softdb.lab import page
 from softdb.reading.audit import Audit
 from softdb.reading.result import Read
-from softdb.store import Rows, SoftKVStore, Usage
+from softdb.store import SoftKVStore
+from softdb.table.rows import Rows
+from softdb.table.usage import Usage
 from softdb.version import __version__
 
 __all__ = [

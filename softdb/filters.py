@@ -241,7 +241,7 @@ def _mask_of_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bo
     else:
         ids = check_ids("where", where, repeats=True)
         check_vector("where", ids)
-        slots = rows.slots_of("where", ids).to(device)
+        slots = rows.slots.slots_of("where", ids).to(device)
     mask = torch.zeros(rows.used, dtype=torch.bool, device=device)
     mask[slots] = True
     return mask
@@ -301,5 +301,5 @@ def _excluded_slots(rows: RowStorage, exclude: Tensor, queries: tuple[int, ...],
     flat = ids.reshape(batch, ids.shape[-1])
     slots = torch.full_like(flat, -1)
     given = flat >= 0
-    slots[given] = rows.find(flat[given])  # an id that is gone is hidden already
+    slots[given] = rows.slots.find(flat[given])  # an id that is gone is hidden already
     return slots.sort(dim=-1).values.to(rows.ids.device)

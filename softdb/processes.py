@@ -1,11 +1,25 @@
-"""Processes and their forked children: what is called in a child, and whether OpenMP threads may have been started."""
+"""Processes: whether this is one of several, and what is done in forked children."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 
-__all__ = ["is_openmp_used", "note_openmp", "run_in_forked_children"]
+import torch
+from torch import nn
+
+__all__ = ["is_distributed", "is_openmp_used", "is_within_ddp", "note_openmp", "run_in_forked_children"]
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_within_ddp() -> bool:
+    """Whether DistributedDataParallel is going forward: it takes no dense gradient where it expects a sparse one."""
+    return torch.distributed.is_available() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def run_in_forked_children(function: Callable[[], None]) -> None:

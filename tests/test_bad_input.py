@@ -435,9 +435,9 @@ def snapshot(store: SoftKVStore) -> dict[str, Any]:
         "ids": store.ids,
         "len": len(store),
         "version": store.rows.version,
-        "slots": store.rows.find(torch.arange(20)),
-        "next turn": store.rows._next_turn,
-        "free": store.rows._free.all().tolist(),
+        "slots": store.rows.slots.find(torch.arange(20)),
+        "next turn": store.rows.clock.now,
+        "free": store.rows.free.all().tolist(),
         **{f"gradient of {name}": gradient for name, gradient in gradients.items()},
     }
 

@@ -16,7 +16,7 @@ import softdb
 from softdb import SoftKVStore
 from softdb.index.manager import IndexManager
 from softdb.index.policy import IndexPolicy
-from softdb.table import storage as storage_module
+from softdb.table.eviction import EvictionClock, QueueSampling
 
 EVICTIONS = ["lru", "oldest"]
 
@@ -122,8 +122,7 @@ COPIES = [
 def test_the_rows_that_go_are_those_of_plain_python(
     evict: str, capacity: int, trainable: bool, queue_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "QUEUE_SHARE", queue_share)
-    monkeypatch.setattr(storage_module, "QUEUE_SAMPLE", 10)
+    monkeypatch.setattr(EvictionClock, "sampling", QueueSampling(share=queue_share, rows=10))
     chance = random.Random(capacity)
     torch.manual_seed(capacity)
     store = SoftKVStore(2, 1, capacity=capacity, evict=evict, track_usage=True, trainable=trainable)  # type: ignore[arg-type]
@@ -288,14 +287,14 @@ def test_storage_is_laid_out_once(evict: str | None) -> None:
 def test_a_large_memory_looks_at_every_row_only_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     store = full("lru", capacity=4000)
     looks = 0
-    line_up = storage_module.RowStorage._line_up
+    fill_queue = EvictionClock._fill_queue
 
-    def counted(table: storage_module.RowStorage, least: int) -> None:
+    def counted(clock: EvictionClock, readings: torch.Tensor, ids: torch.Tensor, least: int) -> None:
         nonlocal looks
         looks += 1
-        line_up(table, least)
+        fill_queue(clock, readings, ids, least)
 
-    monkeypatch.setattr(storage_module.RowStorage, "_line_up", counted)
+    monkeypatch.setattr(EvictionClock, "_fill_queue", counted)
     for step in range(200):
         store.add(*rows_of(10))
         store.read(torch.randn(8, 2), "topk", k=4)
@@ -410,7 +409,7 @@ def test_errors_change_nothing(evict, write, error: type[Exception], message: st
     assert store.rows.version == version
     other = SoftKVStore(2, 1, capacity=4, evict=evict, track_usage=True)
     other.load_state_dict(before)
-    assert store.rows._next_turn == other.rows._next_turn
+    assert store.rows.clock.now == other.rows.clock.now
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ from softdb import LockedError, SoftKVStore, snapshot
 from softdb.snapshot import lock as snapshot_lock
 from softdb.snapshot import reader as snapshot_reader
 from softdb.snapshot.format import Sizes
+from softdb.table.changes import ChangeLog
+from softdb.table.slots import SlotTable
+from softdb.table.storage import RowStorage
+from softdb.table.table import Table
+from softdb.table.versions import RecordedVersions
 
 OLD_NEW = {"old": make(1.0), "new": make(2.0)}
 
@@ -342,18 +347,21 @@ CHANGES: dict[str, Callable[[SoftKVStore], object]] = {
     "load_state_dict": lambda store: store.load_state_dict(OTHERS[store.evict]),
 }
 # What a write does once it is recorded; each is made to fail, at one call after the other.
-STEPS = (
-    "remove",
-    "place",
-    "release",
-    "mark_changed",
-    "start_afresh",
-    "set_fields",
-    "note_use",
-    "install",
-    "load",
-    "rebuild",
-    "record_versions",
+STEPS: tuple[tuple[Any, str], ...] = (
+    (SlotTable, "remove"),
+    (SlotTable, "put"),
+    (RowStorage, "own"),
+    (RowStorage, "reset_usage"),
+    (RowStorage, "mark_changed"),
+    (RowStorage, "apply_plan"),
+    (RowStorage, "derive"),
+    (ChangeLog, "record"),
+    (RecordedVersions, "record"),
+    (Table, "install"),
+    (Table, "clear"),
+    (Table, "_put"),
+    (Table, "_drop_gradients"),
+    (softdb.interop.state_dict, "_load_rows"),
 )
 SHORTAGES: dict[str, type[BaseException]] = {"memory": MemoryError, "interrupt": KeyboardInterrupt}
 
@@ -369,9 +377,11 @@ def state_of(store: SoftKVStore) -> dict[str, Any]:
 class Failing:
     """Has the call number ``at`` of a step of a write fail, and as many after it as ``times`` says."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, step: str, at: int, times: int, failure: type[BaseException]) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, step: tuple[Any, str], at: int, times: int, failure: type[BaseException]
+    ) -> None:
         self.calls, self.at, self.times = 0, at, times
-        original = getattr(softdb.table.storage.RowStorage, step)
+        original = getattr(*step)
 
         def failing(*args: Any, **options: Any) -> Any:
             self.calls += 1
@@ -379,7 +389,7 @@ class Failing:
                 raise failure
             return original(*args, **options)
 
-        patch.setattr(softdb.table.storage.RowStorage, step, failing)
+        patch.setattr(*step, failing)
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES)

@@ -10,6 +10,7 @@ import torch
 
 import softdb
 from softdb.reading.staleness import StalenessCheck
+from softdb.table.growth import resized_buffers
 from softdb.table.hooks import watch
 from softdb.table.journal import WriteBatch
 from softdb.table.slots import SlotTable
@@ -18,21 +19,30 @@ from softdb.table.storage import RowStorage
 
 def table_of(count: int) -> RowStorage:
     rows = RowStorage(())
-    rows.resize(count)
-    place(rows, rows.new_ids(count))
+    resize(rows, count)
+    place(rows, new_ids(rows, count))
     return rows
 
 
+def resize(rows: RowStorage, capacity: int) -> None:
+    for name, buffer in resized_buffers(rows, capacity).items():
+        setattr(rows, name, buffer)
+
+
+def new_ids(rows: RowStorage, count: int) -> torch.Tensor:
+    return torch.arange(rows.first_new_id, rows.first_new_id + count)
+
+
 def place(rows: RowStorage, ids: torch.Tensor) -> list[int]:
-    rows.prepare(ids)
+    rows.slots.widen(ids, len(rows))
     plan = rows.plan(WriteBatch(ids))
-    rows.carry_out(plan)
+    rows.apply_plan(plan)
     found: list[int] = plan.placed.tolist()
     return found
 
 
 def remove(rows: RowStorage, ids: list[int]) -> None:
-    rows.carry_out(rows.plan(WriteBatch(leaving=rows.find(torch.tensor(ids)))))
+    rows.apply_plan(rows.plan(WriteBatch(leaving=rows.slots.find(torch.tensor(ids)))))
 
 
 def enter(slots: SlotTable, ids: torch.Tensor, places: torch.Tensor, rows: int) -> None:
@@ -88,7 +98,7 @@ def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
     remove(rows, [8])
     snapshot = StalenessCheck(rows, used)
     place(rows, torch.tensor([50]))  # into the hole
-    rows.resize(20)
+    resize(rows, 20)
     place(rows, torch.tensor([51]))
     if used is not None:
         rows.mark_changed(torch.tensor([6]))
@@ -120,6 +130,6 @@ def test_a_copy_draws_up_its_own_books() -> None:
     rows = table_of(5)
     remove(rows, [1])
     copied = copy.deepcopy(rows)
-    place(copied, copied.new_ids(1))
-    assert copied.find(torch.tensor([5])).tolist() == [1]
-    assert rows.find(torch.tensor([5])).tolist() == [-1]
+    place(copied, new_ids(copied, 1))
+    assert copied.slots.find(torch.tensor([5])).tolist() == [1]
+    assert rows.slots.find(torch.tensor([5])).tolist() == [-1]

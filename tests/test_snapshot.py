@@ -188,7 +188,9 @@ SHORTAGES = {
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
-@pytest.mark.parametrize("place", ["softdb.store.resized", "torch.zeros", "softdb.rows.SlotTable.put"])
+@pytest.mark.parametrize(
+    "place", ["softdb.snapshot.contents.resized", "torch.zeros", "softdb.table.slots.SlotTable.put"]
+)
 def test_too_little_memory_to_load_is_no_fault_of_the_snapshot(
     shortage: Exception, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

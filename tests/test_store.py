@@ -24,6 +24,7 @@ import softdb
 from softdb import SoftKVStore
 from softdb.layers import MemoryLayer
 from softdb.scoring.normalizers import SPARSE
+from softdb.table.table import Table
 
 
 def visible_rule(visible: Tensor | None):  # type: ignore[no-untyped-def]
@@ -1471,15 +1472,15 @@ def test_loading_that_runs_out_of_memory_again_and_again_is_completed_later(monk
 @pytest.mark.parametrize("write", ["add", "put"])
 def test_a_write_whose_storage_cannot_grow_is_not_made(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows, left = rows_of_ones(), (torch.ones(20, 4), torch.ones(20, 3)), [2]
-    grow = SoftKVStore._grow
+    install = Table.install
 
     def failing(*args: Any) -> None:
         left[0] -= 1
         if left[0] >= 0:
             raise MemoryError("no memory")
-        grow(*args)
+        install(*args)
 
-    monkeypatch.setattr(SoftKVStore, "_grow", failing)
+    monkeypatch.setattr(Table, "install", failing)
     with pytest.raises(MemoryError, match="no memory"):
         store.add(*rows) if write == "add" else store.put(torch.arange(20), *rows)
     assert len(store) == 6

@@ -146,7 +146,7 @@ class IndexManager:
                     f"{wanted} {config.factory!r}; leave out IDMap, since softdb numbers the rows itself"
                 )
             self._rows_to_train = rows_to_train(index)
-        self._builds = 0
+        self._builds = self._layout = 0
         self._search_seconds = self._upkeep_seconds = self._rebuild_seconds = 0.0
         self.reset()
         self._begin()
@@ -317,23 +317,24 @@ class IndexManager:
 
     def is_current(self, rows: RowStorage) -> bool:
         """Whether searches need no `follow` before."""
-        return rows.version == self._version and not self._unsure
+        return rows.version == self._version and rows.layout == self._layout and not self._unsure
 
     def follow(self, rows: RowStorage, keys: Tensor, query: Tensor, k: int) -> None:
         """Take note of every change to the rows, for a search of ``query``, while nobody else searches."""
         if self._is_interrupted:
             return
-        with self._changing():
+        with self._changing(rows):
             self._note_queries(query.detach(), k)
             self._noted = query.detach()
             self._follow(rows, keys)
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _changing(self, rows: RowStorage) -> Iterator[None]:
         """Change the index; where that breaks off anywhere, there is none any more."""
         with self._lock, torch.inference_mode(False):
-            if self._unsure:
+            if self._unsure or rows.layout != self._layout:
                 self.reset()
+                self._layout = rows.layout
             self._unsure = True
             yield
             self._unsure = False
@@ -528,7 +529,7 @@ class IndexManager:
         """Take every pending row into the base; with ``wait``, let a build in the background come to its end."""
         if self._is_interrupted:
             return
-        with self._changing():
+        with self._changing(rows):
             self._follow(rows, keys)
             self._settle(rows, keys, now=True)
             if self._aside is not None and (wait or self._aside.is_done):
@@ -551,7 +552,7 @@ class IndexManager:
         """Build the base anew from the rows as they are."""
         if self._is_interrupted:
             return
-        with self._changing():
+        with self._changing(rows):
             queries = self._queries
             self.reset()
             self._unsure, self._version, self._queries = True, rows.version, queries

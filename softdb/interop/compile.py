@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +29,15 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, StaleReadError, TransformError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.reading.counting import deferring
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import SPARSE, in_eval_mode
 from softdb.table.storage import RowStorage
+from softdb.table.usage import note_read
 from softdb.transforms import is_active, is_exporting, is_traced, outside_of_graphs
 
-__all__ = ["count_read", "new_handle", "read_in_graph"]
+__all__ = ["new_handle", "read_in_graph"]
 
 
 class Store(Protocol):
@@ -68,9 +69,6 @@ UNTRACED = (
 
 
 _numbers = itertools.count(1)
-
-
-_deferred = threading.local()
 
 
 _stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
@@ -224,14 +222,14 @@ def _read(
     options: dict[str, Any] = {"mode": mode, "k": k, "where": where, "exclude": exclude, "normalizer": normalizer}
     reported: list[tuple[Tensor, Tensor]] = []
     if not any(wanted):
-        with torch.no_grad(), _autocast(query, answer), _deferring(None if counting else reported):
+        with torch.no_grad(), _autocast(query, answer), deferring(None if counting else reported):
             read = store.read(query, temperature=divisor if temperature is None else temperature, **options)
         return _outputs(read, query, _ticket(_Kept(read, (), tuple(reported))) if reported else _ticket(None))
     _check_repetition(store)
     # Copies: the graph may use its own tensors' memory anew.
     own_query = query.detach().clone().requires_grad_(wanted[0])
     own_temperature = None if temperature is None else temperature.detach().clone().requires_grad_(wanted[3])
-    with _autograd(), _autocast(query, answer), _deferring(None if counting else reported):
+    with _autograd(), _autocast(query, answer), deferring(None if counting else reported):
         read = store.read(own_query, temperature=divisor if own_temperature is None else own_temperature, **options)
     inputs = (own_query, store.keys, store.values, own_temperature)
     return _outputs(read, query, _ticket(_Kept(read, inputs, tuple(reported))))
@@ -286,31 +284,12 @@ def _count(handle: Tensor, ticket: Tensor) -> None:
     kept, store = _kept.get(int(ticket)), _store_of(handle)
     if kept is not None:
         for slots, weights in kept.reported:
-            store.rows.note_read(slots, weights)
+            note_read(store.rows, slots, weights)
 
 
 @_count.register_fake
 def _(handle: Tensor, ticket: Tensor) -> None:
     pass
-
-
-@contextmanager
-def _deferring(reported: list[tuple[Tensor, Tensor]] | None) -> Iterator[None]:
-    """Have `count_read` add to ``reported``, if that is a list, what it is to count."""
-    _deferred.reported, before = reported, getattr(_deferred, "reported", None)
-    try:
-        yield
-    finally:
-        _deferred.reported = before
-
-
-def count_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:
-    """Count a read that reports ``slots`` with ``weights``, now or, within a graph that does so itself, later."""
-    reported = getattr(_deferred, "reported", None)
-    if reported is None:
-        rows.note_read(slots, weights)
-    elif rows.counts_reads:
-        reported.append((slots.detach(), weights.detach()))
 
 
 # Not torch.library.custom_op: in torch 2.6, the operators that it makes cannot return row-sparse tensors.

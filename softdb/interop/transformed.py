@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from torch import Tensor
 
+from softdb._checks import check_float_tensor
 from softdb.errors import TransformError
-from softdb.transforms import Operands, is_wrapped
+from softdb.reading.options import ReadOptions
+from softdb.reading.result import Read, answer_of, leaves_of, read_of
+from softdb.transforms import Answer, Operands, is_wrapped, outside_of_transforms, read_opaquely
+
+__all__ = ["read_under_transform"]
 
 CAPTURED = (
     "expected a callable that uses no tensors which a transform of torch.func wraps, since it runs outside of the "
     "transform; pass where or exclude as a tensor"
 )
+
+
+def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
+    """Answer ``store.read(query, **options)`` while a transform of torch.func is active."""
+    normalizer, generator = options["normalizer"], options["generator"]
+    ReadOptions(**options)
+    keys, values = store.keys, store.values
+    check_float_tensor("query", query, (-1, store.key_dim), keys.device)
+    if is_wrapped(*store.rows.buffers()):
+        raise TransformError(
+            "rows: expected the store's own buffers, got some that a transform of torch.func wraps; pass "
+            "functional_call the Parameters only"
+        )
+    if callable(options["where"]):
+        options["where"] = without_wrapped_tensors(options["where"])
+    random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
+    if normalizer == "gumbel" and store.training:
+        random = "queries"
+    names = [name for name in ("temperature", "where", "exclude") if isinstance(options[name], Tensor)]
+    given = [options[name] if name in names else None for name in ("temperature", "where", "exclude")]
+    if not random and not is_wrapped(query, keys, values, *given):
+        with outside_of_transforms():
+            plain: Read = store.read(query, **options)
+            return plain
+    is_lent = is_wrapped(keys, values)
+
+    def run(operands: Operands, wanted: list[bool]) -> Answer:
+        own = leaves_of(operands, [want and (is_lent or place not in (1, 2)) for place, want in enumerate(wanted)])
+        own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
+        arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
+        chosen = options | {name: arguments[name] for name in names}
+        if is_lent:
+            lent = {"keys": own_keys, "values": own_values}
+            read = store._reader.run(own_query, ReadOptions(**chosen), lent)
+        else:
+            read = store.read(own_query, **chosen)
+        return answer_of(read, own)
+
+    fold = fold_no_samples if callable(options["where"]) else fold_queries
+    operands = [query, keys, values, *given]
+    return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_lent))
 
 
 def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:

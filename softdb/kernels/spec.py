@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,6 +125,20 @@ class ReadSpec:
     def operand_backward(self, grad: Tensor, rows: Tensor) -> Tensor:  # (g, C, operand width) -> (g, C, d)
         """The gradient of a block's keys, from that of its prepared keys."""
         return prepare_keys_backward(grad, rows, self.metric, self.centre)
+
+
+class BestRows(NamedTuple):
+    """The k best rows of each query, best first; (G B, k), without gradient.
+
+    Attributes:
+        scores: Their scores, -inf where there were fewer.
+        weights: Their weights, 0 where there were fewer.
+        rows: Their numbers, -1 where there were fewer.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    rows: Tensor
 
 
 def query_numbers(queries: range, groups: range, device: torch.device) -> Tensor:  # -> (g, b)

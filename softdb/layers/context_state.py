@@ -358,7 +358,7 @@ class Stores:
             start = f"{number}."
             store.load_state_dict({key[len(start) :]: state[key] for key in state if key.startswith(start)})
         self.stores = stores
-        return any(bool((store.rows.field("document")[store.rows.live_slots()] != 0).any()) for store in stores)
+        return any(bool((store.rows.view(store.rows.live_slots())["document"] != 0).any()) for store in stores)
 
 
 def _of_document(wanted: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (B, 1)

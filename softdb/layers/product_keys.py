@@ -19,7 +19,7 @@ from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
-from softdb.store import Usage
+from softdb.table.usage import Usage
 from softdb.transforms import is_active, is_exporting, outside_of_transforms, plain, samples_first
 
 __all__ = ["ProductKeyMemory", "ValueTable"]

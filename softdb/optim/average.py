@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from softdb._checks import check_not_meta, check_real, describe
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.store import SoftKVStore
+from softdb.table.averages import prepare_average
 
 __all__ = ["update_average"]
 
@@ -81,7 +82,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         for store in sorted({store for pair in stores.values() for store in pair}, key=id):
             locks.enter_context(store.writing())
         # All are computed before the first changes: an error changes nothing, and stores may share a tensor.
-        updates = [mine.prepare_average(theirs, decay) for mine, theirs in stores.values()]
+        updates = [prepare_average(mine._table, theirs._table, decay) for mine, theirs in stores.values()]
         for update in updates:
             update()
     for mine, theirs, is_parameter in pairs:

@@ -1,14 +1,17 @@
-"""What top-k reads miss, beside exact ones."""
+"""Compare top-k reads with exact ones."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor
 
-__all__ = ["Audit"]
+from softdb.reading.result import Read
 
+__all__ = ["Audit", "compare_reads"]
 
 # Scores this close, in parts of themselves, tie in an audit.
 TIE = 1e-5
@@ -52,3 +55,20 @@ class Audit:
             f"{self.recall.numel():,} queries, k = {self.k}: recall {self.mean_recall:.4f} (lowest {lowest:.2f}), "
             f"mass {self.mean_mass:.4f}, error {self.mean_error:.4f}"
         )
+
+
+def compare_reads(exact: Read, found: Read, k: int) -> Audit:
+    """Compare a top-k read with an exact one that reports its ``k`` best rows."""
+    best, scores = cast(Tensor, exact.scores), cast(Tensor, found.scores)
+    there = best > -torch.inf
+    # The worst of the k best; rows that tie with it, but for rounding, are as good.
+    worst = best.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+    hits = ((scores >= worst - TIE * worst.abs()) & (scores > -torch.inf)).sum(-1)
+    count = there.sum(-1)
+    recall = torch.where(count > 0, hits.clamp(max=count) / count.clamp(min=1), 1.0)
+    total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
+    mass = (scores - total).exp().sum(-1).clamp(max=1.0)
+    apart = torch.linalg.vector_norm((found.values - exact.values).double(), dim=-1)
+    size = torch.linalg.vector_norm(exact.values.double(), dim=-1)
+    error = torch.where(apart > 0, apart / size, 0.0)
+    return Audit(k, recall.double(), mass.double(), error)

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from softdb._checks import is_finite
 from softdb.errors import ArgumentError
-from softdb.kernels.cpu.exact import exact_read
-from softdb.kernels.cpu.topk import BestRows
+from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import Places, gathered_scores
 from softdb.kernels.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
-from softdb.kernels.spec import ReadSpec
+from softdb.kernels.spec import BestRows, ReadSpec
 from softdb.reading.result import Read, share_of
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.reading.topk import read_candidates
@@ -41,7 +40,7 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
         tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, groups, height))
     if normalizer in SPARSE:
         return _read_support(query, tables, spec, k, normalizer)
-    hard = is_hard(normalizer)
+    hard, exact_read = is_hard(normalizer), backend_for(query).exact_read
     values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
     if selection.hides_some and not is_finite(values):
         mended = finite_values(tables.values, selection, groups, height)
@@ -110,6 +109,8 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
 
 def _best_rows(query: Tensor, tables: Tables, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The log-sum-exp over all rows, and scores and numbers of the k best."""
-    _, lse, best = exact_read(query, tables.keys, tables.values.detach()[:, :0], spec, tables.groups, k)
+    _, lse, best = backend_for(query).exact_read(
+        query, tables.keys, tables.values.detach()[:, :0], spec, tables.groups, k
+    )
     scores, _, rows = cast(BestRows, best)
     return lse, scores, rows

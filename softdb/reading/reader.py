@@ -1,35 +1,43 @@
-"""`Reader`: from a query and what is asked for to an answer, over the rows as they are in one version."""
+"""`Reader`: from a query and its options to a read, over the rows as they are in one version."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softdb._checks import check_finite, check_temperature
-from softdb.errors import NonFiniteError
+from softdb._checks import check_finite, check_float_tensor, check_temperature
+from softdb.errors import ArgumentError, NonFiniteError
 from softdb.filters import Selection, Where, select
 from softdb.index.list_layout import promise_of
 from softdb.index.manager import Found, IndexManager
-from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec, full_precision
 from softdb.kernels.tiling import Tiling
+from softdb.processes import is_within_ddp
+from softdb.reading.counting import count_read
 from softdb.reading.exact import GATHERED_NUMBERS, read_exactly
-from softdb.reading.options import ReadOptions
+from softdb.reading.options import Mode, ReadOptions
+from softdb.reading.preparation import SearchPreparation
 from softdb.reading.result import Read, answer_dtype, best_of, completed, finish, replaced, transform, widened
 from softdb.reading.sample import Sample
+from softdb.reading.staleness import OpenReads
 from softdb.reading.tables import Tables
 from softdb.reading.tail import add_tail, is_worth_trying, samples_for
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import noise_for
 from softdb.scoring.metrics import Metric, centre_of, compute_dtype, prepare_query
-from softdb.scoring.normalizers import SPARSE
+from softdb.scoring.normalizers import SPARSE, in_eval_mode
+from softdb.table.access import Access
+from softdb.table.gradients import with_sparse_gradient
 from softdb.table.storage import RowStorage
+from softdb.table.table import Table
 
 __all__ = ["ReadView", "Reader"]
 
@@ -83,21 +91,88 @@ class ReadView:
 
 
 class Reader:
-    """Answers queries from a view, and remembers between reads what depends on the version of the rows alone."""
+    """Answers queries, and keeps between reads what depends on the version of the rows alone.
+
+    Args:
+        table: The rows.
+        access: How they are reached.
+        index: What finds candidates among them.
+        open_reads: The reads that wait for their backward.
+    """
 
     rounds = ToleranceRounds()
 
-    def __init__(self) -> None:
+    def __init__(self, table: Table, access: Access, index: IndexManager, open_reads: OpenReads) -> None:
+        self._table, self._access, self._index, self._open_reads = table, access, index, open_reads
         # At which version of the rows, and: what a read without filters sees, the largest norm that a key has had.
         self._everything: tuple[int, Selection | None] = (0, None)
         self._key_norm = (0, 0.0)
         self._key_nan_at = -1  # at which version a key held NaN
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+    def run(self, query: Tensor, options: ReadOptions, lent: Mapping[str, Tensor] | None = None) -> Read:
+        """Answer a batch of queries: checked, from one version of the rows, counted, with ids.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Reader.__init__(self)
+        Args:
+            query: (..., key_dim).
+            options: What is asked for.
+            lent: Keys and values to read in the place of the store's own; no write to the store concerns them.
+        """
+        table = self._table
+        check_float_tensor("query", query, (-1, table.config.key_dim), table.keys.device)
+        if not table.module.training:
+            options = replace(options, normalizer=in_eval_mode(options.normalizer))
+
+        def read() -> Read:
+            answer = self.answer(query, options, lent)
+            if answer.ids is None or answer.weights is None:
+                return answer
+            count_read(table.rows, answer.ids, answer.weights)
+            if options.mode == "exact" and options.k is None:
+                return best_of(answer, None)
+            return replace(answer, ids=table.rows.ids_at(answer.ids))
+
+        searches = options.mode == "topk" and lent is None
+        preparation = SearchPreparation(table, self._index, query, options.k) if searches else None
+        return self._access.reading(read, preparation)
+
+    def run_both(self, query: Tensor, options: ReadOptions) -> tuple[Read, Read]:
+        """Answer an exact and a top-k read of one version of the rows, with slots for ids, and count neither."""
+        exact = replace(options, mode="exact")
+
+        def read() -> tuple[Read, Read]:
+            return self.answer(query, exact), self.answer(query, options)
+
+        return self._access.reading(read, SearchPreparation(self._table, self._index, query, options.k))
+
+    def answer(self, query: Tensor, options: ReadOptions, lent: Mapping[str, Tensor] | None = None) -> Read:
+        """Answer as `run`, but with slots for ids, and counting nothing: of a query that has been checked."""
+        table = self._table
+        tensors = table.tensors() if lent is None else lent
+        foreign = table.lent() if lent is None else dict(lent)
+        for name, tensor in foreign.items():
+            self._check_lent(name, tensor, options.mode)
+        keys, values, store = tensors["keys"], tensors["values"], table.module
+        # What made a lent tensor from others may take no row-sparse gradient.
+        sparse = table.config.trainable and store.sparse_grad and keys.is_leaf and values.is_leaf
+        if sparse and is_within_ddp():
+            keys, values = with_sparse_gradient(keys), with_sparse_gradient(values)
+        names = frozenset(foreign)
+        view = ReadView(table.rows, keys, values, names, self._index, table.config.metric, store.temperature, sparse)
+        read, used = self.read(view, query, options)
+        if lent is not None:
+            return read
+        return self._open_reads.attach(read, table.rows, used, list(foreign.values()))
+
+    def _check_lent(self, name: str, tensor: Tensor, mode: Mode) -> None:
+        """Raise unless a read of ``tensor``, in the place of the store's own, is possible."""
+        table = self._table
+        table.check_whole()
+        if table.is_sharded and table.module.sparse_grad and mode != "exact" and tensor.requires_grad:
+            raise ArgumentError(
+                "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
+                "sparse_grad=False, or pass its Parameters to fully_shard as ignored_params"
+            )
+        table.check_size(name, tensor)
 
     def read(self, view: ReadView, query: Tensor, options: ReadOptions) -> tuple[Read, Tensor | None]:
         """Answer a batch of queries.
@@ -135,7 +210,7 @@ class Reader:
                     raise
                 used = selection.shared
             elif options.tolerance is not None:
-                read, used = self._read_to(view, query, operand, spec, tables, options)
+                read, used = self._read_within_tolerance(view, query, operand, spec, tables, options)
             else:
                 read, used = self._read_topk(view, query, operand, spec, tables, options)
         if mode == "hard":
@@ -223,7 +298,7 @@ class Reader:
         sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
         return add_tail(read, operand, tables, spec, sample, recall), sample.slots
 
-    def _read_to(
+    def _read_within_tolerance(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, options: ReadOptions
     ) -> tuple[Read, Tensor | None]:
         """A read with an error of no more than the tolerance, and the slots that it used, None for all."""
@@ -296,10 +371,10 @@ class Reader:
         """Find the slots to score, (B, k)."""
         keys = view.keys.detach()
         if k is None:
-            return Found(exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
+            return Found(backend_for(operand).exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(view.rows)))
         if "keys" in view.lent:
-            found = Found(exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
+            found = Found(backend_for(operand).exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
         else:
             query = query.reshape(-1, query.shape[-1])
             found = view.index.search(query, operand, keys, view.rows, spec, wanted, careful=careful)

@@ -32,31 +32,8 @@ def version_of(table: Tensor) -> int:
     return 0 if table.is_inference() else table._version
 
 
-class Differences(NamedTuple):
-    """What something else did to tensors: the names of those written to, and of those with another in their place."""
-
-    written: frozenset[str]
-    replaced: frozenset[str]
-
-
-class Overwrites(NamedTuple):
-    """What something else wrote into the buffers.
-
-    Attributes:
-        started: Slots that held no row before that update, whose average began with zeros.
-        rows_differ: Whether other rows lie in the slots now.
-    """
-
-    started: Tensor
-    rows_differ: bool
-
-
-class Tenants(NamedTuple):
-    """The ids and generations of a copied store when it was last looked at, for `RowStorage.follow_overwrites`."""
-
-    ids: Tensor
-    generation: Tensor
-    version: int
+# The log names at most this share of the slots, or as many.
+LOGGED_SHARE, LOGGED_SLOTS = 1 / 8, 4096
 
 
 class ChangeLog:
@@ -67,9 +44,9 @@ class ChangeLog:
         self._entries: deque[tuple[int, Tensor, bool, int]] = deque()
         self._complete_since = 0  # every later change is in it
 
-    def record(self, version: int, slots: Tensor, keys: bool, limit: int) -> None:
-        """Add a change, unless it is there; the oldest are forgotten where more than ``limit`` slots are named."""
-        entries = self._entries
+    def record(self, version: int, slots: Tensor, keys: bool, *, rows: int) -> None:
+        """Add a change to a table of so many ``rows``, unless it is there; forget the oldest where they are many."""
+        entries, limit = self._entries, max(LOGGED_SLOTS, int(LOGGED_SHARE * rows))
         if not entries or entries[-1][0] != version:
             entries.append((version, slots, keys, len(slots) + (entries[-1][3] if entries else 0)))
         while entries[-1][3] - entries[0][3] + len(entries[0][1]) > limit:

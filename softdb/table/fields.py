@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from softdb._checks import check_dense, describe, is_out_of_memory
 from softdb.errors import DtypeError, FieldError, ShapeError
 
-__all__ = ["RowView", "check_column", "check_field_names"]
+__all__ = ["RowView", "check_field_names", "check_fields"]
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
@@ -26,6 +26,22 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise FieldError(f"fields: expected each name once, got {names}")
     return names
+
+
+def check_fields(fields: Sequence[str], given: object, count: int, *, complete: bool) -> dict[str, Tensor]:
+    """Return ``given`` as int64 columns of ``count`` entries; with ``complete`` every field must be there."""
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise DtypeError(f"fields: expected a mapping from field name to int64 tensor, got {describe(given)}")
+    known = ", ".join(map(repr, fields)) or "none"
+    unknown = [name for name in given if name not in fields]
+    if unknown:
+        raise FieldError(f"fields: expected names among this store's fields ({known}), got {unknown[0]!r}")
+    missing = [name for name in fields if name not in given]
+    if complete and missing:
+        raise FieldError(f"fields: expected a column for every field ({known}), {missing[0]!r} is missing")
+    return {name: check_column(name, column, count) for name, column in given.items()}
 
 
 def check_column(name: str, column: object, count: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softdb.table.slots import resized
 
-__all__ = ["coalesced", "is_sharded", "resized_gradient", "row_sparse"]
+__all__ = ["coalesced", "is_sharded", "resized_gradient", "row_sparse", "with_sparse_gradient"]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -55,3 +56,27 @@ def resized_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
         return resized(gradient, capacity)
     gradient = coalesced(gradient)
     return row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))
+
+
+def with_sparse_gradient(table: Tensor) -> Tensor:
+    """Return ``table``, whose gradient comes back as a row-sparse one of all rows."""
+    if not table.requires_grad:
+        return table
+    same: Tensor = _RowSparse.apply(table)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _RowSparse(torch.autograd.Function):
+    """The identity; the gradient goes back as a row-sparse one of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradient = grads[0]
+        if gradient.layout != torch.strided:
+            return gradient
+        rows = torch.arange(len(gradient), device=gradient.device)
+        return row_sparse(rows, gradient.contiguous(), gradient.shape)

@@ -194,4 +194,4 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             with move.table.access.writing():
                 move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
         if number in before:
-            move.table.record_step(move.name, before[number].state, move.parameter)
+            move.table.recorded.record_step(move.name, before[number].state, move.parameter)

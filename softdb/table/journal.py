@@ -66,9 +66,9 @@ class WritePlan:
         changed: All slots that change.
         keys_change: Whether their keys do, or whether they hold a row.
         free: The free slots.
-        turn: When the written rows were used last; None where that is not noted.
-        ages: When the rows that come were placed, each its own; None where that is not noted.
-        next_turn: Above every turn there is.
+        used_at: The eviction clock of the written rows; None where uses are not recorded.
+        added_at: The eviction clock of the rows that come, each its own; None where additions are not recorded.
+        clock: The eviction clock afterwards.
         next_id, id_hash, writes, version: As `softdb.table.storage.RowStorage` keeps them.
     """
 
@@ -82,9 +82,9 @@ class WritePlan:
     changed: Tensor
     keys_change: bool
     free: FreeSlots
-    turn: int | None
-    ages: Tensor | None
-    next_turn: int
+    used_at: int | None
+    added_at: Tensor | None
+    clock: int
     next_id: int
     id_hash: int
     writes: int

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softdb._checks import list_ids
+from softdb.errors import UnknownIdError
+
 __all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "place_of", "resized"]
 
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -91,6 +94,14 @@ class SlotTable:
         # Together, so that both change at once.
         self._map: tuple[Tensor, dict[int, int]] = (NO_SLOTS, {})
 
+    @classmethod
+    def of(cls, ids: Tensor, slots: Tensor) -> SlotTable:
+        """Return the map of ``ids`` to ``slots``."""
+        table = cls()
+        table.widen(ids, 0)
+        table.put(ids, slots)
+        return table
+
     @property
     def entries(self) -> int:
         """How many different ids there are."""
@@ -107,6 +118,14 @@ class SlotTable:
         slots[small] = array[ids[small]]
         found = [others.get(number, -1) for number in ids[~small].tolist()]
         slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
+        return slots
+
+    def slots_of(self, name: str, ids: Tensor) -> Tensor:  # (m,) -> (m,)
+        """Return the slots of ids; an id without a row is an error that names the argument ``name``."""
+        slots = self.find(ids)
+        missing = ids[slots < 0]
+        if len(missing):
+            raise UnknownIdError(f"{name}: expected ids of rows in the store, got unknown {list_ids(missing)}")
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:

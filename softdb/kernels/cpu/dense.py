@@ -12,8 +12,8 @@ from softdb._checks import is_finite
 from softdb.filters import Block
 from softdb.kernels.cpu.backward import check_same_rule, once_only
 from softdb.kernels.cpu.products import Product, cut_weights, grouped, product_in_runs
-from softdb.kernels.cpu.topk import BestRows, best_of_block
-from softdb.kernels.spec import ReadSpec, check_scores, full_precision
+from softdb.kernels.cpu.topk import best_of_block
+from softdb.kernels.spec import BestRows, ReadSpec, check_scores, full_precision
 from softdb.kernels.tiling import Tiling
 
 

@@ -31,8 +31,8 @@ from softdb.kernels.cpu.backward import Saved, gradients_in_blocks, once_only
 from softdb.kernels.cpu.dense import DenseRead, read_densely
 from softdb.kernels.cpu.forward import read_in_blocks
 from softdb.kernels.cpu.products import grouped
-from softdb.kernels.cpu.topk import BestRows, small_block
-from softdb.kernels.spec import ReadSpec, full_precision
+from softdb.kernels.cpu.topk import small_block
+from softdb.kernels.spec import BestRows, ReadSpec, full_precision
 from softdb.scoring.metrics import widest_dtype
 from softdb.transforms import check_not_batched
 

@@ -23,8 +23,8 @@ from softdb.kernels.cpu.products import (
     split_rows,
     zero_for_hidden,
 )
-from softdb.kernels.cpu.topk import BestRows, BestSoFar
-from softdb.kernels.spec import ReadSpec, check_scores
+from softdb.kernels.cpu.topk import BestSoFar
+from softdb.kernels.spec import BestRows, ReadSpec, check_scores
 from softdb.kernels.tiling import Tiles
 
 # Where no score can be as large as this, none overflows.

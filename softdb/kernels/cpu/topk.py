@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -172,20 +170,6 @@ def _columns_of_best_groups(
     chosen = top_k(maxima, k)[1].sort(dim=-1).values
     columns = (chosen.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=query.device)).flatten(1)
     return columns.masked_fill_(columns >= count, -1)
-
-
-class BestRows(NamedTuple):
-    """The k best rows of each query, best first; (G B, k), without gradient.
-
-    Attributes:
-        scores: Their scores, -inf where there were fewer.
-        weights: Their share of the softmax, 0 where there were fewer.
-        rows: Their numbers, -1 where there were fewer.
-    """
-
-    scores: Tensor
-    weights: Tensor
-    rows: Tensor
 
 
 def best_of_block(scores: Tensor, block: Block, k: int) -> tuple[Tensor, Tensor, Tensor]:

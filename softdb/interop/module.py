@@ -1,0 +1,107 @@
+"""What torch does to a store as a module: assign its tensors, convert them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softdb._checks import check_above_zero, check_dtype, check_float_tensor, describe
+from softdb.errors import ArgumentError, DtypeError
+from softdb.table.gradients import is_sharded
+from softdb.table.hooks import unwatched
+from softdb.table.overwrites import check_own_ids
+from softdb.table.table import Table
+from softdb.transforms import plain
+
+__all__ = ["FIXED", "check_assigned", "check_not_deleted", "convert", "describe_store", "replace_tensor"]
+
+# What cannot be assigned once the store is made: its tensors and its index are laid out by them.
+FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
+
+
+def check_assigned(module: nn.Module, name: str, value: Any) -> Any:
+    """Return what may be assigned to an attribute of a store, or raise."""
+    if name == "temperature":
+        value = plain(name, value)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise DtypeError(
+                "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"
+            )
+        return check_above_zero(name, value)
+    if name in FIXED and name in module.__dict__:
+        own = module.__dict__[name]
+        if type(value) is not type(own) or value != own:
+            raise ArgumentError(
+                f"{name}: expected {own!r}, which the store was made with, got {describe(value)}; make another "
+                f"store with {name}=..."
+            )
+    return value
+
+
+def check_not_deleted(module: nn.Module, name: str) -> None:
+    """Raise where keys or values are deleted: torch would fail a step later, and leave the store without them."""
+    if name in ("keys", "values") and name not in module.__dict__:
+        raise ArgumentError(
+            f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}, and FSDP1 "
+            "cannot flatten it; lend other tensors with torch.func.functional_call, or use fully_shard"
+        )
+
+
+def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, Any], None]) -> None:
+    """Assign ``keys`` or ``values``: another tensor for the same rows.
+
+    Args:
+        table: The rows.
+        name: "keys" or "values".
+        value: The tensor.
+        assign: Assigns as `torch.nn.Module` does.
+    """
+    if value is None:
+        raise DtypeError(f"{name}: expected a tensor, got None")
+    module = table.module
+    is_table = name in module._parameters or name in module._buffers or isinstance(value, nn.Parameter)
+    if is_table and is_sharded(value):
+        table.is_sharded = True
+    if not is_table or table.is_sharded or not isinstance(value, Tensor):
+        assign(name, value)  # FSDP2 lends, pruning computes, torch refuses
+        return
+    check_float_tensor(name, value, table.shape_of(name))
+    with table.rows.access.writing():
+        assign(name, value)
+        table.rows.mark_moved(keys=name == "keys")
+        table.record_versions()
+
+
+def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], object]) -> None:
+    """Convert keys, values and the buffers of rows by ``fn``, with ``apply`` as `torch.nn.Module` has it."""
+    module, rows = table.module, table.rows
+    if not module.keys.is_meta:
+        check_own_ids(rows)
+    # Before anything is converted, by a try on tensors of no numbers.
+    check_dtype(fn(module.keys.detach().new_empty(0)).dtype)
+    whole = fn(rows.ids.new_empty(0)).dtype
+    if whole != torch.int64:
+        raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
+    before = module.keys.data_ptr(), module.values.data_ptr()
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    with unwatched(own), rows.recorded.suspended():
+        apply()
+    if rows.was_emptied:
+        module.keys.data.zero_()
+        module.values.data.zero_()
+    if before != (module.keys.data_ptr(), module.values.data_ptr()):  # else nothing was to be converted
+        rows.mark_moved()
+        rows.layout += 1
+    table.record_versions()
+
+
+def describe_store(store: Any, factory: str) -> str:
+    """Return what ``repr`` shows of a store between the brackets; defaults are left out."""
+    shown = {"rows": len(store.rows), "key_dim": store.key_dim, "value_dim": store.value_dim, "metric": store.metric}
+    defaults = {"temperature": 1.0, "fields": (), "capacity": None, "evict": None}
+    shown |= {name: getattr(store, name) for name, default in defaults.items() if getattr(store, name) != default}
+    shown |= {"trainable": store.trainable, "index": factory}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -1,0 +1,163 @@
+"""Load a ``state_dict`` into a store: all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softdb._checks import check_dense, check_finite, check_ids, describe
+from softdb.errors import DeviceError, DtypeError
+from softdb.snapshot.state import check_state
+from softdb.table.averaged import AverageWatch
+from softdb.table.eviction import CLOCK_COLUMNS
+from softdb.table.growth import change_columns
+from softdb.table.hooks import unwatched
+from softdb.table.id_check import CHECK_SIZE
+from softdb.table.journal import WRITTEN, Growth
+from softdb.table.storage import RowStorage
+from softdb.table.table import Table
+
+__all__ = ["load_state"]
+
+# Under which name torch saves what a subclass adds by `get_extra_state`.
+EXTRA_STATE = "_extra_state"
+
+
+def load_state(
+    table: Table,
+    load_tensors: Callable[..., None],
+    is_strict: bool,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    *args: Any,
+) -> None:
+    """Load all of it or, where something is wrong or what rows consist of is missing, nothing.
+
+    Args:
+        table: The rows, which only the caller reads or writes.
+        load_tensors: ``_load_from_state_dict`` as `torch.nn.Module` has it.
+        is_strict: Whether `load_state_dict` refuses other names; torch passes a literal True as ``strict``.
+        state_dict: What is loaded.
+        prefix: Of its names.
+        local_metadata: As torch passes it.
+        strict: As torch passes it.
+        missing_keys: Is extended.
+        unexpected_keys: Is extended.
+        *args: As torch passes them.
+    """
+    module, rows = table.module, table.rows
+    hooks, none = module._load_state_dict_pre_hooks, type(module._load_state_dict_pre_hooks)()
+    for hook in hooks.values():  # they may rename what is there, or bring what is missing
+        hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
+    missing, unexpected = _differing_names(table, state_dict, prefix, is_strict)
+    if missing or unexpected:
+        missing_keys.extend(sorted(missing))
+        unexpected_keys.extend(unexpected)
+        return
+    names = _names_of(rows, prefix)
+    growth = _room_for(table, {name.removeprefix(prefix): state_dict[name] for name in names & state_dict.keys()})
+    others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
+    reports = (missing_keys, unexpected_keys, *args)
+    reported = [len(report) for report in reports]
+
+    def load() -> None:
+        for report, count in zip(reports, reported, strict=True):
+            del report[count:]  # of an earlier try
+        if growth is not None:
+            table.install(growth)
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        with unwatched(own), rows.recorded.suspended():  # torch may swap tensors
+            try:
+                module._load_state_dict_pre_hooks = none
+                load_tensors(state_dict, prefix, *others)
+            finally:
+                module._load_state_dict_pre_hooks = hooks
+            _load_rows(rows, state_dict, f"{prefix}rows.", *others)
+        for tensor in table.tensors().values():
+            if 0 in tensor.stride() and tensor.numel() > 1:  # an expanded tensor, by ``assign=True``
+                tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        # torch goes on where it fails to copy a tensor, say for want of memory: some rows would be old.
+        failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
+        if failed:
+            raise RuntimeError(" ".join(failed))
+        table.record_versions()
+
+    table.journal.commit(load, WRITTEN)
+
+
+def _names_of(rows: RowStorage, prefix: str) -> set[str]:
+    return {prefix + name for name in ("keys", "values", *(f"rows.{name}" for name in rows.saved))}
+
+
+def _differing_names(
+    table: Table, state_dict: Mapping[str, Any], prefix: str, is_strict: bool
+) -> tuple[set[str], list[str]]:
+    """Return the missing and unexpected names that keep rows from being loaded."""
+    module, rows, names = table.module, table.rows, _names_of(table.rows, prefix)
+    missing = names - state_dict.keys()
+    own = {*module._parameters, *module._buffers, *module._modules} - {"rows"}
+    if type(module).set_extra_state is not nn.Module.set_extra_state:
+        own.add(EXTRA_STATE)
+    given = [name for name in state_dict if name.startswith(prefix) and name not in names]
+    unexpected = [name for name in given if name.removeprefix(prefix).partition(".")[0] not in own]
+    if not missing <= {f"{prefix}rows.{name}" for name in rows.optional}:
+        return missing | {f"{prefix}keys", f"{prefix}values"}, unexpected  # which are not loaded without the rest
+    if not (is_strict and (missing or unexpected)):
+        return set(), []  # torch reports them
+    return missing, unexpected
+
+
+def _room_for(table: Table, state: Mapping[str, Any]) -> Growth | None:
+    """Check what is to be loaded; return tensors of its size, if that is another."""
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
+        if tensor.is_meta:
+            raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
+        check_dense(f"state_dict[{name!r}]", tensor)
+    for name, tensor in table.tensors().items():
+        if table.rows.recorded.is_own(name, tensor):
+            table.check_size(name, tensor)
+    ids, config = state["rows.ids"], table.config
+    capacity = ids.numel() if config.capacity is None else config.capacity
+    check_state(state, capacity, config.widths)
+    check_ids("state_dict['rows.ids']", ids[ids != -1])
+    check_finite("state_dict['keys']", state["keys"])
+    check_finite("state_dict['values']", state["values"])
+    if capacity == table.rows.capacity:
+        return None
+    table.check_growth(capacity, loaded=True)
+    return table.resized(capacity)
+
+
+def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load buffers as modules do; clocks and counters that are missing start from 0."""
+    watches = rows.average.is_active
+    rows.average = AverageWatch(is_updated=rows.average.is_updated)
+    nn.Module._load_from_state_dict(rows, state_dict, prefix, *args)
+    for name in rows.optional:
+        if prefix + name not in state_dict:
+            dtype = torch.float64 if name == "weight" else torch.int64
+            begun = torch.zeros(rows.capacity, dtype=dtype, device=rows.ids.device)
+            if name == CLOCK_COLUMNS["oldest"]:  # no two rows are as old
+                begun = torch.arange(rows.capacity, device=rows.ids.device)
+            setattr(rows, name, begun)
+    for name in rows.saved:  # ``assign=True`` takes any dtype
+        column = getattr(rows, name)
+        # Another store may be loaded from the same tensors.
+        copied = column.data_ptr() == getattr(state_dict.get(prefix + name), "data_ptr", int)()
+        setattr(rows, name, column.to(torch.float64 if name == "weight" else torch.int64, copy=copied))
+    if rows.changed_at.device != rows.ids.device:  # by ``assign=True``, which brings no change columns
+        for name, column in change_columns(rows.capacity, rows.ids.device).items():
+            setattr(rows, name, column)
+        rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
+    if watches:  # of an average, most likely, that goes on
+        rows.average.remember(rows.tenants, is_updated=True)
+    rows.derive()

@@ -1,0 +1,47 @@
+"""Rows by their ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softdb.table.storage import RowStorage
+from softdb.table.table import Table
+
+__all__ = ["Rows", "contains", "copy_rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows as `SoftKVStore.get` returns them: copies, in the order asked for.
+
+    Attributes:
+        keys: (m, key_dim).
+        values: (m, value_dim).
+        fields: Field name to int64 (m,).
+    """
+
+    keys: Tensor
+    values: Tensor
+    fields: dict[str, Tensor]
+
+
+def contains(rows: RowStorage, id: object) -> bool:
+    """Whether ``id`` is a whole number that names a row."""
+    if isinstance(id, Tensor) and id.numel() == 1:
+        id = id.item()
+    if isinstance(id, bool) or not hasattr(id, "__index__"):
+        return False
+    number = id.__index__()
+    return 0 <= number < 2**63 and int(rows.slots.find(torch.tensor([number], device="cpu"))) >= 0
+
+
+def copy_rows(table: Table, ids: Tensor) -> Rows:  # (m,) int64
+    """Copy the rows ``ids``, in that order."""
+    slots = table.rows.slots.slots_of("ids", ids).to(table.keys.device)
+    table.check_whole()
+    row = table.rows.view(slots)
+    fields = {name: row[name] for name in table.rows.fields}
+    return Rows(table.keys.detach()[slots], table.values.detach()[slots], fields)

@@ -1,0 +1,199 @@
+"""`Writer`: from the arguments of a write to the rows, in six steps.
+
+A call is checked and becomes a `WriteBatch`; a `WritePlan` says what the batch does, slot by slot; the journal keeps
+the plan until it has been applied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from softdb._checks import check_finite, check_float_tensor, check_ids, check_positive, check_vector, list_ids
+from softdb.errors import ArgumentError, DuplicateIdError, ShapeError
+from softdb.table.access import Access
+from softdb.table.fields import check_fields
+from softdb.table.journal import RESIZED, WRITTEN, Growth, WriteBatch
+from softdb.table.slots import NO_SLOTS, place_of
+from softdb.table.table import Table
+
+__all__ = ["Fields", "Ids", "Writer"]
+
+Ids = Tensor | Sequence[int]
+Fields = Mapping[str, Tensor | Sequence[int] | int]
+
+MAX_ID = 2**63 - 2
+
+
+class Writer:
+    """Writes rows of a table, as the methods of `softdb.SoftKVStore` with the same names say.
+
+    Args:
+        table: The table.
+        access: How it is reached.
+    """
+
+    def __init__(self, table: Table, access: Access) -> None:
+        self._table, self._access = table, access
+
+    def add(self, keys: Tensor, values: Tensor, ids: Ids | None, fields: Fields | None) -> Tensor:
+        """Append rows; return their ids."""
+        with self._access.changing("add"):
+            rows = self._table.rows
+            stored = self._check_rows(keys, values)
+            if ids is None:
+                new = self._new_ids(len(keys))
+            else:
+                new = check_ids("ids", ids)
+                check_count(new, len(keys))
+                self._check_new(new)
+            columns = check_fields(rows.fields, fields, len(keys), complete=True)
+            added = new.to(self._table.keys.device)  # now: afterwards an error would not say that the rows are there
+            leaving, growth = self._make_room(new)
+            self._write(WriteBatch(new, NO_SLOTS, leaving, *stored, columns), growth)
+            return added
+
+    def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None) -> None:
+        """Insert or replace rows."""
+        with self._access.changing("put"):
+            rows = self._table.rows
+            given = check_ids("ids", ids)
+            stored_keys, stored_values = self._check_rows(keys, values)
+            check_count(given, len(keys))
+            columns = check_fields(rows.fields, fields, len(given), complete=True)
+            slots = rows.slots.find(given)
+            self._check_new(given[slots < 0])
+            # Those that are replaced come first, and the new ones after them.
+            order = (slots < 0).to(torch.int8).argsort(stable=True)
+            slots, given = slots[order], given[order]
+            there = place_of(order.to(stored_keys.device))
+            replaced = slots[slots >= 0]
+            new = given[len(replaced) :]
+            leaving, growth = self._make_room(new, replaced)
+            columns = {name: column if column.dim() == 0 else column[order] for name, column in columns.items()}
+            self._write(WriteBatch(new, replaced, leaving, stored_keys[there], stored_values[there], columns), growth)
+
+    def update(self, ids: Ids, keys: Tensor | None, values: Tensor | None, fields: Fields | None) -> None:
+        """Change parts of rows."""
+        with self._access.changing("update"):
+            given = check_ids("ids", ids)
+            stored_keys = None if keys is None else self._check_table("keys", keys)
+            stored_values = None if values is None else self._check_table("values", values)
+            for table in (stored_keys, stored_values):
+                if table is not None:
+                    check_count(given, len(table))
+            columns = check_fields(self._table.rows.fields, fields, len(given), complete=False)
+            slots = self._table.rows.slots.slots_of("ids", given)
+            if keys is None and values is None and not columns:
+                return
+            self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, fields=columns))
+
+    def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
+        """Replace the content of rows that are not read any more."""
+        with self._access.changing("revive"):
+            given = check_ids("ids", ids)
+            stored_keys, stored_values = self._check_rows(keys, values)
+            check_count(given, len(keys))
+            slots = self._table.rows.slots.slots_of("ids", given)
+            self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, afresh=True))
+
+    def delete(self, ids: Ids) -> None:
+        """Remove rows."""
+        with self._access.changing("delete"):
+            given = check_ids("ids", ids)
+            self._write(WriteBatch(leaving=self._table.rows.slots.slots_of("ids", given)))
+
+    def touch(self, ids: Ids) -> None:
+        """Record that the caller wrote to the tensors of rows."""
+        with self._access.changing("touch"):
+            given = check_ids("ids", ids, repeats=True)
+            check_vector("ids", given)
+            slots = self._table.rows.slots.slots_of("ids", given).unique()
+            self._access.commit(functools.partial(self._table.rows.mark_changed, slots), WRITTEN)
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` rows in all."""
+        with self._access.changing("reserve", allows_meta=True):
+            growth = self._table.growth_to(check_positive("n", n), exactly=True)
+            if growth is not None:
+                self._access.commit(functools.partial(self._table.install, growth), RESIZED)
+
+    def materialize(self) -> None:
+        """Copy rows that lie in the files of a snapshot into memory."""
+        table = self._table
+        with self._access.exclusive():
+            if table.files is None:
+                return
+            growth = table.resized(table.config.capacity or table.rows.capacity)
+            self._access.commit(functools.partial(table.install, growth), RESIZED)
+            for name, tensor in table.tensors().items():
+                tensor.requires_grad_(table.config.trainable and name not in table.files.frozen)
+            table.files = None
+            table.record_versions()
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def _write(self, batch: WriteBatch, growth: Growth | None = None) -> None:
+        """Plan a batch and apply the plan; where that breaks off, it is applied again at once."""
+        plan = self._table.rows.plan(batch, growth)
+        self._access.commit(functools.partial(self._table.apply, plan), WRITTEN)
+
+    def _make_room(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:
+        """Return what makes room for ``new`` ids: slots whose rows are evicted, in a full store, and growth.
+
+        The rows in the slots ``replaced`` come in the same call, and stay.
+        """
+        rows, config = self._table.rows, self._table.config
+        count, together = len(new), len(new) + len(replaced)
+        if config.capacity is not None and together > config.capacity:
+            raise ArgumentError(
+                f"keys: expected at most {config.capacity} rows, the store's capacity, got {together}; write fewer at "
+                "a time, or make the store with a larger capacity"
+            )
+        rows.slots.widen(new, len(rows))
+        needed = rows.used + max(0, count - len(rows.free))
+        if rows.clock.column is None or needed <= rows.capacity:
+            return NO_SLOTS, self._table.growth_to(needed)
+        readings = getattr(rows, rows.clock.column)[: rows.used]
+        excess = needed - rows.capacity
+        return rows.clock.rows_to_evict(readings, rows.ids[: rows.used], excess, replaced).cpu(), None
+
+    def _new_ids(self, count: int) -> Tensor:
+        """Return the next ``count`` ids; they are taken only once the rows are there."""
+        first = self._table.rows.first_new_id
+        if first + count - 1 > MAX_ID:
+            raise ArgumentError(f"ids: the ids up to {MAX_ID} are used up; give ids of deleted rows explicitly")
+        return torch.arange(first, first + count, device="cpu")
+
+    def _check_new(self, ids: Tensor) -> None:
+        """Raise if one of ``ids`` names a row already, or is too large to be one."""
+        taken = ids[self._table.rows.slots.find(ids) >= 0]
+        if len(taken):
+            raise DuplicateIdError(f"ids: expected ids that are not in the store, got existing {list_ids(taken)}")
+        if len(ids) and int(ids.max()) > MAX_ID:
+            raise ArgumentError(f"ids: expected ids of at most {MAX_ID}, got {int(ids.max())}")
+
+    def _check_rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        stored_keys, stored_values = self._check_table("keys", keys), self._check_table("values", values)
+        if len(keys) != len(values):
+            raise ShapeError(f"values: expected {len(keys)} rows, one for each key, got {len(values)}")
+        return stored_keys, stored_values
+
+    def _check_table(self, name: str, given: Tensor) -> Tensor:
+        """Return ``given`` keys or values in the dtype they are stored in, if they are finite in it."""
+        tensors = self._table.tensors()
+        table = tensors[name]
+        check_float_tensor(name, given, (None, table.shape[-1]), table.device)
+        stored = given.detach().to(table.dtype)
+        check_finite(name, stored)
+        own = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+        return stored.clone() if stored.untyped_storage().data_ptr() in own else stored
+
+
+def check_count(ids: Tensor, count: int) -> None:
+    """Raise unless there are ``count`` ids."""
+    if len(ids) != count:
+        raise ShapeError(f"ids: expected {count} ids, one for each row, got {len(ids)}")

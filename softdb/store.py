@@ -163,7 +163,9 @@ class SoftKVStore(ModuleWithProperties):
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        rows = RowStorage(config.fields, device, evict=evict, track_usage=config.track_usage)
+        rows = RowStorage(
+            config.fields, device, capacity=config.capacity or 0, evict=evict, track_usage=config.track_usage
+        )
         self._open_reads = OpenReads()
         self._table = Table(self, rows, config, self._open_reads)
         self.rows = rows

@@ -41,6 +41,7 @@ class RowStorage(nn.Module):
     Args:
         fields: Names of the integer fields that every row carries.
         device: Where the buffers lie: with the keys and values that they describe.
+        capacity: The number of slots.
         evict: Which rows are evicted first: those whose last use ("lru") or whose addition ("oldest") is longest ago.
             Without it neither is recorded.
         track_usage: Whether reads are counted, row by row.
@@ -82,6 +83,7 @@ class RowStorage(nn.Module):
         fields: Sequence[str],
         device: torch.device | str | None = None,
         *,
+        capacity: int = 0,
         evict: str | None = None,
         track_usage: bool = False,
     ) -> None:
@@ -97,8 +99,8 @@ class RowStorage(nn.Module):
         self.watched = ("ids", "next_id", "generation", "id_check", *clocks)
         for name in (*self.saved, *CHANGE_COLUMNS):
             dtype = torch.float64 if name == "weight" else torch.int64
-            shape = () if name == "next_id" else (0,)
-            buffer = torch.zeros(shape, dtype=dtype, device=device)
+            shape = () if name == "next_id" else (capacity,)
+            buffer = torch.full(shape, -1 if name == "ids" else 0, dtype=dtype, device=device)
             self.register_buffer(name, buffer, persistent=name not in CHANGE_COLUMNS)
         id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=device)
         self.register_buffer("id_check", id_check, persistent=False)

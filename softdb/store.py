@@ -44,10 +44,10 @@ from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
 from softdb.table.invariants import check_invariants
 from softdb.table.overwrites import observe_average
-from softdb.table.rows import Rows, contains, copy_rows
+from softdb.table.rows import Rows, contains, copy_rows, copy_usage
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
-from softdb.table.usage import Usage, check_tracking, copy_usage
+from softdb.table.usage import Usage, check_tracking
 from softdb.table.writer import Fields, Ids, Writer
 from softdb.transforms import is_active, outside_of_transforms, without_transforms
 
@@ -227,7 +227,7 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             NotApplicableError: The store was made without ``track_usage=True``.
         """
-        check_tracking(self.rows.track_usage)
+        check_tracking(self.rows.track_usage, "store")
         return self._access.reading(lambda: copy_usage(self.rows))
 
     @without_transforms
@@ -237,7 +237,7 @@ class SoftKVStore(ModuleWithProperties):
         Raises:
             NotApplicableError: The store was made without ``track_usage=True``.
         """
-        check_tracking(self.rows.track_usage)
+        check_tracking(self.rows.track_usage, "store")
         with self.rows.access.writing():
             self.rows.reset_usage(slice(None))
 

@@ -28,7 +28,7 @@ from softdb import (
 )
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.layers import context_state as context_state_module
-from softdb.layers import product_keys as product_keys_module
+from softdb.layers.product_search import PairSearch
 from softdb.optim import RowAdam
 
 inductor = pytest.param(
@@ -1072,7 +1072,7 @@ def test_product_keys_are_all_pairs(
 def test_many_queries_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = ProductKeyMemory(12, 100, heads=2, k=5, key_dim=8).double()
     x = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(product_keys_module, "SCORES", 7 * 2 * 2 * 10)
+    monkeypatch.setattr(ProductKeyMemory, "search", PairSearch(scores=7 * 2 * 2 * 10))
     assert_same(layer(x), product_keys(layer, x)[0], [x, *layer.parameters()])
     assert layer(x[:0]).shape == (0, 12)
 

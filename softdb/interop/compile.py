@@ -29,12 +29,11 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, StaleReadError, TransformError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
-from softdb.reading.counting import deferring
+from softdb.reading.counting import deferring, note_read
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import SPARSE, in_eval_mode
 from softdb.table.storage import RowStorage
-from softdb.table.usage import note_read
 from softdb.transforms import is_active, is_exporting, is_traced, outside_of_graphs
 
 __all__ = ["new_handle", "read_in_graph"]

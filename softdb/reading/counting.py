@@ -9,13 +9,27 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from softdb.table.storage import RowStorage
-from softdb.table.usage import note_read
+from softdb.table.usage import count_reads
 
-__all__ = ["Reported", "count_read", "deferring"]
+__all__ = ["Reported", "count_read", "deferring", "note_read"]
 
 Reported = list[tuple[Tensor, Tensor]]  # slots and weights
 
 _deferred = threading.local()
+
+
+def note_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of one shape
+    """Count a read that reports ``slots``, -1 for none, with ``weights``."""
+    if not rows.counts_reads:
+        return
+    reported = slots >= 0
+    slots = slots[reported]
+    with rows.access.alone:
+        if rows.evict == "lru":
+            rows.own("used_at")[slots.to(rows.used_at.device)] = rows.clock.now
+            rows.clock.now += 1
+        if rows.track_usage:
+            count_reads(rows.own("reads"), rows.own("weight"), slots, weights[reported])
 
 
 @contextmanager

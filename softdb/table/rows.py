@@ -1,4 +1,4 @@
-"""Rows by their ids."""
+"""Copies of rows, and of their counters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
+from softdb.table.usage import Usage
 
-__all__ = ["Rows", "contains", "copy_rows"]
+__all__ = ["Rows", "contains", "copy_rows", "copy_usage"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,3 +46,12 @@ def copy_rows(table: Table, ids: Tensor) -> Rows:  # (m,) int64
     row = table.rows.view(slots)
     fields = {name: row[name] for name in table.rows.fields}
     return Rows(table.keys.detach()[slots], table.values.detach()[slots], fields)
+
+
+def copy_usage(rows: RowStorage) -> Usage:
+    """Copy the counters of the rows, in slot order."""
+    if rows.ids.is_meta:
+        return Usage(rows.reads.new_empty(len(rows)), rows.weight.new_empty(len(rows)))
+    slots = rows.live_slots()
+    with rows.access.alone:
+        return Usage(rows.reads[slots], rows.weight[slots])

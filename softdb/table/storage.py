@@ -25,6 +25,7 @@ from softdb.table.id_check import CHECK_SIZE, hash_rows, id_check_of
 from softdb.table.journal import Growth, WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
 from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable
+from softdb.table.usage import keep_sum_dtype, reset_counters
 from softdb.table.versions import RecordedVersions
 
 __all__ = ["CHANGE_COLUMNS", "RowStorage"]
@@ -334,8 +335,7 @@ class RowStorage(nn.Module):
     def reset_usage(self, slots: slice | Tensor) -> None:
         """Count the reads of ``slots`` from 0."""
         if self.track_usage:
-            self.own("reads")[slots] = 0
-            self.own("weight")[slots] = 0.0
+            reset_counters(self.own("reads"), self.own("weight"), slots)
 
     def _write_id_check(self) -> None:
         self.expected_check = id_check_of(self.id_hash, self.writes)
@@ -348,8 +348,8 @@ class RowStorage(nn.Module):
         device = self.ids.device
         weight = self.weight if self.track_usage else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if weight is not None and self.weight.dtype != weight.dtype:
-            self.weight = weight.to(self.ids.device)  # a sum over many reads: narrow numbers would stop rising
+        if weight is not None:
+            self.weight = keep_sum_dtype(weight, self.weight)
         probe = torch.tensor(PROBE, device=device)
         kept = fn(probe)
         is_emptying = not kept.is_meta and (probe.is_meta or not torch.equal(kept.cpu(), probe.cpu()))

@@ -21,7 +21,7 @@ from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
 from softdb.table.usage import Usage, check_tracking, count_reads, keep_sum_dtype, new_counters, reset_counters
-from softdb.transforms import is_active, is_exporting, outside_of_transforms, plain, samples_first
+from softdb.transforms import is_active, outside_of_transforms, plain, samples_first
 
 __all__ = ["ProductKeyMemory", "ValueTable"]
 

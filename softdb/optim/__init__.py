@@ -1,7 +1,7 @@
-"""Optimisers that know rows: they move only those that a gradient names, and follow a store as its rows come and go.
+"""Optimisers that update only the rows that a gradient names.
 
 Any Parameter will do; a row is an index of its first dimension. Where the Parameter holds the keys or values of a
-`SoftKVStore`, a row that is new in its slot starts afresh, and state grows with the storage.
+`SoftKVStore`, state follows the rows: it is reset for a row that is new in its slot, and grows with the storage.
 """
 
 from softdb.optim.adagrad import RowAdagrad

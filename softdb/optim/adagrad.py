@@ -1,4 +1,4 @@
-"""`RowAdagrad`: Adagrad for the rows that a gradient names."""
+"""`RowAdagrad`: Adagrad of the rows that a gradient names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softdb._checks import check_number
-from softdb.optim.row_optimizer import RowOptimizer, Rows
+from softdb.optim.blocks import RowBlock
+from softdb.optim.row_optimizer import RowOptimizer
 from softdb.table.hooks import trust
 
 __all__ = ["RowAdagrad"]
@@ -17,26 +18,26 @@ __all__ = ["RowAdagrad"]
 
 @trust
 class RowAdagrad(RowOptimizer):
-    r"""Adagrad with one accumulator a row, of the rows that a gradient names.
+    r"""Update only the rows that a gradient names, by Adagrad; one accumulator a row.
 
     For each of those rows::
 
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
         a   = a + mean(g**2)
         p   = p - lr * g / (sqrt(a) + eps)
 
-    It needs hardly any memory beside the rows, which is why large embedding tables are trained so. Rows, growth and
-    weight decay are as for `RowAdam`, as is the stochastic rounding of rows in bfloat16 or float16. Nothing is read,
-    written or allocated for rows without gradient.
+    It needs hardly any memory in addition to the rows, so it suits large embedding tables. Rows, growth, weight decay
+    and the stochastic rounding of rows in bfloat16 or float16 are as for `RowAdam`. Nothing is read, written or
+    allocated for rows without gradient.
 
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimiser.
         lr: The step size, at least 0.
         eps: Added to the denominator, at least 0.
         weight_decay: At least 0, and ``lr * weight_decay`` below 1.
-        initial_accumulator_value: What a begins with, at least 0.
+        initial_accumulator_value: The first value of a, at least 0.
 
-    Memory: one number a row, in the Parameter's dtype but at least float32; for a store 16 bytes a row besides; with
+    Memory: one number a row, in the Parameter's dtype but at least float32; for a store another 16 bytes a row; with
     weight decay another 8.
 
     Raises:
@@ -74,11 +75,11 @@ class RowAdagrad(RowOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         name = "initial_accumulator_value"
-        return super()._checked_options(options) | {name: check_number(name, options[name])}
+        return super()._check_options(options) | {name: check_number(name, options[name])}
 
-    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
+    def _initial_moments(self, options: dict[str, Any]) -> dict[str, float]:
         return {"sum": options["initial_accumulator_value"]}
 
     def _state_shape(self, shape: torch.Size) -> torch.Size:
@@ -88,8 +89,8 @@ class RowAdagrad(RowOptimizer):
         lr: float = options["lr"]
         return lr
 
-    def _direction(
-        self, block: Rows, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+    def _update_moments(
+        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         (totals,) = moments
         squares = torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1).square_()

@@ -1,4 +1,4 @@
-"""`RowAdam`: AdamW for the rows that a gradient names."""
+"""`RowAdam`: AdamW of the rows that a gradient names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from softdb._checks import check_number, describe
 from softdb.errors import DtypeError
-from softdb.optim.row_optimizer import RowOptimizer, Rows
+from softdb.optim.blocks import RowBlock
+from softdb.optim.row_optimizer import RowOptimizer
 from softdb.table.hooks import trust
 
 __all__ = ["RowAdam"]
@@ -19,26 +20,26 @@ __all__ = ["RowAdam"]
 
 @trust
 class RowAdam(RowOptimizer):
-    r"""Adam of the rows that a gradient names; the others, and what is remembered of them, are left alone.
+    r"""Update only the rows that a gradient names, by AdamW.
 
     For each of those rows, at the Parameter's t-th step, s = t − born::
 
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row last moved, this one included)
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
         m   = beta1 * m + (1 - beta1) * g
         v   = beta2 * v + (1 - beta2) * g**2
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
-    which is `torch.optim.SparseAdam`, with weight decay. ``born`` is 0, and s the Parameter's count of steps, but for
-    rows that came into a store later: their first step is a fresh optimiser's. Nothing is read, written or allocated
-    for rows without gradient; a dense gradient moves every row, a block of them at a time.
+    which is `torch.optim.SparseAdam`, with weight decay. ``born`` is 0, and s the Parameter's step count, except for
+    rows that came into a store later: their first step is a new optimiser's. Nothing is read, written or allocated
+    for rows without gradient; a dense gradient updates every row, one block of rows at a time.
 
-    A row of a store starts clean when its slot holds another row than at its last step, and when the store says that
-    it starts afresh. State grows with the storage. Slots that hold no row are left alone.
+    The state of a store's row is reset when its slot holds another row than at its last step, and when
+    `SoftKVStore.revive` has given the row another content. State grows with the storage. Free slots stay as they are.
 
-    Weight decay is AdamW's, so independent of the gradient, and independent of how often a row is read: what a row
-    missed while it was not moved is made up when it is, also where ``lr`` or ``weight_decay`` changed in between. If
-    it were applied only when a row is moved, rarely read rows would be hardly regularised, and the strength would
-    depend on the size of the batch. A read in between sees the row as it was left. The decay of a row that came into
+    Weight decay is AdamW's: independent of the gradient, and of how often a row is read. The decay of the steps
+    without an update is applied at the next update, also where ``lr`` or ``weight_decay`` changed in between. If
+    it were applied only at updates, rarely read rows would be hardly regularised, and the strength would depend on
+    the size of the batch. A read in between sees the row as its last update left it. The decay of a row that came into
     a store later begins with its first step.
 
     Rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the neighbours
@@ -55,12 +56,12 @@ class RowAdam(RowOptimizer):
     Args:
         params: Parameters, or groups of them with options of their own, as for any optimiser.
         lr: The step size, at least 0.
-        betas: How much the means of g and g² keep at each step, each in [0, 1).
+        betas: The decay rates of the means of g and g², each in [0, 1).
         eps: Added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
         weight_decay: At least 0, and ``lr * weight_decay`` below 1.
 
-    Memory: two numbers for each of a row's, in the Parameter's dtype but at least float32; for a store 16 bytes a row
-    besides; with weight decay another 8.
+    Memory: two numbers for each number of the Parameter, in its dtype but at least float32; for a store another 16
+    bytes a row; with weight decay another 8.
 
     Raises:
         ArgumentError, DtypeError: An argument is not as above.
@@ -93,15 +94,15 @@ class RowAdam(RowOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        checked, given = super()._checked_options(options), options["betas"]
+    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        checked, given = super()._check_options(options), options["betas"]
         betas = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise DtypeError(f"betas: expected two numbers, got {describe(given)}")
         pair = tuple(check_number(f"betas[{number}]", beta, below=1.0) for number, beta in enumerate(betas))
         return checked | {"betas": pair}
 
-    def _initial(self, options: dict[str, Any]) -> dict[str, float]:
+    def _initial_moments(self, options: dict[str, Any]) -> dict[str, float]:
         return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def _state_shape(self, shape: torch.Size) -> torch.Size:
@@ -117,8 +118,8 @@ class RowAdam(RowOptimizer):
         exponent = age.to(torch.float64)
         return torch.sqrt(1 - torch.pow(beta2, exponent)).mul_(lr).div_(1 - torch.pow(beta1, exponent))
 
-    def _direction(
-        self, block: Rows, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+    def _update_moments(
+        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         means, squares = moments
         beta1, beta2 = options["betas"]

@@ -1,4 +1,4 @@
-"""Average a model that holds stores: an exponential moving average by id, where torch averages by place."""
+"""`update_average`: an exponential moving average of a model, by id."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ __all__ = ["update_average"]
 @torch.inference_mode(False)
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Update an exponential moving average of a model, the rows of its stores by id.
+    """Update an exponential moving average of a model, with rows of stores by id.
 
     Equal, for each Parameter and for the keys and values of each row, to::
 
         average = decay * average + (1 - decay) * model
 
     Rows that are new in ``model`` start at their present value, as do those that `SoftKVStore.revive` has given
-    another content. Rows that are gone go. Storage grows with the model's. Ids, fields, counters and clocks of stores,
-    and all other buffers, become the model's.
+    another content. Rows that ``model`` has deleted are deleted. Storage grows with the model's. Ids, fields, counters
+    and clocks of stores, and all other buffers, become the model's.
 
-    `torch.optim.swa_utils.AveragedModel` averages what lies in the same place: it cannot follow growth, and mixes two
-    rows where one has taken the slot of another.
+    `torch.optim.swa_utils.AveragedModel` averages tensors place by place: it cannot follow growth, and mixes two rows
+    where one has taken the slot of another.
 
     Args:
         average: A store, or a module that holds stores: ``copy.deepcopy(model)`` in the beginning, or an
-            ``AveragedModel``, whose ``update_parameters`` is not to be called besides. For rows of half precision make
-            it wider, by ``average.float()``: steps of less than their last digit are lost otherwise.
-        model: What is averaged; a wrapper with the model as its ``module``, as DistributedDataParallel, is looked into.
-        decay: How much of the average stays, from 0 to 1.
+            ``AveragedModel``, whose ``update_parameters`` must not be called in addition. For rows of half precision
+            make it wider, by ``average.float()``: otherwise steps of less than their last digit are lost.
+        model: The model to average. Wrappers with the model as their ``module``, as DistributedDataParallel, are
+            unwrapped.
+        decay: The fraction of the average that stays, from 0 to 1.
 
     Raises:
         ArgumentError: The modules do not match, or ``decay`` is out of range.
@@ -69,19 +70,19 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for name, module in (("average", average), ("model", model)):
         if not isinstance(module, nn.Module):
             raise DtypeError(f"{name}: expected a module, got {describe(module)}")
-    averaged, source = _unwrapped(average), _unwrapped(model)
+    averaged, source = _unwrap(average), _unwrap(model)
     if averaged is source:
         raise ArgumentError("average: expected a copy of the model, got the model itself; begin with copy.deepcopy")
-    stores = _stores(averaged, source)
-    pairs = _other_tensors(averaged, source, stores)
+    stores = _pair_stores(averaged, source)
+    pairs = _pair_other_tensors(averaged, source, stores)
     for own, other in stores.values():
         check_not_meta("average", own.keys, "load_state_dict()")
         check_not_meta("model", other.keys, "load_state_dict()")
     with ExitStack() as locks:
-        # In one order for all threads, so that none waits for another that waits for it.
+        # All threads take the locks in one order, so that no two wait for each other.
         for store in sorted({store for pair in stores.values() for store in pair}, key=id):
             locks.enter_context(store.writing())
-        # All are computed before the first changes: an error changes nothing, and stores may share a tensor.
+        # Compute all before the first one changes: an error changes nothing, and stores may share a tensor.
         updates = [prepare_average(mine._table, theirs._table, decay) for mine, theirs in stores.values()]
         for update in updates:
             update()
@@ -94,8 +95,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         average.n_averaged += 1
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that is wrapped by AveragedModel, DistributedDataParallel or torch.compile."""
+def _unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside of AveragedModel, DDP or torch.compile."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, (AveragedModel, nn.parallel.DistributedDataParallel)):
@@ -105,8 +106,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def _stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore, SoftKVStore]]:
-    """Return the stores of both, in pairs, by name."""
+def _pair_stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore, SoftKVStore]]:
+    """Return the stores of both modules, in pairs, by name."""
     found = [
         {name: module for name, module in root.named_modules() if isinstance(module, SoftKVStore)}
         for root in (average, model)
@@ -125,10 +126,10 @@ def _stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore
     return pairs
 
 
-def _other_tensors(
+def _pair_other_tensors(
     average: nn.Module, model: nn.Module, stores: dict[str, tuple[SoftKVStore, SoftKVStore]]
 ) -> list[tuple[Tensor, Tensor, bool]]:
-    """Return Parameters and buffers outside of the stores, in pairs, and whether each is a Parameter."""
+    """Pair the tensors outside of stores; say of each whether it is a Parameter."""
     prefixes = tuple(f"{name}." if name else "" for name in stores)
     pairs: list[tuple[Tensor, Tensor, bool]] = []
     for is_parameter in (True, False):
@@ -155,7 +156,7 @@ def _other_tensors(
 
 
 def _lerp_(average: Tensor, model: Tensor, decay: float) -> None:
-    """Average in place; numbers that are no floating-point ones are copied."""
+    """Average in place; copy where the numbers are not floating-point ones."""
     model = model.to(average.device)
     if not average.is_floating_point() and not average.is_complex():
         average.copy_(model)

@@ -1,4 +1,4 @@
-"""`clip_row_grad_norm_`: the norm of dense and row-sparse gradients together, bounded."""
+"""`clip_row_grad_norm_`: clip the joint norm of dense and row-sparse gradients."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def clip_row_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale gradients, row-sparse or dense, in place, so that their norm is at most ``max_norm``.
+    """Scale row-sparse and dense gradients in place to a norm of at most ``max_norm``.
 
-    `torch.nn.utils.clip_grad_norm_` of the same gradients made dense, without making them so: with g all of them as
-    one vector, ``g *= min(1, max_norm / (norm(g) + 1e-6))``.
+    With g all gradients as one vector, equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``: as
+    `torch.nn.utils.clip_grad_norm_` of dense gradients. No sparse gradient is made dense.
 
     Args:
-        parameters: Whose gradients; those without one are passed over. A sparse gradient that names a row twice is
-            replaced by its coalesced self.
+        parameters: Parameters; those without a gradient are skipped. A sparse gradient that names a row twice is
+            replaced by its coalesced form.
         max_norm: The largest norm to leave, at least 0.
-        norm_type: Which norm, above 0; ``inf`` is the largest entry.
+        norm_type: The p of the norm, above 0; ``inf`` is the largest entry.
         error_if_nonfinite: Whether to raise where the norm is NaN or infinite.
 
     Returns:
-        The norm before, a tensor without dimensions.
+        The norm before clipping, a tensor without dimensions.
 
     Raises:
         NonFiniteError: The norm is not finite and ``error_if_nonfinite``; no gradient has been scaled.
@@ -68,7 +68,7 @@ def clip_row_grad_norm_(
             gradients.append(whole._values())
         elif gradient is not None:
             gradients.append(gradient)
-    filled = [gradient for gradient in gradients if gradient.numel()]  # nothing has no largest entry
+    filled = [gradient for gradient in gradients if gradient.numel()]  # an empty tensor has no largest entry
     if not filled:
         return torch.zeros((), device=given[0].device if given else None)
     norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]

@@ -1,4 +1,4 @@
-"""The gradients that optimisers of rows take."""
+"""Check of the gradients that row optimisers take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from softdb.errors import DtypeError, ShapeError
 
 
 def check_gradient(parameter: Tensor) -> None:
-    """Raise unless a gradient is finite and of a layout that rows can have."""
+    """Raise unless a gradient is dense or row-sparse, real, and of the right shape."""
     gradient = parameter.grad
     if gradient is None:
         return

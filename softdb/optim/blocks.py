@@ -1,0 +1,102 @@
+"""Blocks of rows that an optimiser step works on, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softdb.table.storage import RowStorage
+
+__all__ = ["BlockSizes", "RowBlock", "iterate_blocks"]
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How many numbers of a table a step works on at a time.
+
+    Attributes:
+        cpu: On a CPU: they stay in its cache, and are enough for two threads.
+        other: On other devices.
+    """
+
+    cpu: int = 2**16
+    other: int = 2**24
+
+    def rows_per_block(self, rows: Tensor) -> int:
+        """Return how many of ``rows`` make a block: at least 1."""
+        numbers = self.cpu if rows.device.type == "cpu" else self.other
+        return max(1, numbers // max(1, rows[:1].numel()))
+
+
+def iterate_blocks(
+    slots: Tensor | None, table: RowStorage | None, length: int, count: int
+) -> Iterator[tuple[slice | Tensor, slice | Tensor]]:
+    """Yield blocks of at most ``count`` rows to update.
+
+    Args:
+        slots: The rows to update; None for all live ones.
+        table: The storage of the rows, if a store owns them.
+        length: How many rows the Parameter has.
+        count: The most rows of a block.
+
+    Yields:
+        The block's rows in the Parameter, and its entries in what the step computed for each row that it updates.
+    """
+    if slots is not None:
+        for first in range(0, len(slots), max(1, count)):
+            place = slice(first, first + count)
+            yield slots[place], place
+        return
+    live = None if table is None else table.live()
+    used = length if table is None else table.used
+    for first in range(0, used, max(1, count)):
+        block = slice(first, min(first + count, used))
+        if live is None or bool(live[block].all()):
+            yield block, block
+        else:
+            some = live[block].nonzero().squeeze(-1) + first
+            yield some, some
+
+
+class RowBlock:
+    """The same rows of several tables: taken out to be worked on, and put back.
+
+    Put one table's rows back before you take the next table's: their memory stays in the cache as long as little else
+    is used.
+
+    Args:
+        rows: Where the rows lie.
+        capacity: The most rows of a block.
+        buffers: Memory that all blocks of a step share, by table: new memory would first have to be mapped.
+    """
+
+    def __init__(self, rows: slice | Tensor, capacity: int, buffers: dict[int, Tensor]) -> None:
+        self._rows = rows
+        self._capacity = capacity
+        self._buffers = buffers
+
+    def take(self, table: Tensor) -> Tensor:
+        """Return the rows of ``table``: a view where they are contiguous, else a copy."""
+        if isinstance(self._rows, slice):
+            return table[self._rows]
+        return torch.index_select(table, 0, self._rows, out=self._buffer(id(table), table, len(self._rows)))
+
+    def put(self, table: Tensor, rows: Tensor) -> None:
+        """Write the rows that were taken from ``table`` back to it."""
+        if not isinstance(self._rows, slice):
+            table.index_copy_(0, self._rows, rows)
+
+    def spare(self, rows: Tensor) -> Tensor:
+        """Return scratch memory of the size of ``rows``, which were taken and put back.
+
+        It is their own memory where they are a copy.
+        """
+        return self._buffer(0, rows, len(rows)) if isinstance(self._rows, slice) else rows
+
+    def _buffer(self, key: int, like: Tensor, length: int) -> Tensor:
+        if key not in self._buffers:
+            self._buffers[key] = like.new_empty(self._capacity, *like.shape[1:])
+        return self._buffers[key][:length]

@@ -1,0 +1,145 @@
+"""State of row optimisers: create, resize, check and read it.
+
+The state of a Parameter is a dictionary, part of ``state_dict``:
+
+- ``step``: how many steps the Parameter has taken.
+- A tensor for each moment of the optimiser, with an entry for each row.
+- ``generation`` (n,), for the rows of a store: the generation of each slot that the state belongs to.
+- ``born`` (n,), for the rows of a store: the Parameter's step count when the row came; its first step is the next one.
+- ``log_decay``, with weight decay: the logarithm of the product of all decay factors so far.
+- ``decayed`` (n,), with weight decay: what ``log_decay`` was at the row's last step.
+- ``seed``, for rows of half precision: the seed of the noise that rounds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softdb._checks import INTEGERS, check_dense, check_real, check_shape, check_whole, describe
+from softdb.errors import ArgumentError, DtypeError
+
+__all__ = [
+    "State",
+    "advance_decay",
+    "check_complete",
+    "check_integers",
+    "check_log",
+    "check_whole_state",
+    "count_row_steps",
+    "new_state",
+    "resize_state",
+    "state_dtype",
+]
+
+
+State = dict[str, Any]
+
+
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of moments of rows in ``dtype``: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def new_state(shape: Iterable[int], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Create a tensor full of ``fill``."""
+    if device.type != "cpu" or dtype not in NUMPY_DTYPES:
+        return torch.full(tuple(shape), fill, dtype=dtype, device=device)
+    # numpy asks Linux for huge pages, torch does not: a step in rows all over a large table is then a tenth faster.
+    tensor = torch.from_numpy(np.zeros(tuple(shape), dtype=NUMPY_DTYPES[dtype]))
+    return tensor if fill == 0 else tensor.fill_(fill)
+
+
+def resize_state(tensor: Tensor, count: int, fill: float) -> Tensor:
+    """Copy ``tensor`` to a tensor for ``count`` rows; further rows hold ``fill``."""
+    kept = min(len(tensor), count)
+    resized = new_state((count, *tensor.shape[1:]), fill, tensor.dtype, tensor.device)
+    resized[:kept] = tensor[:kept]
+    return resized
+
+
+def count_row_steps(state: State, slots: Tensor | None) -> int | Tensor:
+    """Return which of its own steps each row takes; one number where all agree."""
+    step: int = state["step"]
+    if "born" not in state:
+        return step
+    steps_before = state["born"] if slots is None else state["born"].index_select(0, slots)
+    if len(steps_before) == 0:
+        return step
+    lowest, highest = (int(number) for number in steps_before.aminmax())
+    return step - lowest if lowest == highest else step - steps_before
+
+
+def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+    """Return the decay of each row since its last step, and record it as applied.
+
+    A factor, which includes this step's decay; None without weight decay.
+    """
+    if "decayed" not in state:
+        return None
+    state["log_decay"] += math.log1p(-options["lr"] * options["weight_decay"])
+    last_log_decay: Tensor = state["decayed"]
+    before = last_log_decay if slots is None else last_log_decay.index_select(0, slots)
+    factor: Tensor = (state["log_decay"] - before).exp_()
+    if slots is None:
+        last_log_decay.fill_(state["log_decay"])
+    else:
+        last_log_decay.index_fill_(0, slots, state["log_decay"])
+    return factor
+
+
+# -- checks of a loaded state ----------------------------------------------------------------------------
+
+
+def check_complete(given: State, moments: Iterable[str], optimizer: str) -> None:
+    """Raise unless the names in ``given`` are those of a state of ``optimizer``."""
+    groups = ("step", *moments), ("generation", "born"), ("log_decay", "decayed"), ("seed",)
+    known = [name for names in groups for name in names]
+    for name in given:
+        if name not in known:
+            expected = ", ".join(map(repr, known))
+            raise ArgumentError(f"state: expected the names {expected}, got {name!r}; load the state of a {optimizer}")
+    for names in groups:
+        missing = [name for name in names if name not in given]
+        if given and missing and ("step" in names or len(missing) < len(names)):
+            raise ArgumentError(
+                f"state: expected {', '.join(map(repr, names))} together, {missing[0]!r} is missing; "
+                "load a complete state"
+            )
+
+
+def check_whole_state(name: str, value: object) -> int:
+    """Return ``value``, an int or a whole float of at least 0, as an int."""
+    with suppress(DtypeError):
+        return check_whole(name, value, least=0)
+    number = check_real(name, value)
+    if not 0 <= number < 2**63 or not number.is_integer():
+        raise ArgumentError(f"{name}: expected a whole number of at least 0, got {number}")
+    return int(number)
+
+
+def check_log(name: str, value: object) -> float:
+    """Return ``value`` as the logarithm of a factor that is above 0 and at most 1."""
+    number = check_real(name, value)
+    if not -math.inf < number <= 0:
+        raise ArgumentError(f"{name}: expected a finite number of at most 0, got {number}")
+    return number
+
+
+def check_integers(name: str, value: object, shape: Sequence[int | None]) -> None:
+    """Raise unless ``value`` is an integer tensor of ``shape``."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name}: expected an integer tensor, got {describe(value)}")
+    if value.dtype not in INTEGERS:
+        raise DtypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+    check_dense(name, value)
+    check_shape(name, value, shape)

@@ -1,4 +1,4 @@
-"""`ContextMemory`: a layer whose rows are what it has seen."""
+"""`ContextMemory`: a layer that reads the past tokens of its sequences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from softdb.errors import (
     TransformError,
 )
 from softdb.functional import soft_read
-from softdb.layers.context_state import Past, Ring, Stores
+from softdb.layers.context_state import ContextState, Ring, Stores
 from softdb.layers.queries import Queries, output_of, reset_output
 from softdb.reading.result import Read, merge
 from softdb.transforms import (
@@ -53,13 +53,13 @@ UNTRACED = (
 
 
 class ContextMemory(nn.Module):
-    r"""Causal attention that remembers: over the segment at hand, and over past segments of the same sequence.
+    r"""Attend causally to the present segment and to past segments of the sequence.
 
-    Each call is taken for the next segment of the sequences of the last one, place by place in the batch. Call `reset`
-    before other sequences come, at every new batch of them: otherwise they attend to the tokens of those before, which
-    nothing can notice. See the second example. Training and evaluation have a past each: after ``eval()`` the layer
-    reads and writes the one, which starts empty, after ``train()`` it goes on with the other, and `reset` clears that
-    of the present mode. So call it at the start of every validation, too.
+    Each call takes the next segment of the same sequences, place by place in the batch. Call `reset` before other
+    sequences come, at every new batch of them: otherwise they attend to tokens of the former sequences, which the layer
+    cannot detect. See the second example. Training and evaluation have a past each: after ``eval()`` the layer reads
+    and writes the past of evaluation, which starts empty; after ``train()`` it continues with that of training; `reset`
+    clears the past of the present mode. So call it at the start of every validation, too.
 
     A sequence comes in segments, one call each. With K and V the keys and values of the last ``rows`` tokens before
     this segment, and k, v those of the tokens of this one::
@@ -68,31 +68,32 @@ class ContextMemory(nn.Module):
         a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim)) @ cat([V, v[: t + 1]])
         y = a.flatten(-2) @ W_O.T
 
-    So a sequence that fits gives, in whatever segments it comes, what full causal attention gives. All heads share one
-    key and one value a token, which are normalised as the queries are (with learned gains), so that those stored some
-    steps ago still fit queries of today. There is no notion of place: give x one if it matters within a segment.
+    So a sequence of up to ``rows`` tokens gives the result of full causal attention, in segments of any length. All
+    heads share one key and one value a token. Keys are normalised as the queries are (with learned gains), so that keys
+    from some steps ago still fit present queries. The layer has no positions: add them to x if they matter within a
+    segment.
 
-    What is stored is cut from the graph: gradients reach W_Q through both parts, and W_K and W_V through the segment.
-    Nothing is wiped or built anew: when the memory is full, each new token takes the place of the oldest. Tokens enter
-    at the next call, so that ``backward`` may come after the segment's forward; after another one it raises
-    `softdb.StaleReadError` where rows it needs are gone. The weights over all tokens are never held.
+    Stored tokens are cut from the graph: gradients reach W_Q through both parts, and W_K and W_V through the segment.
+    When the memory is full, each new token takes the place of the oldest. Tokens enter at the next call, so that
+    ``backward`` may follow the segment's forward; after another forward it raises `softdb.StaleReadError` where rows
+    that it needs are overwritten. The weights over all tokens are never held.
 
-    The memory is part of ``state_dict`` (a run that is resumed goes on exactly) and follows ``.to``; it is no buffer,
-    since DistributedDataParallel would overwrite each process's with the first one's. In ``state_dict`` the past of
-    training is under ``past.``, whatever the mode, and that of evaluation, unless it is empty, under
-    ``evaluation_past.``. A past that was loaded is dropped, with a warning, if another number of sequences comes first.
+    The memory is part of ``state_dict`` (a resumed run continues exactly) and follows ``.to``. It is no buffer, since
+    DistributedDataParallel would overwrite each process's with the first one's. In ``state_dict`` the past of training
+    is under ``past.`` in either mode, and that of evaluation, unless it is empty, under ``evaluation_past.``. A loaded
+    past is dropped, with a warning, if another number of sequences comes first.
 
     Args:
         dim: Width of input and output.
-        rows: How many past tokens each sequence remembers. Storage for them is laid out at the first call:
-            ``rows * (key_dim + value_dim)`` numbers a sequence, for each of the two modes when it is first used.
+        rows: How many past tokens each sequence remembers. Storage for them is allocated at the first call in each of
+            the two modes: ``rows * (key_dim + value_dim)`` numbers a sequence.
         heads: How many queries are made of each token.
         key_dim: Width of queries and keys.
         value_dim: Width of values; ``key_dim`` unless given.
-        k: How many of the past tokens each query sees, the best, found by an index for each sequence; all unless given.
-            With all of them a segment costs as much as the memory is long: up to some ten thousand tokens that is
-            the faster of the two.
-        device, dtype: Of the parameters and of what is stored, as for any module.
+        k: How many of the past tokens each query sees: the k best, which an index finds for each sequence. All unless
+            given: then the cost of a segment is proportional to ``rows``, which is faster up to some ten thousand
+            tokens.
+        device, dtype: Of the parameters and of the stored tokens, as for any module.
 
     Raises:
         ArgumentError, DtypeError: An argument is not as above.
@@ -152,17 +153,18 @@ class ContextMemory(nn.Module):
         self._past, self._evaluation_past = self._new_past(), self._new_past()
         self.reset_parameters()
 
-    def _new_past(self) -> Past:
+    def _new_past(self) -> ContextState:
+        """Create an empty past."""
         shape = self.rows, self.key_dim, self.value_dim
-        return Past(Ring(*shape) if self.k is None else Stores(*shape, self.k))
+        return ContextState(Ring(*shape) if self.k is None else Stores(*shape, self.k))
 
     @property
-    def _current_past(self) -> Past:
-        """The past of the present mode."""
+    def _current_past(self) -> ContextState:
+        """Return the past of the present mode."""
         return self._past if self.training else self._evaluation_past
 
     def reset_parameters(self) -> None:
-        """Start anew, with an empty memory in training and evaluation."""
+        """Draw new weights, and empty the memory of training and evaluation."""
         self.queries.reset_parameters()
         self.keys.reset_parameters()
         nn.init.normal_(self.values.weight, std=self.dim**-0.5)
@@ -171,13 +173,13 @@ class ContextMemory(nn.Module):
         self._evaluation_past.clear()
 
     def reset(self, sequences: Tensor | Sequence[int] | None = None) -> None:
-        """Forget: all sequences, after which another number of them may come, or those at some places in the batch.
+        """Forget all sequences, or those at some places in the batch.
 
         Call it before the first segment of other sequences. It clears the past of the present mode: in training mode
-        that of training, after ``eval()`` that of evaluation.
+        that of training, after ``eval()`` that of evaluation. After all are forgotten, another number may come.
 
         Args:
-            sequences: Their places, (m,) int64, or a mask of them, (batch,) bool; None for all.
+            sequences: Places in the batch, (m,) int64, or a mask of them, (batch,) bool; None for all.
 
         Raises:
             ArgumentError: There is no such sequence.
@@ -198,25 +200,25 @@ class ContextMemory(nn.Module):
     def forward(
         self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
-        """Attend to the segment so far and to the past of the present mode, and remember the segment there.
+        """Attend to the segment and to the past of the present mode; remember it there.
 
         Args:
             x: The next segment of every sequence, (batch, n, dim); the first one after `reset`.
-            documents: Which document each sequence, or each token, belongs to: whole numbers, (batch,) or (batch, n).
-                Tokens see only those of their own document; -1 is padding, which sees nothing and is never seen. All
-                are of document 0 unless given. Padding takes the room of tokens, but in a memory with ``k``.
-            write: Whether to remember the segment. If none ever is, this is causal attention within segments alone.
+            documents: The document of each sequence, or of each token: whole numbers, (batch,) or (batch, n). Tokens
+                see only tokens of their own document; -1 is padding, which sees nothing and is never seen. All are of
+                document 0 unless given. Padding takes up rows, except in a memory with ``k``.
+            write: Whether to remember the segment. Without any write, this is causal attention within segments.
             return_read: Whether to return the read as well, its leading shape (batch, heads, n).
 
         Returns:
             (batch, n, dim), or that and a `softdb.Read`.
 
         Raises:
-            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first. Where
-                the memory was loaded, and nothing has been remembered since, it is dropped instead, with a warning.
+            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first. A
+                memory that was loaded, and has had no segment since, is dropped instead, with a warning.
             DtypeError, DeviceError, NonFiniteError: An argument is not as above.
-            StaleReadError: In backward, where tokens that were seen have been evicted since; and where activation
-                checkpointing repeats another segment than the last.
+            StaleReadError: In backward, if tokens that the read used have been evicted since, or if activation
+                checkpointing repeats a segment other than the last.
             TransformError: ``write`` under torch.vmap.
         """
         if is_active() and not is_wrapped(x, documents, *self.parameters()):
@@ -235,7 +237,7 @@ class ContextMemory(nn.Module):
         return (y, read) if return_read else y
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows between the brackets."""
+        """Return the text that ``repr`` shows between the brackets."""
         k = "" if self.k is None else f", k={self.k}"
         return f"dim={self.dim}, rows={self.rows}, heads={self.heads}{k}, sequences={self._current_past.batch}"
 
@@ -259,7 +261,7 @@ class ContextMemory(nn.Module):
             pasts["evaluation_past."] = self._evaluation_past
         for start, past in pasts.items():
             for name, tensor in past.state(self.values.weight).items():
-                # A copy: what goes on is written over the same rows, and half of that would be in what was saved.
+                # A copy: later segments overwrite the same rows, and would change parts of the saved tensors.
                 destination[f"{prefix}{start}{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(
@@ -275,20 +277,20 @@ class ContextMemory(nn.Module):
         starts = (f"{prefix}past.", f"{prefix}evaluation_past.")
         rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(starts)}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        # What torch assigns it assigns after this, so that the parameter to go by may still be the old one.
+        # With assign=True, torch assigns Parameters after this call: the present one may still be the old one.
         like = self.values.weight
         if local_metadata.get("assign_to_params_buffers", False):
             like = state_dict.get(f"{prefix}values.weight", like)
         complete = True
         for start, past in zip(starts, (self._past, self._evaluation_past), strict=True):
             given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
-            unexpected = {name for name in given if not past.knows(name)}
+            unexpected = {name for name in given if not past.accepts_name(name)}
             unexpected_keys += [start + name for name in sorted(unexpected)]
-            if past is self._evaluation_past and not given:  # it was empty, if the other one is there
+            if past is self._evaluation_past and not given:  # it was empty if the past of training is there
                 if complete:
                     past.clear()
                 continue
-            missing = past.needed - given.keys()
+            missing = past.required_names - given.keys()
             missing_keys += [start + name for name in sorted(missing)]
             complete = complete and not missing
             if missing:
@@ -304,23 +306,23 @@ class ContextMemory(nn.Module):
 
 
 def _attend(
-    past: Past,
+    past: ContextState,
     queries: Tensor,  # (batch, heads, n, key_dim)
     keys: Tensor,  # (batch, n, key_dim)
     values: Tensor,  # (batch, n, value_dim)
     documents: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Read:
-    """What a segment and the past tell its queries; with ``dtype``, remember it in that."""
+    """Read a segment and the past; with ``dtype``, remember the segment in it."""
     if is_forward_mode():
         check_no_tangent(queries, keys, values)
     if is_active():
         return _attend_under_transform(past, queries, keys, values, documents, dtype)
     batch, count = keys.shape[:2]
-    repeats = torch._C._current_graph_task_id() != -1  # within a backward: activation checkpointing
+    is_recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing, within a backward
     documents = _check_documents(documents, batch, count, keys.device)
     if past.batch not in (0, batch):
-        if not past.is_loaded or repeats or batch == 0:
+        if not past.is_loaded or is_recomputing or batch == 0:
             _check_batch(past, batch)
         warnings.warn(
             f"a ContextMemory that was loaded with the past of {past.batch} sequences got {batch} others, so it drops "
@@ -329,27 +331,35 @@ def _attend(
             stacklevel=2,
         )
         past.clear()
-    if repeats and not past.knows_again(keys):
+    if is_recomputing and not past.is_recompute(keys):
         raise StaleReadError(
             "activation checkpointing repeats a segment that is not the last one the memory has seen, so its read "
             "would be another; call backward() before the next segment"
         )
-    if not repeats:
-        past.settle()
-        past.note(keys)
+    if not is_recomputing:
+        past.flush_segment()
+        past.record_segment(keys)
     read = _attend_to_segment(queries, keys, values, documents)
     before = past.read(queries, documents)
     if before is not None:
         read = merge([before, read])
-    if dtype is not None and not repeats and batch:
+    if dtype is not None and not is_recomputing and batch:
         past.remember(keys, values, documents, dtype)
     return read
 
 
 def _attend_under_transform(
-    past: Past, queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype | None
+    past: ContextState,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    documents: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Read:
-    """`_attend` while a transform of torch.func is active; plain numbers are remembered, cut from it."""
+    """Do as `_attend` while a transform of torch.func is active.
+
+    Tokens are remembered as plain tensors, cut from the transform.
+    """
     if dtype is not None and any(map(is_batched, (keys, values))):
         raise TransformError(
             "write: expected False under torch.vmap, since a ContextMemory cannot remember a segment for each sample; "
@@ -364,7 +374,7 @@ def _attend_under_transform(
     with outside_of_transforms():
         _check_batch(past, batch)
         documents = _check_documents(documents, batch, count, keys.device)
-        past.settle()
+        past.flush_segment()
     read = _attend_to_segment(queries, keys, values, documents)
     before = past.read(queries, documents)
     if before is not None:
@@ -376,7 +386,8 @@ def _attend_under_transform(
     return read
 
 
-def _check_batch(past: Past, batch: int) -> None:
+def _check_batch(past: ContextState, batch: int) -> None:
+    """Raise unless the past, if there is one, is of ``batch`` sequences."""
     if past.batch not in (0, batch):
         raise ShapeError(
             f"x: expected {past.batch} sequences, as the memory holds, got {batch}; call reset() before others come"
@@ -384,7 +395,7 @@ def _check_batch(past: Past, batch: int) -> None:
 
 
 def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Read:
-    """Read, for each token, those of its segment up to itself, (batch, heads, n)."""
+    """Read, for each token, the tokens of its segment up to itself, (batch, heads, n)."""
     count = keys.shape[1]
     mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
     if documents is not None:
@@ -397,7 +408,7 @@ _attend_outside = outside_of_graphs(UNTRACED)(_attend)
 
 
 def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
-    """``documents`` as (batch, 1 or n)."""
+    """Check ``documents`` and return them as (batch, 1 or n)."""
     if documents is None:
         return None
     if not isinstance(documents, Tensor) or documents.dtype not in INTEGERS:

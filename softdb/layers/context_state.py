@@ -1,11 +1,10 @@
-"""What a `ContextMemory` remembers: the segments it has seen, in a ring of tensors or in a store a sequence."""
+"""State of a `ContextMemory`: past tokens, in a ring of tensors or in stores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from softdb.reading.result import Read
 from softdb.store import SoftKVStore
 from softdb.transforms import is_active
 
-__all__ = ["Past", "Ring", "Stores"]
+__all__ = ["ContextState", "Ring", "Stores"]
 
 
 Segment = tuple[Tensor, Tensor, Tensor]  # keys, values and documents, (batch, n, ...)
@@ -27,29 +26,34 @@ Segment = tuple[Tensor, Tensor, Tensor]  # keys, values and documents, (batch, n
 SEGMENT = ("keys", "values", "documents")
 
 
-# From so many tokens a sequence on, the k best are found by an index.
+# From this many tokens a sequence on, an index finds the k best.
 INDEXED_ROWS = 4096
 
 
-class Past:
-    """What a `ContextMemory` remembers: the tokens of every sequence, and the segment that enters next.
+class ContextState:
+    """Hold the past tokens of every sequence, and the last segment apart from them.
+
+    The last segment enters at the next call: if it entered at once, it would overwrite rows that its own backward
+    still needs.
 
     Attributes:
-        tokens: Those that have entered.
-        recent: Keys, values and documents, (batch, n, ...), of the segment that waits. Were it to enter at once, it
-            would take the place of rows that the backward of its own forward still needs.
-        mixed: Whether some token may be of another document than 0.
-        version: How often what has entered has changed.
-        is_loaded: Whether it all comes from a state dict, so that it may be of other sequences than those to come.
-        asked: The keys of the last segment, and the version that it met.
+        tokens: The tokens that have entered.
+        recent: Keys, values and documents, (batch, n, ...), of the segment that waits.
+        mixed: Whether a token may be of another document than 0.
+        version: A counter of changes to ``tokens``.
+        is_loaded: Whether everything comes from a state dict, so that the next segment may be of other sequences.
+        last_keys: The keys of the last segment that was read.
+        last_version: The version of the tokens that it was read with.
     """
 
-    is_loaded = False  # of one that was pickled before there was this
+    # Defaults for objects that were pickled before they had these attributes.
+    is_loaded = False
+    last_keys: Tensor | None = None
+    last_version = -1
 
     def __init__(self, tokens: Ring | Stores) -> None:
         self.tokens = tokens
         self.version = 0
-        self.asked: tuple[Tensor, int] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -61,14 +65,14 @@ class Past:
 
     @property
     def batch(self) -> int:
-        """How many sequences there are; 0 before the first segment."""
+        """Return the number of sequences; 0 before the first segment."""
         return self.tokens.batch if self.recent is None else len(self.recent[0])
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def forget(self, places: Tensor) -> None:
-        """Forget what some sequences of the batch have seen."""
-        self.settle()
+        """Forget the tokens of the sequences at ``places`` in the batch."""
+        self.flush_segment()
         self.version += 1
         self.tokens.forget(places)
         self.mixed = True
@@ -76,7 +80,7 @@ class Past:
     @torch.inference_mode(False)
     @torch.no_grad()
     def remember(self, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype) -> None:
-        """Keep a segment for later, cut from the graph."""
+        """Keep a segment, cut from the graph, until `flush_segment`."""
         batch, count = keys.shape[:2]
         last = slice(max(0, count - self.tokens.rows), count)
         if documents is None:
@@ -87,60 +91,68 @@ class Past:
         self.recent = keys[:, last].to(dtype, copy=True), values[:, last].to(dtype, copy=True), documents
         self.is_loaded = False
 
-    def note(self, keys: Tensor) -> None:
-        """Know the segment of these keys again, as long as the past is what it is now."""
-        self.asked = keys.detach(), self.version
+    def record_segment(self, keys: Tensor) -> None:
+        """Record the keys of a segment that is about to be read, for `is_recompute`."""
+        self.last_keys, self.last_version = keys.detach(), self.version
 
-    def knows_again(self, keys: Tensor) -> bool:
-        """Whether these are the keys of the last segment, and nothing has entered since."""
-        return self.asked is not None and self.asked[1] == self.version and torch.equal(self.asked[0], keys)
+    def is_recompute(self, keys: Tensor) -> bool:
+        """Return whether ``keys`` are the last segment's, and no token has entered since."""
+        return self.last_keys is not None and self.last_version == self.version and torch.equal(self.last_keys, keys)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def settle(self) -> None:
-        """Let the segment that waits enter."""
+    def flush_segment(self) -> None:
+        """Write the segment that waits to the tokens."""
         if self.recent is not None:
             self.version += 1
             self.tokens.write(self.recent)
             self.recent = None
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
-        """What the tokens tell queries (batch, heads, n, key_dim), each of its own document; None if there are none."""
+        """Read the tokens of each query's document.
+
+        Args:
+            queries: (batch, heads, n, key_dim).
+            documents: (batch, 1 or n); None for document 0.
+
+        Returns:
+            A read (batch, heads, n); None if there are no tokens.
+        """
         if documents is None and self.mixed:
             documents = torch.zeros(len(queries), 1, dtype=torch.int64, device=queries.device)
         return self.tokens.read(queries, documents)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Convert every tensor by a function."""
+        """Convert every tensor with a function."""
         self.tokens.apply(function)
         if self.recent is not None:
-            self.recent = _each(function, self.recent)
-        if self.asked is not None:
-            self.asked = function(self.asked[0]), self.asked[1]
+            self.recent = _map_segment(function, self.recent)
+        if self.last_keys is not None:
+            self.last_keys = function(self.last_keys)
 
     @property
-    def needed(self) -> set[str]:
-        """What every `state` has."""
-        return {f"recent_{name}" for name in SEGMENT} | self.tokens.needed
+    def required_names(self) -> set[str]:
+        """Return the names that every `state` has."""
+        return {f"recent_{name}" for name in SEGMENT} | self.tokens.required_names
 
-    def knows(self, name: str) -> bool:
-        """Whether a `state` may have this."""
-        return name in self.needed or self.tokens.knows(name)
+    def accepts_name(self, name: str) -> bool:
+        """Return whether a `state` may have an entry of this name."""
+        return name in self.required_names or self.tokens.accepts_name(name)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        """Everything, as tensors; ``like`` says of which dtype and where if there is nothing."""
-        recent = self.recent or _segment(self.tokens.batch, 0, self.tokens.widths, like)
+        """Return everything as tensors; empty ones have the dtype and device of ``like``."""
+        recent = self.recent or _new_segment(self.tokens.batch, 0, self.tokens.widths, like)
         found = {f"recent_{name}": part for name, part in zip(SEGMENT, recent, strict=True)}
         return found | self.tokens.state(like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> None:
-        """Take over copies of a `state`, which errors call ``name``."""
+        """Load copies of the tensors of a `state`; errors call it ``name``."""
         given = {part: state[f"recent_{part}"] for part in SEGMENT}
         _check_segment(given, f"{name}recent_", None, self.tokens.widths)
         rest = {key: tensor for key, tensor in state.items() if not key.startswith("recent_")}
-        tokens, recent = self.tokens.like(), _copied(given, like)
+        tokens, recent = self.tokens.new_empty(), _copy_segment(given, like)
         mixed = tokens.load(rest, name, like)
         if recent[2].numel() and tokens.batch not in (0, len(recent[0])):
             raise ShapeError(
@@ -154,26 +166,28 @@ class Past:
 
 
 class Ring:
-    """The last tokens of every sequence, all of which are read. Token number t, from 0, lies in row ``t % rows``.
+    """Hold the last tokens of every sequence in tensors, and read all of them.
+
+    Token number t of a sequence, from 0, lies in row ``t % rows``.
 
     Attributes:
-        tables: Keys, values and documents, (batch, rows, ...); of document -1 is what is not to be seen.
+        tables: Keys, values and documents, (batch, rows, ...); tokens of document -1 are hidden.
         written: How many tokens of each sequence have entered.
     """
 
-    needed = frozenset((*SEGMENT, "written"))
+    required_names = frozenset((*SEGMENT, "written"))
 
     def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
         self.rows, self.widths = rows, (key_dim, value_dim)
         self.clear()
 
-    def like(self) -> Ring:
-        """An empty one of the same shape."""
+    def new_empty(self) -> Ring:
+        """Return an empty ring of the same shape."""
         return Ring(self.rows, *self.widths)
 
-    def knows(self, name: str) -> bool:
-        """Whether a state holds an entry of this name."""
-        return name in self.needed
+    def accepts_name(self, name: str) -> bool:
+        """Return whether a state may have an entry of this name."""
+        return name in self.required_names
 
     def clear(self) -> None:
         """Forget everything."""
@@ -182,107 +196,101 @@ class Ring:
 
     @property
     def batch(self) -> int:
-        """How many sequences are remembered; 0 if none has been seen."""
+        """Return the number of sequences; 0 before the first segment."""
         return 0 if self.tables is None else len(self.tables[0])
 
     def forget(self, places: Tensor) -> None:
-        """Forget what some sequences of the batch have seen."""
+        """Forget the tokens of the sequences at ``places`` in the batch."""
         if self.tables is not None:
             self.tables[2][places.to(self.tables[2].device)] = -1
 
     def write(self, segment: Segment) -> None:
-        """Add a segment."""
+        """Write the tokens of a segment over the oldest ones."""
         batch, count = segment[2].shape
         if self.tables is None:
-            self.tables = _segment(batch, self.rows, self.widths, segment[0])
+            self.tables = _new_segment(batch, self.rows, self.widths, segment[0])
         first = self.written % self.rows
         before_end = min(count, self.rows - first)
         for table, part in zip(self.tables, segment, strict=True):
-            # By .data, which torch does not count: `_Intact` knows better which backward it concerns.
+            # Through .data, whose writes torch does not count: `_check_kept` is more exact, since a read's backward
+            # needs only the rows that were written by then.
             table.data[:, first : first + before_end] = part[:, :before_end]
             table.data[:, : count - before_end] = part[:, before_end:]
         self.written += count
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
-        """Read what is remembered; None if that is nothing."""
+        """Read the tokens of each query's document; None if there are no tokens."""
         if self.tables is None or self.written == 0:
             return None
-        tables = _each(torch.clone, self.tables) if is_active() else self.tables
+        tables = _map_segment(torch.clone, self.tables) if is_active() else self.tables
         keys, values, stored = (table[:, None, : self.written] for table in tables)
         mask = None
         if documents is not None:
             mask = (stored.unsqueeze(-2) == documents[:, None, :, None]) & (stored.unsqueeze(-2) >= 0)
         read = soft_read(queries, keys, values, mask=mask)
-        if not read.lse.requires_grad:
+        if is_active():  # tables are copies
             return read
-        if is_active():
-            return read  # of copies
-        guarded = _Intact.apply(self, self.tables, read.values, read.lse)  # type: ignore[no-untyped-call]
-        return replace(read, values=guarded[0], lse=guarded[1])
+        check = partial(self._check_kept, self.tables, max(self.written, self.rows))
+        for tensor in (read.values, read.lse):
+            if tensor.requires_grad:
+                tensor.register_hook(check)
+        return read
+
+    def _check_kept(self, tables: Segment, limit: int, gradient: Tensor) -> None:
+        """Raise if tokens that a read of ``tables`` used have been overwritten.
+
+        They are there until more than ``limit`` tokens have been written in all.
+        """
+        # A move makes new tables and does not change those that were read; one that changes nothing makes none.
+        same = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
+        if same and self.written > limit:
+            raise StaleReadError(
+                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
+                "before the next segment, or make the layer with more rows"
+            )
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Convert every tensor by a function."""
+        """Convert every tensor with a function."""
         if self.tables is not None:
-            self.tables = _each(function, self.tables)
+            self.tables = _map_segment(function, self.tables)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to save, on the device and in the dtype of ``like``."""
-        tables = self.tables or _segment(0, self.rows, self.widths, like)
+        """Return the tensors to save; empty ones have the dtype and device of ``like``."""
+        tables = self.tables or _new_segment(0, self.rows, self.widths, like)
         found = dict(zip(SEGMENT, tables, strict=True))
         return found | {"written": torch.tensor(self.written, dtype=torch.int64, device=tables[0].device)}
 
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
-        """Whether some token is of another document than 0."""
+        """Load a state; return whether a token may be of another document than 0."""
         check_shape(f"state_dict[{name + 'written'!r}]", state["written"], ())
         _check_segment(state, name, self.rows if len(state["documents"]) else None, self.widths)
         written = int(state["written"])
         if written < 0:
             raise ArgumentError(f"state_dict[{name + 'written'!r}]: expected at least 0, got {written}")
-        tables = _copied(state, like)
+        tables = _copy_segment(state, like)
         self.written = written
         self.tables = tables if len(tables[0]) else None
         return bool((tables[2] != 0).any())
 
 
-class _Intact(torch.autograd.Function):
-    """The identity on a read's tensors; in backward, rows that it used must not have been overwritten."""
-
-    @staticmethod
-    def forward(ctx: Any, ring: Ring, tables: Segment, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.ring, ctx.tables, ctx.limit = ring, tables, max(ring.written, ring.rows)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        tables = ctx.ring.tables
-        # A move makes new tables, and leaves those that were read alone; one that changes nothing makes none.
-        same = tables is not None and tables[2].data_ptr() == ctx.tables[2].data_ptr()
-        if same and ctx.ring.written > ctx.limit:
-            raise StaleReadError(
-                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
-                "before the next segment, or make the layer with more rows"
-            )
-        return None, None, *grads
-
-
 class Stores:
-    """The last tokens of every sequence in a store of its own, whose index finds the k best.
+    """Hold the last tokens of every sequence in a store, and read the k best.
 
-    Tokens of document -1 do not enter: what is not to be seen takes no place.
+    An index finds the k best where sequences are long. Tokens of document -1 are hidden: they are not stored.
     """
 
-    needed: frozenset[str] = frozenset()
+    required_names: frozenset[str] = frozenset()
 
     def __init__(self, rows: int, key_dim: int, value_dim: int, k: int) -> None:
         self.rows, self.widths, self.k = rows, (key_dim, value_dim), k
         self.clear()
 
-    def like(self) -> Stores:
-        """An empty one of the same shape."""
+    def new_empty(self) -> Stores:
+        """Return an empty object of the same shape."""
         return Stores(self.rows, *self.widths, self.k)
 
-    def knows(self, name: str) -> bool:
-        """Whether a state holds an entry of this name."""
+    def accepts_name(self, name: str) -> bool:
+        """Return whether a state may have an entry of this name."""
         return name.split(".")[0].isdigit()
 
     def clear(self) -> None:
@@ -291,11 +299,11 @@ class Stores:
 
     @property
     def batch(self) -> int:
-        """How many sequences are remembered; 0 if none has been seen."""
+        """Return the number of sequences; 0 before the first segment."""
         return len(self.stores)
 
-    def _made(self, batch: int, like: Tensor) -> list[SoftKVStore]:
-        # An index that is built while a sequence goes on has to be cheap; it pays early, for it is asked at once.
+    def _new_stores(self, batch: int, like: Tensor) -> list[SoftKVStore]:
+        # The index is built while the sequence goes on, so it must be cheap to build; reads use it at once.
         lists = 2 ** round(math.log2(2 * self.rows) / 2)
         index = f"IVF{lists},Flat" if self.rows >= INDEXED_ROWS else "Flat"
         return [
@@ -312,21 +320,21 @@ class Stores:
         ]
 
     def forget(self, places: Tensor) -> None:
-        """Forget what some sequences of the batch have seen."""
+        """Forget the tokens of the sequences at ``places`` in the batch."""
         for place in places.unique().tolist():
             if self.stores:
                 self.stores[place].delete(self.stores[place].ids)
 
     def write(self, segment: Segment) -> None:
-        """Add a segment."""
+        """Write the tokens of a segment over the oldest ones."""
         if not self.stores:
-            self.stores = self._made(len(segment[0]), segment[0])
+            self.stores = self._new_stores(len(segment[0]), segment[0])
         for store, keys, values, documents in zip(self.stores, *segment, strict=True):
             seen = documents >= 0
             store.add(keys[seen], values[seen], fields={"document": documents[seen]})
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
-        """Read what is remembered; None if that is nothing."""
+        """Read the tokens of each query's document; None if there are no tokens."""
         if not any(map(len, self.stores)):
             return None
         reads = []
@@ -334,26 +342,26 @@ class Stores:
             where = None
             if documents is not None:
                 wanted = documents[number].expand(queries.shape[2]).repeat(queries.shape[1]).unsqueeze(-1)
-                where = _of_document(wanted)
+                where = _is_of_document(wanted)
             reads.append(store.read(queries[number], "topk", k=self.k, where=where))
         return stack_reads(reads, 0)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Convert every tensor by a function."""
+        """Convert every tensor with a function."""
         for store in self.stores:
             store._apply(function)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to save, on the device and in the dtype of ``like``."""
+        """Return the tensors to save; empty ones have the dtype and device of ``like``."""
         found: dict[str, Tensor] = {}
         for number, store in enumerate(self.stores):
             store.state_dict(destination=found, prefix=f"{number}.")
         return found
 
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
-        """Whether some token is of another document than 0."""
+        """Load a state; return whether a token may be of another document than 0."""
         numbers = {int(key.split(".")[0]) for key in state}
-        stores = self._made(len(numbers), like)
+        stores = self._new_stores(len(numbers), like)
         for number, store in enumerate(stores):
             start = f"{number}."
             store.load_state_dict({key[len(start) :]: state[key] for key in state if key.startswith(start)})
@@ -361,27 +369,31 @@ class Stores:
         return any(bool((store.rows.view(store.rows.live_slots())["document"] != 0).any()) for store in stores)
 
 
-def _of_document(wanted: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (B, 1)
+def _is_of_document(wanted: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (B, 1)
+    """Make a filter that shows each query the rows of its document."""
     return lambda row: row["document"] == wanted
 
 
-def _segment(batch: int, count: int, widths: tuple[int, int], like: Tensor) -> Segment:
-    """Keys, values and documents of nothing yet."""
+def _new_segment(batch: int, count: int, widths: tuple[int, int], like: Tensor) -> Segment:
+    """Create keys, values and documents of zeros."""
     keys, values = (torch.zeros(batch, count, width, dtype=like.dtype, device=like.device) for width in widths)
     return keys, values, torch.zeros(batch, count, dtype=torch.int64, device=like.device)
 
 
-def _each(function: Callable[[Tensor], Tensor], segment: Segment) -> Segment:
+def _map_segment(function: Callable[[Tensor], Tensor], segment: Segment) -> Segment:
+    """Apply a function to keys, values and documents."""
     keys, values, documents = segment
     return function(keys), function(values), function(documents)
 
 
-def _copied(state: Mapping[str, Tensor], like: Tensor) -> Segment:
+def _copy_segment(state: Mapping[str, Tensor], like: Tensor) -> Segment:
+    """Copy a segment from a state, in the dtype and to the device of ``like``."""
     keys, values = (state[name].to(like.device, like.dtype, copy=True) for name in SEGMENT[:2])
     return keys, values, state["documents"].to(like.device, torch.int64, copy=True)
 
 
 def _check_segment(state: Mapping[str, Tensor], name: str, count: int | None, widths: tuple[int, int]) -> None:
+    """Raise unless a state holds a segment of ``count`` tokens and these widths."""
     documents = state["documents"]
     if documents.dtype != torch.int64:
         raise DtypeError(f"state_dict[{name + 'documents'!r}]: expected int64, got {documents.dtype}")

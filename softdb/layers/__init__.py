@@ -1,7 +1,7 @@
-"""Layers that give a model a memory: `MemoryLayer`, `ContextMemory` and `ProductKeyMemory`.
+"""Layers that give a model a memory.
 
-Each projects its input to queries, one a head, looks them up in rows of keys and values, and adds up what the heads
-were told. They differ in where the rows come from: a `MemoryLayer` learns them; a `ContextMemory` writes them as the
+Each projects its input to queries, one a head, looks them up in rows of keys and values, and projects the answers of
+the heads back. They differ in the source of the rows: a `MemoryLayer` learns them; a `ContextMemory` writes them as the
 model runs; a `ProductKeyMemory` learns a value for every pair of two short lists of keys, so that a million rows are
 searched at the cost of two thousand.
 

@@ -1,4 +1,4 @@
-"""`MemoryLayer`: a layer whose rows are learned."""
+"""`MemoryLayer`: a layer with learned rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from softdb.store import SoftKVStore
 __all__ = ["MemoryLayer"]
 
 
-# The options of its stores that a `MemoryLayer` takes, and those of stores and reads that it does not: why, and what to
-# do instead.
+# The options of its stores that a `MemoryLayer` takes.
 STORE_OPTIONS = ("metric", "temperature", "index", "sparse_grad", "track_usage")
 
 
+# The options of stores and reads that a `MemoryLayer` refuses: the reason, and the remedy.
 REFUSED_OPTIONS = {
     "trainable": "the rows of a MemoryLayer are learned; freeze them with layer.stores.requires_grad_(False), or pass "
     "store=...",
@@ -43,19 +43,19 @@ REFUSED_OPTIONS = {
 
 
 class MemoryLayer(ModuleWithProperties):
-    r"""A lookup in learned rows: every head asks, and the answers are projected back.
+    r"""Look up learned rows with a query for each head, and project the answers back.
 
     With the store's ``keys`` and ``values``, equal for the mode "exact" to::
 
-        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # what each head looks for
-        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # what it is told, (..., heads, value_dim)
+        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # a query for each head
+        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # its answer, (..., heads, value_dim)
         y = a.flatten(-2) @ W_O.T
 
     and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. Memory is that of the store's reads: the
     weights over all rows are never held.
 
-    Queries have a projection of their own, so that what a token looks for and what a row advertises need not be alike:
-    with one for both, every token would match itself best.
+    Queries have a projection of their own, so that a token's query may differ from a row's key: with one projection
+    for both, every token would match itself best.
 
     At the start answers have a norm of at most about 1, where that of x is about √dim, so that ``x + layer(x)`` is
     nearly x.
@@ -71,16 +71,15 @@ class MemoryLayer(ModuleWithProperties):
         k: In topk mode the number of candidates; in exact mode how many of the best rows ``return_read`` reports.
         normalizer: As in `softdb.SoftKVStore.read`; "gumbel" draws in training mode only.
         shared: Whether the heads read one store; else each has its own, of ``rows`` rows.
-        query_norm: "layer" normalises each query by itself, "batch" each of its numbers over the batch; None neither.
-        gate: Whether x decides, number by number, what is let through.
-        store: Rows to read instead of new ones: another layer's ``store``, to share it, or one of yours, whatever is
-            written to it. It has ``rows`` rows when the layer is made and keeps its own options.
+        query_norm: "layer" normalises each query, "batch" each of its numbers over the batch; None neither.
+        gate: Whether to multiply the answers, number by number, by a gate that is computed from x.
+        store: A store to read instead of new rows: another layer's ``store``, to share it, or one of yours, which you
+            may write to. It has ``rows`` rows when the layer is made and keeps its own options.
         device, dtype: Of the parameters, as for any module.
         **store_options: For the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``, ``track_usage``,
             as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse unless
             ``sparse_grad=False``: train them with `softdb.optim.RowAdam`. ``track_usage`` counts the rows that reads
-            are known to use; a softmax over all rows names none, so with the mode "exact" it needs ``k`` or another
-            normalizer.
+            report; a softmax over all rows reports none, so with the mode "exact" it needs ``k`` or another normalizer.
 
     Attributes:
         stores: The store that all heads read, or one for each.
@@ -152,6 +151,7 @@ class MemoryLayer(ModuleWithProperties):
         self.reset_parameters()
 
     def _check_store(self, store: object, rows: int, shared: bool, options: Mapping[str, Any]) -> None:
+        """Raise unless a store that was given fits the layer."""
         if not isinstance(store, SoftKVStore):
             raise DtypeError(f"store: expected a SoftKVStore, got {describe(store)}")
         if not shared:
@@ -168,10 +168,10 @@ class MemoryLayer(ModuleWithProperties):
 
     @property
     def store(self) -> SoftKVStore:
-        """The store that all heads read.
+        """Return the store that all heads read.
 
         Raises:
-            NotApplicableError: Each head has its own; see ``stores``.
+            NotApplicableError: Each head has a store of its own; see ``stores``.
         """
         if len(self.stores) > 1:
             raise NotApplicableError(
@@ -182,7 +182,7 @@ class MemoryLayer(ModuleWithProperties):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew, with random rows; a store that was given stays as it is."""
+        """Draw new weights and rows; a store that was given stays as it is."""
         self.queries.reset_parameters()
         for store in self.stores if self._own else []:
             _fill(store, self.dim**-0.5)  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ class MemoryLayer(ModuleWithProperties):
     def forward(
         self, x: Tensor, *, where: Where | None = None, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
-        """Look up what ``x`` asks for.
+        """Look up the rows for ``x``.
 
         Args:
             x: (..., dim).
@@ -222,13 +222,13 @@ class MemoryLayer(ModuleWithProperties):
         return (y, read) if return_read else y
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows between the brackets."""
+        """Return the text that ``repr`` shows between the brackets."""
         k = "" if self.k is None else f", k={self.k}"
         return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
 
 
 def _check_store_options(options: Mapping[str, Any]) -> None:
-    """Raise for options that a `MemoryLayer` does not have, or does not take."""
+    """Raise for options that a `MemoryLayer` does not have or refuses."""
     for name in options:
         if name in REFUSED_OPTIONS:
             raise ArgumentError(f"{name}: expected nothing, since {REFUSED_OPTIONS[name]}")
@@ -240,7 +240,7 @@ def _check_store_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:
-    """Raise where `usage` is to be counted, but reads name no row: every one would seem unused."""
+    """Raise if usage is to be tracked, but reads report no rows to count."""
     tracked = options.get("track_usage", False) if store is None else store.rows.track_usage
     if tracked:
         name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
@@ -251,7 +251,7 @@ def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> N
 
 
 def _fill(store: SoftKVStore, deviation: float) -> None:
-    """Random rows in place of whatever is there, values of that standard deviation."""
+    """Fill a store with random rows, whose values have a standard deviation."""
     if store.keys.is_meta:
         return
     if len(store) == 0:
@@ -260,7 +260,7 @@ def _fill(store: SoftKVStore, deviation: float) -> None:
             store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
         )
     else:
-        # Not the rows that were: nothing is to be remembered of those.
+        # These are other rows than before: optimisers must reset their state.
         rows = store.get(store.ids)
         store.revive(store.ids, rows.keys, rows.values)
     store.keys.normal_()

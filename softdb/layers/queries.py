@@ -1,4 +1,4 @@
-"""What every layer has: queries made of its input, one a head, and a projection of what the heads were told."""
+"""Parts that layers share: queries of each head, and the output projection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ MEMBERS = [field.name for field in fields(Read)]
 
 
 class Queries(nn.Module):
-    """A query for each head: ``norm(x @ W.T)``, (..., dim) -> (..., heads, parts, width)."""
+    """Project an input to a query for each head.
+
+    Equal to ``norm(x @ W.T)``, (..., dim) -> (..., heads, parts, width).
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Queries(nn.Module):
             self.norm = nn.BatchNorm1d(heads * parts * width, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Start anew: each number of a query has variance 1 where those of x have."""
+        """Draw new weights: numbers of a query have variance 1 where those of x have it."""
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
         if isinstance(self.norm, (nn.LayerNorm, nn.BatchNorm1d)):
             self.norm.reset_parameters()
@@ -69,15 +72,17 @@ class Queries(nn.Module):
 
 
 def output_of(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
+    """Create the projection of the values of all heads to the output."""
     return nn.Linear(heads * value_dim, dim, bias=False, device=device, dtype=dtype)
 
 
 def reset_output(output: nn.Linear) -> None:
+    """Draw new weights of an output projection."""
     nn.init.normal_(output.weight, std=output.in_features**-0.5)
 
 
 def stack_reads(reads: Sequence[Read], dimension: int) -> Read:
-    """Reads of several stores as one, along a new dimension."""
+    """Stack reads of several stores along a new dimension."""
     widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
     if len(widths) > 1:  # a sparse normalizer doubles k where one store needs it
         reads = [widened(read, max(widths)) for read in reads]

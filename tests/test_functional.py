@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softdb
 from softdb.functional import merge, soft_read, topk_read
 from softdb.kernels.tiling import Tiling
-from softdb.reading import exact as exact_module
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import SPARSE
 
@@ -418,7 +417,7 @@ def test_sparse_reads_of_groups(normalizer: str) -> None:
 
 @pytest.mark.parametrize("normalizer", sorted(SPARSE))
 def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_module, "GATHERED_NUMBERS", 10_500)
+    force_tiling(Tiling(most_gathered=10_500), monkeypatch)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
     with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)

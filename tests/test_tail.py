@@ -16,10 +16,9 @@ from softdb.index.list_layout import Outline
 from softdb.index.manager import Found
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
-from softdb.reading import tail as tail_module
 from softdb.reading.reader import Reader, ReadView, ToleranceRounds
 from softdb.reading.sample import ALIKE, Sample
-from softdb.reading.tail import samples_for
+from softdb.reading.tail import TailCosts, samples_for
 
 CPU = torch.device("cpu")
 
@@ -381,9 +380,7 @@ def test_gradients_of_a_tail_are_those_of_its_numbers() -> None:
 
 def cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let samples cost nothing but their rows, so that small stores draw them."""
-    monkeypatch.setattr(tail_module, "ROUND_COST", 0.0)
-    monkeypatch.setattr(tail_module, "SAMPLE_QUERY_COST", 0.0)
-    monkeypatch.setattr(tail_module, "TRIAL_SHARE", math.inf)
+    monkeypatch.setattr(Reader, "costs", TailCosts(sample=0.0, sample_queries=0.0, trial_share=math.inf))
 
 
 TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
@@ -464,7 +461,7 @@ def test_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: 
 
 @pytest.mark.parametrize("needed", [[], [100.0], [1e9], [50.0, 60.0, 5e4], [100.0] * 50 + [9e4] * 50])
 def test_a_sample_is_chosen_that_serves_some(needed: list[float]) -> None:
-    samples = samples_for(torch.tensor(needed), 1_000_000)
+    samples = samples_for(torch.tensor(needed), 1_000_000, TailCosts())
     if not needed or needed == [1e9]:
         assert samples == 0
     else:

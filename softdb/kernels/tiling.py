@@ -58,6 +58,7 @@ class Tiling:
         few_groups: Up to this many groups of rows for each row wanted, one pass of an exact top-k is faster than two.
         maxima: The group maxima of a pass that are held, for as many queries at a time: 32 MiB.
         gathered: The numbers of gathered rows that are held: 4 MiB.
+        most_gathered: The most numbers of rows that a sparse normalizer may give weight: a GiB of float32.
         tall: Whether tiles lie with their rows along the longer stride; None for what is faster, by their shapes.
         multiplies_bfloat16: Whether the device multiplies bfloat16 faster than float32.
     """
@@ -75,6 +76,7 @@ class Tiling:
     few_groups: int = 32
     maxima: int = 2**23
     gathered: int = 2**20
+    most_gathered: int = 2**28
     tall: bool | None = None
     multiplies_bfloat16: bool = False
 

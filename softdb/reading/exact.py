@@ -24,10 +24,6 @@ from softdb.scoring.normalizers import SPARSE, is_hard, straight_through
 FIRST_REACH, FURTHER = 32, 8
 
 
-# As many numbers of such rows are gathered: a GiB of float32.
-GATHERED_NUMBERS = 2**28
-
-
 def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, normalizer: str) -> Read:
     """An exact read of prepared queries (M, w); everything in ``spec.dtype``.
 
@@ -73,7 +69,7 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     count = spec.selection.count
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
-    most = GATHERED_NUMBERS // max(1, len(query) * width)
+    most = spec.tiling.most_gathered // max(1, len(query) * width)
     reach = max(k or 1, min(FIRST_REACH, count))
     lse, scores, rows = _best_rows(query, tables, spec, reach)
     while True:
@@ -81,8 +77,8 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
         if support > most:
             raise ArgumentError(
                 f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
-                f"{GATHERED_NUMBERS:,} numbers in all, got {len(query):,} queries with at least {support:,} rows of "
-                f"{width:,} numbers; lower the temperature, or read fewer queries at once"
+                f"{spec.tiling.most_gathered:,} numbers in all, got {len(query):,} queries with at least {support:,} "
+                f"rows of {width:,} numbers; lower the temperature, or read fewer queries at once"
             )
         # No row that was not found scores better than the last that was: if that has no weight, they have none.
         if support < reach or reach >= count:

@@ -22,14 +22,14 @@ from softdb.kernels.spec import ReadSpec, full_precision
 from softdb.kernels.tiling import Tiling
 from softdb.processes import is_within_ddp
 from softdb.reading.counting import count_read
-from softdb.reading.exact import GATHERED_NUMBERS, read_exactly
+from softdb.reading.exact import read_exactly
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.preparation import SearchPreparation
 from softdb.reading.result import Read, answer_dtype, best_of, completed, finish, replaced, transform, widened
 from softdb.reading.sample import Sample
 from softdb.reading.staleness import OpenReads
 from softdb.reading.tables import Tables
-from softdb.reading.tail import add_tail, is_worth_trying, samples_for
+from softdb.reading.tail import TailCosts, add_tail, is_worth_trying, samples_for
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import noise_for
 from softdb.scoring.metrics import Metric, centre_of, compute_dtype, prepare_query
@@ -101,6 +101,7 @@ class Reader:
     """
 
     rounds = ToleranceRounds()
+    costs = TailCosts()
 
     def __init__(self, table: Table, access: Access, index: IndexManager, open_reads: OpenReads) -> None:
         self._table, self._access, self._index, self._open_reads = table, access, index, open_reads
@@ -270,7 +271,7 @@ class Reader:
             whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
             left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
             gathered = 2 * reach * len(left) * (view.keys.shape[-1] + view.values.shape[-1])
-            if len(left) == 0 or reach >= most or gathered > GATHERED_NUMBERS:
+            if len(left) == 0 or reach >= most or gathered > spec.tiling.most_gathered:
                 return read, used
             reach = min(2 * reach, most)
             part = replace(spec, selection=spec.selection.take(left))
@@ -305,7 +306,7 @@ class Reader:
         k, tolerance, generator = options.k, cast(float, options.tolerance), options.generator
         selection, query, rounds = spec.selection, query.detach().reshape(-1, query.shape[-1]), self.rounds
         candidates = max(k or 1, rounds.candidates)
-        trial = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count)
+        trial = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count, self.costs)
         trial = trial and "keys" not in view.lent
         if not (trial and view.index.approximates(view.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, spec, k, "softmax")
@@ -317,7 +318,7 @@ class Reader:
         for rate in rounds.rates:
             left, excess = _excess(read, tolerance)
             needed = rounds.more * drawn[left] * excess**rate
-            samples = samples_for(needed, selection.shared_count)
+            samples = samples_for(needed, selection.shared_count, self.costs)
             if not samples:
                 break
             some = left[needed <= samples]

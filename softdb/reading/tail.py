@@ -32,7 +32,7 @@ from softdb.reading.result import Read, share_of, transform
 from softdb.reading.sample import CHUNK_ROWS, PARTS, Sample
 from softdb.reading.tables import Tables
 
-__all__ = ["add_tail", "is_worth_trying", "samples_for"]
+__all__ = ["TailCosts", "add_tail", "is_worth_trying", "samples_for"]
 
 
 Rows = Callable[[slice], tuple[Tensor, Tensor]]
@@ -54,18 +54,34 @@ ROUNDING = 64
 USUAL = 0.95
 
 
-# What reads cost, in products of a query with a key and its value in an exact one, which costs as much as if there
-# were so many queries more: a row of a sample, as if there were many more, since it lies somewhere in memory; a
-# candidate; and a sample beside that. And up to which part of an exact read a first sample is worth trying.
-SAMPLE_COST, SAMPLE_QUERY_COST, CANDIDATE_COST, ROUND_COST = 1.7, 130, 150, 5e6
-
-
-TRIAL_SHARE = 1 / 4
-
-
 # ``error`` is so many standard deviations that nine of ten errors are below it, and so many more for values of width 1,
 # fewer by the root of the width: the norm of what is wide varies less.
 DEVIATIONS, DEVIATIONS_OF_ONE = 1.4, 0.4
+
+
+@dataclass(frozen=True)
+class TailCosts:
+    """What sampled reads cost, in products of a query with one key and its value in an exact read.
+
+    Attributes:
+        sample_row: A query with a sampled row.
+        sample_queries: A sample costs as if there were this many more queries, since its rows are gathered from all
+            over memory.
+        candidate: A query with a candidate.
+        sample: A sample, whatever its size.
+        trial_share: A first sample is worth trying where it and the candidates cost at most this fraction of an exact
+            read.
+    """
+
+    sample_row: float = 1.7
+    sample_queries: float = 130
+    candidate: float = 150
+    sample: float = 5e6
+    trial_share: float = 1 / 4
+
+    def of_sample(self, samples: float, queries: int) -> float:
+        """Return the cost of a sample of so many rows that so many queries read."""
+        return self.sample + self.sample_row * samples * (queries + self.sample_queries) if queries else 0.0
 
 
 def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: Sample, recall: float = 1.0) -> Read:
@@ -127,17 +143,13 @@ def _exact_cost(population: int, queries: int) -> float:
     return float(population * (queries + FIRST_QUERY_COST)) if queries else 0.0
 
 
-def _sample_cost(samples: float, queries: int) -> float:
-    return ROUND_COST + SAMPLE_COST * samples * (queries + SAMPLE_QUERY_COST) if queries else 0.0
+def is_worth_trying(samples: int, candidates: int, queries: int, population: int, costs: TailCosts) -> bool:
+    """Return whether candidates and a first sample cost little, compared with an exact read."""
+    cost = costs.of_sample(samples, queries) + costs.candidate * candidates * queries
+    return cost <= costs.trial_share * _exact_cost(population, queries)
 
 
-def is_worth_trying(samples: int, candidates: int, queries: int, population: int) -> bool:
-    """Whether candidates and a first sample cost little beside an exact read."""
-    cost = _sample_cost(samples, queries) + CANDIDATE_COST * candidates * queries
-    return cost <= TRIAL_SHARE * _exact_cost(population, queries)
-
-
-def samples_for(needed: Tensor, population: int) -> int:  # (b,)
+def samples_for(needed: Tensor, population: int, costs: TailCosts) -> int:  # (b,)
     """How large a sample to draw next, of so many rows, where queries are known to need so many; 0 where none pays.
 
     Those that need more are left for another sample, or an exact read.
@@ -147,8 +159,8 @@ def samples_for(needed: Tensor, population: int) -> int:  # (b,)
     for place in {count // 4, count // 2, 3 * count // 4, count - 1} if count else ():
         samples = float(ordered[place])
         rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
-        later = min(_exact_cost(population, rest), _sample_cost(float(ordered[-1]), rest))
-        cost = _sample_cost(samples, count - rest) + later
+        later = min(_exact_cost(population, rest), costs.of_sample(float(ordered[-1]), rest))
+        cost = costs.of_sample(samples, count - rest) + later
         if samples < population and cost < least:
             best, least = math.ceil(samples), cost
     return best

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softdb
 from softdb import SoftKVStore
 from softdb.functional import soft_read
-from softdb.scoring import metrics
-from softdb.scoring.metrics import centre_of, prepare_keys, prepare_keys_backward, prepare_query
+from softdb.scoring.metrics import Precision, centre_of, prepare_keys, prepare_keys_backward, prepare_query
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -66,7 +65,7 @@ def test_reads_need_no_float64(metric: Any, rows: int, monkeypatch: pytest.Monke
     mask = torch.rand(40, rows) < 0.5
     wanted = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
     (gradient,) = torch.autograd.grad(wanted.values.sum() + wanted.lse.sum(), query)
-    monkeypatch.setattr(metrics, "WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     with NoFloat64():
         read = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
         (found,) = torch.autograd.grad(read.values.sum() + read.lse.sum(), query)
@@ -75,7 +74,7 @@ def test_reads_need_no_float64(metric: Any, rows: int, monkeypatch: pytest.Monke
 
 
 def test_l2_without_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     store = SoftKVStore(8, 3, metric="l2")
     store.add(torch.randn(5, 8), torch.randn(5, 3))
     with pytest.raises(softdb.DeviceError, match="metric: 'l2' is computed in float64, which cpu devices do not have"):

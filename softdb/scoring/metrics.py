@@ -24,6 +24,8 @@ of their own.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -35,6 +37,7 @@ from softdb.errors import DeviceError
 __all__ = [
     "METRICS",
     "Metric",
+    "Precision",
     "centre_of",
     "compute_dtype",
     "operand_dtype",
@@ -60,13 +63,30 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-# Types of devices whose tensors cannot be float64.
-WITHOUT_FLOAT64 = frozenset({"mps"})
+@dataclass(frozen=True)
+class Precision:
+    """The floating-point types that a device has, beside float32.
+
+    Attributes:
+        has_float64: Whether its tensors can be float64.
+    """
+
+    has_float64: bool = True
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Precision:
+        """Return the types of a device."""
+        return _for_kind(device.type)
+
+
+@lru_cache(maxsize=8)
+def _for_kind(kind: str) -> Precision:
+    return Precision(has_float64=kind != "mps")
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on a device that has no float64."""
-    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+    return torch.float64 if Precision.for_device(device).has_float64 else torch.float32
 
 
 def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore, lab
 from softdb.cli.demo import load_senses
+from softdb.lab.comparison import BATCH
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import NORMALIZERS, SPARSE
 
@@ -136,15 +137,32 @@ def test_rows_that_are_equal_are_no_disagreement() -> None:
         assert all(row.agreement == 1 for row in found.settings), metric
 
 
-def test_many_queries_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, queries = make()
+def test_many_queries_are_read_in_parts() -> None:
+    store, _ = make()
+    queries, sizes = torch.randn(BATCH + 200, DIM, dtype=torch.float64), set[int]()
+
+    class Counted:
+        temperature = store.temperature
+
+        def read(self, query: Tensor, *args: object, **options: object) -> softdb.Read:
+            sizes.add(len(query))
+            return store.read(query, *args, **options)
+
     options = {"ks": (3,), "normalizers": ("softmax", "entmax15")}
-    whole = lab.compare(store, queries, **options)
-    monkeypatch.setattr("softdb.lab.comparison.BATCH", 4)
-    for row, wanted in zip(lab.compare(store, queries, **options).settings, whole.settings, strict=True):
-        assert row.distance == pytest.approx(wanted.distance)
-        assert row.mass == pytest.approx(wanted.mass)
-        assert row.entropy == pytest.approx(wanted.entropy)
+    found = lab.compare(Counted(), queries, **options).settings
+    assert {BATCH, 200} <= sizes
+    assert max(sizes) == BATCH
+    parts = [lab.compare(store, part, **options).settings for part in queries.split([BATCH, 200])]
+    for row, first, second in zip(found, *parts, strict=True):
+        way = {"mode": row.mode, "k": row.k, "temperature": row.temperature}
+        if row.mode != "hard":
+            way["normalizer"] = row.normalizer
+        blend = store.read(queries, temperature=row.temperature).values
+        distance = (store.read(queries, **way).values - blend).norm() / blend.norm()
+        assert row.distance == pytest.approx(float(distance))
+        for figure in ("agreement", "mass", "entropy"):
+            mean = (BATCH * getattr(first, figure) + 200 * getattr(second, figure)) / len(queries)
+            assert getattr(row, figure) == pytest.approx(mean)
 
 
 def test_targets() -> None:

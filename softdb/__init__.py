@@ -4,7 +4,7 @@ Attention is a soft database lookup: a query says what is looked for, a key what
 delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
 """
 
-from softdb import errors, functional, lab, layers, optim
+from softdb import errors, functional, lab, layers, optim, page
 from softdb.errors import (
     ArgumentError,
     CorruptSnapshotError,
@@ -30,7 +30,6 @@ from softdb.errors import (
     UnsupportedSystemError,
 )
 from softdb.index.config import IndexConfig, IndexStats
-from softdb.lab import page
 from softdb.reading.audit import Audit
 from softdb.reading.result import Read
 from softdb.store import SoftKVStore

@@ -18,6 +18,7 @@ from softdb import IndexConfig, SoftKVStore, lab
 from softdb.cli import demo
 from softdb.functional import merge, soft_read, topk_read
 from softdb.lab.page import write_page
+from softdb.lab.page_explorer import PageSizes
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.layers.product_keys import ValueTable
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
@@ -287,8 +288,8 @@ def test_the_page_does_not_follow_the_default_device(
     elsewhere: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("plotly")
-    monkeypatch.setattr("softdb.lab.page_explorer.BUDGET", 800)  # so that the page keeps a histogram of most rows
-    monkeypatch.setattr("softdb.lab.page_explorer.FEWEST_KEPT", 20)
+    # So that the page keeps a histogram of most rows.
+    monkeypatch.setattr(PageSizes, "usual", lambda: PageSizes(numbers=800, fewest_rows=20))
     store, wide, equal = make(400, fields=()), make(30, fields=()), SoftKVStore(2, 1, device="cpu")
     equal = SoftKVStore(2, 1, device="cpu")
     equal.add(normal(1, 2).expand(400, 2), normal(400, 1))

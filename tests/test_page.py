@@ -22,10 +22,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from softdb import MissingPackageError, SoftKVStore, page
+from softdb import MissingPackageError, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError, ShapeError
-from softdb.lab import page_explorer
+from softdb.lab import page, page_explorer
 from softdb.lab.page import write_page
+from softdb.lab.page_explorer import PageSizes
 
 SECONDS = 10
 ROWS, WIDTH = 200, 8
@@ -144,7 +145,7 @@ def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
 def test_rows_that_are_summed_up_weigh_what_they_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float
 ) -> None:
-    monkeypatch.setattr(page_explorer, "BUDGET", 1000)
+    monkeypatch.setattr(PageSizes, "usual", lambda: PageSizes(numbers=1000))
     store, queries = make_store(20_000), make_queries(2)
     if offset:  # one row far ahead, and one far behind
         store.update(store.ids[:2], keys=torch.stack([queries[0] * 10, queries[0] * -1000]))
@@ -153,21 +154,21 @@ def test_rows_that_are_summed_up_weigh_what_they_should(
     assert "The 256 best rows are on this page one by one" in text
     data = embedded(tmp_path / "page.html")
     for place, query in enumerate(data["queries"]):
-        assert len(query["gaps"]) == page_explorer.FEWEST_KEPT
-        assert sum(query["tail"]["counts"]) == 20_000 - page_explorer.FEWEST_KEPT
+        assert len(query["gaps"]) == PageSizes().fewest_rows
+        assert sum(query["tail"]["counts"]) == 20_000 - PageSizes().fewest_rows
         assert len(query["tail"]["counts"]) <= page_explorer.BINS
-        assert max(k for k in data["ks"] if k) <= page_explorer.FEWEST_KEPT
+        assert max(k for k in data["ks"] if k) <= PageSizes().fewest_rows
         scores = (store.get(store.ids).keys.double() @ queries[place].double()).sort(descending=True).values
         for temperature in data["temperatures"][:-1]:
             exact = (scores / temperature).softmax(0)
             weights, effective = as_the_page_weighs(query, temperature, None)
-            best = exact[: page_explorer.FEWEST_KEPT]
+            best = exact[: PageSizes().fewest_rows]
             torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), best, rtol=2e-3, atol=1e-6)
             assert effective == pytest.approx(float(torch.special.entr(exact).sum().exp()), rel=5e-3)
 
 
 def test_values_of_summed_up_rows_blend_as_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_explorer, "BUDGET", 1000)
+    monkeypatch.setattr(PageSizes, "usual", lambda: PageSizes(numbers=1000))
     store, query = make_store(5000), make_queries(1)
     write_page(tmp_path / "page.html", store, query)
     data = embedded(tmp_path / "page.html")

@@ -18,7 +18,7 @@ from torch import Tensor
 from softdb._checks import check_choice, check_float_tensor, check_number, check_positive, check_real, describe
 from softdb.errors import ArgumentError, DtypeError, MissingPackageError, ShapeError
 from softdb.lab.page_charts import DASHES, MODES, Setting, figures, measured_table
-from softdb.lab.page_explorer import BINS, explorer_of
+from softdb.lab.page_explorer import BINS, PageSizes, explorer_of
 from softdb.store import SoftKVStore
 
 __all__ = ["write_page"]
@@ -97,7 +97,7 @@ def write_page(
     entries = _checked_names("value_labels", value_labels, width, "value")[:shown_width]
     script = _plotly_script()
 
-    data = explorer_of(store, queries, names, entries)
+    data = explorer_of(store, queries, names, entries, PageSizes.usual())
     data["figures"] = figures(settings, metric, len(ids))
     kept = len(data["queries"][0]["gaps"])
     parts = {

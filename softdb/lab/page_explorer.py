@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +19,34 @@ SHOWN = 12  # rows with a bar of their own
 DIGITS = 5
 
 
-# So many numbers a page may hold before scores are left out: about 2 MB, less than plotly itself.
-BUDGET = 200_000
-
-
-FEWEST_KEPT = 256
-
-
 BINS = 512
 
 
 TEMPERATURES = 61
 
 
-def explorer_of(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], entries: list[str]) -> dict[str, Any]:
-    """What the page's script knows.
+@dataclass(frozen=True)
+class PageSizes:
+    """How much a page holds.
+
+    Attributes:
+        numbers: The most numbers before the scores of rows are summed up: about 2 MB, less than plotly itself.
+        fewest_rows: The fewest of the best rows whose scores stay.
+    """
+
+    numbers: int = 200_000
+    fewest_rows: int = 256
+
+    @classmethod
+    def usual(cls) -> PageSizes:
+        """Return the sizes that pages are written by."""
+        return cls()
+
+
+def explorer_of(
+    store: SoftKVStore, queries: Tensor, names: Mapping[int, str], entries: list[str], sizes: PageSizes
+) -> dict[str, Any]:
+    """Collect what the page's script reads.
 
     Scores are kept as gaps, best score - score, before any temperature. Rounded to five digits, at most 5e-5 of a gap,
     they give weights exp(-x) / sum, x = gap / T, that are wrong by 5e-5 x of themselves: next to nothing where a row
@@ -41,8 +55,8 @@ def explorer_of(store: SoftKVStore, queries: Tensor, names: Mapping[int, str], e
     ids = store.ids
     count, width = len(ids), len(entries)
     kept = count
-    if count * (len(queries) + width) > BUDGET:
-        kept = min(max(BUDGET // (len(queries) * (1 + width)), FEWEST_KEPT), count)
+    if count * (len(queries) + width) > sizes.numbers:
+        kept = min(max(sizes.numbers // (len(queries) * (1 + width)), sizes.fewest_rows), count)
 
     found: list[dict[str, Any]] = []
     places: dict[int, int] = {}  # of the rows whose values are needed, by id

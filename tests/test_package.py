@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typing_example
 from programs import check_exit
 
 import softdb
@@ -221,6 +222,10 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+def test_the_example_of_types_runs() -> None:
+    typing_example.main()
 
 
 def test_the_project_is_typed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,21 @@ class ContextMemory(nn.Module):
             raise ArgumentError(f"sequences: expected places in a batch of {past.batch}, got {places.tolist()[:5]}")
         past.forget(places)
 
+    @overload
+    def forward(
+        self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: Literal[True]
+    ) -> tuple[Tensor, Read]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool
+    ) -> Tensor | tuple[Tensor, Read]: ...
+
     def forward(
         self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
@@ -235,6 +250,9 @@ class ContextMemory(nn.Module):
         read: Read = attend(self._current_past, queries, keys, values, documents, dtype)
         y: Tensor = self.output(read.values.transpose(1, 2).flatten(-2))
         return (y, read) if return_read else y
+
+    if TYPE_CHECKING:
+        __call__ = forward  # of torch.nn.Module it takes and returns anything
 
     def extra_repr(self) -> str:
         """Return the text that ``repr`` shows between the brackets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,15 @@ class MemoryLayer(ModuleWithProperties):
             nn.init.normal_(self.gate.weight, std=self.dim**-0.5)
         reset_output(self.output)
 
+    @overload
+    def forward(self, x: Tensor, *, where: Where | None = None, return_read: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, *, where: Where | None = None, return_read: Literal[True]) -> tuple[Tensor, Read]: ...
+
+    @overload
+    def forward(self, x: Tensor, *, where: Where | None = None, return_read: bool) -> Tensor | tuple[Tensor, Read]: ...
+
     def forward(
         self, x: Tensor, *, where: Where | None = None, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
@@ -220,6 +229,9 @@ class MemoryLayer(ModuleWithProperties):
             answer = F.silu(self.gate(x)) * answer
         y: Tensor = self.output(answer)
         return (y, read) if return_read else y
+
+    if TYPE_CHECKING:
+        __call__ = forward  # of torch.nn.Module it takes and returns anything
 
     def extra_repr(self) -> str:
         """Return the text that ``repr`` shows between the brackets."""

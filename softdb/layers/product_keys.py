@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,15 @@ class ProductKeyMemory(nn.Module):
         if self.output is not None:
             reset_output(self.output)
 
+    @overload
+    def forward(self, x: Tensor, *, return_read: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_read: Literal[True]) -> tuple[Tensor, Read]: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_read: bool) -> Tensor | tuple[Tensor, Read]: ...
+
     def forward(self, x: Tensor, *, return_read: bool = False) -> Tensor | tuple[Tensor, Read]:
         """Look up the values of the best rows for ``x``.
 
@@ -265,6 +274,9 @@ class ProductKeyMemory(nn.Module):
         scores, rows, weights = (tensor.view(*leading, self.k) for tensor in (scores, rows, weights))
         unknown = torch.full(leading, torch.nan if self.k < self.rows else 1.0, dtype=lse.dtype, device=lse.device)
         return y, Read(values, rows, weights, scores, lse.view(leading), unknown)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # of torch.nn.Module it takes and returns anything
 
     def extra_repr(self) -> str:
         """Return the text that ``repr`` shows between the brackets."""

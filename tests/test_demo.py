@@ -1,4 +1,4 @@
-"""`softdb.demo`: the packaged rows, and what the tour says about them."""
+"""`softdb.cli.demo`: the packaged rows, and what the tour says about them."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ class Interrupts:
 
     def trace(self, frame: Any, event: str, argument: object) -> Any:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith("softdb") or name == "softdb.locks":
+        if not name.startswith("softdb") or name == "softdb.table.locks":
             return None
         if event == "line":
             self.count += 1

@@ -134,7 +134,7 @@ def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
 
     Example:
         >>> import torch
-        >>> from softdb.normalizers import sparsemax
+        >>> from softdb.scoring.normalizers import sparsemax
         >>> sparsemax(torch.tensor([2.0, 1.5, 0.0, -torch.inf]))
         tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
@@ -152,7 +152,7 @@ def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
 
     Example:
         >>> import torch
-        >>> from softdb.normalizers import entmax15
+        >>> from softdb.scoring.normalizers import entmax15
         >>> entmax15(torch.tensor([2.0, 2.0, -1.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from softdb._checks import check_dense, check_finite, check_ids, describe
 from softdb.errors import DeviceError, DtypeError
-from softdb.snapshot.state import check_state
-from softdb.table.averaged import AverageWatch
+from softdb.table.average_watch import AverageWatch
 from softdb.table.eviction import CLOCK_COLUMNS
 from softdb.table.growth import change_columns
 from softdb.table.hooks import unwatched
 from softdb.table.id_check import CHECK_SIZE
 from softdb.table.journal import WRITTEN, Growth
+from softdb.table.state import check_state
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 

@@ -14,10 +14,10 @@ from softdb._checks import is_out_of_memory
 from softdb.errors import ArgumentError, CorruptSnapshotError, DeviceError, SoftDBError
 from softdb.index.config import IndexConfig
 from softdb.snapshot.reader import read_snapshot
-from softdb.snapshot.state import check_state
 from softdb.table.growth import change_columns
 from softdb.table.journal import Growth
 from softdb.table.slots import resized
+from softdb.table.state import check_state
 from softdb.table.table import FileRows, Table
 from softdb.version import __version__
 

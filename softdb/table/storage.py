@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb.errors import ForeignWriteError
-from softdb.table.averaged import AverageWatch, Tenants
+from softdb.table.average_watch import AverageWatch, Tenants
 from softdb.table.changes import ChangeLog
 from softdb.table.eviction import EvictionClock
 from softdb.table.fields import RowView, check_field_names

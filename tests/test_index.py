@@ -24,8 +24,8 @@ import faiss
 import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb.filters import select
-from softdb.index.builder import Plan
-from softdb.index.manager import Found, IndexManager
+from softdb.index.manager import IndexManager
+from softdb.index.search import Found
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.scoring.metrics import centre_of, prepare_query
@@ -262,21 +262,22 @@ MOVERS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], bool]] 
 def never_stale(store: SoftKVStore) -> None:
     """Every row is where the base saw it, or near, or hidden in the base and searched exactly."""
     index = store._index
-    base = index._base
-    assert index._version == store.rows.version
-    if base is None or index._asleep:
+    base = index.base
+    assert index.is_current(store.rows)
+    if base is None:
         return
     slots = store.rows.live_slots()
-    seen = base.sees(slots)
-    apart = (store.keys.detach()[slots[seen]] - base.copy[slots[seen]]).norm(dim=-1)
-    assert (apart <= index.config.tolerance * base.scale).all()
-    beside = torch.cat([index._pending, base.crown]).sort().values
-    assert torch.equal(index._beside, beside)
-    assert torch.equal(beside[store.rows.ids[beside] >= 0], slots[~seen])
+    seen = base.is_visible(slots)
+    assert base.movement.copy is not None
+    apart = (store.keys.detach()[slots[seen]] - base.movement.copy[slots[seen]]).norm(dim=-1)
+    assert (apart <= index.config.tolerance * base.movement.scale).all()
+    exact_slots = torch.cat([index.pending_slots, base.norm_outliers]).sort().values
+    assert torch.equal(index.exact_slots, exact_slots)
+    assert torch.equal(exact_slots[store.rows.ids[exact_slots] >= 0], slots[~seen])
     for slot, entry in zip(slots[seen].tolist(), base.entry_of[slots[seen]].tolist(), strict=True):
         assert base.slots[entry] == slot
-    assert base.visible.hidden == base.entries - len(slots[seen])
-    assert base.visible.at(base.entry_of[slots[seen]]).all()
+    assert base.visibility.hidden == base.entries - len(slots[seen])
+    assert base.visibility.at(base.entry_of[slots[seen]]).all()
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,8 @@ def test_small_moves_leave_the_index_alone() -> None:
     store.read(query, "topk", k=3)
     keys = store.keys.detach()
     spread = (keys - keys.median(0).values).norm(dim=-1).median()
-    assert store._index._base.scale == pytest.approx(float(spread))  # type: ignore[union-attr]
+    assert store._index.base is not None
+    assert store._index.base.movement.scale == pytest.approx(float(spread))
     way = torch.nn.functional.normalize(torch.randn(1000, 16), dim=-1)
     way[:40] *= 3
     for pending in (0, 0, 40, 40, 40, 40, 1000):
@@ -413,21 +415,21 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
-    base = store._index._base
+    base = store._index.base
     assert base is not None
     centroids = base.index.quantizer.reconstruct_n(0, 16)
     for turn in range(30):
         store.update(torch.arange(turn * 10, turn * 10 + 60), keys=clustered(60, seed=turn))
         assert recall(store, query) > 0.8
         never_stale(store)
-    assert store._index._base is base
+    assert store._index.base is base
     assert base.entries == 1000  # every row under its own entry
     assert base.index.ntotal == 1000
     store.delete(torch.arange(600))
     assert recall(store, query) > 0.8
     never_stale(store)
     assert store.index_stats().builds == 2
-    again = store._index._base
+    again = store._index.base
     assert again is not None
     assert again is not base
     assert again.entries == 400
@@ -438,7 +440,8 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
     assert store.index_stats().builds == 3
     store.update(store.ids[:100], keys=0.1 * clustered(100, seed=9) + 20)
     store.refresh()
-    assert (store._index._base.index.quantizer.reconstruct_n(0, 16) != centroids).any()  # type: ignore[union-attr]
+    assert store._index.base is not None
+    assert (store._index.base.index.quantizer.reconstruct_n(0, 16) != centroids).any()
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16"])
@@ -459,12 +462,12 @@ def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: 
         store.update(some, keys=store.keys.detach()[some])
         found.append(recall(store, query))
         never_stale(store)
-    base = store._index._base
+    base = store._index.base
     assert base is not None
-    assert len(base.crown) > 50
-    assert torch.isin(base.crown, longest).float().mean() > 0.7
+    assert len(base.norm_outliers) > 50
+    assert torch.isin(base.norm_outliers, longest).float().mean() > 0.7
     assert min(found) > 0.9
-    gone = base.crown[:3].tolist()
+    gone = base.norm_outliers[:3].tolist()
     store.delete(gone)
     assert recall(store, query) > 0.9
     store.add(clustered(3), torch.randn(3, 2))
@@ -476,9 +479,8 @@ def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:
     store = make(IndexConfig("IVF16,Flat", background=True))
     query = clustered(50, seed=2)
     assert recall(store, query) == 1.0  # exact meanwhile
-    aside = store._index._aside
-    assert aside is not None
-    aside.result()
+    assert store._index.is_building
+    store._index.wait_for_build()
     for _ in range(3):
         assert recall(store, query) == 1.0
     assert store.index_stats().builds == 0
@@ -494,7 +496,7 @@ def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:
     store.refresh(wait=True)
     assert store.index_stats().builds == 2
     assert store.index_stats().pending == 0
-    assert store._index._aside is None
+    assert not store._index.is_building
     assert recall(store, query) > 0.9
 
 
@@ -518,10 +520,10 @@ def test_a_forked_child_drops_a_build_under_way() -> None:
     store = make(IndexConfig("IVF64,Flat", background=True), 20_000)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
-    assert store._index._aside is not None
+    assert store._index.is_building
     child = os.fork()
     if child == 0:
-        right = store._index._aside is None and recall(store, query) == 1.0
+        right = not store._index.is_building and recall(store, query) == 1.0
         os._exit(0 if right else 1)
     deadline = time.monotonic() + 60
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
@@ -812,19 +814,20 @@ TRAINED = {
 
 
 def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Found:
-    """What the index finds, whatever an exact search costs."""
+    """What the index finds; with ``max_relative_cost=math.inf``, whatever an exact search costs."""
     keys, rows = store.keys.detach(), store.rows
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
     operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
     spec = ReadSpec(store.metric, centre, selection, query.dtype)
     store._index.follow(rows, keys, query, k)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softdb.index.manager.pays", lambda *arguments: True)
-        return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
+    return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
 @pytest.mark.parametrize("factory", TRAINED)
-def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(factory: str, one_thread: None) -> None:
+def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(
+    factory: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_policy(monkeypatch, max_relative_cost=math.inf)
     rows = TRAINED[factory]
     store = make(factory, rows - 1, metric="l2")  # FAISS has some for this alone
     query = clustered(5, seed=2)
@@ -840,7 +843,9 @@ def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(factory:
     # Searches among some rows, wider ones, and those after a row has gone work with every kind.
     for where in (None, torch.arange(rows)):
         for careful in (False, True):
-            assert len(candidates(store, query, 1, careful=careful, where=where).slots) == len(query)
+            found = candidates(store, query, 1, careful=careful, where=where)
+            assert len(found.slots) == len(query)
+            assert not found.exact
     store.delete([0])
     assert 0 not in store.read(query, "topk", k=3).ids
     assert store.read(query, "topk", k=1, where=torch.tensor([1])).ids.tolist() == [[1]] * len(query)
@@ -853,12 +858,12 @@ def test_ids_are_not_left_to_faiss() -> None:
 
 
 def test_a_build_that_fails_leaves_exact_searches_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(plan: object) -> None:
+    def fail(*arguments: object) -> None:
         raise RuntimeError("no training today")
 
     store = make("PQ4x6", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "_base", fail)
+        patch.setattr("faiss.index_factory", fail)
         assert recall(store, clustered(5, seed=2)) == 1.0
     assert "training" in (store.index_stats().error or "")
     store.add(clustered(600, seed=3), torch.randn(600, 2))
@@ -1003,43 +1008,34 @@ def test_single_queries_gather_until_they_tell_a_recall() -> None:
     queries = 2 * torch.randn(100, 16)
     for query in queries:
         store.read(query, "topk", k=10)
-    assert store._index._queries is not None
-    assert torch.equal(store._index._queries, queries)
-    assert store._index._base is not None
-    assert store._index._base.told == 64
+    assert store._index.recent_queries is not None
+    assert torch.equal(store._index.recent_queries, queries)
+    assert store._index.base is not None
+    assert store._index.base.tuned_queries == 64
     assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
 
 
-def checks_of(store: SoftKVStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows with each check of the recall: the neighbours it was for."""
-    done: list[int] = []
-    index = store._index
-    measured = index._measured_effort
-
-    def spy(*args: object, **options: object) -> tuple[int, float]:
-        done.append(index._neighbours)
-        return measured(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(index, "_measured_effort", spy)
-    return done
-
-
-def test_recall_is_checked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recall_is_checked_seldom() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.9), 20_000)
     queries = clustered(500, seed=3)
     store.read(queries[:250], "topk", k=10)
-    done = checks_of(store, monkeypatch)
+    base = store._index.base
+    assert base is not None
+    done = []  # the neighbours of each check
     for k in range(33, 133):
+        checks = base.recall_checks
         store.read(queries[:8], "topk", k=k)
+        done += [base.neighbours] * (base.recall_checks - checks)
     assert done == [64, 128, 256]
-    done.clear()
+    checks = base.recall_checks
     for _ in range(100):
         store.read(queries, "topk", k=10)
-    assert 1 <= len(done) <= 13  # of 50,000 queries
-    done.clear()
+    assert 1 <= base.recall_checks - checks <= 13  # of 50,000 queries
+    checks = base.recall_checks
     for _ in range(20):
         store.read(queries[:8], "topk", k=10, where=torch.arange(400))  # so few that searches are exact
-    assert not done
+    assert base.recall_checks == checks
+    assert store._index.base is base
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF64,Flat", "PCA8,IVF64,Flat"])
@@ -1049,15 +1045,15 @@ def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatc
     store.add(clustered(8000) * torch.randn(8000, 1).exp(), torch.randn(8000, 2))
     queries = clustered(64, seed=4)
     store.read(queries, "topk", k=8)
-    base = store._index._base
+    base = store._index.base
     assert base is not None
-    entries, hidden, crown = base.entries, base.visible.hidden, base.crown.clone()
+    entries, hidden, outliers = base.entries, base.visibility.hidden, base.norm_outliers.clone()
     for k in (8, 40, 70, 8):
         for _ in range(5):
             ids = store.read(2 * torch.randn(64, 16), "topk", k=k).ids
             assert all(len(row.unique()) == k for row in ids)
-    assert (base.entries, base.visible.hidden) == (entries, hidden)
-    assert torch.equal(base.crown, crown)
+    assert (base.entries, base.visibility.hidden) == (entries, hidden)
+    assert torch.equal(base.norm_outliers, outliers)
     assert recall(store, queries) > 0.85
 
 
@@ -1098,18 +1094,18 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
     store = make(IndexConfig(wrapper + inner, recall=0.5), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     store.read(query, "topk", k=10)
-    base = store._index._base
+    base = store._index.base
     assert base is not None
-    now, limit = base.effort
+    now, limit = base.search_width
     assert 1 <= now < limit
-    found = [base.search(query.numpy(), 10, effort=width) for width in (None, now, limit)]
+    found = [base.search(query.numpy(), 10, search_width=width) for width in (None, now, limit)]
     assert torch.equal(found[0], found[1])
     best = store.read(query, k=10).ids
     hits = [int((some.unsqueeze(-1) == best.unsqueeze(-2)).sum()) for some in found]
     assert hits[2] > hits[0]
     base.hide(torch.tensor([5]))
-    assert not bool((base.search(query.numpy(), 10, effort=limit) == 5).any())
-    assert base.effort[0] == now
+    assert not bool((base.search(query.numpy(), 10, search_width=limit) == 5).any())
+    assert base.search_width[0] == now
 
 
 @pytest.mark.parametrize(
@@ -1129,7 +1125,7 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
 def test_more_recall_is_expected_only_of_searches_that_are_wider(
     factory: str, raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_policy(monkeypatch, careful_share=math.inf)  # whatever it costs
+    set_policy(monkeypatch, careful_share=math.inf, max_relative_cost=math.inf)  # whatever it costs
     store = make(IndexConfig(factory, recall=0.6), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     usual, careful = (candidates(store, query, 32, careful=careful) for careful in (False, True))

@@ -12,8 +12,8 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb.filters import Selection
-from softdb.index.list_layout import Outline
-from softdb.index.manager import Found
+from softdb.index.list_layout import ListLayout
+from softdb.index.search import Found
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.reading.reader import Reader, ReadView, ToleranceRounds
@@ -50,20 +50,20 @@ def off(read: softdb.Read, exact: softdb.Read) -> Tensor:
 # -- drawing ---------------------------------------------------------------------------------------------
 
 
-def outlines(rows: int) -> dict[str, tuple[Outline | None, Tensor | None]]:
+def layouts(rows: int) -> dict[str, tuple[ListLayout | None, Tensor | None]]:
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     counts = torch.tensor([rows // 2, 0, rows // 10, 1, rows - rows // 2 - rows // 10 - 1])
-    outline = Outline(order, counts, torch.zeros(5, 2))
-    promise = torch.tensor([0.0, 3.0, 50.0, 200.0, 1.0], dtype=torch.float64)
+    layout = ListLayout(order, counts, torch.zeros(5, 2))
+    importance = torch.tensor([0.0, 3.0, 50.0, 200.0, 1.0], dtype=torch.float64)
     return {
         "one list": (None, None),
-        "lists": (outline, None),
-        "promises": (outline, promise),
-        "no promise": (outline, 0 * promise),
+        "lists": (layout, None),
+        "importance": (layout, importance),
+        "no importance": (layout, 0 * importance),
     }
 
 
-@pytest.mark.parametrize("kind", outlines(10))
+@pytest.mark.parametrize("kind", layouts(10))
 @pytest.mark.parametrize("count", [1, 2, 7, 30, 90, 149, 150])
 def test_rows_are_drawn_as_often_as_they_stand_for_others(kind: str, count: int) -> None:
     rows, times = 150, 1000
@@ -71,7 +71,7 @@ def test_rows_are_drawn_as_often_as_they_stand_for_others(kind: str, count: int)
     generator = torch.Generator().manual_seed(0)
     drawn, stood = torch.zeros(rows), torch.zeros(rows, dtype=torch.float64)
     for _ in range(times):
-        sample = Sample.draw(selection, count, CPU, generator, *outlines(rows)[kind])
+        sample = Sample.draw(selection, count, CPU, generator, *layouts(rows)[kind])
         real = sample.factors > 0
         slots = sample.slots[real]
         assert len(slots.unique()) == len(slots) <= count + 1
@@ -82,8 +82,8 @@ def test_rows_are_drawn_as_often_as_they_stand_for_others(kind: str, count: int)
     spread = (stood / times - 1).abs() * math.sqrt(times) / (rows / max(2, count)) ** 0.5
     assert float(spread.max()) < 6
     assert int(drawn.min()) > 0
-    if kind == "promises" and count == 30:
-        ordered = drawn[outlines(rows)[kind][0].order]
+    if kind == "importance" and count == 30:
+        ordered = drawn[layouts(rows)[kind][0].order]
         assert ordered[75:90].mean() > 3 * ordered[:75].mean()
         assert ordered.min() > 0.5 * ALIKE * times * count / rows
 
@@ -100,10 +100,10 @@ def test_first_and_second_rows_are_of_the_same_strata() -> None:
 
 
 def test_a_sample_of_a_selection_leaves_out_the_rest() -> None:
-    outline, promise = outlines(150)["promises"]
-    shared = torch.arange(170) % 3 != 0  # 20 rows more than the outline knows
+    layout, importance = layouts(150)["importance"]
+    shared = torch.arange(170) % 3 != 0  # 20 rows more than the layout knows
     for count in (10, 40, 113):
-        sample = Sample.draw(Selection(170, shared=shared), count, CPU, None, outline, promise)
+        sample = Sample.draw(Selection(170, shared=shared), count, CPU, None, layout, importance)
         assert shared[sample.slots].all()
         assert float(sample.factors.sum()) == int(shared.sum())
 

@@ -337,7 +337,7 @@ def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatc
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(softdb.index.builder.Plan, "_base", fail)
+        patch.setattr("softdb.index.builder.build_base", fail)
         assert recall(store) == 1.0
         with pytest.raises(IndexBuildError, match=str(failure)):
             store.refresh(wait=True)
@@ -362,7 +362,7 @@ def test_a_build_that_fails_beside_an_old_base_leaves_right_answers(monkeypatch:
     store, ids = small_store(index=IndexConfig("IVF8,Flat", background=True, garbage=0.1))
     store.build_index()
     with monkeypatch.context() as patch:
-        patch.setattr(softdb.index.builder.Plan, "_base", lambda plan: 1 / 0)
+        patch.setattr("softdb.index.builder.build_base", lambda plan: 1 / 0)
         store.delete(ids[:200])
         assert recall(store) > 0.8  # begins to build
         with pytest.raises(IndexBuildError, match="ZeroDivisionError"):

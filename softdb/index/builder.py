@@ -1,13 +1,13 @@
-"""Build a base index, here or in a thread of its own."""
+"""Build a base index: plan it from the rows as they are, then train, fill and tune it."""
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,33 +15,55 @@ import faiss
 
 from softdb.filters import Selection
 from softdb.index.base import Base
-from softdb.index.faiss_parts import array_of, faiss_metric, is_movable, parts_of, quantizers_of, within_lists
+from softdb.index.config import IndexConfig
+from softdb.index.faiss_parts import (
+    apply_transforms,
+    faiss_metric,
+    movable_ivf_of,
+    parts_of,
+    quantizers_of,
+    to_array,
+    to_vectors,
+)
 from softdb.index.policy import IndexPolicy
+from softdb.index.recent_queries import TUNING_QUERIES, RecentQueries
+from softdb.index.tuning import tune_base
+from softdb.table.storage import RowStorage
 
-# FAISS trains an OPQ transformation for codes of so many bits.
+# IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
+LISTS_PER_SQRT_ROW = 4
+
+# FAISS aborts the process where squared norms overflow: rows this long are left out.
+MAX_NORM = 1e18
+
+# Bits of the codes that FAISS trains an OPQ transformation for.
 OPQ_BITS = 8
+
+# Training rows for each IVF list at the most, and rounds of k-means.
+MAX_POINTS_PER_CENTROID, TRAINING_ROUNDS = 64, 10
 
 
 @dataclass
-class Plan:
-    """What a build needs to know, so that it needs nobody meanwhile.
+class BuildPlan:
+    """Hold everything that a build needs, so that rows may change meanwhile.
 
     Attributes:
-        version: Of the rows.
+        version: The version of the rows.
         slots: (n,) ascending, on the CPU.
-        rows: (n, d) as FAISS takes them.
-        keys: (capacity, d); None if ``rows`` are copied, so that nobody writes to them.
+        rows: (n, d), the vectors as FAISS takes them.
+        keys: (capacity, d); None if ``rows`` are a copy of their own.
         left_out: The slots of rows that are not finite.
-        capacity: How many slots there are.
+        capacity: The number of slots.
         factory: FAISS's factory string.
-        old: The base whose trained lists are to be used again, or None to train new ones.
-        empty: An index with those lists.
+        old: The base whose trained lists are used again, or None to train new ones.
+        empty: An empty index with those lists.
         lists: Which of them each row is in, int64, -1 where that is to be found.
-        queries: To tune on.
-        metric, recall: As in the configuration.
-        neighbours: To tune for.
-        told: How many of the queries were asked.
-        policy: Of the base.
+        queries: Groups of queries to tune on.
+        tuned_queries: The number of recent queries among them.
+        neighbours: The number of nearest rows to tune for.
+        metric: How keys are scored.
+        recall: The recall target.
+        policy: The thresholds of the base.
     """
 
     version: int
@@ -55,54 +77,25 @@ class Plan:
     empty: Any
     lists: Any
     queries: list[Tensor]
+    tuned_queries: int
+    neighbours: int
     metric: str
     recall: float
-    neighbours: int
-    told: int
     policy: IndexPolicy
-
-    def carry_out(self) -> Built:
-        """Build."""
-        started = time.perf_counter()
-        base, error = None, None
-        try:
-            with torch.no_grad():
-                base = self._base()
-        except Exception as failure:  # whatever FAISS raises, and no memory left: there are exact searches
-            error = reason_of(failure)
-        rows = len(self.slots) + len(self.left_out)
-        return Built(self.version, base, self.left_out, rows, time.perf_counter() - started, error)
-
-    def _base(self) -> Base:
-        vectors = array_of(self.rows)
-        index = self.empty
-        if index is None:
-            index = faiss.index_factory(vectors.shape[1], self.factory, faiss_metric(self.metric))
-            train_index(index, vectors)
-            ivf = is_movable(index)
-            if ivf is not None:
-                ivf.set_direct_map_type(faiss.DirectMap.Array)
-            index.add(vectors)
-        else:
-            fill_index(index, vectors, self.lists)
-        base = Base(
-            index, self.factory, self.slots, self.rows, self.capacity, copied=self.keys is None, policy=self.policy
-        )
-        if self.old is not None:
-            base.inherit(self.old)
-        keys = self.keys if base.copy is None else base.copy
-        held = base.entry_of.to(self.rows.device) >= 0
-        everything = Selection(len(held), shared=None if bool(held.all()) else held)
-        base.told = self.told
-        base.tune(
-            self.queries, self.rows if keys is None else keys, self.metric, everything, self.recall, self.neighbours
-        )
-        return base
 
 
 @dataclass(frozen=True)
-class Built:
-    """What came of a plan: a base, or the reason why there is none."""
+class BuildResult:
+    """Hold the outcome of a build: a base, or the error that prevented it.
+
+    Attributes:
+        version: The version of the rows that the plan was made from.
+        base: The base, or None.
+        left_out: The slots of rows that are not finite.
+        rows: The number of rows, with those left out.
+        seconds: The time that it took.
+        error: The error, or None.
+    """
 
     version: int
     base: Base | None
@@ -112,31 +105,116 @@ class Built:
     error: str | None
 
 
-class Background:
-    """A build in a thread of its own."""
+def plan_build(
+    rows: RowStorage,
+    keys: Tensor,
+    queries: RecentQueries,
+    config: IndexConfig,
+    metric: str,
+    policy: IndexPolicy,
+    *,
+    copied: bool,
+    old: Base | None,
+    keep_lists: bool,
+) -> BuildPlan:
+    """Plan a build from the rows as they are.
 
-    def __init__(self, plan: Plan) -> None:
-        self._built: Built | None = None
-        self._thread = threading.Thread(target=self._run, args=(plan,), name="softdb index build")
-        self._thread.start()
+    Args:
+        rows: Which slots hold rows.
+        keys: (capacity, d).
+        queries: Recent queries, to tune on.
+        config: The index to build.
+        metric: How keys are scored.
+        policy: The thresholds of the base.
+        copied: Whether keys may move later on, so that the base needs a copy.
+        old: A base whose trained lists to use again, or None.
+        keep_lists: Whether its visible rows are still in the lists where they belong.
+    """
+    slots = rows.live_slots()
+    vectors = to_vectors(keys if len(slots) == len(keys) else keys.index_select(0, slots), metric)
+    left_out = slots[:0]
+    finite = torch.linalg.vector_norm(vectors, dim=-1) < MAX_NORM
+    if not bool(finite.all()):
+        slots, left_out, vectors = slots[finite], slots[~finite], vectors[finite]
+    if copied and vectors.data_ptr() == keys.data_ptr():
+        vectors = vectors.clone()
+    cpu_slots = slots.cpu()
+    factory = config.factory
+    if factory == "auto":
+        factory = f"IVF{2 ** round(np.log2(LISTS_PER_SQRT_ROW * np.sqrt(max(1, len(slots)))))},Flat"
+    empty = lists = None
+    if old is not None and old.lists:
+        factory, empty = old.factory, faiss.clone_index(old.owner)
+        empty.reset()
+        lists = np.full(len(cpu_slots), -1, dtype=np.int64)
+        known = old.is_visible(cpu_slots) & keep_lists
+        lists[known.numpy()] = old.lists_of(old.entry_of[cpu_slots[known]])
+    return BuildPlan(
+        version=rows.version,
+        slots=cpu_slots,
+        rows=vectors,
+        keys=None if copied else keys,
+        left_out=left_out,
+        capacity=rows.capacity,
+        factory=factory,
+        old=None if empty is None else old,
+        empty=empty,
+        lists=lists,
+        queries=queries.make_tuning_groups(vectors, TUNING_QUERIES),
+        tuned_queries=queries.usable_count,
+        neighbours=queries.neighbours,
+        metric=metric,
+        recall=config.recall,
+        policy=policy,
+    )
 
-    def _run(self, plan: Plan) -> None:
-        self._built = plan.carry_out()
 
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` does not wait."""
-        return not self._thread.is_alive()
+def run_build(plan: BuildPlan) -> BuildResult:
+    """Build a base, or report the error that prevents it."""
+    started = time.perf_counter()
+    base, error = None, None
+    try:
+        with torch.no_grad():
+            base = build_base(plan)
+    except Exception as failure:  # any error of FAISS, and lack of memory: top-k reads fall back to exact search
+        error = reason_of(failure)
+    rows = len(plan.slots) + len(plan.left_out)
+    return BuildResult(plan.version, base, plan.left_out, rows, time.perf_counter() - started, error)
 
-    def result(self) -> Built | None:
-        """What came of it, once it is done; None if it broke off."""
-        self._thread.join()
-        return self._built
+
+def build_base(plan: BuildPlan) -> Base:
+    """Train, fill and tune a base.
+
+    Raises:
+        Exception: Whatever FAISS raises.
+    """
+    vectors = to_array(plan.rows)
+    index = plan.empty
+    if index is None:
+        index = faiss.index_factory(vectors.shape[1], plan.factory, faiss_metric(plan.metric))
+        train_index(index, vectors)
+        ivf = movable_ivf_of(index)
+        if ivf is not None:
+            ivf.set_direct_map_type(faiss.DirectMap.Array)
+        index.add(vectors)
+    else:
+        fill_index(index, vectors, plan.lists)
+    copied = plan.keys is None
+    base = Base(index, plan.factory, plan.slots, plan.rows, plan.capacity, copied=copied, policy=plan.policy)
+    if plan.old is not None:
+        base.inherit_lists(plan.old)
+    keys = plan.keys if base.movement.copy is None else base.movement.copy
+    held = base.entry_of.to(plan.rows.device) >= 0
+    everything = Selection(len(held), shared=None if bool(held.all()) else held)
+    base.tuned_queries = plan.tuned_queries
+    keys = plan.rows if keys is None else keys
+    tune_base(base, plan.queries, keys, plan.metric, everything, plan.recall, plan.neighbours)
+    return base
 
 
 def fill_index(index: Any, vectors: Any, lists: Any) -> None:
-    """Add ``vectors`` to a trained index without entries, to the ``lists`` given, or the nearest where that is -1."""
-    ivf, inside = is_movable(index), within_lists(index, vectors)
+    """Add vectors to the given lists of a trained empty index; to the nearest list where that is -1."""
+    ivf, inside = movable_ivf_of(index), apply_transforms(index, vectors)
     unknown = lists < 0
     if unknown.any():
         lists[unknown] = ivf.quantizer.search(inside[unknown], 1)[1].ravel()
@@ -146,7 +224,7 @@ def fill_index(index: Any, vectors: Any, lists: Any) -> None:
 
 
 def rows_to_train(index: Any) -> int:
-    """Return the fewest rows that FAISS can train, or build, an index with."""
+    """Return the smallest number of rows that FAISS can train, or build, an index with."""
     fewest = [1]
     for part in parts_of(index):
         if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
@@ -157,7 +235,7 @@ def rows_to_train(index: Any) -> int:
         elif isinstance(part, (faiss.PCAMatrix, faiss.ITQTransform)):
             fewest.append(part.d_out)
         elif isinstance(part, faiss.IndexNSG):
-            # Where a row has not that many neighbours, FAISS ends the process.
+            # FAISS ends the process where a row has fewer neighbours.
             fewest.append(2 * part.nndescent_L)
         for quantizer in quantizers_of(part):
             bits = quantizer.nbits
@@ -166,7 +244,7 @@ def rows_to_train(index: Any) -> int:
 
 
 def train_index(index: Any, vectors: Any) -> None:
-    """Train an index; FAISS prints no advice about few training rows, and takes no more than it needs."""
+    """Train an index, without FAISS's printed advice, on no more rows than it needs."""
     own = []
     for part in parts_of(index):
         if isinstance(part, faiss.OPQMatrix):
@@ -174,10 +252,10 @@ def train_index(index: Any, vectors: Any) -> None:
             part.pq = own[-1][1]
         if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
             part.cp.min_points_per_centroid = 1
-            part.cp.max_points_per_centroid = 64
-            part.cp.niter = 10
+            part.cp.max_points_per_centroid = MAX_POINTS_PER_CENTROID
+            part.cp.niter = TRAINING_ROUNDS
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # it takes minutes, for a kind of search that is not used here
+            part.do_polysemous_training = False  # It takes minutes, for a kind of search that is not used here.
         for quantizer in quantizers_of(part):
             if hasattr(quantizer, "cp"):
                 quantizer.cp.min_points_per_centroid = 1
@@ -189,7 +267,7 @@ def train_index(index: Any, vectors: Any) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What a FAISS error says, without the place in FAISS's source."""
+    """Return the message of a FAISS error without its position in FAISS's source."""
     text = " ".join(str(error).split())
     if not isinstance(error, (RuntimeError, AssertionError)):
         return f"{type(error).__name__}: {text}"

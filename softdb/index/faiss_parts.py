@@ -1,4 +1,4 @@
-"""What FAISS indexes are made of, and how they are asked."""
+"""Take FAISS indexes apart, and make the parameters of their searches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 import faiss
 
-# Under which names FAISS's indexes hold others, and the quantizers of their codes.
-INNER_INDEXES = ("index", "base_index", "refine_index", "quantizer", "storage")
+# Attributes under which FAISS's indexes hold other indexes, and the quantizers of their codes.
+INNER_INDEX_NAMES = ("index", "base_index", "refine_index", "quantizer", "storage")
 
-
-QUANTIZERS = ("pq", "refine_pq", "rq", "lsq", "prq", "plsq")
+QUANTIZER_NAMES = ("pq", "refine_pq", "rq", "lsq", "prq", "plsq")
 
 
 def faiss_metric(metric: str) -> int:
@@ -24,27 +23,27 @@ def faiss_metric(metric: str) -> int:
     return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
 
 
-def prepared_keys(keys: Tensor, metric: str) -> Tensor:  # (n, d) -> (n, d) float32
-    """``keys`` as FAISS compares them."""
+def to_vectors(keys: Tensor, metric: str) -> Tensor:  # (n, d) -> (n, d) float32
+    """Convert keys to the vectors that FAISS compares."""
     vectors: Tensor = keys.detach().float()
     if metric == "cosine":
         vectors = F.normalize(vectors, dim=-1)
     return vectors
 
 
-def array_of(rows: Tensor) -> Any:
-    """``rows`` as FAISS takes them."""
+def to_array(rows: Tensor) -> Any:
+    """Convert vectors to the numpy array that FAISS takes."""
     return np.ascontiguousarray(rows.cpu().numpy())
 
 
 def distance_to(left: Tensor, right: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,)
-    """Return the distances of rows from those of the same places."""
+    """Compute the distance of each row from the row at the same position."""
     distance: Tensor = torch.linalg.vector_norm(left - right, dim=-1)
     return distance
 
 
 def core_of(index: Any) -> Any:
-    """Return the index that finds candidates, within transformations of the rows and refinements of what it finds."""
+    """Return the index that finds candidates, inside transformations and refinements."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         return core_of(index.index)
@@ -52,7 +51,7 @@ def core_of(index: Any) -> Any:
 
 
 def parts_of(index: Any) -> Iterator[Any]:
-    """Yield an index and all within it that may be trained: transformations and other indexes."""
+    """Yield an index and each trainable part of it: transformations and inner indexes."""
     index = faiss.downcast_index(index)
     yield index
     if isinstance(index, faiss.IndexPreTransform):
@@ -61,28 +60,31 @@ def parts_of(index: Any) -> Iterator[Any]:
     level = getattr(index, "q1", None)  # the lists of an Index2Layer
     if level is not None:
         yield level
-    for name in INNER_INDEXES:
+    for name in INNER_INDEX_NAMES:
         inner = getattr(index, name, None)
         if isinstance(inner, faiss.Index):
             yield from parts_of(inner)
 
 
 def quantizers_of(part: Any) -> Iterator[Any]:
-    """Yield what turns vectors to codes in a part of an index, where that is trained by clustering."""
-    for name in QUANTIZERS:
+    """Yield the quantizers of an index's part that are trained by clustering."""
+    for name in QUANTIZER_NAMES:
         quantizer = getattr(part, name, None)
         if quantizer is not None:
             yield quantizer
 
 
 def ivf_of(index: Any) -> Any:
-    """The IVF index within ``index``, or None."""
+    """Return the IVF index inside ``index``, or None."""
     return faiss.try_extract_index_ivf(core_of(index))
 
 
-def accepts(index: Any, selector: Any, width: int | None) -> bool:
-    """Whether FAISS searches ``index`` with a selector, or a width: not every kind does, and it says so by raising."""
-    parameters = search_parameters(index, selector, width)
+def accepts_parameters(index: Any, selector: Any, width: int | None) -> bool:
+    """Test whether FAISS searches ``index`` with a selector or a search width.
+
+    Not every kind does: FAISS raises where it does not.
+    """
+    parameters = make_search_parameters(index, selector, width)
     # FAISS refuses those of additive quantizers, too, but up to 1.10 that ends the process.
     if parameters is None or isinstance(core_of(index), faiss.IndexIVFAdditiveQuantizer):
         return False
@@ -93,14 +95,14 @@ def accepts(index: Any, selector: Any, width: int | None) -> bool:
     return True
 
 
-def search_parameters(index: Any, selector: Any, width: int | None) -> Any:
-    """Return what FAISS needs to search among selected entries, so widely, at whatever depth of ``index``."""
+def make_search_parameters(index: Any, selector: Any, width: int | None) -> Any:
+    """Make FAISS's parameters for a search of selected entries with a search width."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = search_parameters(index.index, selector, width)
+        inner = make_search_parameters(index.index, selector, width)
         return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
-        inner = search_parameters(index.base_index, selector, width)
+        inner = make_search_parameters(index.base_index, selector, width)
         if inner is None:
             return None
         return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
@@ -111,8 +113,8 @@ def search_parameters(index: Any, selector: Any, width: int | None) -> Any:
     return None
 
 
-def is_movable(index: Any) -> Any:
-    """The inverted file within ``index`` whose entries can be moved in place, under its own type; else None."""
+def movable_ivf_of(index: Any) -> Any:
+    """Return the inverted file inside ``index`` if its entries can change lists, or None."""
     inner = index
     if isinstance(index, faiss.IndexPreTransform):
         inner = faiss.downcast_index(index.index)
@@ -121,19 +123,32 @@ def is_movable(index: Any) -> Any:
     return inner if type(inner) in kinds else None
 
 
-def within_lists(index: Any, vectors: Any) -> Any:
-    """``vectors`` as the inverted file within ``index`` sees them."""
+def apply_transforms(index: Any, vectors: Any) -> Any:
+    """Transform vectors as ``index`` does before they reach its inverted file."""
     if isinstance(index, faiss.IndexPreTransform):
         for place in range(index.chain.size()):
             vectors = faiss.downcast_VectorTransform(index.chain.at(place)).apply(vectors)
     return np.ascontiguousarray(vectors)
 
 
-def width_name(index: Any) -> tuple[Any, str, int]:
-    """What trades time for recall: an object, its attribute, and the attribute's largest useful value."""
+def search_parameter(index: Any) -> tuple[Any, str, int]:
+    """Return the search width's owner, its attribute name, and its largest useful value."""
     core = core_of(index)
     if isinstance(core, faiss.IndexIVF):
         return core, "nprobe", core.nlist
     if isinstance(core, faiss.IndexHNSW):
         return core.hnsw, "efSearch", max(core.ntotal, 8)
     return None, "", 0
+
+
+def get_search_width(index: Any) -> tuple[int, int]:
+    """Return the search width of an index and its largest useful value; zeros if it has none."""
+    parameter, name, limit = search_parameter(index)
+    return (0, 0) if parameter is None else (int(getattr(parameter, name)), int(limit))
+
+
+def set_search_width(index: Any, width: int) -> None:
+    """Set the search width of an index that has one."""
+    parameter, name, _ = search_parameter(index)
+    if parameter is not None:
+        setattr(parameter, name, width)

@@ -1,9 +1,8 @@
-"""How rows lie in the lists of an index: strata for a sample, and the weight to expect in lists not visited."""
+"""Describe how rows lie in the lists of an index, for stratified tail samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,19 +10,22 @@ from torch import Tensor
 from softdb.filters import Selection
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.reading.result import Read
+from softdb.scoring.metrics import compute_dtype
 
-# Rows with a score so far below the best candidates' are taken to score no worse.
+# Lower bound of a row's score, in nats below the best candidates.
 FURTHEST = 75.0
+
+# The mean key of a list is that of this many of its rows.
+ROWS_PER_MEAN = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Outline:
-    """The rows in the order of the index's lists, and where the lists lie.
+class ListLayout:
+    """Hold the rows in the order of the index's lists, and the position of each list.
 
     Attributes:
         order: Every slot once, list after list.
-        counts: How many slots each list has, (L,).
+        counts: The number of slots in each list, (L,).
         means: The mean key of each list, (L, d), or of some of its rows.
     """
 
@@ -31,10 +33,20 @@ class Outline:
     counts: Tensor
     means: Tensor
 
-    def among(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """``order`` and ``counts`` of the slots that some query may see."""
+    @classmethod
+    def from_lists(cls, lists: Tensor, count: int, keys: Tensor) -> ListLayout:  # (n,), (capacity, d)
+        """Lay out slots by the number of their list; ``count`` is the number of a slot in no list."""
+        order, counts = lists.argsort(stable=True), lists.bincount(minlength=count + 1)
+        places = counts.unsqueeze(-1) * torch.arange(ROWS_PER_MEAN, device="cpu") // ROWS_PER_MEAN
+        places = places + (counts.cumsum(0) - counts).unsqueeze(-1)
+        slots = order[places.clamp_(max=max(0, len(lists) - 1))]
+        means = keys[slots.flatten().to(keys.device)].view(*slots.shape, -1).mean(1, dtype=compute_dtype(keys))
+        return cls(order.to(keys.device), counts.to(keys.device), means)
+
+    def restrict(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Return ``order`` and ``counts`` of the slots that some query may see."""
         order, counts = self.order, self.counts
-        if len(order) < selection.size:  # rows that the lists do not know yet
+        if len(order) < selection.size:  # newer rows than the layout, which are in no list
             order = torch.cat([order, torch.arange(len(order), selection.size, device=order.device)])
             counts = torch.cat([counts[:-1], counts[-1:] + (len(order) - len(self.order))])
         if selection.shared is None:
@@ -45,18 +57,31 @@ class Outline:
         return order[seen], before[ends] - before[ends - counts]
 
 
-def promise_of(outline: Outline, query: Tensor, spec: ReadSpec, read: Read) -> Tensor:  # (M, w) -> (L,)
-    """The weight that a row of each list may have beside the candidates, root mean square over the queries."""
-    operand = spec.operand(outline.means)
-    some = (read.lse > -torch.inf).nonzero().squeeze(-1)  # the others see no row
-    query = query.detach()[some]
-    twice = 2 * query  # squares of weights are exponentials of twice the scores
-    most = 2 * cast(Tensor, read.scores).detach()[some, -1:].to(query.dtype)  # what is better should be a candidate
-    total = 2 * read.lse.detach()[some].unsqueeze(-1).to(query.dtype)
+def list_importance(  # (M, w), (M, k), (M,) -> (L,)
+    layout: ListLayout, query: Tensor, spec: ReadSpec, scores: Tensor, lse: Tensor
+) -> Tensor:
+    """Estimate the weight of a row of each list outside the candidates.
+
+    Args:
+        layout: The lists.
+        query: Prepared queries.
+        spec: The metric and filters of the read.
+        scores: The scores of each query's candidates, best first.
+        lse: The log-sum-exp of these.
+
+    Returns:
+        The root mean square of the weights over the queries, (L,) float64.
+    """
+    operand = spec.operand(layout.means)
+    reading = (lse > -torch.inf).nonzero().squeeze(-1)  # the other queries see no row
+    query = query.detach()[reading]
+    doubled_query = 2 * query  # squares of weights are exponentials of doubled scores
+    most = 2 * scores.detach()[reading, -1:].to(query.dtype)  # a better row should be a candidate
+    total = 2 * lse.detach()[reading].unsqueeze(-1).to(query.dtype)
     squares = operand.new_zeros(len(operand))
     height = max(1, Tiling.for_device(operand.device).elements // max(1, len(operand)))
     for start in range(0, len(query), height):
         part = slice(start, start + height)
-        doubled = (twice[part] @ operand.T).clamp_(total[part] - FURTHEST, most[part]).sub_(total[part])
+        doubled = (doubled_query[part] @ operand.T).clamp_(total[part] - FURTHEST, most[part]).sub_(total[part])
         squares += doubled.exp_().sum(0)
     return squares.double().nan_to_num_(nan=0.0, posinf=0.0).sqrt_()

@@ -1,4 +1,4 @@
-"""By which thresholds an index decides: measured, and frozen in one object that is passed in."""
+"""Set the measured thresholds of an index, in one frozen object that is passed in."""
 
 from __future__ import annotations
 
@@ -6,44 +6,46 @@ from dataclasses import dataclass
 
 __all__ = ["FIRST_QUERY_COST", "IndexPolicy"]
 
-# An exact search of some queries costs as much as the products of so many more of them with every row.
+# Fixed cost of an exact search, in queries multiplied with every row.
 FIRST_QUERY_COST = 40
 
 
 @dataclass(frozen=True)
 class IndexPolicy:
-    """The thresholds of an index, in rows, queries, or shares of what an exact search costs.
+    """Hold the thresholds of an index, in rows, queries, or shares of the cost of an exact search.
 
     Attributes:
-        exact_rows: Below so many rows "auto" searches exactly: where an IVF search that finds 95 % gets faster, from
+        exact_rows: Row count below which "auto" searches exactly: where an IVF search that finds 95 % gets faster, from
             200,000 rows on for single queries and by a million for 256 at a time (benchmarks/index_crossover.py).
-        pending_rows, pending_share: The base takes pending rows in when they are more than this many, or than this
-            share of it.
-        few: A filter that leaves at most this share of the rows leaves so few that an exact search is cheaper.
-        first_query_cost: What an exact search costs beside its products: as much as for so many queries more.
-        visit_cost: A row visited in a list costs as much as this many in an exact search of all.
-        outlier_entries: From so many entries on, rows with the largest norms may be searched exactly beside the base.
-        outlier_cost, outlier_rows: A norm outlier costs as much as ``outlier_cost`` rows in an exact search of all, and
-            having any as much as ``outlier_rows`` more of them.
-        careful, careful_share: A careful search visits this many times the lists, unless it then costs more than this
-            share of an exact one.
-        check_after, drift_share: The recall is checked on the latest queries after so many, then twice as many as long
-            as nothing changes, until checks cost this share of the searches.
-        checking_shares: It is checked again when the base has taken in so many times its rows, at the least and the
-            most.
-        near_enough: A recall as near to the target is left alone when it is checked: the sample is small.
+        pending_rows, pending_share: Merge pending rows into the base when they are more than this many, or than this
+            share of its entries.
+        small_filter_share: Search exactly where a filter leaves at most this share of the rows.
+        first_query_cost: Fixed cost of an exact search, in queries.
+        visit_cost: Cost of one IVF-visited row, in exact-search rows.
+        max_relative_cost: Search through the base where that costs at most this many times an exact search.
+        outlier_entries: Fewest entries of a base with norm outliers.
+        outlier_cost, outlier_rows: Cost of one norm outlier, in exact-search rows; fixed cost of having any, in norm
+            outliers.
+        careful_factor, careful_share: A careful search multiplies the search width by this factor, unless it then costs
+            more than this share of an exact search.
+        check_after, drift_share: Check the recall on recent queries after this many; double the interval while nothing
+            changes, until checks cost this share of the searches.
+        checking_shares: Check the recall again when the base has merged this share of its entries: the smallest and the
+            largest share.
+        near_enough: A check accepts a recall this far from the target, since its sample is small.
     """
 
     exact_rows: int = 500_000
     pending_rows: int = 4096
     pending_share: float = 1 / 8
-    few: float = 1 / 32
+    small_filter_share: float = 1 / 32
     first_query_cost: float = FIRST_QUERY_COST
     visit_cost: float = 10
+    max_relative_cost: float = 1
     outlier_entries: int = 2**14
     outlier_cost: float = 2
     outlier_rows: int = 2**14
-    careful: float = 2
+    careful_factor: float = 2
     careful_share: float = 1 / 8
     check_after: int = 4096
     drift_share: float = 1 / 20

@@ -1,4 +1,4 @@
-"""Which entries of a base index searches may find."""
+"""Hide entries of a base index from searches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from torch import Tensor
 import faiss
 
 
-class Visible:
-    """Which entries of a base searches may find: a bitmap as FAISS takes it, and how many are hidden."""
+class EntryVisibility:
+    """Hold the visible entries of a base index as the bitmap that FAISS takes.
+
+    Attributes:
+        hidden: The number of hidden entries.
+    """
 
     def __init__(self, entries: int) -> None:
         self._bitmap = np.packbits(np.ones(entries, dtype=bool), bitorder="little")
@@ -20,32 +24,32 @@ class Visible:
         self.hidden = 0
 
     def at(self, entries: Tensor) -> Tensor:
-        """Whether each of ``entries`` is visible."""
+        """Return the visibility of ``entries``, (m,) bool."""
         numbers = entries.numpy()
         return torch.from_numpy((self._bitmap[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).astype(bool))
 
     def all(self) -> Tensor:
-        """Whether each entry is visible."""
+        """Return the visibility of all entries, (n,) bool."""
         return torch.from_numpy(np.unpackbits(self._bitmap, count=self._entries, bitorder="little").astype(bool))
 
     def selector(self) -> Any:
-        """For a FAISS search."""
+        """Make the selector of a FAISS search."""
         return faiss.IDSelectorBitmap(self._bitmap)
 
     def show(self, entries: Tensor) -> None:
-        """Let searches find ``entries``, each given once."""
+        """Show ``entries``, each given once, to searches."""
         self.hidden -= len(entries) - int(self.at(entries).sum())
         numbers = entries.numpy()
         np.bitwise_or.at(self._bitmap, numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
 
     def hide(self, entries: Tensor) -> None:
-        """Keep searches from finding ``entries``, each given once."""
+        """Hide ``entries``, each given once, from searches."""
         self.hidden += int(self.at(entries).sum())
         numbers = entries.numpy()
         np.bitwise_and.at(self._bitmap, numbers >> 3, ~(np.uint8(1) << (numbers & 7).astype(np.uint8)))
 
     def extend(self, count: int) -> None:
-        """Add entries, visible."""
+        """Append visible entries."""
         bits = np.concatenate([self.all().numpy(), np.ones(count, dtype=bool)])
         self._bitmap = np.packbits(bits, bitorder="little")
         self._entries += count

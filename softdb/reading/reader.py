@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from softdb._checks import check_finite, check_float_tensor, check_temperature
 from softdb.errors import ArgumentError, NonFiniteError
 from softdb.filters import Selection, Where, select
-from softdb.index.list_layout import promise_of
-from softdb.index.manager import Found, IndexManager
+from softdb.index.list_layout import list_importance
+from softdb.index.manager import IndexManager
+from softdb.index.search import Found
 from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec, full_precision
 from softdb.kernels.tiling import Tiling
@@ -294,9 +295,11 @@ class Reader:
         selection = spec.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
-        outline = None if "keys" in view.lent else view.index.outline(view.keys.detach(), selection.size)
-        promise = None if outline is None else promise_of(outline, operand, spec, read)
-        sample = Sample.draw(selection, count, operand.device, generator, outline, promise)
+        layout = None if "keys" in view.lent else view.index.list_layout(view.keys.detach(), selection.size)
+        importance = None
+        if layout is not None:
+            importance = list_importance(layout, operand, spec, cast(Tensor, read.scores), read.lse)
+        sample = Sample.draw(selection, count, operand.device, generator, layout, importance)
         return add_tail(read, operand, tables, spec, sample, recall), sample.slots
 
     def _read_within_tolerance(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from softdb.filters import Selection
-from softdb.index.list_layout import Outline
+from softdb.index.list_layout import ListLayout
 
 __all__ = ["Sample"]
 
 
-# The part of a sample that is drawn as if all rows were alike: where the lists promise wrongly, the variance is no more
-# than twice, 1 / ALIKE times, that of rows drawn at random from all.
+# The part of a sample that is drawn as if all rows were alike: where the importance of lists is wrong, the variance is
+# no more than twice, 1 / ALIKE times, that of rows drawn at random from all.
 ALIKE = 0.5
 
 
@@ -50,22 +50,22 @@ class Sample:
         count: int,
         device: torch.device,
         generator: torch.Generator | None,
-        outline: Outline | None = None,
-        promise: Tensor | None = None,
+        layout: ListLayout | None = None,
+        importance: Tensor | None = None,
     ) -> Sample:
         """Two rows of every stratum, ``count`` in all, rounded up to an even number; all rows if there are no more.
 
-        Strata hold as many rows as each other, or with a ``promise`` of weight, as much of that.
+        Strata hold as many rows as each other, or with an ``importance`` of their lists, as much of that.
         """
-        if outline is None or selection.visit is not None:
+        if layout is None or selection.visit is not None:
             order = selection.shared_slots.to(device)
-            counts, promise = torch.tensor([len(order)], device=device), None
+            counts, importance = torch.tensor([len(order)], device=device), None
         else:
-            order, counts = outline.among(selection)
+            order, counts = layout.restrict(selection)
         if count >= len(order):
             return cls(order, torch.ones(len(order), device=device), 0, 0)
         strata = max(1, (count + 1) // 2)
-        edges = _edges(counts, promise, strata)
+        edges = _edges(counts, importance, strata)
         first, size = edges[:-1], edges.diff()
         small = size <= 2
         alone = torch.cat([first[small & (size > 0)], first[small & (size == 2)] + 1])
@@ -108,15 +108,15 @@ class Sample:
         ]
 
 
-def _edges(counts: Tensor, promise: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
+def _edges(counts: Tensor, importance: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
     """Where to cut the rows so that every stratum has the same measure, to a row."""
     ends = counts.cumsum(0).double()
     total = ends[-1]
     density = torch.full_like(ends, 1.0) / total
-    if promise is not None:
-        promised = (promise * counts).sum()
-        if promised > 0:
-            density = ALIKE * density + (1 - ALIKE) * promise / promised
+    if importance is not None:
+        total_importance = (importance * counts).sum()
+        if total_importance > 0:
+            density = ALIKE * density + (1 - ALIKE) * importance / total_importance
     measure = torch.cat([ends.new_zeros(1), (density * counts).cumsum(0)])
     targets = torch.arange(strata + 1, device=counts.device).double() * (measure[-1] / strata)
     place = torch.searchsorted(measure, targets, right=True).sub_(1).clamp_(0, len(counts) - 1)

@@ -98,7 +98,8 @@ class RowStorage(nn.Module):
         self.columns = ("generation", *(f"field_{name}" for name in self.fields), *self.optional)
         self.saved = ("ids", "next_id", *self.columns)
         self.watched = ("ids", "next_id", "generation", "id_check", *clocks)
-        for name in (*self.saved, *CHANGE_COLUMNS):
+        fields_first = sorted(self.saved[1:], key=lambda name: not name.startswith("field_"))  # as state dicts had them
+        for name in ("ids", *fields_first, *CHANGE_COLUMNS):
             dtype = torch.float64 if name == "weight" else torch.int64
             shape = () if name == "next_id" else (capacity,)
             buffer = torch.full(shape, -1 if name == "ids" else 0, dtype=dtype, device=device)

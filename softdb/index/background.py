@@ -1,0 +1,29 @@
+"""Run a build in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+
+from softdb.index.builder import BuildPlan, BuildResult, run_build
+
+
+class BackgroundBuild:
+    """Build a base in a thread of its own, from a plan."""
+
+    def __init__(self, plan: BuildPlan) -> None:
+        self._result: BuildResult | None = None
+        self._thread = threading.Thread(target=self._run, args=(plan,), name="softdb index build")
+        self._thread.start()
+
+    def _run(self, plan: BuildPlan) -> None:
+        self._result = run_build(plan)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> BuildResult | None:
+        """Wait for the result; None if the thread broke off."""
+        self._thread.join()
+        return self._result

@@ -1,0 +1,74 @@
+"""Remember recent queries, and make up queries where there were few."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Recent queries that are kept, and that a search width is tuned on.
+TUNING_QUERIES = 256
+
+# Fewest recent queries that a recall is measured on.
+MIN_QUERIES = 8
+
+# Bounds of the number of neighbours of which the recall is a share.
+MIN_NEIGHBOURS, MAX_NEIGHBOURS = 32, 256
+
+# Made-up queries are rows, moved by noise of this many standard deviations of the rows.
+QUERY_NOISE = 0.5
+
+
+class RecentQueries:
+    """Keep a sample of recent queries, and the number of neighbours that they asked for.
+
+    Attributes:
+        latest: Up to `TUNING_QUERIES` queries, (m, d), or None.
+        neighbours: The largest number of neighbours asked for, rounded up to a power of two, within bounds.
+        since_check: The number of queries since the recall was measured on them.
+    """
+
+    def __init__(self, latest: Tensor | None = None) -> None:
+        self.latest = latest
+        self.neighbours = MIN_NEIGHBOURS
+        self.since_check = 0
+        self._recorded: Tensor | None = None  # the queries of a search to come
+
+    @property
+    def usable_count(self) -> int:
+        """The number of queries that a recall can be measured on: 0 where they are too few."""
+        return 0 if self.latest is None or len(self.latest) < MIN_QUERIES else len(self.latest)
+
+    def record(self, query: Tensor, k: int) -> None:  # (B, d)
+        """Record queries before their search."""
+        self._add(query, k)
+        self._recorded = query
+
+    def record_once(self, query: Tensor, k: int) -> None:  # (B, d)
+        """Record queries at their search, unless `record` has just been called with them."""
+        if self._recorded is None or query.data_ptr() != self._recorded.data_ptr():
+            self._add(query, k)
+        self._recorded = None
+
+    def _add(self, query: Tensor, k: int) -> None:
+        if len(query) == 0:
+            return
+        while self.neighbours < min(k, MAX_NEIGHBOURS):
+            self.neighbours *= 2
+        latest = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES]
+        if self.latest is not None and len(latest) < TUNING_QUERIES and self.latest.dtype == latest.dtype:
+            latest = torch.cat([self.latest[len(latest) - TUNING_QUERIES :], latest])
+        self.latest = latest.clone()
+
+    def make_tuning_groups(self, rows: Tensor, count: int) -> list[Tensor]:  # (n, d) -> (m, d) each
+        """Make groups of queries to tune on: recent ones, and, where these are few, rows moved by noise."""
+        recent = rows[:0] if self.latest is None else self.latest.detach().to(rows.dtype)
+        recent = recent[:: max(1, len(recent) // count)][:count]
+        generator = torch.Generator("cpu").manual_seed(0)
+        wanted = count - len(recent) if len(rows) else 0
+        chosen = torch.randint(max(1, len(rows)), (wanted,), generator=generator, device="cpu")
+        sample = rows[chosen.to(rows.device)]
+        noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
+        spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
+        made_up = sample + noise.mul_(QUERY_NOISE * spread)
+        groups = [recent, made_up] if len(recent) >= MIN_QUERIES else [torch.cat([recent, made_up])]
+        return [group for group in groups if len(group)]

@@ -1,0 +1,100 @@
+"""Find candidates: in the base, and among the rows that are searched exactly next to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softdb.index.base import Base
+from softdb.index.faiss_parts import to_array, to_vectors
+from softdb.kernels.cpu.topk import exact_top_k, top_k
+from softdb.kernels.gather import scores_at
+from softdb.kernels.spec import ReadSpec
+from softdb.table.storage import RowStorage
+
+# A filter by a rule leaves an unknown share of the rows: ask for this many times the candidates.
+RULE_CANDIDATES_FACTOR = 4
+
+
+class Found(NamedTuple):
+    """Hold the candidates of a search.
+
+    Attributes:
+        slots: The candidates of each query, (B, k); -1 where fewer rows may be seen.
+        exact: Whether they are certainly the k best rows.
+        recall: The expected share of the k best rows among them.
+    """
+
+    slots: Tensor
+    exact: bool
+    recall: float
+
+
+class SearchTask(NamedTuple):
+    """Hold the queries of a search, and the rows that they are compared with.
+
+    Attributes:
+        query: (B, d).
+        operand: (B, w): the same, prepared for the metric.
+        keys: (capacity, d).
+        rows: Which slots hold rows.
+        spec: The metric and filters.
+        k: The number of candidates.
+    """
+
+    query: Tensor
+    operand: Tensor
+    keys: Tensor
+    rows: RowStorage
+    spec: ReadSpec
+    k: int
+
+
+def search_exactly(task: SearchTask) -> Tensor:  # -> (B, k)
+    """Find the best rows of all."""
+    return exact_top_k(task.operand, task.keys, task.spec, task.k)[1]
+
+
+def find_candidates(  # (m,) -> (B, up to k)
+    task: SearchTask, base: Base, exact_slots: Tensor, search_width: int | None
+) -> Tensor:
+    """Find the best rows of the base and of ``exact_slots``, which are searched exactly."""
+    spec, k = task.spec, task.k
+    found = _search_base(task, base, search_width)  # (B, c)
+    if len(exact_slots):
+        visible = replace(spec, selection=spec.selection.among(exact_slots), key_norm=None, narrow=False, noise=None)
+        found = torch.cat([found, exact_top_k(task.operand, task.keys, visible, k)[1]], dim=-1)
+    if found.shape[-1] <= k:
+        return found
+    return found.gather(-1, top_k(scores_at(task.operand, task.keys, found, spec), k)[1])
+
+
+def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
+    """Search exactly for the queries with fewer than k candidates; writes to ``found``."""
+    missing = found < 0
+    if bool(missing.any()):
+        short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)
+        selection = task.spec.selection.take(short)
+        rest = replace(task.spec, selection=selection, key_norm=None, narrow=False, noise=None)
+        found[short] = exact_top_k(task.operand[short], task.keys, rest, task.k)[1]
+    return found
+
+
+def _search_base(task: SearchTask, base: Base, search_width: int | None) -> Tensor:  # -> (B, c)
+    """Find k or more rows of the base, -1 where a row may not be seen."""
+    selection = task.spec.selection
+    wanted = task.k
+    if selection.excluded is not None:
+        wanted += selection.excluded.shape[-1]
+    if selection.rule is not None:
+        wanted *= RULE_CANDIDATES_FACTOR
+    filtered = None if selection.shared is task.rows.live() else selection.shared
+    allowed = None if filtered is None else filtered.cpu()
+    queries = to_array(to_vectors(task.query, task.spec.metric))
+    slots = base.search(queries, wanted, allowed, search_width=search_width).to(task.query.device)
+    if selection.shared is None and selection.is_shared:
+        return slots
+    return slots.masked_fill_(~selection.allows(slots), -1)

@@ -370,6 +370,23 @@ def test_a_sleeping_index_wakes_up_when_searching_exactly_has_cost_as_much() -> 
     assert waits[1] > waits[0]  # the first time was in vain
 
 
+def test_the_index_is_reset_when_rows_have_a_new_layout() -> None:
+    store = make("IVF16,Flat")
+    query = clustered(20, seed=2)
+    store.read(query, "topk", k=3)
+    index, base = store._index, store._index.base
+    assert base is not None
+    assert index.is_current(store.rows)
+    store.rows.layout += 1
+    assert not index.is_current(store.rows)
+    assert (store.index_stats().factory, store.index_stats().pending) == ("Flat", 0)
+    assert recall(store, query) > 0.9
+    assert index.is_current(store.rows)
+    assert index.base is not None
+    assert index.base is not base
+    assert store.index_stats().builds == 2
+
+
 def test_small_moves_leave_the_index_alone() -> None:
     store = make(IndexConfig("IVF16,Flat", tolerance=0.1), trainable=True)
     query = clustered(20, seed=2)

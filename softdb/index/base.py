@@ -29,7 +29,7 @@ from softdb.index.policy import IndexPolicy
 from softdb.index.visibility import EntryVisibility
 from softdb.table.slots import resized
 
-# Train an IVF base anew when it has this many times the rows that its lists were trained for, or when its lists have
+# Train an IVF base again when it has this many times the rows that its lists were trained for, or when its lists have
 # become this many times less even.
 OUTGROWN_RATIO, IMBALANCE_RATIO = 4, 2
 
@@ -145,9 +145,10 @@ class Base:
 
     @property
     def is_exact_at_full_width(self) -> bool:
-        """Whether a search of all lists finds the best rows, so that each additional list brings it nearer to that.
+        """Whether a search of all lists finds the best rows.
 
-        Codes and projections lose something, and a graph has rows that no search reaches.
+        Then each additional list brings a search nearer to that. Codes and projections lose something, and a graph has
+        rows that no search reaches.
         """
         if not isinstance(core_of(self.index), faiss.IndexIVFFlat):
             return False
@@ -156,7 +157,7 @@ class Base:
 
     @property
     def search_width(self) -> tuple[int, int]:
-        """The search width and its largest useful value; zeros where a search cannot choose it."""
+        """The search width and its largest useful value; zeros if it is fixed."""
         return get_search_width(self.index) if self._can_widen else (0, 0)
 
     def set_search_width(self, width: int) -> None:
@@ -250,7 +251,7 @@ class Base:
         return faiss.rev_swig_ptr(ivf.direct_map.array.data(), ivf.ntotal)[entries.numpy()] >> 32
 
     def list_layout(self, keys: Tensor, size: int) -> ListLayout | None:
-        """Return a recent layout of the slots below ``size`` by lists; None where there are no lists."""
+        """Return a recent layout of the slots below ``size``; None without lists."""
         if not self.lists:
             return None
         if self._layout is None or self._merged_since_layout > LAYOUT_SHARE * self.entries:
@@ -277,7 +278,7 @@ class Base:
         self.trained_rows, self.imbalance = old.trained_rows, old.imbalance
 
     def has_outgrown_lists(self, rows: int) -> bool:
-        """Test whether lists trained anew would serve ``rows`` rows better."""
+        """Test whether newly trained lists would serve ``rows`` rows better."""
         if ivf_of(self.index) is None:
             return False
         outgrown = rows > OUTGROWN_RATIO * self.trained_rows

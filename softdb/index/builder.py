@@ -1,4 +1,4 @@
-"""Build a base index: plan it from the rows as they are, then train, fill and tune it."""
+"""Build a base index: plan, train, fill and tune it."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def build_base(plan: BuildPlan) -> Base:
 
 
 def fill_index(index: Any, vectors: Any, lists: Any) -> None:
-    """Add vectors to the given lists of a trained empty index; to the nearest list where that is -1."""
+    """Add vectors to the given lists of a trained index; -1 is the nearest list."""
     ivf, inside = movable_ivf_of(index), apply_transforms(index, vectors)
     unknown = lists < 0
     if unknown.any():
@@ -224,7 +224,7 @@ def fill_index(index: Any, vectors: Any, lists: Any) -> None:
 
 
 def rows_to_train(index: Any) -> int:
-    """Return the smallest number of rows that FAISS can train, or build, an index with."""
+    """Return the fewest rows that FAISS can train, or build, an index with."""
     fewest = [1]
     for part in parts_of(index):
         if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):

@@ -1,4 +1,4 @@
-"""What a store says of its index, and what the index tells of itself."""
+"""Configure an index, and report its statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["IndexConfig", "IndexStats"]
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """How a store finds the candidates of a top-k read.
+    """Configure how a store finds the candidates of a top-k read.
 
     Args:
         factory: "auto" (exact below a measured number of rows, FAISS IVF above), "Flat" (softdb's own exact top-k;
@@ -24,7 +24,7 @@ class IndexConfig:
             distance from their middle: for keys about the origin that is their norm (of normalised keys, for
             metric="cosine"), and less where they lie in clusters far apart. Scores come from the keys as they are in
             any case. 0 takes note of every move. To know, the index keeps a float32 copy of a trainable store's keys.
-        garbage: The share of the index's entries that may be of rows changed or deleted before it is built anew.
+        garbage: The share of the index's entries that may be of rows changed or deleted before it is rebuilt.
         background: Whether to build in a thread of its own: until it is done, and rows change the next time, searches
             go on with what is there. Off, so that results never depend on timing.
     """
@@ -49,11 +49,11 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class IndexStats:
-    """What the index is and what it has cost.
+    """Report the state of an index and its costs.
 
     Attributes:
         rows: Rows in the store.
-        pending: Rows that searches go through exactly because the base does not hold them as they are.
+        pending: Rows that are searched exactly because the base does not hold them as they are.
         factory: The FAISS factory string of the base; "Flat" where searches are exact.
         nprobe: IVF lists visited per query; None for other indexes.
         recall: Measured on a sample of queries when the base was built, or checked last; 1.0 where there is none. Reads

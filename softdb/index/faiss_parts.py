@@ -114,7 +114,7 @@ def make_search_parameters(index: Any, selector: Any, width: int | None) -> Any:
 
 
 def movable_ivf_of(index: Any) -> Any:
-    """Return the inverted file inside ``index`` if its entries can change lists, or None."""
+    """Return the inverted file inside ``index`` whose entries can move, or None."""
     inner = index
     if isinstance(index, faiss.IndexPreTransform):
         inner = faiss.downcast_index(index.index)
@@ -132,7 +132,7 @@ def apply_transforms(index: Any, vectors: Any) -> Any:
 
 
 def search_parameter(index: Any) -> tuple[Any, str, int]:
-    """Return the search width's owner, its attribute name, and its largest useful value."""
+    """Return the owner, name and largest useful value of the search width."""
     core = core_of(index)
     if isinstance(core, faiss.IndexIVF):
         return core, "nprobe", core.nlist
@@ -142,7 +142,7 @@ def search_parameter(index: Any) -> tuple[Any, str, int]:
 
 
 def get_search_width(index: Any) -> tuple[int, int]:
-    """Return the search width of an index and its largest useful value; zeros if it has none."""
+    """Return the search width and its largest useful value; zeros without one."""
     parameter, name, limit = search_parameter(index)
     return (0, 0) if parameter is None else (int(getattr(parameter, name)), int(limit))
 

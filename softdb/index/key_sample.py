@@ -25,7 +25,7 @@ class KeySample:
         self._keys: Tensor | None = None
 
     def follow(self, rows: RowStorage, keys: Tensor, version: int) -> None:
-        """Copy the sampled keys with a known change after ``version``; at the first call, all of them."""
+        """Copy the sampled keys with a known change after ``version``, first all."""
         self._slots = slots = self._slots.to(keys.device)
         if self._keys is None:
             self._keys = keys.index_select(0, slots)
@@ -34,7 +34,7 @@ class KeySample:
             self._keys[known] = keys[slots[known]]
 
     def is_stale(self, keys: Tensor, metric: str, tolerance: float) -> bool:
-        """Test whether the base holds another key for a sampled row, though it followed every known write."""
+        """Test whether a sampled key differs although known writes were followed."""
         if self._keys is None:
             return False
         present = keys.index_select(0, self._slots)

@@ -35,7 +35,7 @@ class ListLayout:
 
     @classmethod
     def from_lists(cls, lists: Tensor, count: int, keys: Tensor) -> ListLayout:  # (n,), (capacity, d)
-        """Lay out slots by the number of their list; ``count`` is the number of a slot in no list."""
+        """Lay out slots by their list's number, which is ``count`` without a list."""
         order, counts = lists.argsort(stable=True), lists.bincount(minlength=count + 1)
         places = counts.unsqueeze(-1) * torch.arange(ROWS_PER_MEAN, device="cpu") // ROWS_PER_MEAN
         places = places + (counts.cumsum(0) - counts).unsqueeze(-1)

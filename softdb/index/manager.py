@@ -65,7 +65,7 @@ run_in_forked_children(_after_fork)
 
 
 class IndexManager:
-    """Find candidate slots for queries, whatever has happened to the rows since the last search.
+    """Find candidate slots for queries, and follow the rows between searches.
 
     Args:
         config: The index to keep.
@@ -108,7 +108,7 @@ class IndexManager:
         )
 
     def forget_threads(self) -> None:
-        """Drop a build in the background, and a held lock: this process does not have their threads."""
+        """Drop a background build and a held lock, whose threads fork did not copy."""
         self._lock = threading.RLock()
         self._upkeep.background = None
 
@@ -130,12 +130,12 @@ class IndexManager:
 
     @property
     def pending_slots(self) -> Tensor:
-        """The slots of rows that the base does not hold as they were at the last search or refresh."""
+        """The slots of rows that differ from the base, as of the last change."""
         return self._upkeep.pending
 
     @property
     def exact_slots(self) -> Tensor:
-        """The slots that are searched exactly next to the base: pending rows and norm outliers."""
+        """The slots that are searched exactly: pending rows and norm outliers."""
         return self._upkeep.exact_slots
 
     @property
@@ -145,7 +145,7 @@ class IndexManager:
 
     @property
     def is_building(self) -> bool:
-        """Whether a build in the background is under way, or waits to be adopted at the next change of rows."""
+        """Whether a background build is under way, or waits to be adopted."""
         return self._upkeep.background is not None
 
     def wait_for_build(self) -> None:
@@ -156,7 +156,7 @@ class IndexManager:
 
     @property
     def _is_interrupted(self) -> bool:
-        """Whether a signal handler calls, in the middle of a change by its thread that it has to leave alone."""
+        """Whether a signal handler has interrupted a change by this thread."""
         return bool(self._lock._is_owned())
 
     # -- searching -------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class IndexManager:
         *,
         careful: bool = False,
     ) -> Found:
-        """Find the k best rows of each query, or most of them; with ``careful``, by a wider search."""
+        """Find the k best rows of each query; with ``careful``, search wider."""
         task = SearchTask(query.detach(), operand.detach(), keys.detach(), rows, spec, k)
         if self._is_interrupted:
             return Found(search_exactly(task), True, 1.0)
@@ -200,12 +200,12 @@ class IndexManager:
             self._costs.search_seconds += time.perf_counter() - started
 
     def approximates(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
-        """Test whether a search for k rows of each query would be approximate, because that is cheaper."""
+        """Test whether a search for k rows of each query would be approximate."""
         base = self.base
         return base is not None and approximate_is_cheaper(base, rows, selection, k, queries)
 
     def list_layout(self, keys: Tensor, size: int) -> ListLayout | None:
-        """Return the layout of the slots below ``size`` by the base's lists; None where there are none."""
+        """Return the layout of the slots below ``size``; None without lists."""
         interrupted = self._is_interrupted
         with self._lock, torch.inference_mode(False):
             base = self.base
@@ -218,7 +218,10 @@ class IndexManager:
         return rows.layout == self._layout and rows.version == self._upkeep.version and not self._is_broken
 
     def follow(self, rows: RowStorage, keys: Tensor, query: Tensor, k: int) -> None:
-        """Follow every change to the rows, for a search of ``query``; the caller excludes other searches."""
+        """Follow every change to the rows before a search of ``query``.
+
+        The caller excludes other searches.
+        """
         if self._is_interrupted:
             return
         with self._changing(rows) as upkeep:
@@ -226,7 +229,7 @@ class IndexManager:
             upkeep.follow(rows, keys)
 
     def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:
-        """Merge every pending row into the base; with ``wait``, wait for a build in the background.
+        """Merge every pending row into the base; ``wait`` for a background build.
 
         Raises:
             IndexBuildError: The last build failed, and no call has raised for it yet.
@@ -238,7 +241,7 @@ class IndexManager:
         self._upkeep.raise_unreported()
 
     def build(self, rows: RowStorage, keys: Tensor) -> None:
-        """Build the base anew from the rows as they are.
+        """Build the base from the rows as they are.
 
         Raises:
             IndexBuildError: The build failed.
@@ -255,7 +258,7 @@ class IndexManager:
 
     @contextmanager
     def _changing(self, rows: RowStorage) -> Iterator[IndexUpkeep]:
-        """Change the index; reset it first where rows were laid out anew, or a change broke off."""
+        """Change the index, after a reset if rows have a new layout or a change broke off."""
         with self._lock, torch.inference_mode(False):
             if self._is_broken or rows.layout != self._layout:
                 self.reset()
@@ -265,7 +268,7 @@ class IndexManager:
             self._is_broken = False
 
     def has_stale_sample(self, keys: Tensor) -> bool:
-        """Test whether keys were written to in a way that torch does not count, judged by a sample of rows."""
+        """Test whether sampled keys were written to uncounted, as by ``.data``."""
         return not self._is_broken and self._upkeep.has_stale_sample(keys.detach())
 
     # -- inspection ------------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ class IndexManager:
 
 
 def check_factory(factory: str, metric: str, key_dim: int) -> int:
-    """Check a factory string, and return the fewest rows that its index can be built with.
+    """Check a factory string, and return the fewest rows to build it with.
 
     Raises:
         ArgumentError: FAISS does not know it, or it numbers rows itself.

@@ -23,7 +23,7 @@ COMPARED_ELEMENTS = 2**22
 
 
 def scale_of(rows: Tensor) -> float:  # (n, d)
-    """Measure the scale of moves, regardless of outliers and of distances between clusters.
+    """Measure the scale of moves, without outliers and distances of clusters.
 
     Returns:
         The median distance of the rows from their middle, or, where they lie in clusters, a few times that from the
@@ -79,7 +79,7 @@ class KeyMovement:
         return slots[~(distance <= tolerance * self.scale)]  # a NaN counts as moved
 
     def needs_new_list(self, slots: Tensor, rows: Tensor) -> Tensor:  # (m,) on the CPU, (m, d) -> (m,) bool
-        """Test which rows have moved too far for the list that they are in, and record the move."""
+        """Test which rows have moved too far for their list, and record the moves."""
         if self.copy is None or self._drift is None:
             return torch.ones(len(slots), dtype=torch.bool, device="cpu")
         moved = distance_to(rows, self.copy.index_select(0, slots.to(rows.device))).cpu()

@@ -1,4 +1,4 @@
-"""Find norm outliers: rows with long keys, which are searched exactly next to the lists.
+"""Find norm outliers: long keys, which are searched exactly.
 
 Training makes some keys much longer than others. By dot product these are among the best rows of queries in all
 directions, which no list of neighbours predicts.

@@ -27,7 +27,7 @@ def approximate_is_cheaper(base: Base, rows: RowStorage, selection: Selection, k
 
 
 def plan_search_width(base: Base, queries: int, neighbours: float, *, careful: bool) -> tuple[int | None, float]:
-    """Choose the search width for a number of neighbours, and estimate the recall with it.
+    """Choose the search width for a number of neighbours, and estimate its recall.
 
     The k best rows that a filter leaves lie as far apart as a larger number of all rows: ``neighbours``.
 

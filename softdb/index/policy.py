@@ -12,7 +12,7 @@ FIRST_QUERY_COST = 40
 
 @dataclass(frozen=True)
 class IndexPolicy:
-    """Hold the thresholds of an index, in rows, queries, or shares of the cost of an exact search.
+    """Hold the thresholds of an index: rows, queries, and shares of a cost.
 
     Attributes:
         exact_rows: Row count below which "auto" searches exactly: where an IVF search that finds 95 % gets faster, from

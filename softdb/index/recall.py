@@ -20,7 +20,12 @@ TIE_TOLERANCE = 1e-5
 
 
 class MeasuredRecall(NamedTuple):
-    """Hold the recall of sample queries: the lowest mean of a group, and the lowest mean less its standard error."""
+    """Hold the recall of sample queries.
+
+    Attributes:
+        mean: The lowest mean of a group.
+        lower: The lowest mean less its standard error.
+    """
 
     mean: float
     lower: float

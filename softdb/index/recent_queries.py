@@ -19,7 +19,7 @@ QUERY_NOISE = 0.5
 
 
 class RecentQueries:
-    """Keep a sample of recent queries, and the number of neighbours that they asked for.
+    """Keep a sample of recent queries, and their number of neighbours.
 
     Attributes:
         latest: Up to `TUNING_QUERIES` queries, (m, d), or None.
@@ -35,7 +35,7 @@ class RecentQueries:
 
     @property
     def usable_count(self) -> int:
-        """The number of queries that a recall can be measured on: 0 where they are too few."""
+        """The number of queries to measure a recall on: 0 if they are too few."""
         return 0 if self.latest is None or len(self.latest) < MIN_QUERIES else len(self.latest)
 
     def record(self, query: Tensor, k: int) -> None:  # (B, d)
@@ -60,7 +60,7 @@ class RecentQueries:
         self.latest = latest.clone()
 
     def make_tuning_groups(self, rows: Tensor, count: int) -> list[Tensor]:  # (n, d) -> (m, d) each
-        """Make groups of queries to tune on: recent ones, and, where these are few, rows moved by noise."""
+        """Make groups of queries to tune on: recent ones, then rows moved by noise."""
         recent = rows[:0] if self.latest is None else self.latest.detach().to(rows.dtype)
         recent = recent[:: max(1, len(recent) // count)][:count]
         generator = torch.Generator("cpu").manual_seed(0)

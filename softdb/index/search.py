@@ -1,4 +1,4 @@
-"""Find candidates: in the base, and among the rows that are searched exactly next to it."""
+"""Find candidates in the base, and among rows that are searched exactly."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def search_exactly(task: SearchTask) -> Tensor:  # -> (B, k)
 def find_candidates(  # (m,) -> (B, up to k)
     task: SearchTask, base: Base, exact_slots: Tensor, search_width: int | None
 ) -> Tensor:
-    """Find the best rows of the base and of ``exact_slots``, which are searched exactly."""
+    """Find the best rows of the base and, by exact search, of ``exact_slots``."""
     spec, k = task.spec, task.k
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
@@ -73,7 +73,7 @@ def find_candidates(  # (m,) -> (B, up to k)
 
 
 def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
-    """Search exactly for the queries with fewer than k candidates; writes to ``found``."""
+    """Search exactly for queries with fewer than k candidates, in ``found``."""
     missing = found < 0
     if bool(missing.any()):
         short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)

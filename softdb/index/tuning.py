@@ -1,8 +1,8 @@
-"""Tune the search width: find the least with which sample queries find as many of their best rows as wanted.
+"""Tune the search width: find the least that reaches a recall target.
 
 One search over levels, `find_level`, serves both occasions:
 
-- `tune_base`, while nobody else searches: when a base is built, and when it has merged many rows. It chooses the norm
+- `tune_base`, while no other search runs: when a base is built, and when it has merged many rows. It chooses the norm
   outliers as well.
 - `check_recent_queries`, between searches: when queries may have become others. It changes nothing but the width.
 """
@@ -38,7 +38,7 @@ WIDTH_RESOLUTION = 8
 
 
 class SearchLevel(NamedTuple):
-    """Hold what a search costs: its width, and the number of norm outliers that are searched exactly."""
+    """Hold the search width, and the number of norm outliers."""
 
     width: int
     outliers: int
@@ -66,7 +66,10 @@ class RecallTarget:
         return (measured.lower if self.beyond_chance else measured.mean) >= self.recall
 
     def is_missed(self, measured: MeasuredRecall, near: float) -> bool:
-        """Test whether the recall is below the target; without ``beyond_chance``, by more than ``near``."""
+        """Test whether the recall is below the target, by more than ``near``.
+
+        With ``beyond_chance`` its standard error is the margin instead.
+        """
         return measured.lower < self.recall if self.beyond_chance else measured.mean < self.recall - near
 
     def is_exceeded(self, measured: MeasuredRecall) -> bool:
@@ -132,9 +135,9 @@ def tune_base(
     recall: float,
     neighbours: int,
 ) -> None:
-    """Set the search width and the norm outliers of a base so that each group of queries reaches a recall target.
+    """Set the search width and norm outliers with which a base reaches its target.
 
-    The base has no norm outliers at the call: each row that is in no other place has to be visible.
+    Each group of queries reaches it. The base has no norm outliers at the call: rows that are not pending are visible.
 
     Args:
         base: The base.
@@ -184,7 +187,7 @@ def tune_base(
 
 
 def _make_levels(base: Base, limit: int, longest: int) -> list[SearchLevel]:
-    """Make search levels up to a search width and a number of norm outliers, from the cheapest on, in doublings."""
+    """Make search levels in doublings, from the cheapest to the limits."""
     policy, width, outliers = base.policy, min(MIN_PROBES, limit), 0
     rows_per_list = base.entries / max(1, base.lists)
     levels = [SearchLevel(width, outliers)]
@@ -207,10 +210,11 @@ def check_recent_queries(
     metric: str,
     recall: float,
 ) -> None:
-    """Check the recall where queries may have become others, or ask for more neighbours, and adapt the search width.
+    """Check the recall on recent queries where due, and adapt the search width.
 
-    Checks cost little in comparison with the searches: they depend on the number of queries, not on the clock. Nothing
-    changes but the search width: other searches may use the base at the same time.
+    It is due where queries may have become others, or ask for more neighbours. Checks cost little in comparison with
+    the searches: they depend on the number of queries, not on the clock. Nothing changes but the search width: other
+    searches may use the base at the same time.
 
     Args:
         base: The base.

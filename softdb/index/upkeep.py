@@ -3,7 +3,7 @@
 Every change of rows is followed: rows that the base no longer holds as they are get hidden in it, and become *pending*.
 A row written by `add`, `put`, `update` or `touch` is pending. One that an optimiser may have moved is pending once its
 key is further from where the base saw it than a tolerance. Enough pending rows are merged into the base; when too many
-of its entries are garbage, it is built anew.
+of its entries are garbage, it is rebuilt.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class IndexUpkeep:
         self._follow_sample(rows, keys, before)
 
     def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:
-        """Merge every pending row; adopt a build in the background, with ``wait`` at its end."""
+        """Merge every pending row, and adopt a background build once it is done."""
         self.follow(rows, keys)
         self._build_or_merge_pending(rows, keys, now=True)
         if self.background is not None and (wait or self.background.is_done):
@@ -143,12 +143,12 @@ class IndexUpkeep:
         self._follow_sample(rows, keys, self.version)
 
     def has_stale_sample(self, keys: Tensor) -> bool:
-        """Test whether keys were written to in a way that torch does not count, judged by a sample of rows."""
+        """Test whether sampled keys were written to uncounted, as by ``.data``."""
         sample = None if self.is_bypassed else self._key_sample
         return sample is not None and sample.is_stale(keys, self._metric, self.config.tolerance)
 
     def count_pending(self, rows: RowStorage, keys: Tensor) -> int:
-        """Count the rows that the next search goes through exactly although there is a base."""
+        """Count the rows that the next search compares exactly next to a base."""
         if self.base is None:
             return 0
         if self.is_bypassed:
@@ -177,7 +177,7 @@ class IndexUpkeep:
         self.pending = self._pending_with(outdated, base, rows)
 
     def _find_outdated(self, base: Base, rows: RowStorage, keys: Tensor) -> tuple[Tensor, int]:
-        """Return the slots that the base shows as they no longer are, and how many of them moved, unwritten."""
+        """Return outdated slots that the base shows, and how many moved unwritten."""
         changed = rows.changed_since(self.version, keys=True)
         written = rows.keys_written_at[changed] > self.version
         moving = changed[~written & (changed < len(base.entry_of))]
@@ -186,7 +186,7 @@ class IndexUpkeep:
         return torch.cat([changed[written], moved]), len(moved)
 
     def _pending_with(self, changed: Tensor, base: Base, rows: RowStorage) -> Tensor:
-        """Return the pending slots with the changed ones, without free slots and norm outliers."""
+        """Add changed slots to the pending ones, without free slots and outliers."""
         pending: Tensor = torch.cat([self.pending.to(changed.device), changed]).unique()
         pending = pending[rows.ids[pending] >= 0]
         if not len(base.norm_outliers):
@@ -206,7 +206,7 @@ class IndexUpkeep:
     # -- merges ----------------------------------------------------------------------------------------------
 
     def _build_or_merge_pending(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
-        """Build, or merge pending rows, where that is due; with ``now``, where there is any reason to."""
+        """Build, or merge pending rows, where due; ``now`` for any reason."""
         base = self.base
         enough = max(2 * self._failed_rows, self.min_rows)
         if self.config.factory == "Flat" or (base is None and len(rows) < enough):
@@ -234,7 +234,7 @@ class IndexUpkeep:
         self.pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _merge_pending(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
-        """Merge pending rows into the base or the norm outliers, except those that training has led to infinity."""
+        """Merge finite pending rows into the base or the norm outliers."""
         with self._costs.count_upkeep():
             check = base.merged_rows + len(self.pending) > base.checking_share * base.entries
             if check:  # tuning decides again which rows are norm outliers: none is at its start
@@ -271,7 +271,7 @@ class IndexUpkeep:
     # -- builds ----------------------------------------------------------------------------------------------
 
     def _rebuild(self, rows: RowStorage, keys: Tensor, old: Base | None) -> None:
-        """Build a base at once or in the background, with the trained lists of an ``old`` one if there is any."""
+        """Build a base, now or in the background; reuse the lists of an ``old`` one."""
         if not self.config.background:
             self._install(run_build(self._plan_build(rows, keys, old)))
         elif self.background is None:

@@ -414,7 +414,9 @@ class Saver:
         """Which save this is; None if it is no whole one."""
         number = int(loaded.values[0, 0])
         whole = torch.equal(loaded.keys, self.keys) and bool((loaded.values == number).all())
-        whole = whole and torch.equal(loaded.ids, torch.arange(len(self.keys))) and loaded.rows.first_new_id == len(loaded)
+        whole = (
+            whole and torch.equal(loaded.ids, torch.arange(len(self.keys))) and loaded.rows.first_new_id == len(loaded)
+        )
         return number if whole else None
 
 

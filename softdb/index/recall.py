@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softdb.filters import Selection
-from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
@@ -83,6 +83,6 @@ def ground_truth_top_k(
         tiling=Tiling.for_device(keys.device),
     )
     operand = prepare_query(queries, metric, 1.0, spec.centre, spec.dtype)
-    scores, best = exact_top_k(operand, keys, spec, k)
+    scores, best = backend_for(operand).exact_top_k(operand, keys, spec, k)
     worst = scores[:, -1:]
     return spec, operand, best, worst - TIE_TOLERANCE * worst.abs()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softdb.index.base import Base
 from softdb.index.faiss_parts import to_array, to_vectors
-from softdb.kernels.cpu.topk import exact_top_k, top_k
+from softdb.kernels.backend import backend_for
+from softdb.kernels.cpu.topk import top_k
 from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.table.storage import RowStorage
@@ -55,7 +56,7 @@ class SearchTask(NamedTuple):
 
 def search_exactly(task: SearchTask) -> Tensor:  # -> (B, k)
     """Find the best rows of all."""
-    return exact_top_k(task.operand, task.keys, task.spec, task.k)[1]
+    return backend_for(task.operand).exact_top_k(task.operand, task.keys, task.spec, task.k)[1]
 
 
 def find_candidates(  # (m,) -> (B, up to k)
@@ -66,7 +67,9 @@ def find_candidates(  # (m,) -> (B, up to k)
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
         visible = replace(spec, selection=spec.selection.among(exact_slots), key_norm=None, narrow=False, noise=None)
-        found = torch.cat([found, exact_top_k(task.operand, task.keys, visible, k)[1]], dim=-1)
+        found = torch.cat(
+            [found, backend_for(task.operand).exact_top_k(task.operand, task.keys, visible, k)[1]], dim=-1
+        )
     if found.shape[-1] <= k:
         return found
     return found.gather(-1, top_k(scores_at(task.operand, task.keys, found, spec), k)[1])
@@ -79,7 +82,7 @@ def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
         short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)
         selection = task.spec.selection.take(short)
         rest = replace(task.spec, selection=selection, key_norm=None, narrow=False, noise=None)
-        found[short] = exact_top_k(task.operand[short], task.keys, rest, task.k)[1]
+        found[short] = backend_for(task.operand).exact_top_k(task.operand[short], task.keys, rest, task.k)[1]
     return found
 
 

@@ -119,9 +119,9 @@ class Reader:
             options: What is asked for.
             lent: Keys and values to read in the place of the store's own; no write to the store concerns them.
         """
-        table = self._table
-        check_float_tensor("query", query, (-1, table.config.key_dim), table.keys.device)
-        if not table.module.training:
+        table, store = self._table, self._table.module
+        check_float_tensor("query", query, (-1, table.config.key_dim), store.keys.device)
+        if not store.training:
             options = replace(options, normalizer=in_eval_mode(options.normalizer))
 
         def read() -> Read:
@@ -150,7 +150,7 @@ class Reader:
         """Answer as `run`, but with slots for ids, and counting nothing: of a query that has been checked."""
         table = self._table
         tensors = table.tensors() if lent is None else lent
-        foreign = table.lent() if lent is None else dict(lent)
+        foreign = table.lent(tensors) if lent is None else dict(lent)
         for name, tensor in foreign.items():
             self._check_lent(name, tensor, options.mode)
         keys, values, store = tensors["keys"], tensors["values"], table.module

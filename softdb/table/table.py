@@ -101,10 +101,10 @@ class Table:
         """Return the shape that keys or values must have."""
         return self.rows.capacity, self.config.widths[name]
 
-    def lent(self) -> dict[str, Tensor]:
-        """Return the tensors that are not the store's own: of functional_call, FSDP2 or pruning."""
-        recorded = self.rows.recorded
-        return {name: tensor for name, tensor in self.tensors().items() if not recorded.is_own(name, tensor)}
+    def lent(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return those of ``tensors`` that are not the store's own: of functional_call, FSDP2 or pruning."""
+        recorded, tensors = self.rows.recorded, self.tensors() if tensors is None else tensors
+        return {name: tensor for name, tensor in tensors.items() if recorded.own(name) is not tensor}
 
     def only_lends(self) -> bool:
         """Whether tensors are lent in the place of the store's own, and there is nothing else to follow."""

@@ -24,6 +24,7 @@ from programs import check_exit
 
 import softdb
 from softdb import LockedError, SoftKVStore, snapshot
+from softdb.snapshot import examine as snapshot_examine
 from softdb.snapshot import lock as snapshot_lock
 from softdb.snapshot import reader as snapshot_reader
 from softdb.snapshot.format import Sizes
@@ -261,7 +262,8 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
             make(2.0).save(tmp_path)
         return found
 
-    monkeypatch.setattr(snapshot_reader, "read_manifest", slow_look)
+    for module in (snapshot_reader, snapshot_examine):
+        monkeypatch.setattr(module, "read_manifest", slow_look)
     assert look_at(tmp_path)
     assert left == [0]
 
@@ -471,7 +473,7 @@ def test_growth_that_breaks_off_adds_no_rows(failure: type[BaseException], monke
         store = make(1.0, rows=6)
         before = state_of(store)
         with monkeypatch.context() as patch:
-            Failing(patch, "install", 1, 100, failure)
+            Failing(patch, (Table, "install"), 1, 100, failure)
             with pytest.raises(failure) as caught:
                 call(store)
         if failure is KeyboardInterrupt:
@@ -487,7 +489,7 @@ def test_a_reserve_that_breaks_off_once_is_completed_at_once(monkeypatch: pytest
     for failure in (MemoryError, KeyboardInterrupt):
         store = make(1.0, rows=6)
         with monkeypatch.context() as patch:
-            Failing(patch, "install", 1, 1, failure)
+            Failing(patch, (Table, "install"), 1, 1, failure)
             try:
                 store.reserve(100)
                 said = "the storage has been resized"
@@ -504,12 +506,12 @@ def test_a_mapped_store_that_memory_is_too_small_for_can_be_materialized_later(
     make(1.0).save(tmp_path)
     store = SoftKVStore.load(tmp_path, mmap=True)
     with monkeypatch.context() as patch:
-        Failing(patch, "install", 1, 1, MemoryError)
+        Failing(patch, (Table, "install"), 1, 1, MemoryError)
         store.materialize()
     store.add(torch.ones(1, 4), torch.ones(1, 3), fields={"time": 9})
     store = SoftKVStore.load(tmp_path, mmap=True)
     with monkeypatch.context() as patch:
-        Failing(patch, "install", 1, 100, MemoryError)
+        Failing(patch, (Table, "install"), 1, 100, MemoryError)
         with pytest.raises(MemoryError):
             store.materialize()
     store.materialize()

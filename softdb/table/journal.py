@@ -57,7 +57,6 @@ class WritePlan:
 
     Attributes:
         batch: What is written.
-        growth: Larger tensors to write to, if there is no room.
         placed: The slots of the rows that come.
         written: The slots of the rows that keys, values and fields are for.
         gone: The ids of the rows that go.
@@ -73,7 +72,6 @@ class WritePlan:
     """
 
     batch: WriteBatch
-    growth: Growth | None
     placed: Tensor
     written: Tensor
     gone: Tensor

@@ -22,7 +22,7 @@ from softdb.table.changes import ChangeLog
 from softdb.table.eviction import EvictionClock
 from softdb.table.fields import RowView, check_field_names
 from softdb.table.id_check import CHECK_SIZE, hash_rows, id_check_of
-from softdb.table.journal import Growth, WriteBatch, WritePlan
+from softdb.table.journal import WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
 from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable
 from softdb.table.usage import keep_sum_dtype, reset_counters
@@ -228,7 +228,7 @@ class RowStorage(nn.Module):
 
     # -- writing: callers have checked their arguments -------------------------------------------------------
 
-    def plan(self, batch: WriteBatch, growth: Growth | None = None) -> WritePlan:
+    def plan(self, batch: WriteBatch) -> WritePlan:
         """Work out what a batch does, and change nothing."""
         incoming, leaving, device = len(batch.ids), batch.leaving, self.ids.device
         placed, gone, free, id_hash = NO_SLOTS, NO_SLOTS, self.free, self.id_hash
@@ -241,7 +241,6 @@ class RowStorage(nn.Module):
         written = torch.cat([batch.slots, placed]) if incoming else batch.slots
         fresh = torch.cat([batch.slots, placed]) if batch.afresh else placed
         changed = torch.cat([leaving, written]).unique() if len(leaving) else written
-        generation = self.generation if growth is None else growth.buffers["generation"]
         is_use = len(written) > 0 and (batch.keys is not None or batch.values is not None)
         reading = self.clock.now if self.evict == "lru" and is_use else None
         added_at = None
@@ -249,12 +248,11 @@ class RowStorage(nn.Module):
             added_at = torch.arange(self.clock.now, self.clock.now + incoming, device=device)
         return WritePlan(
             batch=batch,
-            growth=growth,
             placed=placed,
             written=written,
             gone=gone,
             fresh=fresh,
-            generation=generation[fresh.to(device)] + 1,
+            generation=self.generation[fresh.to(device)] + 1,
             changed=changed,
             keys_change=batch.keys is not None or incoming > 0 or len(leaving) > 0,
             free=free,

@@ -170,8 +170,6 @@ class Table:
     def apply(self, plan: WritePlan) -> None:
         """Apply a plan to rows, keys, values and gradients: once or again, to the same end."""
         batch = plan.batch
-        if plan.growth is not None:
-            self.install(plan.growth)
         self.rows.apply_plan(plan)
         if len(batch.leaving):
             self._drop_gradients(batch.leaving)

@@ -15,6 +15,34 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, DeviceError, DtypeError, DuplicateIdError, NonFiniteError, ShapeError
 
+__all__ = [
+    "FLOATS",
+    "FLOAT_NAMES",
+    "INTEGERS",
+    "broadcasts",
+    "check_above_zero",
+    "check_choice",
+    "check_dense",
+    "check_device",
+    "check_dtype",
+    "check_finite",
+    "check_float_tensor",
+    "check_ids",
+    "check_not_meta",
+    "check_number",
+    "check_positive",
+    "check_real",
+    "check_shape",
+    "check_temperature",
+    "check_unique",
+    "check_vector",
+    "check_whole",
+    "describe",
+    "is_finite",
+    "is_out_of_memory",
+    "list_ids",
+]
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

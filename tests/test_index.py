@@ -1163,3 +1163,12 @@ def test_a_query_that_is_refused_tunes_no_index() -> None:
     fresh.read(queries, "topk", k=10)
     assert store.index_stats().nprobe == fresh.index_stats().nprobe
     assert store.index_stats().recall == fresh.index_stats().recall
+
+
+def test_an_index_of_double_precision_is_built_where_norm_outliers_are_looked_for() -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(8, 3, metric="dot", index="IVF32,Flat", dtype=torch.float64)
+    store.add(torch.randn(17_000, 8), torch.randn(17_000, 3))
+    store.read(torch.randn(64, 8, dtype=torch.float64), "topk", k=4)
+    stats = store.index_stats()
+    assert (stats.error, stats.factory) == (None, "IVF32,Flat")

@@ -20,6 +20,7 @@ import softdb
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 MODULES = [info.name for info in pkgutil.iter_modules(softdb.__path__)]
+NESTED = [info.name for info in pkgutil.walk_packages(softdb.__path__, "softdb.") if info.name != "softdb.__main__"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,11 +37,12 @@ def test_all_is_exactly_what_is_public() -> None:
     assert {"SoftKVStore", "IndexConfig", "Read", "functional", "optim", "errors"} <= set(softdb.__all__)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", NESTED)
 def test_every_module_says_what_it_offers(module: str) -> None:
-    loaded = importlib.import_module(f"softdb.{module}")
+    loaded = importlib.import_module(module)
     assert loaded.__doc__
-    for name in loaded.__all__:
+    is_bare = hasattr(loaded, "__path__") and not Path(str(loaded.__file__)).read_text().count("import")
+    for name in () if is_bare else loaded.__all__:
         assert hasattr(loaded, name)
 
 

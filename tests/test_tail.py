@@ -252,6 +252,7 @@ def test_lists_make_a_tail_better_and_stay_unbiased_while_rows_change(trainable:
         errors()
     flat, _ = clustered(6000)
     flat._index = softdb.index.manager.IndexManager(softdb.IndexConfig("Flat"), "dot", 16, moving=False)
+    flat._assemble()
     store = flat
     assert with_lists[0] < 0.8 * errors()[0]
 

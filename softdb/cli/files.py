@@ -14,6 +14,8 @@ from softdb._checks import FLOATS, describe, is_out_of_memory
 from softdb.errors import ArgumentError
 from softdb.store import SoftKVStore
 
+__all__ = ["read_array", "read_store"]
+
 Loaded = TypeVar("Loaded")
 
 

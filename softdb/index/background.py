@@ -6,6 +6,8 @@ import threading
 
 from softdb.index.builder import BuildPlan, BuildResult, run_build
 
+__all__ = ["BackgroundBuild"]
+
 
 class BackgroundBuild:
     """Build a base in a thread of its own, from a plan."""

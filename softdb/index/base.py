@@ -29,6 +29,8 @@ from softdb.index.policy import IndexPolicy
 from softdb.index.visibility import EntryVisibility
 from softdb.table.slots import resized
 
+__all__ = ["Base"]
+
 # Train an IVF base again when it has this many times the rows that its lists were trained for, or when its lists have
 # become this many times less even.
 OUTGROWN_RATIO, IMBALANCE_RATIO = 4, 2

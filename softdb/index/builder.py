@@ -30,6 +30,8 @@ from softdb.index.recent_queries import TUNING_QUERIES, RecentQueries
 from softdb.index.tuning import tune_base
 from softdb.table.storage import RowStorage
 
+__all__ = ["MAX_NORM", "BuildPlan", "BuildResult", "plan_build", "reason_of", "rows_to_train", "run_build"]
+
 # IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
 LISTS_PER_SQRT_ROW = 4
 

@@ -12,6 +12,23 @@ from torch.nn import functional as F
 
 import faiss
 
+__all__ = [
+    "accepts_parameters",
+    "apply_transforms",
+    "core_of",
+    "distance_to",
+    "faiss_metric",
+    "get_search_width",
+    "ivf_of",
+    "make_search_parameters",
+    "movable_ivf_of",
+    "parts_of",
+    "quantizers_of",
+    "set_search_width",
+    "to_array",
+    "to_vectors",
+]
+
 # Attributes under which FAISS's indexes hold other indexes, and the quantizers of their codes.
 INNER_INDEX_NAMES = ("index", "base_index", "refine_index", "quantizer", "storage")
 

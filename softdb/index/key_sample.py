@@ -8,6 +8,8 @@ from torch import Tensor
 from softdb.index.base import Base
 from softdb.table.storage import RowStorage
 
+__all__ = ["KeySample"]
+
 # The keys of this many rows are compared before each search.
 SAMPLE_ROWS = 64
 

@@ -12,6 +12,8 @@ from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.metrics import compute_dtype
 
+__all__ = ["FURTHEST", "ListLayout", "list_importance"]
+
 # Lower bound of a row's score, in nats below the best candidates.
 FURTHEST = 75.0
 

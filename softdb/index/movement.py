@@ -8,6 +8,8 @@ from torch import Tensor
 from softdb.index.faiss_parts import distance_to, to_vectors
 from softdb.table.slots import resized
 
+__all__ = ["KeyMovement"]
+
 # A row's list is chosen again when the row has moved this far since, or this far at once, in units of the scale.
 LIST_TOLERANCE, JUMP_TOLERANCE = 1.0, 0.25
 

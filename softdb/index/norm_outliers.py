@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from softdb.filters import Selection
+from softdb.scoring.metrics import compute_dtype
+
+__all__ = ["OUTLIER_METRICS", "find_norm_outliers"]
 
 # Metrics by which a long key scores high for queries far from it.
 OUTLIER_METRICS = ("dot", "scaled_dot")
@@ -23,7 +26,7 @@ MEDIAN_ROWS = 2**14
 
 def find_norm_outliers(keys: Tensor, selection: Selection) -> Tensor:  # (capacity, d) -> (m,)
     """Find the slots of the rows with outstanding norms, the longest first."""
-    norms = torch.linalg.vector_norm(keys[: selection.size], dim=-1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(keys[: selection.size], dim=-1, dtype=compute_dtype(keys))
     if selection.shared is not None:
         norms[~selection.shared] = 0.0
         median = norms[selection.shared][:: max(1, selection.shared_count // MEDIAN_ROWS)].median()

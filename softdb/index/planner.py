@@ -8,6 +8,8 @@ from softdb.filters import Selection
 from softdb.index.base import Base
 from softdb.table.storage import RowStorage
 
+__all__ = ["approximate_is_cheaper", "plan_search_width"]
+
 # A sample of queries shows no recall nearer to 1 than by this.
 MIN_MISSED_SHARE = 1e-4
 

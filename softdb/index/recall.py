@@ -15,6 +15,8 @@ from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
 
+__all__ = ["MeasuredRecall", "RecallSample"]
+
 # A candidate that scores this much worse than the k-th best row, relatively, ties with it.
 TIE_TOLERANCE = 1e-5
 

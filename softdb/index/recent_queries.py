@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["TUNING_QUERIES", "RecentQueries"]
+
 # Recent queries that are kept, and that a search width is tuned on.
 TUNING_QUERIES = 256
 

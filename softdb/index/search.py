@@ -16,6 +16,8 @@ from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.table.storage import RowStorage
 
+__all__ = ["Found", "SearchTask", "complete_candidates", "find_candidates", "search_exactly"]
+
 # A filter by a rule leaves an unknown share of the rows: ask for this many times the candidates.
 RULE_CANDIDATES_FACTOR = 4
 

@@ -25,7 +25,10 @@ from softdb.index.policy import IndexPolicy
 from softdb.index.recall import MeasuredRecall, RecallSample
 from softdb.index.recent_queries import TUNING_QUERIES, RecentQueries
 from softdb.index.search import SearchTask, find_candidates
+from softdb.scoring.metrics import compute_dtype
 from softdb.table.storage import RowStorage
+
+__all__ = ["CHECKING_QUERIES", "check_recent_queries", "tune_base"]
 
 # Queries that a recall is checked on again.
 CHECKING_QUERIES = 64
@@ -180,7 +183,7 @@ def tune_base(
         base.checking_share = min(max(share, least), most)
     count = level.outliers
     shortest = longest[count - 1 : count] if count else longest[:1]
-    norm = torch.linalg.vector_norm(keys[shortest], dtype=torch.float32)
+    norm = torch.linalg.vector_norm(keys[shortest], dtype=compute_dtype(keys))
     base.outlier_norm = float(norm) if len(shortest) else math.inf
     base.norm_outliers, base.outlier_count = longest[:count].sort().values.cpu(), count
     base.hide(base.norm_outliers)

@@ -29,6 +29,8 @@ from softdb.index.recent_queries import RecentQueries
 from softdb.index.tuning import CHECKING_QUERIES, tune_base
 from softdb.table.storage import RowStorage
 
+__all__ = ["IndexCosts", "IndexUpkeep"]
+
 # Bypass the base when a step has moved this share of the rows: exact searches are cheaper then than to follow.
 BYPASS_SHARE = 1 / 4
 

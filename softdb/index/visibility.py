@@ -10,6 +10,8 @@ from torch import Tensor
 
 import faiss
 
+__all__ = ["EntryVisibility"]
+
 
 class EntryVisibility:
     """Hold the visible entries of a base index as the bitmap that FAISS takes.

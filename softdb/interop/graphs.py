@@ -11,6 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import SecondDerivativeError
 
+__all__ = ["count_read_in_graph", "refuse_second_derivative"]
+
 # How often the tables of graphs that are being traced are read there, by the tensors that stand for them.
 _reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

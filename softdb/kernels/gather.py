@@ -14,6 +14,17 @@ from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.table.gradients import row_sparse
 
+__all__ = [
+    "Places",
+    "blend_at",
+    "blend_back",
+    "gather_rows",
+    "gathered_scores",
+    "products_at",
+    "scores_at",
+    "weighted_sum",
+]
+
 
 class Places:
     """Rows of a table, by number, -1 at padding: (M, k), to be gathered from one table or several."""

@@ -19,6 +19,8 @@ from softdb.kernels.tiling import Tiles, Tiling
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.metrics import prepare_keys, prepare_keys_backward
 
+__all__ = ["BestRows", "ReadSpec", "check_scores", "full_precision", "query_numbers"]
+
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 

@@ -11,6 +11,8 @@ from softdb._checks import check_above_zero, check_choice
 from softdb.errors import ArgumentError, DtypeError
 from softdb.reading.result import Read
 
+__all__ = ["Readable", "check_draws", "chosen_of", "given_list", "progress", "temperatures_of"]
+
 T = TypeVar("T")
 
 

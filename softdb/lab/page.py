@@ -73,7 +73,9 @@ def write_page(
     After an error nothing has been written.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from softdb import SoftKVStore
         >>> store = SoftKVStore(key_dim=2, value_dim=1)
         >>> ids = store.add(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0], [2.0]]))
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+__all__ = ["DASHES", "MODES", "Setting", "figures", "measured_table"]
+
 MOST_TICKS = 6
 
 

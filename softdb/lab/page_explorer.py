@@ -13,6 +13,8 @@ from torch import Tensor
 from softdb.errors import ArgumentError
 from softdb.store import SoftKVStore
 
+__all__ = ["BINS", "PageSizes", "explorer_of"]
+
 SHOWN = 12  # rows with a bar of their own
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from softdb.errors import ArgumentError, MissingPackageError
 from softdb.lab.tables import shortened
 
+__all__ = ["cooling_axis", "drawn_name", "figure_of", "shade"]
+
 
 def figure_of(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
     """Return a matplotlib figure of a size in inches, for a file of the path's kind."""

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+__all__ = ["Columns", "Printed", "aligned", "shortened"]
+
 
 class Printed:
     """What prints itself."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from softdb.errors import DtypeError, ShapeError
 
+__all__ = ["check_gradient"]
+
 
 def check_gradient(parameter: Tensor) -> None:
     """Raise unless a gradient is dense or row-sparse, real, and of the right shape."""

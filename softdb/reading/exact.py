@@ -19,6 +19,8 @@ from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.reading.topk import read_candidates
 from softdb.scoring.normalizers import SPARSE, is_hard, straight_through
 
+__all__ = ["read_exactly"]
+
 # How many of the best rows are looked at for those that a sparse normalizer gives weight, and how many times as many
 # where that was not enough.
 FIRST_REACH, FURTHER = 32, 8

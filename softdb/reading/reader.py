@@ -121,8 +121,8 @@ class Reader:
         """
         table, store = self._table, self._table.module
         check_float_tensor("query", query, (-1, table.config.key_dim), store.keys.device)
-        if not store.training:
-            options = replace(options, normalizer=in_eval_mode(options.normalizer))
+        if not store.training and in_eval_mode(options.normalizer) != options.normalizer:  # then nothing is drawn
+            options = replace(options, normalizer=in_eval_mode(options.normalizer), generator=None)
 
         def read() -> Read:
             answer = self.answer(query, options, lent)

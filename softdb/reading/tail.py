@@ -118,7 +118,7 @@ def _with_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample
     rows = _rows(sample, tables, spec, query.requires_grad)
     nothing = read.lse == -torch.inf  # where there are no candidates, there are no rows
     shift = read.lse.detach().masked_fill(nothing, 0.0)
-    found, height = [], spec.tiling.elements // CHUNK_ROWS
+    found, height = [], max(1, spec.tiling.elements // CHUNK_ROWS)
     for start in range(0, max(1, len(query)), height):
         part = slice(start, min(start + height, len(query)))
         hidden = _Hidden.of(sample, spec, cast(Tensor, read.ids), part)

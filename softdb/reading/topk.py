@@ -11,6 +11,8 @@ from softdb.reading.result import Read
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_through
 
+__all__ = ["read_candidates"]
+
 
 def read_candidates(
     query: Tensor,

@@ -14,6 +14,8 @@ from softdb.snapshot.hashing import THREADS, Threads
 from softdb.snapshot.lock import directory_of
 from softdb.snapshot.reader import check_hash, check_size_and_header, is_replaced, open_file, read_manifest
 
+__all__ = ["Examination", "FileState", "examine_snapshot"]
+
 
 class FileState(NamedTuple):
     """A file of a snapshot, as the manifest describes it, and what is wrong with it, if anything."""

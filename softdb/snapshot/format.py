@@ -12,6 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "ALIGNMENT",
+    "DAMAGE",
+    "DATA_FILE",
+    "DRAFT",
+    "DTYPES",
+    "DTYPE_OF",
+    "FORMAT",
+    "LOCK",
+    "MANIFEST",
+    "Entry",
+    "Sizes",
+    "bytes_of",
+    "is_name",
+]
+
 FORMAT = 1
 
 

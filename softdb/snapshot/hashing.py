@@ -11,6 +11,8 @@ from typing import Any
 
 from softdb.snapshot.format import Sizes
 
+__all__ = ["THREADS", "Digest", "Threads", "hash_of"]
+
 # So many threads write and hash, or read and hash; and so many chunks wait for one, or are under way, at the most.
 THREADS = min(4, os.cpu_count() or 1)
 

@@ -15,6 +15,8 @@ from softdb.errors import ArgumentError, DtypeError, LockedError, UnsupportedSys
 from softdb.processes import run_in_forked_children
 from softdb.snapshot.format import LOCK, MANIFEST
 
+__all__ = ["directory_of", "locked", "sync_directory"]
+
 # How often somebody who waits for a lock looks again.
 PATIENCE = 0.02
 

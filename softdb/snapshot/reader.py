@@ -32,6 +32,8 @@ from softdb.snapshot.format import (
 from softdb.snapshot.hashing import THREADS, Digest, Threads, hash_of
 from softdb.snapshot.lock import directory_of
 
+__all__ = ["check_hash", "check_size_and_header", "is_replaced", "open_file", "read_manifest", "read_snapshot"]
+
 
 def read_snapshot(
     path: str | os.PathLike[str], *, mapped: Collection[str] = (), verify: bool = True

@@ -29,6 +29,8 @@ from softdb.snapshot.format import (
 from softdb.snapshot.hashing import THREADS, Digest, Threads, hash_of
 from softdb.snapshot.lock import sync_directory
 
+__all__ = ["write_snapshot"]
+
 LARGEST = 10**18 - 1  # generation that these names have room for
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["ChangeLog", "TensorState", "state_of", "version_of"]
+
 
 class TensorState(NamedTuple):
     """What changes when torch writes to a table; by reference, since another table may get the number of a dead one."""

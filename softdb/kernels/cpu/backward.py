@@ -22,6 +22,8 @@ from softdb.kernels.cpu.products import (
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiles
 
+__all__ = ["Saved", "check_same_rule", "gradients_in_blocks", "once_only"]
+
 
 class Saved(NamedTuple):
     """What backward needs, as in `Blend`.

@@ -16,6 +16,8 @@ from softdb.kernels.cpu.topk import best_of_block
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores, full_precision
 from softdb.kernels.tiling import Tiling
 
+__all__ = ["DenseRead", "read_densely"]
+
 
 class DenseRead(torch.autograd.Function):
     """The same as `_ExactRead`, where all scores make one small tile: made at once, and the weights are kept.

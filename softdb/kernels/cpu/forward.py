@@ -27,6 +27,8 @@ from softdb.kernels.cpu.topk import BestSoFar
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores
 from softdb.kernels.tiling import Tiles
 
+__all__ = ["read_in_blocks"]
+
 # Where no score can be as large as this, none overflows.
 LARGEST = 1e38
 

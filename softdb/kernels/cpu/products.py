@@ -12,6 +12,21 @@ from softdb.filters import Block
 from softdb.kernels.tiling import GROUP, Tiling
 from softdb.transforms import check_not_batched
 
+__all__ = [
+    "SMALLEST_WEIGHT",
+    "BlockRows",
+    "Product",
+    "add_product",
+    "cut_weights",
+    "exponentials",
+    "grouped",
+    "product_in_runs",
+    "put_product",
+    "repeated_queries",
+    "split_rows",
+    "zero_for_hidden",
+]
+
 # Below as many multiplications torch leaves a product to a kernel of its own.
 SMALL_PRODUCT = 512
 

@@ -12,6 +12,8 @@ from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec, full_precision
 from softdb.kernels.tiling import GROUP
 
+__all__ = ["BestSoFar", "best_of_block", "exact_top_k", "small_block", "top_k", "top_of_block"]
+
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
     """``torch.topk(scores, k)``, except that among equal scores the lowest index wins and comes first."""

@@ -20,7 +20,7 @@ import softdb
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
 MODULES = [info.name for info in pkgutil.iter_modules(softdb.__path__)]
-NESTED = [info.name for info in pkgutil.walk_packages(softdb.__path__, "softdb.") if info.name != "softdb.__main__"]
+NESTED = [info.name for info in pkgutil.walk_packages(softdb.__path__, "softdb.") if not info.name.endswith("__main__")]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -735,7 +735,8 @@ class SoftKVStore(ModuleWithProperties):
         with self.writing():  # nothing is left unfinished
             pass
         made = ("_access", "_writer", "_reader", "_handle")
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
+        return state | {"_table": copy.copy(self._table)}  # which refers to its own store
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

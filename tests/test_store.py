@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -1507,3 +1508,14 @@ def test_settings_that_the_tensors_depend_on_cannot_be_assigned(name: str, value
     with pytest.raises(softdb.ArgumentError, match=f"{name}: expected .*, which the store was made with"):
         setattr(store, name, value)
     setattr(store, name, getattr(store, name))
+
+
+def test_a_shallow_copy_leaves_the_store_usable_when_it_is_gone() -> None:
+    store = rows_of_ones()
+    copied = copy.copy(store)
+    assert torch.equal(copied(torch.ones(4)), store(torch.ones(4)))
+    del copied
+    gc.collect()
+    store.add(torch.ones(1, 4), torch.ones(1, 3))
+    assert len(store) == 7
+    store._check()

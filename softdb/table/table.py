@@ -69,9 +69,7 @@ class Table:
         self._module = weakref.ref(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_module"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "_module"}
 
     # -- the tensors -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from softdb.index.manager import IndexManager
 from softdb.interop.compile import new_handle
 from softdb.interop.ddp import is_asked_by_ddp, stand_in
 from softdb.interop.module import check_assigned, check_not_deleted, convert, describe_store, replace_tensor
-from softdb.interop.pickling import send_copies
-from softdb.interop.reads import read, recompute_pruned
+from softdb.interop.pickling import replicated, send_copies
+from softdb.interop.pruning import recompute_pruned
+from softdb.interop.reads import read
 from softdb.interop.state_dict import load_state
 from softdb.reading.audit import Audit, compare_reads
 from softdb.reading.options import Mode, ReadOptions
@@ -163,15 +164,14 @@ class SoftKVStore(ModuleWithProperties):
                 self.register_parameter(name, nn.Parameter(table))
             else:
                 self.register_buffer(name, table)
-        rows = RowStorage(
-            config.fields, device, capacity=config.capacity or 0, evict=evict, track_usage=config.track_usage
-        )
+        rows = RowStorage(config.fields, device, capacity=config.capacity or 0, evict=evict, track_usage=track_usage)
         self._open_reads = OpenReads()
         self._table = Table(self, rows, config, self._open_reads)
         self.rows = rows
         index_config = IndexConfig(index) if isinstance(index, str) else index
         self._index = IndexManager(index_config, metric, self.key_dim, moving=self.trainable)
         self._assemble()
+        self._table.record_versions()
 
     def _assemble(self) -> None:
         """Make what works on the table and the index: of a new store, or of a copy."""
@@ -180,7 +180,6 @@ class SoftKVStore(ModuleWithProperties):
         self._writer = Writer(self._table, self._access)
         self._reader = Reader(self._table, self._access, self._index, self._open_reads)
         self._handle = new_handle(self)
-        self._table.record_versions()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("keys", "values") and "rows" in self.__dict__.get("_modules", ()):
@@ -642,7 +641,8 @@ class SoftKVStore(ModuleWithProperties):
 
     # -- many readers, one writer ----------------------------------------------------------------------------
 
-    def writing(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def writing(self) -> Iterator[None]:
         """Let no other thread read until the block ends, so that all that is written in it is seen at once.
 
         Reads in several threads, beside one that writes by `add`, `put`, `update`, `revive`, `delete` or a step of
@@ -658,7 +658,8 @@ class SoftKVStore(ModuleWithProperties):
             ...     old = store.add(torch.eye(4), torch.ones(4, 2))
             ...     store.delete(old[:2])
         """
-        return self._access.writing()
+        with self._access.writing():
+            yield
 
     def _check(self) -> None:
         """Raise a RuntimeError that names what is not as it has to be, if anything: for tests."""
@@ -731,6 +732,9 @@ class SoftKVStore(ModuleWithProperties):
             load = super()._load_from_state_dict
             load_state(self._table, load, self._is_strict, state_dict, prefix, local_metadata, *args)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        return replicated(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> dict[str, Any]:
         with self.writing():  # nothing is left unfinished
             pass
@@ -741,6 +745,7 @@ class SoftKVStore(ModuleWithProperties):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._assemble()
+        self._table.record_versions()
 
     @without_transforms
     @torch.inference_mode(False)

@@ -7,7 +7,7 @@ import gc
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -1519,3 +1519,46 @@ def test_a_shallow_copy_leaves_the_store_usable_when_it_is_gone() -> None:
     store.add(torch.ones(1, 4), torch.ones(1, 3))
     assert len(store) == 7
     store._check()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_pickles_a_store(protocol: int) -> None:
+    store = pickle.loads(pickle.dumps(rows_of_ones(), protocol=protocol))
+    assert store(torch.ones(4)).tolist() == [1.0, 1.0, 1.0]
+    store.add(torch.ones(1, 4), torch.ones(1, 3))
+    store._check()
+
+
+def test_a_store_lives_while_it_is_written_to() -> None:
+    writing = rows_of_ones().writing()
+    gc.collect()
+    with writing:
+        pass
+
+
+def test_a_replica_of_data_parallel_reads_its_own_tensors() -> None:
+    store = SoftKVStore(2, 1, trainable=True)
+    store.add(torch.eye(2), torch.ones(2, 1))
+    replica = store._replicate_for_data_parallel()
+    replica.keys, replica.values = store.keys * 1.0, store.values * 2.0
+    assert replica(torch.ones(2)).item() == 2.0
+    assert store(torch.ones(2)).item() == 1.0
+
+
+def test_a_top_k_read_within_an_exact_one_sees_the_rows_that_were_loaded() -> None:
+    torch.manual_seed(0)
+    index = softdb.IndexConfig("IVF32,Flat", recall=1.0)
+    store, other = (SoftKVStore(8, 1, metric="l2", index=index) for _ in range(2))
+    store.add(torch.randn(5000, 8), torch.randn(5000, 1))
+    other.add(torch.randn(4000, 8), torch.randn(4000, 1))
+    query = torch.randn(64, 8)
+    store.read(query, "topk", k=3)
+    store.load_state_dict(other.state_dict())
+    found = []
+
+    def where(row: Mapping[str, Tensor]) -> Tensor:
+        found.append(store.read(query, "topk", k=3).ids)
+        return row["id"] >= 0
+
+    wanted = store.read(query, k=3, where=where).ids
+    assert torch.equal(found[0], wanted)

@@ -751,3 +751,15 @@ def test_compiled_transforms() -> None:
     torch.testing.assert_close(torch.autograd.grad(answer.sin().sum(), inputs)[0], wanted)
     found = torch.compile(vmap(grad(lambda x: store(x).sin().sum())), backend="aot_eager")(queries)
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_read_that_a_subclass_overrides_is_called_once_under_a_transform() -> None:
+    class Doubling(SoftKVStore):
+        def read(self, query: Tensor, *args: Any, **options: Any) -> Any:
+            return super().read(2 * query, *args, **options)
+
+    store = Doubling(2, 1)
+    store.add(torch.eye(2), torch.tensor([[1.0], [2.0]]))
+    queries = torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    eager = torch.stack([store.read(query).values for query in queries])
+    torch.testing.assert_close(torch.vmap(lambda query: store.read(query).values)(queries), eager)

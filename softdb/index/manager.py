@@ -27,6 +27,7 @@ import faiss
 
 from softdb.errors import ArgumentError
 from softdb.filters import Selection
+from softdb.index.background import BackgroundBuild
 from softdb.index.base import Base
 from softdb.index.builder import reason_of, rows_to_train
 from softdb.index.config import IndexConfig, IndexStats
@@ -144,20 +145,18 @@ class IndexManager:
         return self._upkeep.queries.latest
 
     @property
-    def is_building(self) -> bool:
-        """Whether a background build is under way, or waits to be adopted."""
-        return self._upkeep.background is not None
-
-    def wait_for_build(self) -> None:
-        """Wait for a build in the background, without adopting it."""
-        background = self._upkeep.background
-        if background is not None:
-            background.wait()
+    def background(self) -> BackgroundBuild | None:
+        """The background build that is under way, or waits to be adopted."""
+        return self._upkeep.background
 
     @property
     def _is_interrupted(self) -> bool:
         """Whether a signal handler has interrupted a change by this thread."""
         return bool(self._lock._is_owned())
+
+    def _base_of(self, rows: RowStorage) -> Base | None:
+        """Return the base that searches of ``rows`` may use, which have kept their slots since it was built."""
+        return self.base if rows.layout == self._layout else None
 
     # -- searching -------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class IndexManager:
             return Found(search_exactly(task), True, 1.0)
         selection = spec.selection
         with self._lock, torch.inference_mode(False):
-            upkeep, base = self._upkeep, self.base
+            upkeep, base = self._upkeep, self._base_of(rows)
             upkeep.queries.record_once(task.query, k)
             if upkeep.is_bypassed:
                 upkeep.bypassed_queries += len(query)
@@ -201,14 +200,14 @@ class IndexManager:
 
     def approximates(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
         """Test whether a search for k rows of each query would be approximate."""
-        base = self.base
+        base = self._base_of(rows)
         return base is not None and approximate_is_cheaper(base, rows, selection, k, queries)
 
-    def list_layout(self, keys: Tensor, size: int) -> ListLayout | None:
+    def list_layout(self, rows: RowStorage, keys: Tensor, size: int) -> ListLayout | None:
         """Return the layout of the slots below ``size``; None without lists."""
         interrupted = self._is_interrupted
         with self._lock, torch.inference_mode(False):
-            base = self.base
+            base = self._base_of(rows)
             return None if base is None or interrupted else base.list_layout(keys, size)
 
     # -- following the rows ----------------------------------------------------------------------------------

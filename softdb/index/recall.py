@@ -10,7 +10,6 @@ from torch import Tensor
 
 from softdb.filters import Selection
 from softdb.kernels.backend import backend_for
-from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
@@ -58,7 +57,8 @@ class RecallSample:
 
     def hits(self, found: Tensor) -> Tensor:  # (m, c) -> (m, c) bool
         """Test which candidates are as good as the k best rows."""
-        return (scores_at(self.operand, self._keys, found, self.spec) >= self._worst) & (found >= 0)
+        scores = backend_for(self.operand).scores_at(self.operand, self._keys, found, self.spec)
+        return (scores >= self._worst) & (found >= 0)
 
     def measure(self, hits: Tensor) -> MeasuredRecall:  # (m,): of each query
         """Measure the recall from the number of hits of each query."""

@@ -12,7 +12,6 @@ from softdb.index.base import Base
 from softdb.index.faiss_parts import to_array, to_vectors
 from softdb.kernels.backend import backend_for
 from softdb.kernels.cpu.topk import top_k
-from softdb.kernels.gather import scores_at
 from softdb.kernels.spec import ReadSpec
 from softdb.table.storage import RowStorage
 
@@ -74,7 +73,8 @@ def find_candidates(  # (m,) -> (B, up to k)
         )
     if found.shape[-1] <= k:
         return found
-    return found.gather(-1, top_k(scores_at(task.operand, task.keys, found, spec), k)[1])
+    scores = backend_for(task.operand).scores_at(task.operand, task.keys, found, spec)
+    return found.gather(-1, top_k(scores, k)[1])
 
 
 def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)

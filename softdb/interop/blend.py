@@ -11,7 +11,8 @@ from torch import Tensor
 from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
-from softdb.kernels.gather import blend_at, blend_back, products_at, weighted_sum
+from softdb.kernels.backend import backend_for
+from softdb.kernels.gather import blend_back, products_at, weighted_sum
 from softdb.processes import note_openmp
 from softdb.transforms import has_batched, is_active, is_forward_mode, outside_of_transforms, samples_first
 
@@ -22,7 +23,7 @@ __all__ = ["blend"]
 def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
     note_openmp()
     _check_weights(weights)
-    return blend_at(weights, values, numbers)
+    return backend_for(weights).blend_at(weights, values, numbers)
 
 
 def _check_weights(weights: Tensor) -> None:

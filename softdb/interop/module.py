@@ -16,13 +16,20 @@ from softdb.table.overwrites import check_own_ids
 from softdb.table.table import Table
 from softdb.transforms import plain
 
-__all__ = ["FIXED", "check_assigned", "check_not_deleted", "convert", "describe_store", "replace_tensor"]
+__all__ = [
+    "FIXED",
+    "check_assigned",
+    "check_not_deleted",
+    "convert",
+    "describe_store",
+    "replace_tensor",
+]
 
 # What cannot be assigned once the store is made: its tensors and its index are laid out by them.
 FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
 
 
-def check_assigned(module: nn.Module, name: str, value: Any) -> Any:
+def check_assigned(module: Any, name: str, value: Any) -> Any:
     """Return what may be assigned to an attribute of a store, or raise."""
     if name == "temperature":
         value = plain(name, value)
@@ -38,6 +45,8 @@ def check_assigned(module: nn.Module, name: str, value: Any) -> Any:
                 f"{name}: expected {own!r}, which the store was made with, got {describe(value)}; make another "
                 f"store with {name}=..."
             )
+    if name == "rows" and "_table" in module.__dict__:
+        module._table.rows = value  # of a replica of DataParallel
     return value
 
 

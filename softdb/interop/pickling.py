@@ -1,4 +1,4 @@
-"""Stores on their way to another process."""
+"""Stores on their way to another process or device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["send_copies"]
+__all__ = ["replicated", "send_copies"]
 
 # The memory that a process has its store in, as long as that process exists.
 _copies: weakref.WeakKeyDictionary[Any, list[nn.Module]] = weakref.WeakKeyDictionary()
@@ -34,3 +34,10 @@ def _reduced(store: Any) -> Any:
     if process is not None:  # which takes over open files: they are not to be closed before it begins
         _copies.setdefault(process, []).append(sent)
     return sent.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def replicated(store: Any, replica: Any) -> Any:
+    """Give a replica of torch.nn.DataParallel, which copies attributes, a table of its own."""
+    replica.__dict__["_table"] = copy.copy(store._table)
+    replica._assemble()
+    return replica

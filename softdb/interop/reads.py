@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch import Tensor
 
 from softdb.errors import TransformError
 from softdb.filters import Where
 from softdb.interop.compile import read_in_graph
+from softdb.interop.pruning import recompute_pruned
 from softdb.interop.transformed import read_under_transform
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.result import Read
 from softdb.transforms import check_no_tangent, is_active, is_forward_mode, is_traced
 
-__all__ = ["read", "recompute_pruned"]
+__all__ = ["read"]
 
 
 def read(
@@ -63,10 +63,3 @@ def read(
     recompute_pruned(store)
     answer: Read = store._reader.run(query, options)
     return answer
-
-
-def recompute_pruned(module: nn.Module) -> None:
-    """Have pruning compute its tensors again, as it does before a forward."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            hook(module, ())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softdb._checks import check_float_tensor
 from softdb.errors import TransformError
+from softdb.interop.pruning import recompute_pruned
 from softdb.reading.options import ReadOptions
 from softdb.reading.result import Read, answer_of, leaves_of, read_of
 from softdb.transforms import Answer, Operands, is_wrapped, outside_of_transforms, read_opaquely
@@ -54,7 +55,8 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
             lent = {"keys": own_keys, "values": own_values}
             read = store._reader.run(own_query, ReadOptions(**chosen), lent)
         else:
-            read = store.read(own_query, **chosen)
+            recompute_pruned(store)
+            read = store._reader.run(own_query, ReadOptions(**chosen))
         return answer_of(read, own)
 
     fold = fold_no_samples if callable(options["where"]) else fold_queries

@@ -295,7 +295,7 @@ class Reader:
         selection = spec.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
-        layout = None if "keys" in view.lent else view.index.list_layout(view.keys.detach(), selection.size)
+        layout = None if "keys" in view.lent else view.index.list_layout(view.rows, view.keys.detach(), selection.size)
         importance = None
         if layout is not None:
             importance = list_importance(layout, operand, spec, cast(Tensor, read.scores), read.lse)

@@ -73,11 +73,8 @@ class OpenReads:
     def __bool__(self) -> bool:
         return any(token() is not None for token in self._tokens)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        OpenReads.__init__(self)
+    def __reduce__(self) -> tuple[type[OpenReads], tuple[()]]:
+        return OpenReads, ()  # no read of a copy is open
 
     def attach(self, read: Read, rows: RowStorage, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
         """Return ``read``, such that its backward first checks the rows it used.

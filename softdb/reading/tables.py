@@ -11,9 +11,6 @@ from softdb.kernels.gather import Places, gather_rows
 
 __all__ = ["Tables", "choose", "one_hot_first"]
 
-# From one of so many rows on, a sample is the start of a permutation of all.
-MANY_DRAWS = 8
-
 
 @dataclass(frozen=True)
 class Tables:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softdb.kernels.gather import Places, blend_at, gathered_scores, scores_at, weighted_sum
+from softdb.kernels.backend import backend_for
+from softdb.kernels.gather import Places, gathered_scores, weighted_sum
 from softdb.kernels.spec import ReadSpec, check_scores, query_numbers
 from softdb.reading.result import Read
 from softdb.reading.tables import Tables, choose, one_hot_first
@@ -39,7 +40,7 @@ def read_candidates(
         scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
         scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
     else:
-        scores = scores_at(query, tables.keys, places.numbers, spec)
+        scores = backend_for(query).scores_at(query, tables.keys, places.numbers, spec)
     if spec.noise is not None:
         numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
@@ -55,7 +56,7 @@ def read_candidates(
         if wanted:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
-        blend = blend_at(weights, tables.values, places.numbers)
+        blend = backend_for(weights).blend_at(weights, tables.values, places.numbers)
     else:
         blend = _blend(weights, tables, places, spec.dtype)
     rows = rows.gather(-1, order)

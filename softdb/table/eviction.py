@@ -43,11 +43,11 @@ class EvictionClock:
         self.now = 0
         self._queue: tuple[Tensor, Tensor] | None = None  # slots and readings when queued, the first to go first
 
-    def restart(self, readings: Tensor | None, *, least: int = 0) -> None:
+    def restart(self, readings: Tensor | None) -> None:
         """Continue above ``readings``, with no queue."""
         self._queue = None
         if readings is not None:
-            self.now = max(least, int(readings.max()) + 1 if len(readings) else 0)
+            self.now = int(readings.max()) + 1 if len(readings) else 0
 
     def rows_to_evict(self, readings: Tensor, ids: Tensor, count: int, spared: Tensor) -> Tensor:  # (used,), (used,)
         """Return the slots of the ``count`` rows to evict, of equals the lowest; ``spared`` slots stay.

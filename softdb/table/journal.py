@@ -113,11 +113,8 @@ class Journal:
     def __init__(self) -> None:
         self._pending: Callable[[], None] | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        Journal.__init__(self)
+    def __reduce__(self) -> tuple[type[Journal], tuple[()]]:
+        return Journal, ()  # a copy has nothing to apply
 
     @property
     def is_empty(self) -> bool:

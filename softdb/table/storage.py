@@ -91,10 +91,10 @@ class RowStorage(nn.Module):
         super().__init__()
         self.fields = check_field_names(fields)
         self.evict = evict
-        self.track_usage = track_usage
+        self.track_usage = bool(track_usage)
         self.clock = EvictionClock(evict)
         clocks = () if self.clock.column is None else (self.clock.column,)
-        self.optional = (*clocks, "reads", "weight") if track_usage else clocks
+        self.optional = (*clocks, "reads", "weight") if self.track_usage else clocks
         self.columns = ("generation", *(f"field_{name}" for name in self.fields), *self.optional)
         self.saved = ("ids", "next_id", *self.columns)
         self.watched = ("ids", "next_id", "generation", "id_check", *clocks)

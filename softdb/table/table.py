@@ -76,7 +76,10 @@ class Table:
     @property
     def module(self) -> Any:
         """The module that owns the tensors."""
-        return self._module()
+        module = self._module()
+        if module is None:
+            raise ReferenceError("store: expected a store that is still in use; keep a reference to it")
+        return module
 
     @property
     def keys(self) -> Tensor:

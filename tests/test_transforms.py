@@ -763,3 +763,19 @@ def test_a_read_that_a_subclass_overrides_is_called_once_under_a_transform() -> 
     queries = torch.tensor([[1.0, 0.0], [0.0, 0.5]])
     eager = torch.stack([store.read(query).values for query in queries])
     torch.testing.assert_close(torch.vmap(lambda query: store.read(query).values)(queries), eager)
+
+
+def test_grad_of_a_pruned_store_is_that_of_autograd() -> None:
+    torch.manual_seed(0)
+    store = SoftKVStore(2, 1, trainable=True)
+    store.add(torch.eye(2), torch.tensor([[1.0], [2.0]]))
+    torch.nn.utils.prune.random_unstructured(store, "keys", amount=1)
+    query = torch.tensor([1.0, 0.5])
+
+    def loss(keys: Tensor) -> Tensor:
+        return functional_call(store, {"keys_orig": keys}, (query,)).sum()
+
+    leaf = store.keys_orig.detach().clone().requires_grad_()
+    wanted = torch.autograd.grad(loss(leaf), leaf)[0]
+    assert bool(wanted.any())
+    torch.testing.assert_close(grad(loss)(leaf.detach()), wanted)

@@ -27,7 +27,7 @@ from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager
 from softdb.interop.compile import new_handle
 from softdb.interop.ddp import is_asked_by_ddp, stand_in
-from softdb.interop.module import check_assigned, check_not_deleted, convert, describe_store, replace_tensor
+from softdb.interop.module import FIXED, check_assigned, check_not_deleted, convert, describe_store, replace_tensor
 from softdb.interop.pickling import replicated, send_copies
 from softdb.interop.pruning import recompute_pruned
 from softdb.interop.reads import read
@@ -150,7 +150,7 @@ class SoftKVStore(ModuleWithProperties):
     ) -> None:
         super().__init__()
         config = StoreConfig(key_dim, value_dim, metric, trainable, fields, capacity, evict, track_usage)
-        for name in ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict"):
+        for name in FIXED:
             setattr(self, name, getattr(config, name))
         self.temperature, self.sparse_grad = temperature, bool(sparse_grad)
         check_dtype(dtype)

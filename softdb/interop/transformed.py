@@ -51,12 +51,10 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
         own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
         arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
         chosen = options | {name: arguments[name] for name in names}
-        if is_lent:
-            lent = {"keys": own_keys, "values": own_values}
-            read = store._reader.run(own_query, ReadOptions(**chosen), lent)
-        else:
+        if not is_lent:
             recompute_pruned(store)
-            read = store._reader.run(own_query, ReadOptions(**chosen))
+        lent = {"keys": own_keys, "values": own_values} if is_lent else None
+        read = store._reader.run(own_query, ReadOptions(**chosen), lent)
         return answer_of(read, own)
 
     fold = fold_no_samples if callable(options["where"]) else fold_queries

@@ -10,7 +10,6 @@ from typing import Protocol, TypeVar
 import torch
 
 from softdb.errors import ReadOnlyError
-from softdb.table.journal import Outcome
 from softdb.table.overwrites import check_lent_buffers, compare_versions, follow_overwrites, is_unchanged
 from softdb.table.table import Table
 from softdb.transforms import is_active, outside_of_transforms
@@ -101,10 +100,6 @@ class Access:
             self._prepare(preparation)
             return action()
 
-    def commit(self, apply: Callable[[], None], outcome: Outcome) -> None:
-        """Apply a write, which the journal keeps until that is done."""
-        self._table.journal.commit(apply, outcome)
-
     def catch_up(self) -> None:
         """Apply a write that broke off, and follow what was written in place."""
         if is_active():
@@ -157,8 +152,7 @@ class Access:
         table, rows = self._table, self._table.rows
         found = follow_overwrites(rows, written)
         if found.rows_differ:
-            if rows.average.is_active:
-                rows.average.remember(rows.tenants, is_updated=rows.average.is_updated)
+            rows.average.remember_again(rows.ids, rows.generation, rows.id_check)
             table.clear((rows.ids < 0).nonzero().squeeze(-1))  # of what remains of the average of a row that is gone
         if len(found.started):
             warnings.warn(

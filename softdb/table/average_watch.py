@@ -62,6 +62,11 @@ class AverageWatch:
         self.is_updated = is_updated
         self._tenants = tenants
 
+    def remember_again(self, ids: Tensor, generation: Tensor, id_check: Tensor) -> None:
+        """Replace what is remembered, if anything, by other buffers of the same rows."""
+        if self._tenants is not None:
+            self._tenants = Tenants.of(ids, generation, id_check)
+
     def forget(self) -> None:
         """Remember no rows: the store itself has written others."""
         self._tenants = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from softdb.errors import ForeignWriteError
 from softdb.table.average_watch import AverageWatch, Tenants
 from softdb.table.changes import ChangeLog
-from softdb.table.eviction import EvictionClock
+from softdb.table.eviction import CLOCK_COLUMNS, EvictionClock
 from softdb.table.fields import RowView, check_field_names
 from softdb.table.id_check import CHECK_SIZE, hash_rows, id_check_of
 from softdb.table.journal import WriteBatch, WritePlan
@@ -92,8 +92,7 @@ class RowStorage(nn.Module):
         self.fields = check_field_names(fields)
         self.evict = evict
         self.track_usage = bool(track_usage)
-        self.clock = EvictionClock(evict)
-        clocks = () if self.clock.column is None else (self.clock.column,)
+        clocks = () if evict is None else (CLOCK_COLUMNS[evict],)
         self.optional = (*clocks, "reads", "weight") if self.track_usage else clocks
         self.columns = ("generation", *(f"field_{name}" for name in self.fields), *self.optional)
         self.saved = ("ids", "next_id", *self.columns)
@@ -362,8 +361,8 @@ class RowStorage(nn.Module):
             self.clock.restart(None)
             self.layout += 1
             self.mark_moved()
-        if self.average.is_active:  # the buffers may be others, whose writes are counted from 0
-            self.average.remember(self.tenants, is_updated=self.average.is_updated)
+        # The buffers may be others, whose writes are counted from 0.
+        self.average.remember_again(self.ids, self.generation, self.id_check)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -111,14 +111,14 @@ class Writer:
             given = check_ids("ids", ids, repeats=True)
             check_vector("ids", given)
             slots = self._table.rows.slots.slots_of("ids", given).unique()
-            self._access.commit(lambda: self._table.rows.mark_changed(slots), WRITTEN)
+            self._table.journal.commit(lambda: self._table.rows.mark_changed(slots), WRITTEN)
 
     def reserve(self, n: int) -> None:
         """Make room for ``n`` rows in all."""
         with self._access.changing("reserve", allows_meta=True):
             growth = self._table.growth_to(check_positive("n", n), exactly=True)
             if growth is not None:
-                self._access.commit(lambda: self._table.install(growth), RESIZED)
+                self._table.journal.commit(lambda: self._table.install(growth), RESIZED)
 
     def materialize(self) -> None:
         """Copy rows that lie in the files of a snapshot into memory."""
@@ -127,7 +127,7 @@ class Writer:
             if table.files is None:
                 return
             growth = table.resized(table.config.capacity or table.rows.capacity)
-            self._access.commit(lambda: table.install(growth), RESIZED)
+            self._table.journal.commit(lambda: table.install(growth), RESIZED)
             for name, tensor in table.tensors().items():
                 tensor.requires_grad_(table.config.trainable and name not in table.files.frozen)
             table.files = None
@@ -141,9 +141,9 @@ class Writer:
         Growth is a write of its own, before: where it breaks off, no rows come.
         """
         if growth is not None:
-            self._access.commit(lambda: self._table.install(growth), RESIZED)
+            self._table.journal.commit(lambda: self._table.install(growth), RESIZED)
         plan = self._table.rows.plan(batch)
-        self._access.commit(lambda: self._table.apply(plan), WRITTEN)
+        self._table.journal.commit(lambda: self._table.apply(plan), WRITTEN)
 
     def _make_room(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:
         """Return what makes room for ``new`` ids: slots whose rows are evicted, in a full store, and growth.

@@ -68,9 +68,7 @@ def find_candidates(  # (m,) -> (B, up to k)
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
         visible = replace(spec, selection=spec.selection.among(exact_slots), key_norm=None, narrow=False, noise=None)
-        found = torch.cat(
-            [found, backend_for(task.operand).exact_top_k(task.operand, task.keys, visible, k)[1]], dim=-1
-        )
+        found = torch.cat([found, search_exactly(task._replace(spec=visible))], dim=-1)
     if found.shape[-1] <= k:
         return found
     scores = backend_for(task.operand).scores_at(task.operand, task.keys, found, spec)
@@ -84,7 +82,7 @@ def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
         short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)
         selection = task.spec.selection.take(short)
         rest = replace(task.spec, selection=selection, key_norm=None, narrow=False, noise=None)
-        found[short] = backend_for(task.operand).exact_top_k(task.operand[short], task.keys, rest, task.k)[1]
+        found[short] = search_exactly(task._replace(operand=task.operand[short], spec=rest))
     return found
 
 

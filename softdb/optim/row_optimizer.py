@@ -24,7 +24,6 @@ from softdb.optim.row_state import (
     check_log,
     check_whole_state,
     count_row_steps,
-    new_state,
     resize_state,
     state_dtype,
 )
@@ -204,7 +203,7 @@ class RowOptimizer(Optimizer):
                 check_float_tensor(label, value, wanted)
                 dtype = torch.float64 if name == "decayed" or value.dtype == torch.float64 else torch.float32
             count = len(value)
-            state[name] = new_state(value.shape, 0, dtype, parameter.device).copy_(value.detach())
+            state[name] = torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value.detach())
         return state
 
     # -- a step ----------------------------------------------------------------------------------------------
@@ -259,7 +258,7 @@ class RowOptimizer(Optimizer):
         state.setdefault("step", 0)
         for name, start in initial.items():
             if name not in state:
-                state[name] = new_state(self._state_shape(rows.shape), start, dtype, device)
+                state[name] = torch.full(self._state_shape(rows.shape), start, dtype=dtype, device=device)
         if rows.dtype in NOISE_DTYPES and "seed" not in state:
             state["seed"] = self._new_seed(parameter)
         if table is not None and "generation" not in state:

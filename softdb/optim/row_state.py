@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,6 @@ __all__ = [
     "check_log",
     "check_whole_state",
     "count_row_steps",
-    "new_state",
     "resize_state",
     "state_dtype",
 ]
@@ -42,27 +40,15 @@ __all__ = [
 State = dict[str, Any]
 
 
-NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64}
-
-
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of moments of rows in ``dtype``: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def new_state(shape: Iterable[int], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Create a tensor full of ``fill``."""
-    if device.type != "cpu" or dtype not in NUMPY_DTYPES:
-        return torch.full(tuple(shape), fill, dtype=dtype, device=device)
-    # numpy asks Linux for huge pages, torch does not: a step in rows all over a large table is then a tenth faster.
-    tensor = torch.from_numpy(np.zeros(tuple(shape), dtype=NUMPY_DTYPES[dtype]))
-    return tensor if fill == 0 else tensor.fill_(fill)
-
-
 def resize_state(tensor: Tensor, count: int, fill: float) -> Tensor:
     """Copy ``tensor`` to a tensor for ``count`` rows; further rows hold ``fill``."""
     kept = min(len(tensor), count)
-    resized = new_state((count, *tensor.shape[1:]), fill, tensor.dtype, tensor.device)
+    resized = tensor.new_full((count, *tensor.shape[1:]), fill)
     resized[:kept] = tensor[:kept]
     return resized
 

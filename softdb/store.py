@@ -44,7 +44,7 @@ from softdb.snapshot.writer import write_snapshot
 from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
 from softdb.table.invariants import check_invariants
-from softdb.table.overwrites import observe_average
+from softdb.table.overwrites import observe_listing
 from softdb.table.rows import Rows, contains, copy_rows, copy_usage
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
@@ -676,7 +676,7 @@ class SoftKVStore(ModuleWithProperties):
         gradients of embeddings only.
         """
         with outside_of_transforms() if is_active() else nullcontext():
-            observe_average(self.rows)
+            observe_listing(self._table)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if (module is not self and module is not self.rows) or not is_asked_by_ddp():
                 yield name, module
@@ -723,6 +723,7 @@ class SoftKVStore(ModuleWithProperties):
                 self._is_strict = False
 
     def _save_to_state_dict(self, *args: Any) -> None:
+        observe_listing(self._table)
         self._access.reading(lambda: super(SoftKVStore, self)._save_to_state_dict(*args))
 
     @without_transforms
@@ -754,8 +755,7 @@ class SoftKVStore(ModuleWithProperties):
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            if self.trainable:
-                copied.rows.average.remember(copied.rows.tenants, is_updated=self.rows.average.is_updated)
+            copied.rows.average.begin(self._table, copied.rows.tenants)
         return copied
 
     def __init_subclass__(cls, **options: Any) -> None:

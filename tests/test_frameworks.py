@@ -10,6 +10,7 @@ import pickle
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -504,6 +505,126 @@ class Examples(torch.utils.data.Dataset[Tensor]):
         return normal(4, seed=place)
 
 
+def average_parameters(average: SoftKVStore, store: SoftKVStore, rate: float) -> None:
+    for mine, theirs in zip(average.parameters(), store.parameters(), strict=True):
+        mine.detach().lerp_(theirs.detach(), rate)
+
+
+def average_in_place(average: SoftKVStore, store: SoftKVStore, rate: float) -> None:
+    with torch.no_grad():
+        for mine, theirs in zip(list(average.parameters()), list(store.parameters()), strict=True):
+            mine.mul_(1 - rate).add_(theirs, alpha=rate)
+
+
+def average_state(average: SoftKVStore, store: SoftKVStore, rate: float) -> None:
+    for mine, theirs in zip(average.state_dict().values(), store.state_dict().values(), strict=True):
+        mine.copy_(mine + rate * (theirs - mine) if mine.is_floating_point() else theirs)
+
+
+AVERAGES = [average_parameters, average_in_place, average_state]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate"),
+    [(torch.float32, 0.5), (torch.float32, 1e-3), (torch.float64, 0.1), (torch.bfloat16, 0.5), (torch.bfloat16, 0.1)],
+)
+@pytest.mark.parametrize("update", AVERAGES)
+def test_an_average_of_parameters_alone_that_mixes_rows_is_an_error(update: Any, rate: float, dtype: Any) -> None:
+    store = make(6, dtype=dtype)
+    average = copy.deepcopy(store)
+    update(average, store, rate)
+    store.delete([2, 4])
+    add(store, 2)  # in their slots
+    update(average, store, rate)
+    kept = rows_of(store)
+    with pytest.raises(ForeignWriteError, match=r"mixes two rows in each of 2 slots \(ids 6, 7\).*update_average"):
+        update(average, store, rate)
+    assert_same_rows(store, copy.deepcopy(store))
+    assert rows_of(store).keys() == kept.keys()
+    with pytest.raises(ForeignWriteError, match="update_average"):
+        average(normal(2, 4).to(dtype))
+    average.load_state_dict(store.state_dict())
+    update(average, store, rate)
+    update(average, store, rate)
+    assert_same_rows(average, store)
+
+
+@pytest.mark.parametrize("update", AVERAGES)
+def test_an_average_of_parameters_alone_may_begin_with_a_copy_of_other_rows(update: Any) -> None:
+    store = make(6)
+    average = copy.deepcopy(store)
+    store.delete([2])
+    add(store, 2)
+    update(average, store, 1.0)
+    for _ in range(3):
+        with torch.no_grad():
+            store.keys.add_(0.1)
+        update(average, store, 0.2)
+    store.delete([5])
+    for _ in range(3):
+        update(average, store, 0.2)
+    add(store, 1)
+    update(average, store, 0.2)
+    with pytest.raises(ForeignWriteError, match=r"1 slots \(ids 8\)"):
+        update(average, store, 0.2)
+
+
+def test_rows_that_come_into_an_average_of_parameters_alone_begin_with_zeros_and_a_warning() -> None:
+    store = make(6)
+    average = copy.deepcopy(store)
+    add(store, 3)
+    average_parameters(average, store, 0.3)
+    with pytest.warns(UserWarning, match=r"3 rows came into empty slots.*update_average"):
+        average_parameters(average, store, 0.3)
+    average_parameters(average, store, 0.3)
+
+
+def test_a_copy_that_is_trained_by_hand_is_no_average() -> None:
+    store = make(6)
+    copied = copy.deepcopy(store)
+    store.delete([2])
+    add(store, 2)
+    for step in range(5):
+        copied.zero_grad()
+        copied(normal(3, 4, seed=step)).square().sum().backward()
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter -= 0.1 * parameter.grad
+    assert len(copied) == 6
+    copied._check()
+
+
+def test_an_average_of_a_fixed_stores_state_that_mixes_rows_is_an_error() -> None:
+    store = make(6, trainable=False)
+    average = copy.deepcopy(store)
+    store.put([3], normal(1, 4, seed=7), normal(1, 3, seed=8), fields={"time": 3})  # stays the row that it is
+    store.delete([0])
+    add(store, 1)
+    average_state(average, store, 0.2)
+    with pytest.raises(ForeignWriteError, match=r"1 slots \(ids 6\).*update_average"):
+        average_state(average, store, 0.2)
+
+
+def test_averages_by_id_are_not_taken_for_averages_of_parameters_alone() -> None:
+    store = make(6)
+    average = copy.deepcopy(store)
+    for step in range(4):
+        store.delete([step])
+        add(store, 1, seed=step)
+        update_average(average, store, 0.9)
+    assert average.ids.sort().values.tolist() == store.ids.sort().values.tolist()
+    average._check()
+
+
+def test_a_copy_does_not_keep_its_source_alive() -> None:
+    store = make(6)
+    average = copy.deepcopy(store)
+    reference = weakref.ref(store)
+    del store
+    assert reference() is None
+    assert len(list(average.parameters())) == 2
+
+
 def trained_by_lightning(callback: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
     """Train a store that gets a row at each step; return the module and the average's."""
     lightning = pytest.importorskip("lightning.pytorch")
@@ -519,7 +640,7 @@ def trained_by_lightning(callback: Any, folder: Path, **options: Any) -> tuple[A
             return self.store(batch).square().mean()
 
         def on_train_batch_end(self, *args: Any) -> None:
-            if replacing:
+            if replacing and self.current_epoch <= last_epoch_that_replaces:
                 self.store.delete(self.store.ids[:1])
                 add(self.store, 1, seed=int(self.global_step))
 
@@ -531,11 +652,12 @@ def trained_by_lightning(callback: Any, folder: Path, **options: Any) -> tuple[A
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    replacing = options.pop("replacing", False)
+    replacing, last_epoch_that_replaces = options.pop("replacing", False), options.pop("until", 99)
+    epochs = options.pop("epochs", 2)
     module = Module()
     loader = torch.utils.data.DataLoader(Examples(), batch_size=2)
     trainer = lightning.Trainer(
-        max_epochs=2,
+        max_epochs=epochs,
         accelerator="cpu",
         callbacks=[callback],
         logger=False,
@@ -579,6 +701,33 @@ def test_lightnings_default_averages_of_buffers_name_the_remedy(name: str, tmp_p
     )
     with pytest.raises(ForeignWriteError, match=r"use_buffers=True.*update_average|update_average"):
         trained_by_lightning(callback, tmp_path, replacing=True)
+
+
+def stochastic_averaging() -> Any:
+    return averaging("StochasticWeightAveraging")(swa_lrs=0.01, swa_epoch_start=2)
+
+
+def test_lightnings_stochastic_averages_of_a_store_that_stays_are_right(tmp_path: Path) -> None:
+    callback, seen = stochastic_averaging(), []
+    update = callback.update_parameters
+
+    def record(average: Any, module: Any, *args: Any) -> None:
+        seen.append(module.store.keys.detach().clone())
+        update(average, module, *args)
+
+    callback.update_parameters = record
+    # The rows that are replaced before averages begin are no matter.
+    module, _ = trained_by_lightning(callback, tmp_path, replacing=True, until=0, epochs=4)
+    assert len(seen) == 3
+    torch.testing.assert_close(module.store.keys.detach(), torch.stack(seen).mean(0))
+    module.store._check()
+    assert module.store.audit(normal(4, 4), k=3).mean_recall == 1.0
+
+
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_lightnings_stochastic_averages_name_the_remedy_where_rows_are_replaced(tmp_path: Path, epochs: int) -> None:
+    with pytest.raises(ForeignWriteError, match="mixes two rows.*update_average"):
+        trained_by_lightning(stochastic_averaging(), tmp_path, replacing=True, epochs=epochs)
 
 
 # -- checkpoints, in place and by the loader -------------------------------------------------------------

@@ -139,7 +139,7 @@ def _room_for(table: Table, state: Mapping[str, Any]) -> Growth | None:
 
 def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Load buffers as modules do; clocks and counters that are missing start from 0."""
-    watches = rows.average.is_active
+    watches, source = rows.average.is_active, rows.average.source
     rows.average = AverageWatch(is_updated=rows.average.is_updated)
     nn.Module._load_from_state_dict(rows, state_dict, prefix, *args)
     for name in rows.optional:
@@ -160,4 +160,5 @@ def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args:
         rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
     if watches:  # of an average, most likely, that goes on
         rows.average.remember(rows.tenants, is_updated=True)
+    rows.average.source = None if source is None else source.restart()
     rows.derive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -10,7 +9,13 @@ from typing import Protocol, TypeVar
 import torch
 
 from softdb.errors import ReadOnlyError
-from softdb.table.overwrites import check_lent_buffers, compare_versions, follow_overwrites, is_unchanged
+from softdb.table.overwrites import (
+    check_lent_buffers,
+    compare_versions,
+    follow_overwrites,
+    is_unchanged,
+    warn_of_started,
+)
 from softdb.table.table import Table
 from softdb.transforms import is_active, outside_of_transforms
 
@@ -155,9 +160,4 @@ class Access:
             rows.average.remember_again(rows.ids, rows.generation, rows.id_check)
             table.clear((rows.ids < 0).nonzero().squeeze(-1))  # of what remains of the average of a row that is gone
         if len(found.started):
-            warnings.warn(
-                f"{len(found.started)} rows came into empty slots of an averaged store between two updates, so their "
-                "averages began with zeros; softdb.optim.update_average(average, model, decay) averages by id and "
-                "begins with the rows themselves",
-                stacklevel=2,
-            )
+            warn_of_started(len(found.started))

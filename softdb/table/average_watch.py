@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from softdb.table.average_source import SourceWatch, Tensors
 from softdb.table.changes import version_of
 from softdb.table.slots import NO_SLOTS
+from softdb.table.tenants import Tenants
 
-__all__ = ["AverageWatch", "Tenants"]
-
-
-class Tenants(NamedTuple):
-    """Which rows lie in the slots of a copied store.
-
-    Attributes:
-        ids, generation: Of each slot, (capacity,).
-        version: The number of writes to the check of ids.
-    """
-
-    ids: Tensor
-    generation: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, ids: Tensor, generation: Tensor, id_check: Tensor) -> Tenants:
-        """Return copies."""
-        return cls(ids.clone(), generation.clone(), version_of(id_check))
+__all__ = ["AverageWatch"]
 
 
 class AverageWatch:
@@ -41,11 +23,13 @@ class AverageWatch:
         is_updated: Whether an average by place has been updated here.
         mixed: The ids of mixed rows.
         started: Slots that held no row before an update, whose average began with zeros.
+        source: Watches for averages of keys and values alone, whose buffers stay as they were copied.
     """
 
     def __init__(self, *, is_updated: bool = False) -> None:
         self.is_updated = is_updated
         self.mixed = self.started = NO_SLOTS
+        self.source: SourceWatch | None = None
         self._tenants: Tenants | None = None
 
     @property
@@ -57,9 +41,16 @@ class AverageWatch:
         """Whether rows are remembered, and others have been copied here since."""
         return self._tenants is not None and version_of(id_check) != self._tenants.version
 
+    def begin(self, source: Tensors, tenants: Tenants) -> None:
+        """Watch a deep copy of ``source``, which holds ``tenants``."""
+        if source.config.trainable:  # else its keys and values are buffers, which averages copy
+            self.remember(tenants, is_updated=source.rows.average.is_updated)
+        self.source = SourceWatch(source, tenants)
+
     def remember(self, tenants: Tenants, *, is_updated: bool = False) -> None:
         """Remember which rows are where."""
         self.is_updated = is_updated
+        self.source = None
         self._tenants = tenants
 
     def remember_again(self, ids: Tensor, generation: Tensor, id_check: Tensor) -> None:
@@ -69,7 +60,7 @@ class AverageWatch:
 
     def forget(self) -> None:
         """Remember no rows: the store itself has written others."""
-        self._tenants = None
+        self._tenants = self.source = None
 
     def take_started(self) -> Tensor:
         """Return the slots whose average began with zeros, and forget them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from softdb._checks import list_ids
 from softdb.errors import ForeignWriteError
+from softdb.table.average_source import Tensors
 from softdb.table.id_check import AVERAGED, NO_CHECK, hash_rows, id_check_of, same_hash
 from softdb.table.storage import CHANGE_COLUMNS, RowStorage
 from softdb.table.versions import Differences
@@ -22,7 +24,9 @@ __all__ = [
     "follow_overwrites",
     "is_unchanged",
     "observe_average",
+    "observe_listing",
     "record_versions",
+    "warn_of_started",
 ]
 
 
@@ -91,11 +95,7 @@ def follow_overwrites(rows: RowStorage, written: frozenset[str]) -> Overwrites:
     if copied:
         observe_average(rows)
     if len(rows.average.mixed):
-        raise ForeignWriteError(
-            f"the average mixes two rows in each of {len(rows.average.mixed)} slots (ids "
-            f"{list_ids(rows.average.mixed)}), since rows of the averaged store were replaced between two updates; "
-            "average by id with softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
-        )
+        raise _mixed_rows(rows.average.mixed)
     _check_overwritten(rows, copied=copied)
     if copied:
         rows.writes = max(rows.writes, int(rows.id_check[0]))
@@ -131,6 +131,43 @@ def check_own_ids(rows: RowStorage) -> None:
     slots = (ids >= 0).nonzero().squeeze(-1)
     if not same_hash(hash_rows(slots, ids[slots]), rows.id_hash):
         raise ForeignWriteError(AVERAGED)
+
+
+def observe_listing(table: Tensors) -> None:
+    """Find what averages have mixed, whenever the tensors of ``table`` are listed: as they are before each update.
+
+    Raises:
+        ForeignWriteError: An average of keys and values alone mixes two rows.
+    """
+    rows: RowStorage = table.rows
+    observe_average(rows)
+    if rows.average.source is None:
+        return
+    found = rows.average.source.observe(table)
+    if found.started:
+        warn_of_started(found.started)
+    if len(found.ids):
+        rows.average.mixed = torch.cat([rows.average.mixed, found.ids])
+        rows.own("id_check").fill_(NO_CHECK)  # so that the next use of the average raises, too
+        raise _mixed_rows(found.ids)
+
+
+def _mixed_rows(ids: Tensor) -> ForeignWriteError:
+    """Return the error for an average that mixes rows with others."""
+    return ForeignWriteError(
+        f"the average mixes two rows in each of {len(ids)} slots (ids {list_ids(ids)}), since rows of the averaged "
+        "store were replaced between two updates; average by id with softdb.optim.update_average(average, model, "
+        "decay), and load a state_dict to go on"
+    )
+
+
+def warn_of_started(count: int) -> None:
+    """Warn of rows whose average began with zeros."""
+    warnings.warn(
+        f"{count} rows came into empty slots of an averaged store between two updates, so their averages began with "
+        "zeros; softdb.optim.update_average(average, model, decay) averages by id and begins with the rows themselves",
+        stacklevel=3,
+    )
 
 
 def observe_average(rows: RowStorage) -> None:

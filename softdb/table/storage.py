@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb.errors import ForeignWriteError
-from softdb.table.average_watch import AverageWatch, Tenants
+from softdb.table.average_watch import AverageWatch
 from softdb.table.changes import ChangeLog
 from softdb.table.eviction import CLOCK_COLUMNS, EvictionClock
 from softdb.table.fields import RowView, check_field_names
@@ -25,6 +25,7 @@ from softdb.table.id_check import CHECK_SIZE, hash_rows, id_check_of
 from softdb.table.journal import WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
 from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable
+from softdb.table.tenants import Tenants
 from softdb.table.usage import keep_sum_dtype, reset_counters
 from softdb.table.versions import RecordedVersions
 

@@ -726,7 +726,7 @@ def test_lightnings_stochastic_averages_of_a_store_that_stays_are_right(tmp_path
 
 @pytest.mark.parametrize("epochs", [3, 5])
 def test_lightnings_stochastic_averages_name_the_remedy_where_rows_are_replaced(tmp_path: Path, epochs: int) -> None:
-    with pytest.raises(ForeignWriteError, match="mixes two rows.*update_average"):
+    with pytest.raises(ForeignWriteError, match=r"mixes two rows.*update_average"):
         trained_by_lightning(stochastic_averaging(), tmp_path, replacing=True, epochs=epochs)
 
 

@@ -1,0 +1,252 @@
+"""Training with a store: what gradients look like, mixed precision, several processes, and what comes in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.programs import run_ranks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import softdb
+from softdb import IndexConfig, SoftKVStore
+from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
+
+INDEX = IndexConfig("IVF8,Flat", recall=1.0)
+
+
+def make(rows: int = 300, seed: int = 0, **options: Any) -> SoftKVStore:
+    generator = torch.Generator().manual_seed(seed)
+    store = SoftKVStore(8, 4, trainable=True, index=INDEX, **options)
+    store.add(torch.randn(rows, 8, generator=generator), torch.randn(rows, 4, generator=generator))
+    return store
+
+
+def queries(count: int = 16, seed: int = 1) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+
+
+WAYS: list[dict[str, Any]] = [{"mode": "topk", "k": 5}, {"mode": "hard"}]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: str(how["mode"]))
+@pytest.mark.parametrize("reads", [1, 2])
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_gradients_hold_the_rows_read_each_once(how: dict[str, Any], reads: int, backwards: int) -> None:
+    sparse, dense = make(), make(sparse_grad=False)
+    seen = []
+    for store in (sparse, dense):
+        for again in range(backwards):
+            answers = [store.read(queries(seed=1 + 2 * again + each), **how) for each in range(reads)]
+            sum(read.values.square().sum() for read in answers).backward()  # type: ignore[union-attr]
+            seen += [read.ids for read in answers]
+    rows = torch.cat([ids.flatten() for ids in seen if ids is not None]).unique()
+    tables = ["values"] if how["mode"] == "hard" else ["keys", "values"]
+    for name in tables:
+        gradient, wanted = getattr(sparse, name).grad, getattr(dense, name).grad
+        assert gradient.layout == torch.sparse_coo
+        assert gradient.is_coalesced()
+        assert torch.equal(gradient.indices()[0], rows)
+        assert wanted.layout == torch.strided
+        assert torch.allclose(gradient.to_dense(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimiser", [RowAdam, RowAdagrad], ids=lambda kind: kind.__name__)
+def test_exact_and_topk_reads_in_one_step(optimiser: Any) -> None:
+    mixed, dense = make(), make(sparse_grad=False)
+    for store in (mixed, dense):
+        step = optimiser(store.parameters(), lr=0.1)
+        for seed in range(3):
+            step.zero_grad()
+            read, rest = store.read(queries(seed=seed), "topk", k=5), store.read(queries(seed=seed + 9))
+            (read.values.square().sum() + rest.values.square().sum() + rest.lse.sum()).backward()
+            assert store.keys.grad is not None
+            assert store.keys.grad.layout == torch.strided
+            clip_row_grad_norm_(store.parameters(), 1.0)
+            step.step()
+    assert torch.allclose(mixed.keys, dense.keys, atol=1e-5)
+    assert torch.allclose(mixed.values, dense.values, atol=1e-5)
+
+
+def test_a_row_taken_away_between_backward_and_step_leaves_no_gradient_to_its_successor() -> None:
+    store = make(40)
+    optimiser = RowAdam(store.parameters(), lr=0.5)
+    read = store.read(queries(4), "topk", k=5)
+    read.values.sum().backward()
+    assert read.ids is not None
+    gone = read.ids[0, :1]
+    store.delete(gone)
+    (new,) = store.add(torch.full((1, 8), 3.0), torch.full((1, 4), 3.0)).tolist()
+    optimiser.step()
+    assert torch.equal(store.get([new]).keys, torch.full((1, 8), 3.0))
+    assert torch.equal(store.get([new]).values, torch.full((1, 4), 3.0))
+
+
+def test_autocast_trains_with_scores_in_float32() -> None:
+    store = make()
+    encoder = nn.Linear(8, 8)
+    tables = RowAdam(store.parameters(), lr=0.1)
+    other = torch.optim.Adam(encoder.parameters(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            read = store.read(encoder(queries()), "topk", k=8)
+            assert read.values.dtype == torch.bfloat16
+            assert read.scores is not None
+            assert read.scores.dtype == read.lse.dtype == torch.float32
+            loss = (read.values.float() - queries()[:, :4]).square().mean()
+        for optimiser in (tables, other):
+            optimiser.zero_grad()
+        loss.backward()
+        assert store.keys.grad is not None
+        assert store.keys.grad.dtype == torch.float32
+        for optimiser in (tables, other):
+            optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: str(how["mode"]))
+def test_reads_and_appended_rows_between_forward_and_backward_change_no_gradient(how: dict[str, Any]) -> None:
+    store, alone = make(), make()
+    for each in (store, alone):
+        each.reserve(400)
+        query = queries().requires_grad_()
+        read = each.read(query, **how)
+        if each is store:
+            each.read(queries(seed=5), **how)
+            each.add(queries(20, seed=6), torch.zeros(20, 4))
+            each.read(queries(seed=7), **how)
+        (read.values.square().sum() + read.lse.sum()).backward()
+        each.found = (query.grad, each.values.grad.to_dense())  # type: ignore[assignment, union-attr]
+    for mine, other in zip(store.found, alone.found, strict=True):  # type: ignore[arg-type]
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", ["RowAdam", "SparseAdam", "AdamW fused"])
+def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_it_moved(kind: str) -> None:
+    store = make(sparse_grad=kind != "AdamW fused")
+    makers: dict[str, Any] = {
+        "RowAdam": lambda: RowAdam(store.parameters(), lr=0.1),
+        "SparseAdam": lambda: torch.optim.SparseAdam(list(store.parameters()), lr=0.1),
+        "AdamW fused": lambda: torch.optim.AdamW(store.parameters(), lr=0.1, fused=True),
+    }
+    optimiser = makers[kind]()
+    one, other = store.get([3]).keys, store.get([8]).keys
+    stale, fine = (store.read(4 * query, "topk", k=1) for query in (one, other))
+    assert stale.ids is not None
+    assert fine.ids is not None
+    assert stale.ids.tolist() != fine.ids.tolist()
+    store.read(4 * one, "topk", k=1).values.sum().backward()
+    store.keys.grad = None
+    optimiser.step()
+    store.read(queries(), "topk", k=2)
+    with pytest.raises(softdb.StaleReadError):
+        stale.values.sum().backward()
+    if kind != "AdamW fused":
+        fine.values.sum().backward()
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: str(how["mode"]))
+def test_activation_checkpointing_gives_the_same_gradients(how: dict[str, Any]) -> None:
+    found = []
+    for repeated in (False, True):
+        store, encoder = make(), nn.Linear(8, 8)
+        with torch.no_grad():
+            encoder.weight.copy_(torch.eye(8))
+            encoder.bias.zero_()
+        optimiser = RowAdam(store.parameters(), lr=0.1)
+
+        def answer(query: Tensor, store: SoftKVStore = store, encoder: nn.Linear = encoder) -> Tensor:
+            return store(encoder(query), **how)
+
+        for seed in range(4):
+            optimiser.zero_grad()
+            query = queries(seed=seed)
+            values = checkpoint(answer, query, use_reentrant=False) if repeated else answer(query)
+            (values - 1).square().sum().backward()
+            optimiser.step()
+        found.append(store.values.detach())
+    assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("fails", ["step", "hook"])
+def test_a_step_that_fails_half_way_leaves_no_read_that_goes_backward(fails: str) -> None:
+    store = make()
+    optimiser = RowAdam([{"params": [store.keys]}, {"params": [store.values]}], lr=0.1)
+    store.read(queries(), "topk", k=3).values.sum().backward()
+    read = store.read(queries(), "topk", k=3)
+    keys = store.keys.detach().clone()
+    if fails == "hook":
+        optimiser.register_step_post_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimiser.step()
+        assert not torch.equal(store.keys, keys)
+        with pytest.raises(softdb.StaleReadError):
+            read.values.sum().backward()
+    else:
+        optimiser.param_groups[1]["betas"] = (0.9,)
+        with pytest.raises(softdb.DtypeError, match="betas: expected two numbers"):
+            optimiser.step()
+        assert torch.equal(store.keys, keys)
+        read.values.sum().backward()
+
+
+SCRIPT = """
+import sys
+import warnings
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, TESTS)
+from test_training import make, queries
+from softdb.optim import RowAdam
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, store):
+        super().__init__()
+        self.store = store
+
+    def forward(self, query, **how):
+        return self.store(query, **how)
+
+def train(model, store, parts, **how):
+    optimizer = RowAdam(store.parameters(), lr=0.1)
+    for seed in range(6):
+        optimizer.zero_grad()
+        query = queries(16, seed=seed)[parts]
+        (model(query, **how) - query[:, :4]).square().mean().backward()
+        optimizer.step()
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank = int(sys.argv[1])
+    distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    warnings.simplefilter("ignore")  # of torch's own
+    for how in {"mode": "topk", "k": 4}, {"mode": "exact"}:
+        store, alone = make(), make()
+        for each in store, alone:
+            each.reserve(400)
+        part = slice(8 * rank, 8 * rank + 8)
+        model = Wrapped(store)
+        train(DistributedDataParallel(model, broadcast_buffers=False), store, part, **how)
+        layout = store.keys.grad.layout
+        assert layout == torch.sparse_coo, layout
+        train(alone, alone, slice(None), **how)
+        for mine, other in zip(store.parameters(), alone.parameters()):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(store.get(store.ids).keys, make().keys.detach())
+    distributed.destroy_process_group()
+    print("equal")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT.replace("TESTS", repr(str(Path(__file__).parent))), encoding="utf-8")
+    for out in run_ranks(script, tmp_path / "meeting"):
+        assert out.strip() == "equal"

@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Case, Work, compare, peak_memory
+from support.programs import check_exit
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_compare_reports_times_ratios_floors_claims_and_facts(tmp_path):
+    numbers = torch.randn(64, 64)
+    square = Case(
+        "square",
+        softdb={"mine": lambda: numbers @ numbers},
+        peers={"theirs": lambda: torch.mm(numbers, numbers)},
+        work=Work(operations=2 * 64**3, bytes=numbers.nbytes, product=(64, 64, 64)),
+        claims={("mine", "theirs"): 1000.0},
+        facts=lambda: {"error": 0.25},
+    )
+    total = Case("total", softdb={"mine": numbers.sum}, peers={"others": numbers.sum}, claims={("mine", "others"): 0.0})
+
+    table = compare("trial", iter([square, total]), seconds=0.01, out=tmp_path)
+
+    head, _, first, second = rows_of(table)
+    assert head[:7] == ["work", "softdb", "time", "theirs", "ratio", "others", "ratio"]
+    assert head[7:] == ["product floor", "ratio", "memory floor", "ratio", "error"]
+    assert first[:2] == ["square", "mine"]
+    assert first[4].endswith("≤ 1000.00")
+    assert "NOT" not in first[4]
+    assert first[5] == "–"
+    assert first[-1] == "0.25"
+    assert second[:2] == ["total", "mine"]
+    assert second[6].endswith("NOT ≤ 0.00")
+    assert second[7:] == ["–"] * 5
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+    report = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))
+    assert report["name"] == "trial"
+    assert report["machine"]["torch"] == torch.__version__
+    line = report["lines"][0]
+    assert line["ratios"]["theirs"] == pytest.approx(line["time"]["median"] / line["peers"]["theirs"]["median"])
+    assert line["time"]["turns"] >= 5
+    assert set(line["floors"]) == {"product", "memory"}
+    assert line["facts"] == {"error": 0.25}
+
+
+def test_compare_takes_cases_one_at_a_time():
+    made = []
+
+    def cases():
+        for name in ("first", "second"):
+            made.append(name)
+            yield Case(name, softdb={"mine": lambda: seen.append(list(made))}, peers={})
+
+    seen = []
+    compare("trial", cases(), seconds=0.0)
+    assert seen[0] == ["first"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
+def test_peak_memory_sees_what_is_freed_again():
+    megabyte = 2**20
+
+    def run():
+        for _ in range(2):
+            held = torch.ones(32 * megabyte, dtype=torch.uint8)
+            del held
+
+    assert peak_memory(run) == pytest.approx(32 * megabyte, abs=4 * megabyte)
+    assert peak_memory(lambda: None) < 4 * megabyte
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs_at_small_sizes(name, tmp_path):
+    script = str(BENCHMARKS / f"{name}.py")
+    command = [sys.executable, "-W", "error", script, "--small", "--seconds", "0.01", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    check_exit(run)
+    report = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert report["lines"]
+    _head, _rule, *lines = rows_of(run.stdout)
+    assert [line[0] for line in lines] == [line["label"] for line in report["lines"]]

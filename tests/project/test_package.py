@@ -1,0 +1,223 @@
+"""The package as a whole: its face, its manners on import, and what other processes see of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typing_example
+from support.programs import check_exit
+
+import softdb
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+MODULES = [info.name for info in pkgutil.iter_modules(softdb.__path__)]
+NESTED = [info.name for info in pkgutil.walk_packages(softdb.__path__, "softdb.") if not info.name.endswith("__main__")]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+
+
+def test_all_is_exactly_what_is_public() -> None:
+    visible = {name for name in vars(softdb) if not name.startswith("_")} - set(MODULES)
+    declared = {name for name in softdb.__all__ if name != "__version__"} - set(MODULES)
+    assert visible == declared
+    assert softdb.__all__ == sorted(softdb.__all__)
+    assert {"SoftKVStore", "IndexConfig", "Read", "functional", "optim", "errors"} <= set(softdb.__all__)
+
+
+@pytest.mark.parametrize("module", NESTED)
+def test_every_module_says_what_it_offers(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert loaded.__doc__
+    is_bare = hasattr(loaded, "__path__") and not Path(str(loaded.__file__)).read_text().count("import")
+    for name in () if is_bare else loaded.__all__:
+        assert hasattr(loaded, name)
+
+
+@pytest.mark.parametrize("name", softdb.__all__)
+def test_everything_public_is_documented(name: str) -> None:
+    offered = getattr(softdb, name)
+    if isinstance(offered, type):
+        assert offered.__doc__
+        own = [member for member in vars(offered) if not member.startswith("_") and callable(getattr(offered, member))]
+        assert all(getattr(offered, member).__doc__ for member in own)
+
+
+def test_the_error_tree_is_as_drawn() -> None:
+    drawn = re.findall(r"[├└]── (\w+)\s+(?:\((\w+)\))?", softdb.errors.__doc__ or "")
+    assert {name for name, _ in drawn} | {"SoftDBError"} == set(softdb.errors.__all__)
+    for name, builtin in drawn:
+        error = getattr(softdb.errors, name)
+        assert issubclass(error, softdb.SoftDBError)
+        if builtin:
+            assert issubclass(error, getattr(__import__("builtins"), builtin))
+    assert str(softdb.UnknownIdError("ids: no 5")) == "ids: no 5"
+
+
+def test_importing_is_silent_and_leaves_torch_as_it_was() -> None:
+    code = """
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+import softdb, sys
+assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+assert not hooks
+assert "matplotlib" not in sys.modules and "faiss.contrib.torch_utils" not in sys.modules
+softdb.SoftKVStore(2, 1)
+assert not hooks
+softdb.SoftKVStore(2, 1, trainable=True)
+softdb.SoftKVStore(2, 1, trainable=True)
+assert len(hooks) == 1
+"""
+    done = run("-W", "error", "-c", code)
+    check_exit(done)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_torch_is_imported_before_faiss() -> None:
+    code = "import sys, softdb; names = list(sys.modules); assert names.index('torch') < names.index('faiss')"
+    check_exit(run("-c", code))
+
+
+# Removes, after torch and FAISS have taken what they need, what Windows does not have.
+ANOTHER_SYSTEM = """
+import importlib, mmap, os, signal, sys, tempfile
+import numpy, safetensors.torch, torch
+import faiss
+import torch.utils.data
+for module in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[module] = None
+missing = {
+    os: "fork forkpty getuid posix_fadvise pread preadv pwrite pwritev register_at_fork sysconf "
+    "O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK",
+    signal: "SIGALRM SIGHUP SIGKILL SIGPIPE",
+    mmap: "MAP_PRIVATE MAP_SHARED PROT_READ PROT_WRITE",
+}
+for module, names in missing.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+"""
+
+
+def test_rows_are_added_and_read_where_the_system_is_not_posix() -> None:
+    """Saving says that it needs another system; the state goes through torch.save."""
+    code = """
+import softdb, softdb.cli
+store = softdb.SoftKVStore(8, 2, index="IVF4,Flat")
+store.add(torch.randn(500, 8), torch.randn(500, 2))
+query = torch.randn(3, 8)
+store.read(query, "topk", k=4)
+for operation in (store.save, softdb.SoftKVStore.load):
+    try:
+        operation("nowhere")
+    except softdb.UnsupportedSystemError as error:
+        print(error)
+print(softdb.cli.main(["verify", "nowhere"]))
+with tempfile.TemporaryFile() as file:
+    torch.save(store.state_dict(), file)
+    file.seek(0)
+    other = softdb.SoftKVStore(8, 2)
+    other.load_state_dict(torch.load(file, weights_only=True))
+assert torch.equal(other(query), store(query))
+"""
+    done = run("-W", "error", "-c", ANOTHER_SYSTEM + code)
+    check_exit(done)
+    *errors, code_of_verify = done.stdout.splitlines()
+    assert len(errors) == 2
+    for error in errors:
+        assert re.match(r"path: expected a system with POSIX files and locks, got .*fcntl; keep the rows with", error)
+    assert code_of_verify == "2"
+    assert done.stderr.startswith("softdb: path: expected a system with POSIX")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_after_a_search_can_search() -> None:
+    code = """
+import os, time, torch, softdb
+torch.set_num_threads(2)
+store = softdb.SoftKVStore(32, 8, index="IVF16,Flat")
+store.add(torch.randn(20_000, 32), torch.randn(20_000, 8))
+query = torch.randn(500, 32)
+wanted = store.read(query, "topk", k=5), store.read(query)
+child = os.fork()
+if child == 0:
+    read = store.read(query, "topk", k=5), store.read(query)
+    same = (read[0].ids == wanted[0].ids).all() and torch.allclose(read[1].values, wanted[1].values, atol=1e-5)
+    os._exit(0 if same else 1)
+for _ in range(2000):
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise SystemExit("the child hangs")
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    check_exit(run("-W", "ignore::DeprecationWarning", "-c", code))
+
+
+def test_no_second_copy_of_the_rows_and_no_matrix_of_scores() -> None:
+    """A store of many rows is filled and read in little more memory than the rows take."""
+    code = """
+import resource, torch, softdb
+torch.set_num_threads(2)
+rows, width = 200_000, 64
+store = softdb.SoftKVStore(width, width, index="Flat")
+store.reserve(rows)
+for _ in range(20):
+    store.add(torch.randn(rows // 20, width), torch.randn(rows // 20, width))
+query = torch.randn(512, width, requires_grad=True)
+store.read(query[:8]).values.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store.read(query).values.sum().backward()
+store.read(query, "hard")
+store.read(query, "topk", k=8)
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(extra)
+assert extra < 120, extra  # the scores alone would be 390 MiB
+"""
+    check_exit(run("-c", code))
+
+
+def test_the_matrix_has_a_setting_for_each_python_and_torch_and_the_lowest_versions() -> None:
+    done = run("scripts/matrix", "--list")
+    check_exit(done)
+    for version in re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()):
+        if version != "3.11":  # what .ci/run runs everything with
+            assert f"Python {version}, constraints.txt: all tests\n" in done.stdout
+    assert "Python 3.10, the lowest versions: all tests\n" in done.stdout
+    assert [f"torch 2.{minor}:" in done.stdout for minor in range(6, 14)] == [False, *[True] * 6, False]
+    done = run("scripts/matrix", "python2")
+    check_exit(done, 2)
+    assert "NAME: expected some of avx2, " in done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_the_example_of_types_runs() -> None:
+    typing_example.main()
+
+
+def test_the_project_is_typed() -> None:
+    assert (Path(softdb.__file__).parent / "py.typed").exists()
+    assert torch.__version__

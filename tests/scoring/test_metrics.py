@@ -1,0 +1,83 @@
+"""Metrics as prepared operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import reference
+from support.contract import METRICS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import softdb
+from softdb import SoftKVStore
+from softdb.functional import soft_read
+from softdb.scoring.metrics import Precision, centre_of, prepare_keys, prepare_keys_backward, prepare_query
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_product_of_prepared_operands_is_the_score(metric: str) -> None:
+    torch.manual_seed(0)
+    query, keys = torch.randn(3, 4, 6).double(), torch.randn(3, 9, 6).double()
+    centre = centre_of(query, metric)
+    operands = prepare_query(query, metric, 0.7, centre, query.dtype), prepare_keys(keys, metric, centre, keys.dtype)
+    assert torch.allclose(operands[0] @ operands[1].mT, reference.scores(query, keys, metric, 0.7))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_gradient_of_prepared_keys(metric: str) -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(9, 6).double()
+    keys[3] = 0
+    keys.requires_grad_()
+    centre = centre_of(torch.randn(5, 6), metric)
+    operand = prepare_keys(keys, metric, centre, keys.dtype)
+    grad = torch.randn_like(operand)
+    (wanted,) = torch.autograd.grad(operand, keys, grad)
+    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, centre), wanted)
+
+
+def test_l2_is_computed_in_float64() -> None:
+    query, keys = torch.randn(5, 6) + 1000, torch.randn(9, 6) + 1000
+    centre = centre_of(query, "l2")
+    operands = prepare_query(query, "l2", 1.0, centre, query.dtype), prepare_keys(keys, "l2", centre, keys.dtype)
+    assert operands[0].dtype == torch.float64
+    assert torch.allclose(operands[0] @ operands[1].T, reference.scores(query.double(), keys.double(), "l2"), atol=1e-9)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as MPS: an operation that makes such a tensor fails."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float64:
+            raise TypeError("float64 is not supported on this device")
+        return result
+
+
+@pytest.mark.parametrize("rows", [20, 9000])
+@pytest.mark.parametrize("metric", ["dot", "scaled_dot", "cosine"])
+def test_reads_need_no_float64(metric: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(40, 8, requires_grad=True), torch.randn(rows, 8), torch.randn(rows, 3)
+    mask = torch.rand(40, rows) < 0.5
+    wanted = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
+    (gradient,) = torch.autograd.grad(wanted.values.sum() + wanted.lse.sum(), query)
+    monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
+    with NoFloat64():
+        read = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
+        (found,) = torch.autograd.grad(read.values.sum() + read.lse.sum(), query)
+    assert torch.allclose(read.values, wanted.values, atol=1e-6)
+    assert torch.allclose(found, gradient, atol=1e-5)
+
+
+def test_l2_without_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
+    store = SoftKVStore(8, 3, metric="l2")
+    store.add(torch.randn(5, 8), torch.randn(5, 3))
+    with pytest.raises(softdb.DeviceError, match="metric: 'l2' is computed in float64, which cpu devices do not have"):
+        store.read(torch.randn(2, 8))
+    with pytest.raises(softdb.DeviceError, match="metric: 'l2' is computed in float64"):
+        soft_read(torch.randn(2, 8), torch.randn(5, 8), torch.randn(5, 3), metric="l2")

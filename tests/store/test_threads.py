@@ -1,0 +1,693 @@
+"""Many readers beside one writer, and writes that break off."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.faults import Report
+from support.programs import check_exit
+from support.races import WIDTH, race, run_together
+from torch import Tensor
+
+import softdb
+from softdb import IndexBuildError, IndexConfig, SoftKVStore, snapshot
+from softdb.filters import Selection
+from softdb.table.locks import SharedLock
+
+# -- the lock --------------------------------------------------------------------------------------------
+
+
+def test_readers_read_together_and_a_writer_writes_alone() -> None:
+    lock, together = SharedLock(), threading.Barrier(3, timeout=30)
+    inside, seen = [0], []
+
+    def read() -> None:
+        with lock.reading():
+            together.wait()  # all three are in
+        for _ in range(300):
+            with lock.reading():
+                seen.append(inside[0])
+
+    def write() -> None:
+        for _ in range(300):
+            with lock.writing():
+                inside[0] = 1
+                time.sleep(0)
+                inside[0] = 0
+
+    run_together([read, read, read, write])
+    assert not any(seen)
+
+
+def test_more_threads_may_read_than_calls_may_be_nested() -> None:
+    lock, done = SharedLock(), threading.Event()
+    count = sys.getrecursionlimit() + 1
+    together = threading.Barrier(count + 1, timeout=60)
+
+    def read() -> None:
+        with lock.reading():
+            pass
+        together.wait()
+        done.wait()
+
+    threads = [threading.Thread(target=read) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    try:
+        with lock.writing():
+            assert lock.is_written
+        assert not lock.is_written
+        assert not lock.is_read
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_holding_may_be_nested() -> None:
+    lock = SharedLock()
+    with lock.writing(), lock.reading(), lock.writing(), lock.reading():
+        assert lock.is_read
+        assert lock.is_written
+    with lock.reading(), lock.writing():  # nobody else reads
+        pass
+    assert not lock.is_read
+    assert not lock.is_written
+    held = threading.Event()
+    thread = threading.Thread(target=lambda: held.set() if lock.writing().__enter__() is None else None)
+    thread.start()
+    assert held.wait(30)
+
+
+def test_a_nested_read_does_not_wait_for_a_writer_who_waits_for_it() -> None:
+    lock, reading, wants = SharedLock(), threading.Event(), threading.Event()
+
+    def read() -> None:
+        with lock.reading():
+            reading.set()
+            assert wants.wait(30)
+            time.sleep(0.05)  # until the writer holds the gate
+            with lock.reading():
+                pass
+
+    def write() -> None:
+        assert reading.wait(30)
+        wants.set()
+        with lock.writing():
+            pass
+
+    run_together([read, write])
+
+
+def test_a_copy_is_held_by_nobody() -> None:
+    lock = SharedLock()
+    with lock.writing():
+        copied = copy.deepcopy(lock)
+        assert not copied.is_written
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_not_kept_waiting_by_threads_that_it_does_not_have() -> None:
+    store, _ = small_store()
+    held, done = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with store.writing():
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        store.read(torch.ones(1, WIDTH))
+        store.add(torch.ones(1, WIDTH), torch.ones(1, 2))
+        os._exit(0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class SlowMask:
+    """Stands for a mask whose entries take long to count."""
+
+    def __init__(self) -> None:
+        self.counting, self.done = threading.Event(), threading.Event()
+
+    def sum(self) -> int:
+        self.counting.set()
+        self.done.wait(30)
+        return 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_reads_though_a_thread_was_in_the_middle_of_a_read() -> None:
+    store, mask = SoftKVStore(WIDTH, 2), SlowMask()
+    store.add(torch.ones(9, WIDTH), torch.ones(9, 2))
+    selection: Any = Selection(1, shared=mask)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: selection.shared_count)
+    thread.start()
+    assert mask.counting.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        store.delete([1, 2])
+        store.read(torch.ones(1, WIDTH))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    mask.done.set()
+    thread.join()
+    assert status == 0
+
+
+# -- many readers and a writer ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"background": True}, {"factory": "HNSW8"}, {"factory": "Flat"}])
+def test_each_answer_is_that_of_one_version(options: dict[str, Any]) -> None:
+    report = Report("race")
+    race(report, None, seconds=2.0, **options)
+    assert report.violations == []
+
+
+def small_store(**options: Any) -> tuple[SoftKVStore, Tensor]:
+    store = SoftKVStore(WIDTH, 2, **options)
+    keys = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(0))
+    return store, store.add(keys, keys[:, :2])
+
+
+def test_a_block_of_writes_is_seen_at_once() -> None:
+    store, ids = small_store()
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in range(100):
+            with store.writing():
+                store.values.fill_(0.0)
+                time.sleep(0.001)
+                store.values.fill_(float(number))
+                store.delete(ids[number : number + 1])
+                store.add(torch.ones(1, WIDTH), torch.full((1, 2), float(number)))
+        stop.set()
+
+    def read() -> None:
+        while not stop.is_set():
+            answer = store.read(torch.ones(1, WIDTH), k=2)
+            assert torch.allclose(answer.values, answer.values.round(), atol=1e-4)  # all rows hold the same number
+
+    with store.writing():
+        store.values.fill_(0.0)
+    run_together([write, read, read])
+
+
+def test_counts_of_readers_add_up() -> None:
+    store, _ = small_store(track_usage=True)
+
+    def read() -> None:
+        for _ in range(20):
+            store.read(torch.ones(256, WIDTH), "topk", k=300)
+
+    run_together([read] * 4)
+    assert int(store.usage.reads.sum()) == 4 * 20 * 256 * 300
+    assert float(store.usage.weight.sum()) == pytest.approx(4 * 20 * 256, rel=1e-4)
+
+
+def test_a_copy_beside_a_writer_is_of_one_version() -> None:
+    store = SoftKVStore(4, 1)
+    store.add(torch.zeros(20, 4), torch.zeros(20, 1))
+    done = threading.Event()
+
+    def write() -> None:
+        number = 0.0
+        while not done.is_set():
+            number += 1
+            with store.writing():
+                count = len(store) + 20 if len(store) < 2000 else 20
+                store.delete(store.ids)
+                store.add(torch.full((count, 4), number), torch.full((count, 1), number))
+
+    def check() -> None:
+        try:
+            for _ in range(60):
+                copied = copy.deepcopy(store)
+                copied._check()
+                rows = copied.get(copied.ids)
+                assert len(rows.values) % 20 == 0
+                assert len(torch.cat([rows.keys, rows.values], dim=1).unique()) == 1
+        finally:
+            done.set()
+
+    run_together([write, check])
+
+
+def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path) -> None:
+    store, ids = small_store(track_usage=True)
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            store.update(ids, values=torch.full((400, 2), float(number)))
+
+    def read() -> None:
+        while not stop.is_set():
+            store.read(torch.ones(8, WIDTH), "topk", k=50)
+
+    def save() -> None:
+        try:
+            for number in range(15):
+                store.save(tmp_path / str(number % 2))
+                assert len(SoftKVStore.load(tmp_path / str(number % 2)).values.unique()) == 1
+        finally:
+            stop.set()
+
+    store.update(ids, values=torch.zeros(400, 2))
+    run_together([write, read, save])
+
+
+def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path) -> None:
+    store = SoftKVStore(64, 64)
+    store.add(torch.zeros(20_000, 64), torch.zeros(20_000, 64))
+    stop = threading.Event()
+
+    def write() -> None:
+        values = store.values.data
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            values.fill_(float(number))
+
+    def save() -> None:
+        try:
+            for _ in range(5):
+                store.save(tmp_path)
+                SoftKVStore.load(tmp_path)  # of many times, perhaps, but as its hashes say
+        finally:
+            stop.set()
+
+    run_together([write, save])
+
+
+def test_who_waits_to_save_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    store, ids = small_store()
+    waiting = threading.Thread(target=lambda: store.save(tmp_path, timeout=60))
+    with snapshot.locked(tmp_path, 0.0):
+        waiting.start()
+        for _ in range(20):
+            time.sleep(0.005)
+            store.update(ids, values=torch.ones(400, 2))
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert bool((SoftKVStore.load(tmp_path).values == 1).all())
+
+
+# -- builds that fail ------------------------------------------------------------------------------------
+
+
+def recall(store: SoftKVStore) -> float:
+    queries = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(1))
+    return store.audit(queries, k=3).mean_recall
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no luck"), MemoryError("none left"), ValueError("odd")])
+def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = small_store(index=IndexConfig("IVF8,Flat", background=True))
+
+    def fail(*args: object) -> object:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr("softdb.index.builder.build_base", fail)
+        assert recall(store) == 1.0
+        with pytest.raises(IndexBuildError, match=str(failure)):
+            store.refresh(wait=True)
+    store.refresh()  # once is enough
+    assert str(failure) in (store.index_stats().error or "")
+    assert recall(store) == 1.0
+    store.build_index()
+    assert store.index_stats().error is None
+    store.refresh()
+    assert recall(store) > 0.8
+
+
+def test_a_failed_build_is_an_error_of_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = small_store(index="IVF8(PQ4x5),Flat")  # whose 8 centroids are too few to train a PQ with
+    assert recall(store) == 1.0
+    with pytest.raises(IndexBuildError, match="training"):
+        store.build_index()
+    assert recall(store) == 1.0
+
+
+def test_a_build_that_fails_beside_an_old_base_leaves_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, ids = small_store(index=IndexConfig("IVF8,Flat", background=True, garbage=0.1))
+    store.build_index()
+    with monkeypatch.context() as patch:
+        patch.setattr("softdb.index.builder.build_base", lambda plan: 1 / 0)
+        store.delete(ids[:200])
+        assert recall(store) > 0.8  # begins to build
+        with pytest.raises(IndexBuildError, match="ZeroDivisionError"):
+            store.refresh(wait=True)
+    assert recall(store) == 1.0
+
+
+# -- writes that break off -------------------------------------------------------------------------------
+
+WRITES: dict[str, Callable[[SoftKVStore], object]] = {
+    "add": lambda store: store.add(torch.ones(9, 4), torch.ones(9, 2), fields={"time": 9}),
+    "put": lambda store: store.put([3, 1000, 5, 77], torch.ones(4, 4), torch.ones(4, 2), fields={"time": 9}),
+    "update": lambda store: store.update([3, 8, 5], torch.ones(3, 4), torch.ones(3, 2), fields={"time": 9}),
+    "revive": lambda store: store.revive([3, 8, 5], torch.ones(3, 4), torch.ones(3, 2)),
+    "delete": lambda store: store.delete([3, 8, 15, 16]),
+    "reserve": lambda store: store.reserve(100),
+    "load_state_dict": lambda store: store.load_state_dict(table(store, rows=7).state_dict()),
+    "build_index": lambda store: store.build_index(),
+    "refresh": lambda store: store.refresh(),
+    "read": lambda store: store.read(torch.ones(2, 4), "topk", k=2),
+    "materialize": lambda store: store.materialize(),
+}
+ELSEWHERE = ("reserve", "build_index", "refresh", "read", "materialize")  # as much at stake in any kind of store
+# At so many lines of each.
+POINTS = 16
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "trainable": {"trainable": True},
+    "oldest": {"capacity": 18, "evict": "oldest", "track_usage": True},
+    "lru": {"capacity": 18, "evict": "lru"},
+    "graph": {"index": IndexConfig("HNSW8", garbage=1.0)},
+}
+USUAL = ("plain", "trainable", "graph")
+
+
+def table(like: SoftKVStore | None = None, rows: int = 16, **options: Any) -> SoftKVStore:
+    if like is not None:
+        options = {"capacity": like.capacity, "evict": like.evict, "track_usage": like.rows.track_usage}
+        options |= {"trainable": like.trainable, "index": like._index.config}
+    options.setdefault("index", IndexConfig("IVF2,Flat"))
+    store = SoftKVStore(4, 2, fields=("time",), **options)
+    keys = torch.randn(rows + 1, 4, generator=torch.Generator().manual_seed(rows))
+    store.add(keys, keys[:, :2], fields={"time": 1})
+    store.delete([1])
+    return store
+
+
+def contents(store: SoftKVStore) -> tuple[dict[int, list[float]], int]:
+    """The rows by id, and the next id."""
+    rows, ids = store.get(store.ids), store.ids.tolist()
+    numbers = torch.cat([rows.keys, rows.values, rows.fields["time"].unsqueeze(-1).float()], dim=-1)
+    return dict(zip(ids, numbers.tolist(), strict=True)), int(store.rows.next_id)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class Interrupts:
+    """Raises, or does something else, at the n-th line of softdb that the thread comes to."""
+
+    def __init__(self, at: int | None, act: Callable[[], None] = interrupt) -> None:
+        self.count, self.at, self.act = 0, at, act
+
+    def trace(self, frame: Any, event: str, argument: object) -> Any:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith("softdb") or name == "softdb.table.locks":
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                self.act()
+        return self.trace
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in WRITES for kind in KINDS if (kind in USUAL if name in ELSEWHERE else kind != "graph")],
+)
+def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, kind: str) -> None:
+    write = WRITES[name]
+    original = table(**KINDS[kind])
+    copied = copy.deepcopy
+    if name == "refresh":
+
+        def copied(store: SoftKVStore) -> SoftKVStore:  # with an index, which copies do not take along
+            store = copy.deepcopy(store)
+            store.build_index()
+            store.update([4, 7, 9], torch.ones(3, 4))
+            store.add(torch.ones(2, 4), torch.ones(2, 2), fields={"time": 2})
+            return store
+
+    whole = copied(original)
+    write(whole)
+    counter = Interrupts(None)
+    tried = copied(original)
+    with counter.on():
+        write(tried)
+    assert counter.count > 10
+    step = max(1, counter.count // POINTS)
+    outcomes = set()
+    for at in range(1 + len(name) % step, counter.count + 1, step):
+        store = copied(original)
+        before = contents(store)
+        interrupts = Interrupts(at)
+        try:
+            with interrupts.on():
+                write(store)
+        except KeyboardInterrupt:
+            pass
+        else:  # some lines are not passed again
+            assert interrupts.count < at
+        found = contents(store)
+        store._check()
+        assert found in (before, contents(whole)), f"line {at} of {counter.count}"
+        outcomes.add(found == before)
+        store.add(torch.zeros(1, 4), torch.zeros(1, 2), fields={"time": 0})
+        store.delete(store.ids[:1])
+        store._check()
+        if name in ELSEWHERE:
+            assert recall_of(store) >= (0.8 if kind == "graph" else 1.0)
+    if name in ("add", "delete", "update"):
+        assert outcomes == {True, False}  # some came before, some after the point of no return
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in WRITES if name not in ELSEWHERE])
+def test_a_signal_handler_may_save_in_the_middle_of_a_write(name: str, kind: str, tmp_path: Path) -> None:
+    write = WRITES[name]
+    original = table(**KINDS[kind])
+    whole = copy.deepcopy(original)
+    counter = Interrupts(None)
+    with counter.on():
+        write(whole)
+    step = max(1, counter.count // (2 * POINTS))
+    for at in range(1 + len(name) % step, counter.count, step):
+        store = copy.deepcopy(original)
+        before = contents(store)
+
+        def save(store: SoftKVStore = store) -> None:
+            with torch.no_grad():
+                store.save(tmp_path)
+
+        with Interrupts(at, save).on():
+            write(store)
+        store._check()
+        assert contents(store) == contents(whole)
+        assert contents(SoftKVStore.load(tmp_path)) in (before, contents(whole))
+
+
+def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
+    queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
+
+    def search(store: SoftKVStore) -> list[list[int]]:
+        ids = store.read(queries, "topk", k=2).ids
+        assert ids is not None
+        return ids.tolist()
+
+    def search_within_searches() -> None:
+        original = table(rows=64)
+        original.build_index()
+        original.update(torch.arange(2, 12), torch.ones(10, 4))
+        counter, tried = Interrupts(None), copy.deepcopy(original)
+        with counter.on():
+            wanted = search(tried)
+        for at in range(1, counter.count, max(1, counter.count // (8 * POINTS))):
+            store, found = copy.deepcopy(original), list[list[list[int]]]()
+
+            def handle(store: SoftKVStore = store, found: list[list[list[int]]] = found) -> None:
+                found.append(search(store))
+
+            with Interrupts(at, handle).on():
+                found.append(search(store))
+            assert found == [wanted, wanted]
+            store._check()
+            assert recall_of(store) == 1.0
+
+    run_together([search_within_searches])
+
+
+def recall_of(store: SoftKVStore) -> float:
+    """Of reads through whatever index there is: two lists, both of them visited."""
+    queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
+    return store.audit(queries, k=1).mean_recall
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was just opened
+def test_an_interrupted_save_leaves_a_snapshot(tmp_path: Path) -> None:
+    store = table()
+    store.save(tmp_path)
+    counter = Interrupts(None)
+    with counter.on():
+        store.save(tmp_path)
+    store.add(torch.zeros(1, 4), torch.zeros(1, 2), fields={"time": 0})
+    for at in range(1, counter.count, max(1, counter.count // 60)):
+        with pytest.raises(KeyboardInterrupt), Interrupts(at).on():
+            store.save(tmp_path)
+        store._check()
+        assert len(SoftKVStore.load(tmp_path)) in (16, 17)
+    store.save(tmp_path)
+    assert len({file.name.rpartition("-")[2] for file in tmp_path.glob("*.safetensors")}) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Ctrl-C within a hook of gc
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
+    store = table()
+    chance = random.Random(0)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    interrupted, deadline = 0, time.monotonic() + 20
+    try:
+        while interrupted < 100 and time.monotonic() < deadline:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 2e-3))
+                for _ in range(1000):  # Python may lose it, where it comes while an object is taken down
+                    ids = store.add(torch.ones(5, 4), torch.ones(5, 2), fields={"time": 1})
+                    store.read(torch.ones(1, 4), "topk", k=1)
+                    store.delete(ids[:4])
+                    if len(store) > 200:
+                        store.delete(store.ids[:150])
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            store._check()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, ctrl_c)
+    assert interrupted > 20
+
+
+# -- out of memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "trainable"])
+@pytest.mark.parametrize("name", ["add", "put", "reserve", "load_state_dict"])
+def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    growing: dict[str, Callable[[SoftKVStore], object]] = {
+        **WRITES,
+        "add": lambda store: store.add(torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
+        "put": lambda store: store.put(range(90), torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
+    }
+    resized = softdb.table.slots.resized
+    for number in range(1, 40):
+        store = table(**KINDS[kind])
+        if kind == "trainable":
+            store.read(torch.ones(1, 4), "topk", k=1).values.sum().backward()
+        before, gradient = contents(store), store.keys.grad
+        calls = [0]
+
+        def short(*args: Any, number: int = number, calls: list[int] = calls, **options: Any) -> Tensor:
+            calls[0] += 1
+            if calls[0] == number:
+                raise MemoryError("none left")
+            return resized(*args, **options)
+
+        with monkeypatch.context() as patch:
+            for module in (softdb.table.growth, softdb.table.slots, softdb.table.table, softdb.table.gradients):
+                patch.setattr(module, "resized", short)
+            try:
+                growing[name](store)
+                break
+            except MemoryError:
+                pass
+        found = contents(store)
+        store._check()
+        if name == "load_state_dict" and found != before:  # the last numbers are derived from what is loaded
+            assert found == contents(table(rows=7))
+            continue
+        assert found == before
+        assert store.keys.grad is gradient
+        growing[name](store)
+        store._check()
+    assert number > 5
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+from softdb import SoftKVStore
+torch.set_num_threads(1)
+store = SoftKVStore(64, 64, trainable=sys.argv[1] == "trainable")
+rows = torch.ones(20_000, 64)
+store.add(rows, rows)
+store.read(rows[:2], k=3)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**27
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+added = 1
+while True:
+    before = len(store), int(store.rows.next_id), store.rows.version, store.rows.capacity
+    try:
+        store.add(rows, rows + added)
+    except (MemoryError, RuntimeError) as error:
+        break
+    added += 1
+assert before == (len(store), int(store.rows.next_id), store.rows.version, store.rows.capacity), before
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+store._check()
+wanted = torch.arange(added).repeat_interleave(20_000).float() + 1
+wanted[:20_000] = 1
+assert torch.equal(store.values[:len(store), 5].detach(), wanted)
+assert store.add(rows, rows)[0] == before[1]
+store._check()
+print("enough", added)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["plain", "trainable"])
+def test_a_store_that_memory_is_too_small_for_stays_as_it_was(kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, kind], capture_output=True, text=True, timeout=120, check=False
+    )
+    check_exit(done)
+    assert done.stdout.startswith("enough ")
+    assert int(done.stdout.split()[1]) > 1

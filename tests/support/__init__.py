@@ -1,0 +1,1 @@
+"""What several test modules share: contracts, oracles, fault injection, programs of other processes."""

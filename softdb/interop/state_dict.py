@@ -160,5 +160,5 @@ def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args:
         rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
     if watches:  # of an average, most likely, that goes on
         rows.average.remember(rows.tenants, is_updated=True)
-    rows.average.source = None if source is None else source.restart()
+    rows.average.source = None if source is None else source.restart(rows.ids, rows.generation)
     rows.derive()

@@ -1,4 +1,4 @@
-"""Averages of keys and values alone: slots in which they mix two rows of the store that was copied."""
+"""Averages of keys and values alone: find slots in which they mix two rows of the store that was copied."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from softdb.table.slots import NO_SLOTS
-from softdb.table.tenants import Tenants
-from softdb.transforms import is_wrapped
+from softdb.transforms import is_active
 
 __all__ = ["MixedRows", "SourceWatch", "Tensors"]
 
-# Rows that one observation looks at.
-SAMPLE_ROWS = 64
-# Largest deviation from an average that is rounding: relative to the step, and in units of the dtype's precision.
+# Rows that one observation compares, and rows among which they are chosen.
+SAMPLE_ROWS, INSPECTED_ROWS = 64, 1024
+# Largest deviation from a step of an average: relative to the step, and rounding in units of the dtype's precision.
 STEP_TOLERANCE, ROUNDING_UNITS = 0.01, 2
+# Smallest cosine between a step of an average and the way to the source.
+STEP_COSINE = 0.9
+# Fewest numbers that tell a step of an average from another one.
+STEP_NUMBERS = 3
 
 
 class Tensors(Protocol):
@@ -27,138 +31,239 @@ class Tensors(Protocol):
     config: Any
 
     @property
+    def module(self) -> Any:
+        """Module that owns keys and values; an error if it is gone."""
+
+    @property
     def keys(self) -> Tensor:
-        """The keys."""
+        """Keys, (capacity, key_dim)."""
 
     @property
     def values(self) -> Tensor:
-        """The values."""
+        """Values, (capacity, value_dim)."""
 
 
 class MixedRows(NamedTuple):
-    """What an average has mixed.
+    """Rows that an average has mixed.
 
     Attributes:
-        ids: Of rows that are mixed with the row that was in their slot before.
-        started: The number of rows whose average began with zeros.
+        ids: Ids of rows that are mixed with the row that was in their slot before.
+        started: Number of rows whose average began with zeros.
     """
 
     ids: Tensor = NO_SLOTS
     started: int = 0
 
 
+class _Version(NamedTuple):
+    """Generations of the rows of a source at one time.
+
+    Attributes:
+        writes: Number and hash of the writes of rows so far.
+        generations: Generation of each slot, (capacity,); -1 where it holds no row.
+    """
+
+    writes: tuple[int, int]
+    generations: Tensor
+
+    @classmethod
+    def of(cls, source: Tensors) -> _Version | None:
+        """Copy the generations; return None if another thread writes meanwhile."""
+        writes = _writes_of(source)
+        ids, generations = source.rows.ids.cpu(), source.rows.generation.cpu()
+        if len(ids) != len(generations):
+            return None
+        version = cls(writes, torch.where(ids >= 0, generations, -1))
+        return version if writes == _writes_of(source) else None
+
+
 class _Sample(NamedTuple):
-    """Rows of slots that hold other rows in the source than at the last update, as both tables had them."""
+    """Rows of slots that hold other rows in the source than at the last update.
+
+    Attributes:
+        slots: The slots, (n,).
+        own: Keys and values of the average at these slots.
+        source: Keys and values of the source at these slots.
+        version: Generations of the source.
+    """
 
     slots: Tensor
-    own: Tensor
-    source: Tensor
-    tenants: Tenants
+    own: tuple[Tensor, Tensor]
+    source: tuple[Tensor, Tensor]
+    version: _Version
 
 
 class SourceWatch:
-    """Finds slots in which an average of keys and values alone mixes two rows.
+    """Watch for averages of keys and values alone, which mix two rows where one takes the slot of another.
 
     Such an average (of ``parameters()`` or of a ``state_dict()``) begins as a deep copy and is updated in place::
 
         average += rate * (source - average)        # slot by slot, 0 < rate < 1
 
-    Nothing says so, but the tensors of the copy are listed right before. `observe`, which is called then, keeps a
-    sample of the slots that hold other rows in the source than at the last update. If their rows have moved towards
-    those of the source by one rate when it is called again, this was an update of an average.
+    No hook reports this, but torch lists the tensors of the copy right before. `observe`, which is called then, keeps a
+    sample of the slots that hold other rows in the source than at the last update. If at the next call the sampled rows
+    have moved towards those of the source at one rate, this was an update of an average.
 
     Args:
-        source: The table that was copied.
-        tenants: Its rows at that time.
+        source: Table that was copied.
+
+    Attributes:
+        mixed: Ids of the rows that an average has mixed.
     """
 
-    def __init__(self, source: Tensors, tenants: Tenants | None) -> None:
+    def __init__(self, source: Tensors) -> None:
+        self.mixed = NO_SLOTS
         self._source = weakref.ref(source)
-        self._updated: Tenants | None = tenants  # which rows the last update averaged
-        self._seen: tuple[int, int] | None = None
+        version = _Version.of(source)
+        self._updated = None if version is None else version.generations  # of the rows that are averaged
         self._sample: _Sample | None = None
+        self._changed: tuple[_Version, Tensor] | None = None  # slots since the last update
 
-    def restart(self) -> SourceWatch:
-        """Return a watch that takes the rows at the next observation for those of the last update."""
-        watch = SourceWatch.__new__(SourceWatch)
-        watch._source, watch._updated, watch._seen, watch._sample = self._source, None, None, None
+    def restart(self, ids: Tensor, generation: Tensor) -> SourceWatch | None:
+        """Return a watch for a copy into which rows have been loaded.
+
+        Its average begins with the present rows of the source, or, if others were loaded, with those of the next
+        observation.
+        """
+        source = self._live_source()
+        if source is None:
+            return None
+        watch = SourceWatch(source)
+        loaded = torch.where(ids.cpu() >= 0, generation.cpu(), -1)
+        if watch._updated is None or not torch.equal(loaded, watch._updated):
+            watch._updated = None
         return watch
 
     @torch.no_grad()
     def observe(self, own: Tensors) -> MixedRows:
-        """Return what the last update of an average mixed; keep a sample for the next."""
-        source = self._source()
-        if source is None or not _are_comparable(own, source):
+        """Return the rows that the last update of an average has mixed; keep a sample for the next call."""
+        source = self._live_source()
+        if source is None or is_active() or _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
+            return MixedRows()
+        if not _are_comparable(own, source):
             self._sample = None
             return MixedRows()
-        mixed = self._compare(own)
-        ids = source.rows.ids
-        if self._updated is None or len(self._updated.ids) != len(ids):
-            self._updated, self._sample = source.rows.tenants, None
-        elif self._sample is not None or self._seen != (source.rows.writes, source.rows.id_hash):
-            self._keep_sample(own, source, self._updated)
-        self._seen = source.rows.writes, source.rows.id_hash
-        return mixed
+        found = self._compare(own)
+        self._keep_sample(own, source)
+        return found
+
+    def _live_source(self) -> Tensors | None:
+        """Return the source while its module is in use."""
+        source = self._source()
+        try:
+            return source if source is not None and source.module is not None else None
+        except ReferenceError:
+            return None
 
     def _compare(self, own: Tensors) -> MixedRows:
-        """Return what has been mixed since the sample was kept."""
+        """Return the rows that have been mixed since the sample was kept."""
         sample, known = self._sample, self._updated
-        if sample is None or known is None or len(own.rows.ids) != len(sample.tenants.ids):
+        if sample is None or known is None or len(own.keys) != len(sample.version.generations):
             return MixedRows()
-        rate = _find_rate(sample.own, sample.source, _rows_at(own, sample.slots), own.keys.dtype)
-        if rate == 0:
+        rates = _find_rates(sample, _rows_at(own, sample.slots), own.keys.dtype)
+        if None in rates or not any(rates):
+            return MixedRows()  # not updated, or by something else than an average
+        generations = sample.version.generations
+        if all(rate == 1 for rate in rates):  # a copy of the source
+            self._updated, self._changed = generations, None
             return MixedRows()
-        self._updated = sample.tenants
-        if rate is None or rate == 1:  # something else, or a copy
-            return MixedRows()
-        slots = _changed_slots(known, sample.tenants)
-        held = known.ids[slots] >= 0
-        return MixedRows(sample.tenants.ids[slots[held]].cpu(), int((~held).sum()))
-
-    def _keep_sample(self, own: Tensors, source: Tensors, known: Tenants) -> None:
-        now: Tenants = source.rows.tenants
-        slots = _changed_slots(known, now)
-        if len(slots) == 0:
-            self._sample = None
-            return
+        if not any(rate is not None and 0 < rate < 1 for rate in rates):
+            return MixedRows()  # listed while it is copied
+        slots = _changed_slots(known, generations)
         # A slot that has become free still holds what remains of its row.
-        now = now._replace(ids=torch.where((now.ids < 0) & (known.ids >= 0), known.ids, now.ids))
-        taken = slots[:SAMPLE_ROWS]
-        self._sample = _Sample(taken, _rows_at(own, taken), _rows_at(source, taken), now)
+        self._updated, self._changed = torch.where(generations < 0, known, generations), None
+        is_empty = ~torch.cat(sample.own, 1).any(1)  # as a copy of an empty slot is
+        held = (known[slots] >= 0) & ~torch.isin(slots, sample.slots[is_empty])
+        source = self._live_source()
+        ids = slots[held] if source is None else source.rows.ids.cpu()[slots[held]]
+        self.mixed = torch.cat([self.mixed, ids]).unique()
+        return MixedRows(ids, int((~held).sum()))
+
+    def _keep_sample(self, own: Tensors, source: Tensors) -> None:
+        """Keep rows of slots that hold other rows than at the last update."""
+        self._sample = None
+        if self._changed is None or self._changed[0].writes != _writes_of(source):
+            self._changed = self._find_changed(source)
+        if self._changed is None or len(self._changed[0].generations) != len(own.keys):
+            return
+        version, slots = self._changed
+        if len(slots) == 0:
+            return
+        slots = slots[:: -(-len(slots) // INSPECTED_ROWS)]
+        mine, theirs = _rows_at(own, slots), _rows_at(source, slots)
+        if version.writes != _writes_of(source):
+            return  # another thread writes
+        differ = torch.cat([a != b for a, b in zip(mine, theirs, strict=True)], 1).any(1)
+        finite = torch.cat([a.isfinite() & b.isfinite() for a, b in zip(mine, theirs, strict=True)], 1).all(1)
+        chosen = (differ & finite).nonzero().squeeze(-1)[:SAMPLE_ROWS]
+        own_rows, source_rows = (mine[0][chosen], mine[1][chosen]), (theirs[0][chosen], theirs[1][chosen])
+        self._sample = _Sample(slots[chosen], own_rows, source_rows, version)
+
+    def _find_changed(self, source: Tensors) -> tuple[_Version, Tensor] | None:
+        """Return the version of the source, and the slots that hold other rows than at the last update."""
+        version = _Version.of(source)
+        if version is None:
+            return None
+        generations = version.generations
+        if self._updated is None or len(self._updated) > len(generations):
+            self._updated = generations
+        if len(self._updated) < len(generations):  # both have grown: slots stay where they are
+            added = len(generations) - len(self._updated)
+            self._updated = torch.cat([self._updated, torch.full((added,), -1)])
+        return version, _changed_slots(self._updated, generations)
+
+
+def _writes_of(source: Tensors) -> tuple[int, int]:
+    """Return number and hash of the writes of rows so far."""
+    return source.rows.writes, source.rows.id_hash
 
 
 def _are_comparable(own: Tensors, source: Tensors) -> bool:
-    """Whether both have plain tensors of the same shapes."""
+    """Return whether both have plain tensors of the same shapes."""
     pairs = (own.keys, source.keys), (own.values, source.values)
     for tensor in (*pairs[0], *pairs[1]):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or is_wrapped(tensor):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
             return False
-    return all(a.shape == b.shape for a, b in pairs) and len(source.rows.ids) == len(source.keys)
+    return all(a.shape == b.shape for a, b in pairs)
 
 
-def _changed_slots(before: Tenants, now: Tenants) -> Tensor:
+def _changed_slots(before: Tensor, now: Tensor) -> Tensor:
     """Return the slots that hold a row which was not there before."""
-    if before.ids.device != now.ids.device:
-        before = Tenants(before.ids.to(now.ids.device), before.generation.to(now.ids.device), before.version)
-    new = (now.ids >= 0) & ((before.ids < 0) | (before.generation != now.generation))
-    return new.nonzero().squeeze(-1)
+    return ((now >= 0) & (before != now)).nonzero().squeeze(-1)
 
 
-def _rows_at(table: Tensors, slots: Tensor) -> Tensor:
-    """Copy the rows at ``slots``, keys and values side by side."""  # (n, key_dim + value_dim)
-    parts = [t.index_select(0, slots.to(t.device)).to("cpu", torch.float64) for t in (table.keys, table.values)]
-    return torch.cat(parts, 1)
+def _rows_at(table: Tensors, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy keys and values at ``slots``, in float64 on the CPU."""
+    keys, values = table.keys, table.values
+    return (
+        keys.index_select(0, slots.to(keys.device)).to("cpu", torch.float64),
+        values.index_select(0, slots.to(values.device)).to("cpu", torch.float64),
+    )
+
+
+def _find_rates(sample: _Sample, after: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[float | None]:
+    """Return the rates of keys and values; one for both where one has too few numbers; none where both have."""
+    parts = list(zip(sample.own, sample.source, after, strict=True))
+    if any((before != source).sum() < STEP_NUMBERS for before, source, _ in parts):
+        before, source, after_both = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        parts = [(before, source, after_both)] if (before != source).sum() >= STEP_NUMBERS else []
+    return [_find_rate(*part, dtype) for part in parts]
 
 
 def _find_rate(before: Tensor, source: Tensor, after: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the rate of ``after = before + rate * (source - before)`` from 0 to 1; None if there is none."""
+    """Return the rate of ``after = before + rate * (source - before)``, from 0 to 1; None if there is none."""
     step, way = after - before, source - before
-    rounding = ROUNDING_UNITS * torch.finfo(dtype).eps * torch.maximum(before.abs(), source.abs())
     if not step.any():
         return 0.0
+    rounding = ROUNDING_UNITS * torch.finfo(dtype).eps * torch.maximum(before.abs(), source.abs())
     if bool(((after - source).abs() <= rounding).all()):
         return 1.0
-    rate = float((step * way).sum() / way.square().sum())
+    product, length = float((step * way).sum()), step.norm()
+    rate = product / float(way.square().sum())
     deviation = (step - rate * way).norm()
-    is_average = deviation <= STEP_TOLERANCE * step.norm() + rounding.norm() and step.norm() > 3 * rounding.norm()
+    is_average = (
+        deviation <= STEP_TOLERANCE * length + rounding.norm()
+        and product >= STEP_COSINE * float(length * way.norm())
+        and length > rounding.norm() / 4
+    )
     return rate if is_average and 0 < rate < 1 else None

@@ -45,7 +45,7 @@ class AverageWatch:
         """Watch a deep copy of ``source``, which holds ``tenants``."""
         if source.config.trainable:  # else its keys and values are buffers, which averages copy
             self.remember(tenants, is_updated=source.rows.average.is_updated)
-        self.source = SourceWatch(source, tenants)
+        self.source = SourceWatch(source)
 
     def remember(self, tenants: Tenants, *, is_updated: bool = False) -> None:
         """Remember which rows are where."""

@@ -193,5 +193,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
                 last = torch.cat([first, last]).unique()
             with move.table.access.writing():
                 move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
+        move.table.average.source = None  # a copy that is trained is no average
         if number in before:
             move.table.recorded.record_step(move.name, before[number].state, move.parameter)

@@ -144,12 +144,13 @@ def observe_listing(table: Tensors) -> None:
     if rows.average.source is None:
         return
     found = rows.average.source.observe(table)
-    if found.started:
-        warn_of_started(found.started)
     if len(found.ids):
         rows.average.mixed = torch.cat([rows.average.mixed, found.ids])
         rows.own("id_check").fill_(NO_CHECK)  # so that the next use of the average raises, too
-        raise _mixed_rows(found.ids)
+    if len(rows.average.source.mixed):
+        raise _mixed_rows(rows.average.source.mixed)
+    if found.started:
+        warn_of_started(found.started)
 
 
 def _mixed_rows(ids: Tensor) -> ForeignWriteError:

@@ -1,0 +1,16 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the processes that run tests: threads that wait for a core spin, and take it from others."""
+    processes = len(getattr(config.option, "tx", None) or [])
+    if processes and not hasattr(config, "workerinput"):
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported; workers inherit it

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the processes that run tests: threads that wait for a core spin, and take it from others."""
+    """Share the cores among the test processes: threads that wait spin, and take cores from others."""
     processes = len(getattr(config.option, "tx", None) or [])
     if processes and not hasattr(config, "workerinput"):
         threads = max(1, (os.cpu_count() or 1) // processes)

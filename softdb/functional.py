@@ -31,9 +31,9 @@ from softdb.errors import (
     TransformError,
 )
 from softdb.filters import Selection
-from softdb.kernels.gather import gathered_scores, weighted_sum
-from softdb.kernels.hidden import hidden_keys_zeroed
-from softdb.kernels.spec import ReadSpec, check_scores, full_precision, query_numbers
+from softdb.kernels.gather import score_rows, weighted_sum
+from softdb.kernels.hidden import zero_hidden_keys
+from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumerate_queries
 from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
 from softdb.reading.exact import read_exactly
@@ -142,15 +142,15 @@ def soft_read(
     if mask is not None:
         _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
     tiling = Tiling.for_device(query.device)
-    narrow = tiling.is_narrow(values, answer_dtype(query))
-    with full_precision(query.device):
+    narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
+    with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _Fold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
         noise = noise_for(normalizer, generator)
-        spec = ReadSpec(metric, centre, selection, dtype, narrow=narrow, noise=noise, tiling=tiling)
+        spec = ReadSpec(metric, centre, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         height = fold.shared_size * query.shape[-2]
         if not selection.shows_some_to_all:
@@ -159,7 +159,7 @@ def soft_read(
             read = read_exactly(fold.queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:
             check_finite("query", query)  # it may be their fault: say so
-            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, height))
+            check_finite("keys", keys if mask is None else zero_hidden_keys(tables.keys, spec, fold.groups, height))
             raise
     if not is_finite(read.values):
         check_finite("values", values)
@@ -228,7 +228,7 @@ def topk_read(
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     check_finite("query", query)
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
-    with full_precision(query.device):
+    with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
@@ -349,7 +349,7 @@ def _topk_read_under_transform(
         _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, height), 1, query.device)
     if normalizer == "gumbel":
         check_randomness()
-    with full_precision(query.device):
+    with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = centre_of(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
@@ -359,11 +359,11 @@ def _topk_read_under_transform(
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
         spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
-        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
+        scores = score_rows(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
         if normalizer == "gumbel":
             device = "cpu" if generator is None else generator.device
             noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))
-            numbers = query_numbers(range(len(rows) // max(1, fold.groups)), range(fold.groups), rows.device)
+            numbers = enumerate_queries(range(len(rows) // max(1, fold.groups)), range(fold.groups), rows.device)
             scores = scores + noise.at(numbers.flatten().unsqueeze(-1), rows, dtype).squeeze(-2)
         finite = scores.masked_fill(missing, 0.0)
         with outside_of_transforms():

@@ -2,6 +2,6 @@
 
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager
-from softdb.index.search import Found
+from softdb.index.search import Candidates
 
-__all__ = ["Found", "IndexConfig", "IndexManager", "IndexStats"]
+__all__ = ["Candidates", "IndexConfig", "IndexManager", "IndexStats"]

@@ -12,10 +12,10 @@ from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.metrics import compute_dtype
 
-__all__ = ["FURTHEST", "ListLayout", "list_importance"]
+__all__ = ["MAX_SCORE_GAP", "ListLayout", "list_importance"]
 
 # Lower bound of a row's score, in nats below the best candidates.
-FURTHEST = 75.0
+MAX_SCORE_GAP = 75.0
 
 # The mean key of a list is that of this many of its rows.
 ROWS_PER_MEAN = 32
@@ -74,16 +74,16 @@ def list_importance(  # (M, w), (M, k), (M,) -> (L,)
     Returns:
         The root mean square of the weights over the queries, (L,) float64.
     """
-    operand = spec.operand(layout.means)
+    operand = spec.prepare_keys(layout.means)
     reading = (lse > -torch.inf).nonzero().squeeze(-1)  # the other queries see no row
     query = query.detach()[reading]
     doubled_query = 2 * query  # squares of weights are exponentials of doubled scores
     most = 2 * scores.detach()[reading, -1:].to(query.dtype)  # a better row should be a candidate
     total = 2 * lse.detach()[reading].unsqueeze(-1).to(query.dtype)
     squares = operand.new_zeros(len(operand))
-    height = max(1, Tiling.for_device(operand.device).elements // max(1, len(operand)))
+    height = max(1, Tiling.for_device(operand.device).tile_elements // max(1, len(operand)))
     for start in range(0, len(query), height):
         part = slice(start, start + height)
-        doubled = (doubled_query[part] @ operand.T).clamp_(total[part] - FURTHEST, most[part]).sub_(total[part])
+        doubled = (doubled_query[part] @ operand.T).clamp_(total[part] - MAX_SCORE_GAP, most[part]).sub_(total[part])
         squares += doubled.exp_().sum(0)
     return squares.double().nan_to_num_(nan=0.0, posinf=0.0).sqrt_()

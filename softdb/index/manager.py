@@ -35,14 +35,14 @@ from softdb.index.faiss_parts import faiss_metric, parts_of
 from softdb.index.list_layout import ListLayout
 from softdb.index.planner import approximate_is_cheaper, plan_search_width
 from softdb.index.policy import IndexPolicy
-from softdb.index.search import Found, SearchTask, complete_candidates, find_candidates, search_exactly
+from softdb.index.search import Candidates, SearchTask, complete_candidates, find_candidates, search_exactly
 from softdb.index.tuning import check_recent_queries
 from softdb.index.upkeep import IndexCosts, IndexUpkeep
 from softdb.kernels.spec import ReadSpec
 from softdb.processes import is_openmp_used, note_openmp, run_in_forked_children
 from softdb.table.storage import RowStorage
 
-__all__ = ["Found", "IndexManager"]
+__all__ = ["Candidates", "IndexManager"]
 
 _managers: weakref.WeakSet[IndexManager] = weakref.WeakSet()
 
@@ -170,11 +170,11 @@ class IndexManager:
         k: int,
         *,
         careful: bool = False,
-    ) -> Found:
+    ) -> Candidates:
         """Find the k best rows of each query; with ``careful``, search wider."""
         task = SearchTask(query.detach(), operand.detach(), keys.detach(), rows, spec, k)
         if self._is_interrupted:
-            return Found(search_exactly(task), True, 1.0)
+            return Candidates(search_exactly(task), True, 1.0)
         selection = spec.selection
         with self._lock, torch.inference_mode(False):
             upkeep, base = self._upkeep, self._base_of(rows)
@@ -190,15 +190,15 @@ class IndexManager:
         started = time.perf_counter()
         try:
             if base is None or not approximate_is_cheaper(base, rows, selection, k, len(query)):
-                return Found(search_exactly(task), True, 1.0)
+                return Candidates(search_exactly(task), True, 1.0)
             neighbours = k * len(rows) / selection.shared_count
             width, recall = plan_search_width(base, len(query), neighbours, careful=careful)
             found = complete_candidates(task, find_candidates(task, base, exact_slots, width))
-            return Found(found, False, recall)
+            return Candidates(found, False, recall)
         finally:
             self._costs.search_seconds += time.perf_counter() - started
 
-    def approximates(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
+    def is_approximate(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
         """Test whether a search for k rows of each query would be approximate."""
         base = self._base_of(rows)
         return base is not None and approximate_is_cheaper(base, rows, selection, k, queries)

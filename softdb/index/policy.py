@@ -32,7 +32,7 @@ class IndexPolicy:
             changes, until checks cost this share of the searches.
         checking_shares: Check the recall again when the base has merged this share of its entries: the smallest and the
             largest share.
-        near_enough: A check accepts a recall this far from the target, since its sample is small.
+        recall_tolerance: A check accepts a recall this far from the target, since its sample is small.
     """
 
     exact_rows: int = 500_000
@@ -50,4 +50,4 @@ class IndexPolicy:
     check_after: int = 4096
     drift_share: float = 1 / 20
     checking_shares: tuple[float, float] = (1 / 4, 1 / 2)
-    near_enough: float = 0.01
+    recall_tolerance: float = 0.01

@@ -57,7 +57,7 @@ class RecallSample:
 
     def hits(self, found: Tensor) -> Tensor:  # (m, c) -> (m, c) bool
         """Test which candidates are as good as the k best rows."""
-        scores = backend_for(self.operand).scores_at(self.operand, self._keys, found, self.spec)
+        scores = backend_for(self.operand).score_at(self.operand, self._keys, found, self.spec)
         return (scores >= self._worst) & (found >= 0)
 
     def measure(self, hits: Tensor) -> MeasuredRecall:  # (m,): of each query

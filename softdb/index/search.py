@@ -15,13 +15,13 @@ from softdb.kernels.cpu.topk import top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.table.storage import RowStorage
 
-__all__ = ["Found", "SearchTask", "complete_candidates", "find_candidates", "search_exactly"]
+__all__ = ["Candidates", "SearchTask", "complete_candidates", "find_candidates", "search_exactly"]
 
 # A filter by a rule leaves an unknown share of the rows: ask for this many times the candidates.
 RULE_CANDIDATES_FACTOR = 4
 
 
-class Found(NamedTuple):
+class Candidates(NamedTuple):
     """Hold the candidates of a search.
 
     Attributes:
@@ -67,11 +67,13 @@ def find_candidates(  # (m,) -> (B, up to k)
     spec, k = task.spec, task.k
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
-        visible = replace(spec, selection=spec.selection.among(exact_slots), key_norm=None, narrow=False, noise=None)
+        visible = replace(
+            spec, selection=spec.selection.among(exact_slots), max_key_norm=None, bf16_matmul=False, noise=None
+        )
         found = torch.cat([found, search_exactly(task._replace(spec=visible))], dim=-1)
     if found.shape[-1] <= k:
         return found
-    scores = backend_for(task.operand).scores_at(task.operand, task.keys, found, spec)
+    scores = backend_for(task.operand).score_at(task.operand, task.keys, found, spec)
     return found.gather(-1, top_k(scores, k)[1])
 
 
@@ -81,7 +83,7 @@ def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
     if bool(missing.any()):
         short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)
         selection = task.spec.selection.take(short)
-        rest = replace(task.spec, selection=selection, key_norm=None, narrow=False, noise=None)
+        rest = replace(task.spec, selection=selection, max_key_norm=None, bf16_matmul=False, noise=None)
         found[short] = search_exactly(task._replace(operand=task.operand[short], spec=rest))
     return found
 

@@ -172,7 +172,7 @@ def tune_base(
     start, now = 0, SearchLevel(width, base.outlier_count)
     if is_tuned:
         start = sum(level.width < now.width or level.outliers < now.outliers for level in levels[:-1])
-    near = policy.near_enough
+    near = policy.recall_tolerance
     target = RecallTarget(recall, near, near / 2, beyond_chance=not is_tuned)
     level, base.recall = find_level(levels, start, measure, target, keep=False)
     set_search_width(base.index, level.width)
@@ -248,7 +248,7 @@ def check_recent_queries(
     widths = [now // 2, now]
     while widths[-1] < limit:
         widths.append(min(limit, 2 * widths[-1]))
-    near = policy.near_enough
+    near = policy.recall_tolerance
     target = RecallTarget(recall, near, near, beyond_chance=is_first)
     level, measured = find_level([SearchLevel(width, 0) for width in widths], 1, measure, target, keep=True)
     base.set_search_width(level.width)

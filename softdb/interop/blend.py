@@ -12,7 +12,7 @@ from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
 from softdb.kernels.backend import backend_for
-from softdb.kernels.gather import blend_back, products_at, weighted_sum
+from softdb.kernels.gather import blend_at_backward, dot_at, weighted_sum
 from softdb.processes import note_openmp
 from softdb.transforms import has_batched, is_active, is_forward_mode, outside_of_transforms, samples_first
 
@@ -57,8 +57,10 @@ def _blend_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weights and values."""
     nothing = weights.new_empty(0)
-    products = products_at(gradient, values, numbers) if wanted[0] else nothing
-    return products, blend_back(gradient, weights, values, numbers, sparse=sparse) if wanted[1] else nothing.clone()
+    products = dot_at(gradient, values, numbers) if wanted[0] else nothing
+    return products, blend_at_backward(gradient, weights, values, numbers, sparse=sparse) if wanted[
+        1
+    ] else nothing.clone()
 
 
 def _fake_blend_backward(

@@ -1,1 +1,1 @@
-"""Kernels: what reads do with tensors, by a backend for each kind of device."""
+"""Kernels of reads: tensor operations, with one backend for each kind of device."""

@@ -1,4 +1,7 @@
-"""`backend_for`: the one place where the implementation of the kernels is chosen, by device and dtype."""
+"""Choose the backend of the kernels for a device and dtype.
+
+No other module makes this choice.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ __all__ = ["Backend", "backend_for"]
 
 
 class ExactRead(Protocol):
-    """Softmax over all rows, and its backward; as `softdb.kernels.cpu.exact.exact_read`."""
+    """Differentiable softmax over all rows.
+
+    See `softdb.kernels.cpu.exact.exact_read`.
+    """
 
     def __call__(
         self, query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int = 1, k: int = 0
@@ -23,36 +29,55 @@ class ExactRead(Protocol):
 
 
 class ExactTopK(Protocol):
-    """The k best of all rows; as `softdb.kernels.cpu.topk.exact_top_k`."""
+    """Top-k over all rows.
+
+    See `softdb.kernels.cpu.topk.exact_top_k`.
+    """
 
     def __call__(self, query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor]: ...
 
 
-class ScoresAt(Protocol):
-    """The scores of gathered rows; as `softdb.kernels.gather.scores_at`."""
+class ScoreAt(Protocol):
+    """Scores of gathered rows.
 
-    def __call__(self, query: Tensor, keys: Tensor, numbers: Tensor, spec: ReadSpec) -> Tensor: ...
+    See `softdb.kernels.gather.score_at`.
+    """
+
+    def __call__(self, query: Tensor, keys: Tensor, index: Tensor, spec: ReadSpec) -> Tensor: ...
 
 
 class BlendAt(Protocol):
-    """The weighted sum of gathered values; as `softdb.kernels.gather.blend_at`."""
+    """Weighted sum of gathered values.
 
-    def __call__(self, weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor: ...
+    See `softdb.kernels.gather.blend_at`.
+    """
+
+    def __call__(self, weights: Tensor, values: Tensor, index: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one kind of device: exact read, exact top-k, and score and blend of gathered rows."""
+    """Kernels for one kind of device.
+
+    Attributes:
+        exact_read: Softmax over all rows.
+        exact_top_k: Top-k over all rows.
+        score_at: Scores of gathered rows.
+        blend_at: Weighted sum of gathered values.
+    """
 
     exact_read: ExactRead
     exact_top_k: ExactTopK
-    scores_at: ScoresAt
+    score_at: ScoreAt
     blend_at: BlendAt
 
 
-TORCH_BLOCKS = Backend(exact.exact_read, topk.exact_top_k, gather.scores_at, gather.blend_at)
+TORCH_BLOCKS = Backend(exact.exact_read, topk.exact_top_k, gather.score_at, gather.blend_at)
 
 
 def backend_for(tensor: Tensor) -> Backend:
-    """Return the kernels for ``tensor``: blocks in torch, on every device so far."""
+    """Return the kernels for the device and dtype of ``tensor``.
+
+    There is one backend so far, which runs on every device.
+    """
     return TORCH_BLOCKS

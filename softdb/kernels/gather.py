@@ -1,4 +1,4 @@
-"""Rows gathered by number, their scores and blends, and the gradients of these."""
+"""Gather rows by index, and compute their scores, weighted sums and gradients."""
 
 from __future__ import annotations
 
@@ -15,154 +15,192 @@ from softdb.kernels.tiling import Tiling
 from softdb.table.gradients import row_sparse
 
 __all__ = [
-    "Places",
+    "GatherIndex",
     "blend_at",
-    "blend_back",
+    "blend_at_backward",
+    "dot_at",
     "gather_rows",
-    "gathered_scores",
-    "products_at",
-    "scores_at",
+    "score_at",
+    "score_rows",
     "weighted_sum",
 ]
 
 
-class Places:
-    """Rows of a table, by number, -1 at padding: (M, k), to be gathered from one table or several."""
+class GatherIndex:
+    """Index of rows to gather from one table or from several.
 
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
-        self.missing = numbers < 0
-        self.padded = bool(self.missing.any())
+    Args:
+        index: Row positions, (M, k); -1 is padding.
+
+    Attributes:
+        index: Row positions, (M, k).
+        is_padding: (M, k) bool.
+        has_padding: Whether any position is padding.
+    """
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.is_padding = index < 0
+        self.has_padding = bool(self.is_padding.any())
 
     @property
-    def valid(self) -> Tensor:
-        """Numbers that can be looked up, 0 at padding."""
-        return self.numbers.clamp(min=0) if self.padded else self.numbers
+    def clamped(self) -> Tensor:
+        """Row positions with 0 at padding, (M, k)."""
+        return self.index.clamp(min=0) if self.has_padding else self.index
 
     @kept_property
-    def distinct(self) -> tuple[Tensor, Tensor]:
-        """Each number once, ascending, and which of them each entry is; without padding, flat."""
-        rows, place = self.numbers[~self.missing].unique(return_inverse=True)
-        return rows, place
+    def unique(self) -> tuple[Tensor, Tensor]:
+        """Unique row positions, ascending, and the inverse of the entries.
+
+        Padding is left out; the inverse is flat.
+        """
+        rows, inverse = self.index[~self.is_padding].unique(return_inverse=True)
+        return rows, inverse
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
-        ctx.places = places
+    def forward(ctx: Any, table: Tensor, index: GatherIndex, dtype: torch.dtype) -> Tensor:
+        ctx.index = index
         ctx.table_shape, ctx.table_dtype = table.shape, table.dtype
-        return _gather(table, places, dtype)
+        return _gather(table, index, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        places = ctx.places
-        rows, place = places.distinct
-        grad = grads[0][~places.missing] if places.padded else grads[0].flatten(0, -2)
-        summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, place, grad)
+        index = ctx.index
+        rows, inverse = index.unique
+        grad = grads[0][~index.is_padding] if index.has_padding else grads[0].flatten(0, -2)
+        summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, inverse, grad)
         return row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
 
 
-def _gather(table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)
-    """``table[places]``, 0 at padding: nothing that stands in some row there may come through, be it NaN."""
-    rows = table.index_select(0, places.valid.flatten()).view(*places.numbers.shape, table.shape[-1]).to(dtype)
-    return rows.masked_fill(places.missing.unsqueeze(-1), 0.0) if places.padded else rows
+def _gather(table: Tensor, index: GatherIndex, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)
+    """Compute ``table[index]``, 0 at padding, even where row 0 is NaN."""
+    rows = table.index_select(0, index.clamped.flatten()).view(*index.index.shape, table.shape[-1]).to(dtype)
+    return rows.masked_fill(index.is_padding.unsqueeze(-1), 0.0) if index.has_padding else rows
 
 
-def gather_rows(table: Tensor, places: Places, dtype: torch.dtype, *, sparse: bool) -> Tensor:
-    """``table[places].to(dtype)``, 0 at padding; with ``sparse`` the gradient is a coalesced COO of the rows read."""
+def gather_rows(table: Tensor, index: GatherIndex, dtype: torch.dtype, *, sparse: bool) -> Tensor:
+    """Compute ``table[index].to(dtype)``, 0 at padding.
+
+    With ``sparse`` the gradient of ``table`` is a coalesced COO tensor of the gathered rows.
+    """
     if sparse and table.requires_grad and torch.is_grad_enabled():
-        rows: Tensor = _GatherRows.apply(table, places, dtype)  # type: ignore[no-untyped-call]
+        rows: Tensor = _GatherRows.apply(table, index, dtype)  # type: ignore[no-untyped-call]
         return rows
-    return _gather(table, places, dtype)
+    return _gather(table, index, dtype)
 
 
-def gathered_scores(query: Tensor, keys: Tensor, spec: ReadSpec) -> Tensor:  # (M, w), (M, k, d) -> (M, k)
-    """Scores of prepared queries with each its own k keys, differentiable; equal keys have equal scores."""
-    return _row_products(spec.operand(keys), query).to(spec.dtype)
+def score_rows(query: Tensor, keys: Tensor, spec: ReadSpec) -> Tensor:  # (M, w), (M, k, d) -> (M, k)
+    """Score gathered keys by prepared queries; differentiable.
+
+    Equal keys have bitwise equal scores.
+    """
+    return _dot_rows(spec.prepare_keys(keys), query).to(spec.dtype)
 
 
-def scores_at(query: Tensor, keys: Tensor, numbers: Tensor, spec: ReadSpec) -> Tensor:  # (M, w), (N, d) -> (M, k)
-    """Scores of prepared queries with the keys at (M, k) ``numbers``, -inf at -1; no gradient, and no (M, k, d)."""
-    scores = query.new_empty(numbers.shape, dtype=spec.dtype)
-    for part, rows in _gathered(keys, numbers.clamp(min=0), spec.tiling):
-        scores[part] = gathered_scores(query[part], rows, spec)
-    return scores.masked_fill_(numbers < 0, -torch.inf)
+def score_at(query: Tensor, keys: Tensor, index: Tensor, spec: ReadSpec) -> Tensor:  # (M, w), (N, d) -> (M, k)
+    """Score the keys at (M, k) ``index`` by prepared queries.
+
+    The scores have no gradient and are -inf where the index is -1. The gathered keys, (M, k, d), are never allocated as
+    a whole.
+    """
+    scores = query.new_empty(index.shape, dtype=spec.dtype)
+    for part, rows in _iterate_gathered(keys, index.clamp(min=0), spec.tiling):
+        scores[part] = score_rows(query[part], rows, spec)
+    return scores.masked_fill_(index < 0, -torch.inf)
 
 
-def products_at(query: Tensor, table: Tensor, numbers: Tensor) -> Tensor:  # (M, d), (N, d), (M, k) -> (M, k)
-    """Products of queries with the rows at ``numbers``, none of them -1; no gradient, and no (M, k, d)."""
-    products = query.new_empty(numbers.shape)
-    for part, rows in _gathered(table, numbers, Tiling.for_device(table.device)):
-        products[part] = _row_products(rows.to(query.dtype), query[part])
+def dot_at(query: Tensor, table: Tensor, index: Tensor) -> Tensor:  # (M, d), (N, d), (M, k) -> (M, k)
+    """Compute dot products of queries with the rows at ``index``.
+
+    The products have no gradient. The index must not contain -1. The gathered rows, (M, k, d), are never allocated as a
+    whole.
+    """
+    products = query.new_empty(index.shape)
+    for part, rows in _iterate_gathered(table, index, Tiling.for_device(table.device)):
+        products[part] = _dot_rows(rows.to(query.dtype), query[part])
     return products
 
 
-def _row_products(rows: Tensor, query: Tensor) -> Tensor:  # (M, k, d), (M, d) -> (M, k)
-    """Products of queries with each its own rows.
+def _dot_rows(rows: Tensor, query: Tensor) -> Tensor:  # (M, k, d), (M, d) -> (M, k)
+    """Compute dot products of each query with its own rows.
 
-    Not by `torch.bmm`, which may round the last of an odd number of rows differently, so that equal rows would not tie.
-    The bits of this sum depend on the width alone.
+    `torch.bmm` may round the last of an odd number of rows differently, so that equal rows do not tie. The bits of this
+    sum depend on the width alone.
     """
     return (rows * query.unsqueeze(1)).sum(-1)
 
 
-def _gathered(  # (N, d), (M, k)
-    table: Tensor, numbers: Tensor, tiling: Tiling
+def _iterate_gathered(  # (N, d), (M, k)
+    table: Tensor, index: Tensor, tiling: Tiling
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``table[numbers]``, a few queries' (m, k, d) at a time, in memory that is used again."""
-    count, k = numbers.shape
-    step = max(1, tiling.gathered // max(1, k * table.shape[-1]))
+    """Yield slices of the queries, and their rows ``table[index]``, (m, k, d).
+
+    All slices share one buffer, so rows are valid until the next slice only.
+    """
+    count, k = index.shape
+    step = max(1, tiling.gathered_elements // max(1, k * table.shape[-1]))
     buffer = table.new_empty(min(step, count) * k, table.shape[-1])
     for start in range(0, count, step):
         part = slice(start, start + step)
-        wanted = numbers[part].flatten()
+        wanted = index[part].flatten()
         rows = torch.index_select(table, 0, wanted, out=buffer[: len(wanted)])
         yield part, rows.view(-1, k, table.shape[-1])
 
 
-def blend_at(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
-    """The weighted sum of the values at ``numbers``, none of them -1; no gradient, and no (M, k, dv)."""
-    count, k = numbers.shape
+def blend_at(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
+    """Compute the weighted sum of the values at ``index``.
+
+    It has no gradient. The index must not contain -1. The gathered values, (M, k, dv), are never allocated as a whole.
+    """
+    count, k = index.shape
     tiling = Tiling.for_device(values.device)
-    run = tiling.sum_rows
+    run = tiling.max_sum_rows
     if values.dtype == weights.dtype and k <= run:
-        return F.embedding_bag(numbers, values, per_sample_weights=weights, mode="sum")
+        return F.embedding_bag(index, values, per_sample_weights=weights, mode="sum")
     if values.dtype == weights.dtype:
-        starts = torch.arange(0, k, run, device=numbers.device)
-        bags = (torch.arange(count, device=numbers.device).unsqueeze(-1) * k + starts).flatten()
+        starts = torch.arange(0, k, run, device=index.device)
+        bags = (torch.arange(count, device=index.device).unsqueeze(-1) * k + starts).flatten()
         flat = weights.flatten()
-        sums = F.embedding_bag(numbers.flatten(), values, bags, per_sample_weights=flat, mode="sum")
+        sums = F.embedding_bag(index.flatten(), values, bags, per_sample_weights=flat, mode="sum")
         return sums.view(count, len(starts), values.shape[-1]).sum(1)
     blend = weights.new_empty(count, values.shape[-1])
-    for part, rows in _gathered(values, numbers, tiling):
+    for part, rows in _iterate_gathered(values, index, tiling):
         blend[part] = weighted_sum(weights[part], rows.to(weights.dtype))
     return blend
 
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k, dv) -> (M, dv)
-    """``(weights[..., None] * rows).sum(1)``, in sums over few enough rows; differentiable."""
-    length = Tiling.for_device(rows.device).sum_rows
-    sums = torch.bmm(weights[:, :length].unsqueeze(1), rows[:, :length]).squeeze(1)
-    for start in range(length, weights.shape[1], length):
-        run = slice(start, start + length)
-        sums = sums + torch.bmm(weights[:, run].unsqueeze(1), rows[:, run]).squeeze(1)
+    """Compute ``(weights[..., None] * rows).sum(1)``; differentiable.
+
+    Each product sums over at most ``Tiling.max_sum_rows`` rows, which bounds its rounding error.
+    """
+    run = Tiling.for_device(rows.device).max_sum_rows
+    sums = torch.bmm(weights[:, :run].unsqueeze(1), rows[:, :run]).squeeze(1)
+    for start in range(run, weights.shape[1], run):
+        part = slice(start, start + run)
+        sums = sums + torch.bmm(weights[:, part].unsqueeze(1), rows[:, part]).squeeze(1)
     return sums
 
 
-def blend_back(
+def blend_at_backward(
     gradient: Tensor,  # (M, dv)
     weights: Tensor,  # (M, k)
     values: Tensor,  # (N, dv)
-    numbers: Tensor,  # (M, k)
+    index: Tensor,  # (M, k)
     *,
     sparse: bool,
 ) -> Tensor:
-    """The gradient of ``values`` in `blend_at`; no (M, k, dv). With ``sparse``, of the rows in ``numbers`` alone."""
-    ordered, order = numbers.flatten().sort()
+    """Compute the gradient of ``values`` in `blend_at`.
+
+    With ``sparse`` it is a coalesced COO tensor of the rows at ``index``. No tensor (M, k, dv) is allocated.
+    """
+    ordered, order = index.flatten().sort()
     rows, counts = torch.unique_consecutive(ordered, return_counts=True)
-    # Each row's gradient is a blend in turn, of what has come back to the queries that saw it.
+    # The gradient of a row is a weighted sum too: over the output gradients of the queries that gathered it.
     summed = F.embedding_bag(
-        order // numbers.shape[1],
+        order // index.shape[1],
         gradient.contiguous(),
         counts.cumsum(0) - counts,
         per_sample_weights=weights.flatten()[order],

@@ -1,8 +1,9 @@
-"""Rows that queries may not see, in passes that go through them: they take no part, whatever they hold.
+"""Exclude non-finite rows that queries may not see from exact reads.
 
-A hidden row has weight 0, but 0 times NaN is NaN: a value that is not finite would spoil the blend, and a key that is
-not finite the gradient of the query. Looking for such rows costs as much as a read, so it is done only where a number
-that is there anyway says that there may be some; then the read goes through a copy with zeros in their place.
+A hidden row has weight 0, but 0 times NaN is NaN: a value that is not finite would invalidate the output, and a key
+that is not finite would invalidate the gradient of the query. To find such rows costs as much as a read, so it is done
+only where a number that is available anyway shows that there may be some. The read then uses a copy of the table in
+which they are zero.
 """
 
 from __future__ import annotations
@@ -20,103 +21,110 @@ from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.normalizers import straight_through
 
-__all__ = ["finite_or_zero", "finite_values", "hidden_keys_zeroed", "spoil"]
+__all__ = ["propagate_nan", "replace_nonfinite", "separate_nonfinite_values", "zero_hidden_keys"]
 
 
-def hidden_keys_zeroed(keys: Tensor, spec: ReadSpec, groups: int, queries: int) -> Tensor:  # (G N, d) -> (G N, d)
-    """``keys``, with zeros in rows that are not finite and that no query may see.
+def zero_hidden_keys(keys: Tensor, spec: ReadSpec, groups: int, queries: int) -> Tensor:  # (G N, d) -> (G N, d)
+    """Return ``keys`` with zeros in non-finite rows that no query may see.
 
-    A row that some query sees stays: its score is the error that it has to be.
+    A non-finite row that some query may see is unchanged: its score raises `NonFiniteError`.
 
     Args:
-        keys: Keys as stored.
-        spec: How queries meet them.
-        groups: G.
-        queries: How many queries each group has.
+        keys: The keys as stored.
+        spec: The metric and filters of the read.
+        groups: Number of groups, G.
+        queries: Number of queries in each group.
     """
-    given = keys.detach()
-    norm = torch.linalg.vector_norm(given, dtype=spec.dtype) if spec.key_norm is None else spec.key_norm()
+    detached = keys.detach()
+    norm = torch.linalg.vector_norm(detached, dtype=spec.dtype) if spec.max_key_norm is None else spec.max_key_norm()
     if math.isfinite(norm) or groups * queries == 0:
         return keys
-    # By their norms: what l2 squares may overflow where the key does not.
-    finite = torch.linalg.vector_norm(given, dim=-1, dtype=spec.dtype).isfinite().view(groups, -1)
+    # The norm is not finite either where the squares that l2 takes overflow, although the key does not.
+    finite = torch.linalg.vector_norm(detached, dim=-1, dtype=spec.dtype).isfinite().view(groups, -1)
     hidden = ~finite
-    for slots, visible in _visible(spec.selection, (~finite).any(0), groups, queries):
+    for slots, visible in _iterate_visible(spec.selection, (~finite).any(0), groups, queries):
         hidden[:, slots] &= ~visible.any(1)
     hidden = hidden.view(-1, 1)
-    return straight_through(given.masked_fill(hidden, 0.0), keys) if bool(hidden.any()) else keys
+    return straight_through(detached.masked_fill(hidden, 0.0), keys) if bool(hidden.any()) else keys
 
 
-def finite_values(  # (G N, dv) -> (G N, dv), (G B, dv)
+def separate_nonfinite_values(  # (G N, dv) -> (G N, dv), (G B, dv)
     values: Tensor, selection: Selection, groups: int, queries: int
 ) -> tuple[Tensor, Tensor] | None:
-    """``values`` with zeros for numbers that are not finite, and which numbers of which answers those are to spoil.
+    """Replace non-finite values by zero, and return which outputs they make NaN.
 
-    Gradients of the values are as they would be without. None where all is finite.
+    Gradients of the values are unchanged.
 
     Args:
-        values: Values as stored.
-        selection: Which of them each query may see.
-        groups: G.
-        queries: How many queries each group has.
+        values: The values as stored.
+        selection: The rows that each query may see.
+        groups: Number of groups, G.
+        queries: Number of queries in each group.
+
+    Returns:
+        The values with zeros, and a bool mask of the output elements of queries that see a non-finite element; None if
+        all values are finite.
     """
-    given, width = values.detach(), values.shape[-1]
-    wrong = ~given.isfinite()
-    if not bool(wrong.any()) or groups * queries == 0:
+    width = values.shape[-1]
+    nonfinite = ~values.detach().isfinite()
+    if not bool(nonfinite.any()) or groups * queries == 0:
         return None
-    grouped = wrong.view(groups, -1, width)
-    spoilt = torch.zeros(groups, queries, width, dtype=torch.bool, device=values.device)
-    for slots, visible in _visible(selection, grouped.any(-1).any(0), groups, queries):
-        spoilt |= torch.bmm(visible.float(), grouped[:, slots].float()) > 0
-    return finite_or_zero(values), spoilt.flatten(0, 1)
+    grouped = nonfinite.view(groups, -1, width)
+    is_nan = torch.zeros(groups, queries, width, dtype=torch.bool, device=values.device)
+    for slots, visible in _iterate_visible(selection, grouped.any(-1).any(0), groups, queries):
+        is_nan |= torch.bmm(visible.float(), grouped[:, slots].float()) > 0
+    return replace_nonfinite(values), is_nan.flatten(0, 1)
 
 
-def finite_or_zero(values: Tensor) -> Tensor:
-    """``values`` with zeros for numbers that are not finite; gradients of the values are as they would be without."""
-    given = values.detach()
-    return straight_through(given.masked_fill(~given.isfinite(), 0.0), values)
+def replace_nonfinite(values: Tensor) -> Tensor:
+    """Replace non-finite elements by zero, without effect on gradients."""
+    detached = values.detach()
+    return straight_through(detached.masked_fill(~detached.isfinite(), 0.0), values)
 
 
-def _visible(
+def _iterate_visible(
     selection: Selection,
     wanted: Tensor,  # (N,) bool
     groups: int,
     queries: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (c,), (G, B, c)
-    """Which query of each group may see which of the ``wanted`` rows, a few of those at a time."""
+    """Yield slots among the ``wanted`` ones, and which queries may see them.
+
+    The masks are made for a few slots at a time. Slots that no query may see are left out.
+    """
     wanted = wanted[: selection.size]
     if selection.shared is not None:
         wanted = wanted & selection.shared
     slots = wanted.nonzero().squeeze(-1)
     if selection.visit is not None:
         slots = slots[torch.isin(slots, selection.visit)]
-    for some in (
-        slots.split(max(1, Tiling.for_device(slots.device).elements // (groups * queries))) if len(slots) else ()
-    ):
-        visible = torch.ones(groups, queries, len(some), dtype=torch.bool, device=some.device)
-        block = replace(selection, shared=None, visit=some).block(0, len(some))
+    if len(slots) == 0:
+        return
+    for part in slots.split(max(1, Tiling.for_device(slots.device).tile_elements // (groups * queries))):
+        visible = torch.ones(groups, queries, len(part), dtype=torch.bool, device=part.device)
+        block = replace(selection, shared=None, visit=part).block(0, len(part))
         if block is not None:
             block.hide(visible, slice(0, groups), slice(0, queries), False)
-            yield some, visible
+            yield part, visible
 
 
-class _Spoil(torch.autograd.Function):
-    """Its first argument with NaN where the second says so; there, a gradient that is not 0 is NaN in turn."""
+class _PropagateNaN(torch.autograd.Function):
+    """Masked fill with NaN whose backward is NaN where a masked gradient is not 0."""
 
     @staticmethod
-    def forward(ctx: Any, blend: Tensor, spoilt: Tensor) -> Tensor:
-        ctx.save_for_backward(spoilt)
-        return blend.masked_fill(spoilt, torch.nan)
+    def forward(ctx: Any, outputs: Tensor, is_nan: Tensor) -> Tensor:
+        ctx.save_for_backward(is_nan)
+        return outputs.masked_fill(is_nan, torch.nan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (spoilt,) = ctx.saved_tensors
-        return grads[0].masked_fill(spoilt & (grads[0] != 0), torch.nan), None
+        (is_nan,) = ctx.saved_tensors
+        return grads[0].masked_fill(is_nan & (grads[0] != 0), torch.nan), None
 
 
-def spoil(blend: Tensor, spoilt: Tensor) -> Tensor:  # (M, dv), (M, dv)
-    """``blend`` with NaN where it is spoilt: NaN passes back from there, and only from there."""
-    if not bool(spoilt.any()):
-        return blend
-    result: Tensor = _Spoil.apply(blend, spoilt)  # type: ignore[no-untyped-call]
+def propagate_nan(outputs: Tensor, is_nan: Tensor) -> Tensor:  # (M, dv), (M, dv)
+    """Fill masked outputs with NaN; only their gradients become NaN."""
+    if not bool(is_nan.any()):
+        return outputs
+    result: Tensor = _PropagateNaN.apply(outputs, is_nan)  # type: ignore[no-untyped-call]
     return result

@@ -1,6 +1,7 @@
-"""What a backend tunes: how passes over the rows are cut, as one frozen object that is passed in.
+"""Choose tile sizes and other parameters of the kernels.
 
-Choices depend on shapes and on facts of the device, never on timing: the same call gives the same bits.
+A backend takes its parameters from one frozen `Tiling`, which is passed in. Choices depend on shapes and on properties
+of the device, never on timing: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,123 +13,133 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "Tiles", "Tiling"]
+__all__ = ["GROUP_COLUMNS", "Tiles", "Tiling"]
 
-# Two-stage top-k: the columns whose maximum stands for them.
-GROUP = 32
+# Two-stage top-k compares the maxima of groups of this many columns.
+GROUP_COLUMNS = 32
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one pass over the rows is cut into products. Backward cuts as forward did, so that it makes the same scores.
+    """Tile shape of one pass over the rows.
+
+    Backward uses the tiles of forward, so that it computes the same scores.
 
     Attributes:
-        queries: The queries of a tile.
-        rows: The rows of a block, a multiple of ``partition``.
-        partition: The rows that one product takes where a block is split.
-        tall: Whether tiles lie with their rows along the longer stride: see `softdb.kernels.cpu.products.Product`.
-        even: Whether equal rows give equal scores: see there.
+        queries: Number of queries in a tile.
+        rows: Number of rows in a block, a multiple of ``partition``.
+        partition: Number of rows in each product, where a block is split into several products.
+        transposed: Whether tiles are stored transposed: see `softdb.kernels.cpu.products.TileProduct`.
+        exact_ties: Whether equal rows have bitwise equal scores: see `softdb.kernels.cpu.products.TileProduct`.
     """
 
     queries: int
     rows: int
     partition: int
-    tall: bool
-    even: bool
+    transposed: bool
+    exact_ties: bool
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The sizes that a backend works with; the defaults are those of CPUs.
+    """Sizes and thresholds of a backend; the defaults are those of CPUs.
 
     Attributes:
-        elements: The scores of a tile: it stays in the second-level cache beside the operands that made it.
-        queries: The most queries of a tile.
-        rows: The most rows of a tile.
-        copied: How many numbers of a block's rows are copied at a time, where they have to be: 4 MiB of float32.
-        sum_rows: The most rows whose weighted values one product sums up. Over 70,000 equal summands one float32
-            product was off by 6e-4 (AMD EPYC, Zen 3); the error grows with their number.
-        fewest_sum_rows: The fewest rows that are worth a product of their own.
-        small_sum: Where all scores make one small tile, products and torch's softmax may sum over so many rows, as
-            three lines of torch do.
-        small_scores: As many weights are held all at once, and kept for backward: half a MiB of float32.
-        few_rows: Few enough rows to be padded by a copy; no fewer than a group.
-        unshifted: Where no score can be larger than this, in absolute value, exponentials neither overflow nor
-            underflow as they are.
-        few_groups: Up to this many groups of rows for each row wanted, one pass of an exact top-k is faster than two.
-        maxima: The group maxima of a pass that are held, for as many queries at a time: 32 MiB.
-        gathered: The numbers of gathered rows that are held: 4 MiB.
-        most_gathered: The most numbers of rows that a sparse normalizer may give weight: a GiB of float32.
-        tall: Whether tiles lie with their rows along the longer stride; None for what is faster, by their shapes.
-        multiplies_bfloat16: Whether the device multiplies bfloat16 faster than float32.
+        tile_elements: Maximum number of scores in a tile. A tile and its operands fit in the second-level cache.
+        max_queries: Maximum number of queries in a tile.
+        max_rows: Maximum number of rows in a tile.
+        copied_elements: Maximum number of elements of a block that are copied at once, where rows have to be copied.
+            2^20 elements are 4 MiB of float32.
+        max_sum_rows: Maximum number of rows over which one product sums weighted values. On an AMD EPYC (Zen 3) one
+            float32 product over 70,000 equal summands had an error of 6e-4; the error grows with their number.
+        min_sum_rows: Minimum number of rows in a partition.
+        max_dense_sum_rows: Maximum number of rows over which products and torch's softmax sum, where all scores fit in
+            one small tile.
+        max_dense_scores: Maximum number of scores that are computed at once and whose weights are saved for backward.
+            2^17 scores are half a MiB of float32.
+        max_padded_rows: Maximum number of rows that are padded by a copy; at least `GROUP_COLUMNS`.
+        max_unshifted_score: Maximum absolute score for which exponentials are computed without subtracting a maximum:
+            they neither overflow nor underflow.
+        one_pass_groups: Maximum number of groups of rows, for each of the k rows to find, for which an exact top-k
+            takes one pass rather than two.
+        max_group_maxima: Maximum number of group maxima that an exact top-k holds; it processes the queries in slices
+            to stay below it. 2^23 maxima are 32 MiB of float32.
+        gathered_elements: Maximum number of elements of gathered rows that are held at once, 4 MiB of float32.
+        max_sparse_elements: Maximum number of elements of the rows to which a sparse normalizer may give weight, a GiB
+            of float32.
+        transposed: Whether tiles are stored transposed; None to choose the faster layout for each shape.
+        has_fast_bf16_matmul: Whether the device multiplies bfloat16 matrices faster than float32 ones.
     """
 
-    elements: int = 2**20
-    queries: int = 1024
-    rows: int = 2**18
-    copied: int = 2**20
-    sum_rows: int = 512
-    fewest_sum_rows: int = 256
-    small_sum: int = 2048
-    small_scores: int = 2**17
-    few_rows: int = 4096
-    unshifted: float = 40.0
-    few_groups: int = 32
-    maxima: int = 2**23
-    gathered: int = 2**20
-    most_gathered: int = 2**28
-    tall: bool | None = None
-    multiplies_bfloat16: bool = False
+    tile_elements: int = 2**20
+    max_queries: int = 1024
+    max_rows: int = 2**18
+    copied_elements: int = 2**20
+    max_sum_rows: int = 512
+    min_sum_rows: int = 256
+    max_dense_sum_rows: int = 2048
+    max_dense_scores: int = 2**17
+    max_padded_rows: int = 4096
+    max_unshifted_score: float = 40.0
+    one_pass_groups: int = 32
+    max_group_maxima: int = 2**23
+    gathered_elements: int = 2**20
+    max_sparse_elements: int = 2**28
+    transposed: bool | None = None
+    has_fast_bf16_matmul: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device) -> Tiling:
-        """Return the sizes for a device. All that compute ask here."""
+        """Return the parameters for a device."""
         return _for_kind(device.type)
 
-    def is_tall(self, queries: int, width: int) -> bool:
-        """Return which way round the product of so many queries of a width is faster; measured on CPUs."""
-        if self.tall is not None:
-            return self.tall
+    def is_transposed_faster(self, queries: int, width: int) -> bool:
+        """Return whether ``keys @ query.T`` is faster than ``query @ keys.T``.
+
+        The thresholds were measured on CPUs.
+        """
+        if self.transposed is not None:
+            return self.transposed
         return 12 <= queries <= 48 or (width >= 256 and 4 <= queries <= 48)
 
-    def is_narrow(self, values: Tensor, answer: torch.dtype) -> bool:
-        """Return whether a blend may be multiplied in the dtype of ``values``, for an answer in a dtype.
+    def can_use_bf16_matmul(self, values: Tensor, output_dtype: torch.dtype) -> bool:
+        """Return whether to multiply weights by bfloat16 ``values`` in bfloat16.
 
-        The scores never are. For bfloat16 both times, where the device multiplies it faster than float32: two to four
-        times. The weights are rounded then, each by up to 2^-9, beside an answer that is rounded by as much; so no
-        gradient should depend on it.
+        This holds if the output is bfloat16 as well, no gradient is required and the device multiplies bfloat16 faster
+        than float32, by two to four times. Each weight is then rounded by up to 2^-9, as the output is. Scores are
+        never computed in bfloat16.
         """
-        both = values.dtype == answer == torch.bfloat16 and not torch.is_grad_enabled()
-        return both and self.multiplies_bfloat16
+        is_bf16 = values.dtype == output_dtype == torch.bfloat16
+        return is_bf16 and not torch.is_grad_enabled() and self.has_fast_bf16_matmul
 
-    def tiles(self, queries: int, width: int, copied: int, k: int, *, threads: int) -> Tiles:
+    def choose_tiles(self, queries: int, width: int, copied_per_row: int, k: int, *, threads: int) -> Tiles:
         """Choose the tiles of a pass.
 
         Args:
-            queries: How many queries each group has.
-            width: Of prepared queries.
-            copied: How many numbers of each row of a block are copied: where they are, blocks are smaller.
-            k: How many of the best rows are looked for in each tile: a tile for many is wide.
-            threads: How many threads share a block; 1 where a product is shared by all.
+            queries: Number of queries in each group.
+            width: Width of prepared queries.
+            copied_per_row: Number of elements of each row that are copied; blocks of copied rows are smaller.
+            k: Number of best rows to find in each tile; tiles are wider for larger k.
+            threads: Number of threads that share a block; 1 where they share each product.
         """
         if k:
-            wide = min(8 * GROUP * k, self.copied // max(1, copied))
-            height = min(queries, max(16, self.elements // max(1, wide)))
+            wide = min(8 * GROUP_COLUMNS * k, self.copied_elements // max(1, copied_per_row))
+            height = min(queries, max(16, self.tile_elements // max(1, wide)))
         else:
-            height = -(-queries // max(1, -(-queries // self.queries)))
-        rows = min(self.elements // max(1, height), self.copied // max(1, copied), self.rows)
-        rows = max(rows // GROUP, 1) * GROUP
-        partition = min(self.sum_rows, rows)
-        # A thread that multiplies a part of the rows by itself shares no operand and no result with the others.
-        share = rows // threads // GROUP * GROUP
-        if threads > 1 and min(self.fewest_sum_rows, partition) <= share < partition:
-            partition = share
-        tall = k == 0 and self.is_tall(height, width)
-        return Tiles(height, rows // partition * partition, partition, tall, even=k > 0)
+            height = -(-queries // max(1, -(-queries // self.max_queries)))
+        rows = min(self.tile_elements // max(1, height), self.copied_elements // max(1, copied_per_row), self.max_rows)
+        rows = max(rows // GROUP_COLUMNS, 1) * GROUP_COLUMNS
+        partition = min(self.max_sum_rows, rows)
+        # Threads that multiply partitions of their own share neither operands nor results.
+        rows_per_thread = rows // threads // GROUP_COLUMNS * GROUP_COLUMNS
+        if threads > 1 and min(self.min_sum_rows, partition) <= rows_per_thread < partition:
+            partition = rows_per_thread
+        transposed = k == 0 and self.is_transposed_faster(height, width)
+        return Tiles(height, rows // partition * partition, partition, transposed, exact_ties=k > 0)
 
 
 @lru_cache(maxsize=8)
 def _for_kind(kind: str) -> Tiling:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
     fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return Tiling(multiplies_bfloat16=fast)
+    return Tiling(has_fast_bf16_matmul=fast)

@@ -14,7 +14,7 @@ from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.interop.blend import blend
 from softdb.interop.ddp import is_asked_by_ddp, stand_in
-from softdb.kernels.spec import full_precision
+from softdb.kernels.spec import disable_autocast
 from softdb.layers.product_search import PairSearch, best_pairs
 from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype
@@ -259,7 +259,7 @@ class ProductKeyMemory(nn.Module):
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x)  # (..., heads, 2, half)
         leading = queries.shape[:-2]
-        with full_precision(x.device):
+        with disable_autocast(x.device):
             dtype = compute_dtype(queries, self.keys)
             queries = queries.reshape(-1, *queries.shape[-3:]).to(dtype)
             scores, rows = best_pairs(queries, self.keys.to(dtype), self.k, self.search)

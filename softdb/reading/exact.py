@@ -11,8 +11,8 @@ from torch import Tensor
 from softdb._checks import is_finite
 from softdb.errors import ArgumentError
 from softdb.kernels.backend import backend_for
-from softdb.kernels.gather import Places, gathered_scores
-from softdb.kernels.hidden import finite_or_zero, finite_values, hidden_keys_zeroed, spoil
+from softdb.kernels.gather import GatherIndex, score_rows
+from softdb.kernels.hidden import propagate_nan, replace_nonfinite, separate_nonfinite_values, zero_hidden_keys
 from softdb.kernels.spec import BestRows, ReadSpec
 from softdb.reading.result import Read, share_of
 from softdb.reading.tables import Tables, choose, one_hot_first
@@ -35,29 +35,29 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     selection, groups = spec.selection, tables.groups
     height = len(query) // max(1, groups)
     if selection.hides_some and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, groups, height))
+        tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, groups, height))
     if normalizer in SPARSE:
         return _read_support(query, tables, spec, k, normalizer)
     hard, exact_read = is_hard(normalizer), backend_for(query).exact_read
     values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
     if selection.hides_some and not is_finite(values):
-        mended = finite_values(tables.values, selection, groups, height)
+        mended = separate_nonfinite_values(tables.values, selection, groups, height)
         if mended is not None:
             values, lse, best = exact_read(query, tables.keys, mended[0], spec, groups, k or int(hard))
-            values = spoil(values, mended[1])
+            values = propagate_nan(values, mended[1])
     mass = torch.ones_like(lse) if spec.selection.shows_some_to_all else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
     scores, weights, rows = best
-    places = Places(tables.place(rows))
+    places = GatherIndex(tables.place(rows))
     if hard:
         values = straight_through(choose(tables, places, spec.dtype), values)
     if k is None:
         return Read(values, rows, one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Once more with a graph; forward, the kernel's own numbers stand, since they agree with its log-sum-exp.
-        again = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)  # noise has no gradient
-        scores = straight_through(scores, again.masked_fill(places.missing, -torch.inf))
+        again = score_rows(query, tables.gather_keys(places, spec.dtype), spec)  # noise has no gradient
+        scores = straight_through(scores, again.masked_fill(places.is_padding, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
     mass = share_of(weights)
@@ -71,7 +71,7 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     count = spec.selection.count
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     width = tables.keys.shape[-1] + tables.values.shape[-1] if wanted else 1
-    most = spec.tiling.most_gathered // max(1, len(query) * width)
+    most = spec.tiling.max_sparse_elements // max(1, len(query) * width)
     reach = max(k or 1, min(FIRST_REACH, count))
     lse, scores, rows = _best_rows(query, tables, spec, reach)
     while True:
@@ -79,7 +79,8 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
         if support > most:
             raise ArgumentError(
                 f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
-                f"{spec.tiling.most_gathered:,} numbers in all, got {len(query):,} queries with at least {support:,} "
+                f"{spec.tiling.max_sparse_elements:,} numbers in all, "
+                f"got {len(query):,} queries with at least {support:,} "
                 f"rows of {width:,} numbers; lower the temperature, or read fewer queries at once"
             )
         # No row that was not found scores better than the last that was: if that has no weight, they have none.
@@ -94,9 +95,9 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     read = read_candidates(query, tables, spec, rows, normalizer, complete=everything)
     if spec.selection.hides_some and wanted and not is_finite(read.values):
         # Gradients of the keys are sums over queries, of which those that see no such value give theirs as ever.
-        wrong, tables = ~read.values.detach().isfinite(), replace(tables, values=finite_or_zero(tables.values))
+        wrong, tables = ~read.values.detach().isfinite(), replace(tables, values=replace_nonfinite(tables.values))
         read = read_candidates(query, tables, spec, rows, normalizer, complete=everything)
-        read = replace(read, values=spoil(read.values, wrong))
+        read = replace(read, values=propagate_nan(read.values, wrong))
     ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
     if k is None:
         ids = ids.masked_fill(weights == 0, -1)

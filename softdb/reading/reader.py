@@ -17,9 +17,9 @@ from softdb.errors import ArgumentError, NonFiniteError
 from softdb.filters import Selection, Where, select
 from softdb.index.list_layout import list_importance
 from softdb.index.manager import IndexManager
-from softdb.index.search import Found
+from softdb.index.search import Candidates
 from softdb.kernels.backend import backend_for
-from softdb.kernels.spec import ReadSpec, full_precision
+from softdb.kernels.spec import ReadSpec, disable_autocast
 from softdb.kernels.tiling import Tiling
 from softdb.processes import is_within_ddp
 from softdb.reading.counting import count_read
@@ -190,8 +190,8 @@ class Reader:
         if mode != "exact" or not selection.shows_some_to_all:
             check_finite("query", query)  # else its scores tell
         tiling = Tiling.for_device(query.device)
-        narrow = tiling.is_narrow(view.values, answer_dtype(query))
-        with full_precision(query.device):
+        narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
+        with disable_autocast(query.device):
             dtype = compute_dtype(query, view.keys, view.values)
             centre = centre_of(query, view.metric)
             operand = prepare_query(query, view.metric, temperature, centre, dtype)
@@ -247,7 +247,7 @@ class Reader:
         normalizer: str = "softmax",
         *,
         careful: bool = False,
-    ) -> tuple[Read, Found]:
+    ) -> tuple[Read, Candidates]:
         """A read of the k best rows, and how they were found."""
         found = self.candidates(view, query, operand, spec, k, careful=careful)
         complete = _are_complete(found.slots, spec.selection, len(view.rows))
@@ -272,7 +272,7 @@ class Reader:
             whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
             left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
             gathered = 2 * reach * len(left) * (view.keys.shape[-1] + view.values.shape[-1])
-            if len(left) == 0 or reach >= most or gathered > spec.tiling.most_gathered:
+            if len(left) == 0 or reach >= most or gathered > spec.tiling.max_sparse_elements:
                 return read, used
             reach = min(2 * reach, most)
             part = replace(spec, selection=spec.selection.take(left))
@@ -311,7 +311,7 @@ class Reader:
         candidates = max(k or 1, rounds.candidates)
         trial = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count, self.costs)
         trial = trial and "keys" not in view.lent
-        if not (trial and view.index.approximates(view.rows, selection, candidates, len(query))):
+        if not (trial and view.index.is_approximate(view.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, spec, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
         best, found = self._read_best(view, query, operand, spec, tables, candidates, careful=True)
@@ -371,14 +371,14 @@ class Reader:
 
     def candidates(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, k: int | None, *, careful: bool = False
-    ) -> Found:
+    ) -> Candidates:
         """Find the slots to score, (B, k)."""
         keys = view.keys.detach()
         if k is None:
-            return Found(backend_for(operand).exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
+            return Candidates(backend_for(operand).exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
         wanted = max(1, min(k, len(view.rows)))
         if "keys" in view.lent:
-            found = Found(backend_for(operand).exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
+            found = Candidates(backend_for(operand).exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
         else:
             query = query.reshape(-1, query.shape[-1])
             found = view.index.search(query, operand, keys, view.rows, spec, wanted, careful=careful)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softdb._checks import describe
 from softdb.errors import ArgumentError, DtypeError, ShapeError
-from softdb.kernels.spec import full_precision
+from softdb.kernels.spec import disable_autocast
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax, straight_through
 from softdb.transforms import Answer, Operands
@@ -168,7 +168,7 @@ def merge(reads: Sequence[Read]) -> Read:
     reads = list(reads)
     _check_mergeable(reads)
     dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
-    with full_precision(reads[0].lse.device):
+    with disable_autocast(reads[0].lse.device):
         shares, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
         parts = torch.stack([read.values.to(dtype) for read in reads], dim=-1)  # (..., dv, reads)
         values = (parts * shares.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softdb.kernels.gather import Places, gather_rows
+from softdb.kernels.gather import GatherIndex, gather_rows
 
 __all__ = ["Tables", "choose", "one_hot_first"]
 
@@ -35,21 +35,21 @@ class Tables:
         first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
         return torch.where(rows < 0, rows, rows + first)
 
-    def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
+    def gather_keys(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
         """Return the keys at some places."""
         return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
-    def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
+    def gather_values(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
         """Return the values at some places."""
         return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 
-def choose(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+def choose(tables: Tables, places: GatherIndex, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """The value of each query's best row, 0 where there is none."""
-    first = places.numbers[:, :1]
+    first = places.index[:, :1]
     if len(tables.values) == 0:
         return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
-    return gather_rows(tables.values.detach(), Places(first), dtype, sparse=False).squeeze(1)
+    return gather_rows(tables.values.detach(), GatherIndex(first), dtype, sparse=False).squeeze(1)
 
 
 def one_hot_first(rows: Tensor, dtype: torch.dtype) -> Tensor:

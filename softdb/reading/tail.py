@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from softdb._checks import is_finite
-from softdb.index.list_layout import FURTHEST
+from softdb.index.list_layout import MAX_SCORE_GAP
 from softdb.index.policy import FIRST_QUERY_COST
-from softdb.kernels.gather import Places
-from softdb.kernels.hidden import finite_values, hidden_keys_zeroed, spoil
+from softdb.kernels.gather import GatherIndex
+from softdb.kernels.hidden import propagate_nan, separate_nonfinite_values, zero_hidden_keys
 from softdb.kernels.spec import ReadSpec, check_scores
 from softdb.reading.result import Read, share_of, transform
 from softdb.reading.sample import CHUNK_ROWS, PARTS, Sample
@@ -101,15 +101,15 @@ def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: 
     selection, count = spec.selection, len(query)
     hides = not selection.is_shared  # of the sample, what no query may see is left out already
     if hides and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, 1, count))
+        tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, 1, count))
     estimated = _with_tail(read, query, tables, spec, sample, recall)
     if hides and not is_finite(estimated.values):
-        mended = finite_values(tables.values, selection.among(sample.slots.unique()), 1, count)
+        mended = separate_nonfinite_values(tables.values, selection.among(sample.slots.unique()), 1, count)
         if mended is not None:
             values, spoilt = mended
             estimated = _with_tail(read, query, replace(tables, values=values), spec, sample, recall)
             error = cast(Tensor, estimated.error).masked_fill(spoilt.any(-1), torch.inf)
-            return replace(estimated, values=spoil(estimated.values, spoilt), error=error)
+            return replace(estimated, values=propagate_nan(estimated.values, spoilt), error=error)
     return estimated
 
 
@@ -118,7 +118,7 @@ def _with_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample
     rows = _rows(sample, tables, spec, query.requires_grad)
     nothing = read.lse == -torch.inf  # where there are no candidates, there are no rows
     shift = read.lse.detach().masked_fill(nothing, 0.0)
-    found, height = [], max(1, spec.tiling.elements // CHUNK_ROWS)
+    found, height = [], max(1, spec.tiling.tile_elements // CHUNK_ROWS)
     for start in range(0, max(1, len(query)), height):
         part = slice(start, min(start + height, len(query)))
         hidden = _Hidden.of(sample, spec, cast(Tensor, read.ids), part)
@@ -169,15 +169,17 @@ def samples_for(needed: Tensor, population: int, costs: TailCosts) -> int:  # (b
 def _rows(sample: Sample, tables: Tables, spec: ReadSpec, queries_learn: bool) -> Rows:
     """A function that gives prepared keys, and values, of a chunk of the sample."""
     if torch.is_grad_enabled() and (queries_learn or tables.keys.requires_grad or tables.values.requires_grad):
-        places = Places(sample.slots.unsqueeze(0))
-        operand = spec.operand(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
+        places = GatherIndex(sample.slots.unsqueeze(0))
+        operand = spec.prepare_keys(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
         values = tables.gather_values(places, spec.dtype).squeeze(0)
         return lambda chunk: (operand[chunk], values[chunk])
     tables = Tables(tables.keys.detach(), tables.values.detach())
 
     def gathered(chunk: slice) -> tuple[Tensor, Tensor]:  # in the cache, and in memory that is used again
         slots = sample.slots[chunk]
-        return spec.operand(tables.keys.index_select(0, slots)), tables.values.index_select(0, slots).to(spec.dtype)
+        return spec.prepare_keys(tables.keys.index_select(0, slots)), tables.values.index_select(0, slots).to(
+            spec.dtype
+        )
 
     return gathered
 
@@ -227,7 +229,7 @@ class _Hidden:
         for number, chunk, queries, column in self.chunks:
             # What is close to underflow is slow to exponentiate and to multiply.
             operand, values = rows(chunk)
-            scores = (operand @ columns).sub_(shift).clamp_(min=-FURTHEST)
+            scores = (operand @ columns).sub_(shift).clamp_(min=-MAX_SCORE_GAP)
             if len(queries):
                 scores[column, queries] = -torch.inf
             if chunk.stop > self.ends[number]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from softdb.kernels.backend import backend_for
-from softdb.kernels.gather import Places, gathered_scores, weighted_sum
-from softdb.kernels.spec import ReadSpec, check_scores, query_numbers
+from softdb.kernels.gather import GatherIndex, score_rows, weighted_sum
+from softdb.kernels.spec import ReadSpec, check_scores, enumerate_queries
 from softdb.reading.result import Read
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_through
@@ -30,33 +30,33 @@ def read_candidates(
     ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
     they are taken to be the best of those: then no row with weight is missing where one of them has none.
     """
-    places = Places(tables.place(rows))
+    places = GatherIndex(tables.place(rows))
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not wanted and not places.padded and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
+    lean = not wanted and not places.has_padding and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     if len(tables.keys) == 0:
         nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
-        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
     elif wanted:
-        scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
-        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
+        scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+        scores = scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
     else:
-        scores = backend_for(query).scores_at(query, tables.keys, places.numbers, spec)
+        scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
     if spec.noise is not None:
-        numbers = query_numbers(range(len(rows) // tables.groups), range(tables.groups), rows.device)
+        numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
     weights, lse = softmax(scores)
-    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
+    check_scores(scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores)
     if normalizer in SPARSE:
         weights = SPARSE[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
     order = _best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = choose(tables, Places(places.numbers.gather(-1, order[:, :1])), spec.dtype)
+        blend = choose(tables, GatherIndex(places.index.gather(-1, order[:, :1])), spec.dtype)
         if wanted:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
-        blend = backend_for(weights).blend_at(weights, tables.values, places.numbers)
+        blend = backend_for(weights).blend_at(weights, tables.values, places.index)
     else:
         blend = _blend(weights, tables, places, spec.dtype)
     rows = rows.gather(-1, order)
@@ -77,7 +77,7 @@ def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M
     return order
 
 
-def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+def _blend(weights: Tensor, tables: Tables, places: GatherIndex, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """The weighted sum of the values at ``places``."""
     width = tables.values.shape[-1]
     if len(tables.values) == 0:

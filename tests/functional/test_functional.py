@@ -60,7 +60,7 @@ class TestSoftReadRowsFirst(TestSoftRead):
 
     @pytest.fixture(autouse=True)
     def _tall(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        force_tiling(Tiling(tall=True), monkeypatch)
+        force_tiling(Tiling(transposed=True), monkeypatch)
 
 
 class TestSoftReadWithBestRows(ReadContract):
@@ -417,7 +417,7 @@ def test_sparse_reads_of_groups(normalizer: str) -> None:
 
 @pytest.mark.parametrize("normalizer", sorted(SPARSE))
 def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force_tiling(Tiling(most_gathered=10_500), monkeypatch)
+    force_tiling(Tiling(max_sparse_elements=10_500), monkeypatch)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
     with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
@@ -481,7 +481,7 @@ def test_gumbel_in_groups_draws_for_each_query_anew() -> None:
 
 @pytest.mark.parametrize("rows", [11, 1003])
 def test_gumbel_draws_rows_by_their_softmax_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    force_tiling(Tiling(elements=2**16), monkeypatch)
+    force_tiling(Tiling(tile_elements=2**16), monkeypatch)
     torch.manual_seed(0)
     query, keys = torch.randn(1, 8), torch.randn(rows, 8)
     wanted = 100_000 * torch.softmax(2 * query @ keys.mT / math.sqrt(8), -1)[0].double()
@@ -522,7 +522,7 @@ def test_no_score_matrix_is_held() -> None:
     query, keys, values = (torch.randn(n, 8, requires_grad=True) for n in (300, 20_000, 20_000))
     with LargestTensor() as largest:
         soft_read(query, keys, values).values.sum().backward()
-    assert 0 < largest.numel <= Tiling().elements < 300 * 20_000
+    assert 0 < largest.numel <= Tiling().tile_elements < 300 * 20_000
 
 
 # -- topk_read -------------------------------------------------------------------------------------------
@@ -741,7 +741,7 @@ def test_topk_read_of_values_without_width() -> None:
 def check_equal_summands(found: Tensor, rows: int) -> None:
     """Assert that a mean of ``rows`` equal numbers, 0.1, is off by no more than sums over short runs allow."""
     error = float((found.double() / torch.tensor(0.1).double() - 1).abs().max())
-    assert error <= 1e-6 * max(1.0, math.sqrt(rows / Tiling().sum_rows))
+    assert error <= 1e-6 * max(1.0, math.sqrt(rows / Tiling().max_sum_rows))
 
 
 @pytest.mark.parametrize("width", [1, 64])
@@ -758,7 +758,7 @@ def test_a_million_equal_rows_give_their_value(queries: int, width: int, k: int 
 @pytest.mark.parametrize("queries", [1, 2, 13])
 def test_equal_rows_of_one_small_tile_give_their_value(queries: int) -> None:
     """All but one of the weights are equal, and not 1 before they are normalised."""
-    rows = Tiling().small_scores // queries
+    rows = Tiling().max_dense_scores // queries
     query, keys = torch.ones(queries, 1), torch.cat([torch.zeros(1, 1), torch.full((rows - 1, 1), -0.1)])
     check_equal_summands(soft_read(query, keys, torch.full((rows, 3), 0.1), metric="dot").values, rows)
 
@@ -800,7 +800,7 @@ def test_gradients_of_many_equal_rows_add_up(queries: int, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gradients_from_many_queries_add_up(rows: int) -> None:
-    queries = Tiling().small_scores // rows
+    queries = Tiling().max_dense_scores // rows
     values = torch.zeros(rows, 3, requires_grad=True)
     read = soft_read(torch.ones(queries, 1), torch.zeros(rows, 1), values)
     (grad,) = torch.autograd.grad(read.values, values, torch.full((queries, 3), 0.1))
@@ -815,4 +815,4 @@ def test_memory_does_not_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> N
     keys, values = torch.randn(100, 8, requires_grad=True), torch.randn(100, width, requires_grad=True)
     with LargestTensor() as largest:
         soft_read(query, keys, values).values.sum().backward()
-    assert 0 < largest.numel <= max(Tiling().elements, queries * width)
+    assert 0 < largest.numel <= max(Tiling().tile_elements, queries * width)

@@ -25,7 +25,7 @@ import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb.filters import select
 from softdb.index.manager import IndexManager
-from softdb.index.search import Found
+from softdb.index.search import Candidates
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.scoring.metrics import centre_of, prepare_query
@@ -830,7 +830,7 @@ TRAINED = {
 }
 
 
-def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Found:
+def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Candidates:
     """What the index finds; with ``max_relative_cost=math.inf``, whatever an exact search costs."""
     keys, rows = store.keys.detach(), store.rows
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)

@@ -1,4 +1,4 @@
-"""The kernels: top-k with ties, in two stages, over selections; the exact read in tiles of every shape."""
+"""Test exact top-k, the exact read in tiles of different shapes, and reads of gathered rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from softdb import NonFiniteError
 from softdb.filters import Selection
 from softdb.kernels.cpu.exact import exact_read
-from softdb.kernels.cpu.topk import exact_top_k, top_k, top_of_block
-from softdb.kernels.gather import blend_at, scores_at
+from softdb.kernels.cpu.topk import exact_top_k, top_k, two_stage_top_k
+from softdb.kernels.gather import blend_at, score_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 
 
 def tied(*shape: int, levels: int = 5, seed: int = 0) -> Tensor:
-    """Scores with many ties, and some -inf."""
+    """Return scores with many ties and some -inf."""
     scores = torch.randint(levels, shape, generator=torch.Generator().manual_seed(seed)).float()
     return scores.masked_fill(scores == 0, -math.inf)
 
@@ -39,9 +39,9 @@ def test_top_k_breaks_ties_towards_the_lowest_index(width: int, k: int) -> None:
 @pytest.mark.parametrize("levels", [3, 10_000])
 @pytest.mark.parametrize("width", [64, 1000, 4096 + 17])
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_two_stages_find_what_one_finds(width: int, k: int, levels: int) -> None:
+def test_two_stage_top_k_equals_top_k(width: int, k: int, levels: int) -> None:
     scores = tied(2, 3, width, levels=levels)
-    values, index = top_of_block(scores, k)
+    values, index = two_stage_top_k(scores, k)
     wanted_values, wanted = top_k(scores, k)
     assert (values == wanted_values).all()
     real = values > -math.inf
@@ -51,13 +51,18 @@ def test_two_stages_find_what_one_finds(width: int, k: int, levels: int) -> None
 @pytest.mark.parametrize("tile", [(64, 2), (4096, 7), (2**19, 256)], ids=str)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000, 3001])
 @pytest.mark.parametrize(("few", "maxima"), [(1, 2**23), (1, 50), (10**9, 0)])
-def test_exact_top_k_over_tiles(
+def test_exact_top_k_equals_the_reference_for_every_tiling(
     rows: int, tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = 0 if tile[0] < 2**19 else 2**17
     gathered = 30 * tile[1]
     tiling = Tiling(
-        small_scores=small, elements=tile[0], queries=tile[1], few_groups=few, maxima=maxima, gathered=gathered
+        max_dense_scores=small,
+        tile_elements=tile[0],
+        max_queries=tile[1],
+        one_pass_groups=few,
+        max_group_maxima=maxima,
+        gathered_elements=gathered,
     )
     force_tiling(tiling, monkeypatch)
     generator = torch.Generator().manual_seed(0)
@@ -85,9 +90,9 @@ def test_every_tile_is_visited_once() -> None:
     for groups, queries, rows in ((1, 1, 1), (3, 5, 100), (40, 300, 70), (1, 2000, 100_000)):
         for k in (0, 1, 40):
             spec = ReadSpec("dot", None, Selection(rows), torch.float32)
-            tiling = spec.tiles_of(torch.empty(groups, queries, 8), 0, k)
+            tiling = spec.choose_tiles(torch.empty(groups, queries, 8), 0, k)
             seen = 0
-            for chunk, block, slices in spec.visit(tiling, groups, queries):
+            for chunk, block, slices in spec.iterate_tiles(tiling, groups, queries):
                 assert isinstance(block.rows, slice)
                 for part in slices:
                     area = (part.stop - part.start) * (block.rows.stop - block.rows.start)
@@ -95,42 +100,42 @@ def test_every_tile_is_visited_once() -> None:
             assert seen == groups * queries * rows
 
 
-# -- what a read of many rows may do to be fast ----------------------------------------------------------
+# -- reads in blocks -------------------------------------------------------------------------------------
 
 
 def read_in_blocks(
-    query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **spec: object
+    query: Tensor, keys: Tensor, values: Tensor, patch: pytest.MonkeyPatch, **options: object
 ) -> tuple[Tensor, Tensor]:
     force_dispatch("two partitions", patch)
-    how = ReadSpec("dot", None, Selection(len(keys)), query.dtype, **spec)  # type: ignore[arg-type]
-    values, lse, _ = exact_read(query, keys, values, how)
+    spec = ReadSpec("dot", None, Selection(len(keys)), query.dtype, **options)  # type: ignore[arg-type]
+    values, lse, _ = exact_read(query, keys, values, spec)
     return values, lse
 
 
-def answer(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def naive_read(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     scores = query.double() @ keys.double().T
     return torch.softmax(scores, -1) @ values.double(), torch.logsumexp(scores, -1)
 
 
-@pytest.mark.parametrize("height", [-90.0, -39.0, 0.0, 39.0, 90.0])
-def test_scores_of_any_height_need_no_maximum_or_get_one(height: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("magnitude", [-90.0, -39.0, 0.0, 39.0, 90.0])
+def test_scores_of_any_magnitude_give_accurate_reads(magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    query, keys, values = torch.ones(9, 1), height + 0.3 * torch.randn(700, 1), torch.randn(700, 3)
+    query, keys, values = torch.ones(9, 1), magnitude + 0.3 * torch.randn(700, 1), torch.randn(700, 3)
     found = read_in_blocks(query, keys, values, monkeypatch)
-    wanted = answer(query, keys, values)
+    wanted = naive_read(query, keys, values)
     assert torch.allclose(found[0].double(), wanted[0], atol=1e-5)
     assert torch.allclose(found[1].double(), wanted[1], atol=1e-4)
 
 
-def test_a_block_that_passes_the_bound_shifts_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks within the bound come first; then one far above it, then one far below."""
+def test_a_block_above_the_bound_shifts_earlier_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of the first block are within the bound; others are far above or below."""
     torch.manual_seed(0)
     query, values = torch.ones(5, 1), torch.randn(1500, 3)
     keys = torch.cat([torch.randn(600, 1), 300 + torch.randn(300, 1), torch.randn(300, 1) - 500, torch.randn(300, 1)])
     for rows in (600, 900, 1500):
         for order in (slice(None), torch.arange(rows - 1, -1, -1)):
             found = read_in_blocks(query, keys[:rows][order], values[:rows][order], monkeypatch)
-            wanted = answer(query, keys[:rows], values[:rows])
+            wanted = naive_read(query, keys[:rows], values[:rows])
             assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
             assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
 
@@ -139,28 +144,28 @@ def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     force_dispatch("two partitions", monkeypatch)
     query, keys, values = torch.ones(4, 1), 38 + 0.5 * torch.randn(900, 1), torch.randn(900, 2)
-    how = ReadSpec("dot", None, Selection(900), torch.float32)
+    spec = ReadSpec("dot", None, Selection(900), torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (query, keys, values)]
-    found = torch.autograd.grad(exact_read(*leaves, how)[0], leaves, torch.full((4, 2), 1e-25))
+    found = torch.autograd.grad(exact_read(*leaves, spec)[0], leaves, torch.full((4, 2), 1e-25))
     doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    wanted = torch.autograd.grad(answer(*doubles)[0], doubles, torch.full((4, 2), 1e-25, dtype=torch.float64))
+    wanted = torch.autograd.grad(naive_read(*doubles)[0], doubles, torch.full((4, 2), 1e-25, dtype=torch.float64))
     for mine, other in zip(found, wanted, strict=True):
         assert torch.allclose(mine.double(), other, rtol=1e-3, atol=1e-31)
 
 
-def test_a_bound_that_does_not_hold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_key_norm_gives_accurate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for height in (-200.0, 200.0):
-        query, keys, values = torch.ones(9, 1), height + torch.randn(700, 1), torch.randn(700, 3)
-        found = read_in_blocks(query, keys, values, monkeypatch, key_norm=lambda: 1.0)
-        wanted = answer(query, keys, values)
+    for magnitude in (-200.0, 200.0):
+        query, keys, values = torch.ones(9, 1), magnitude + torch.randn(700, 1), torch.randn(700, 3)
+        found = read_in_blocks(query, keys, values, monkeypatch, max_key_norm=lambda: 1.0)
+        wanted = naive_read(query, keys, values)
         assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
         assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("queries", [1, 9])
-def test_an_infinite_key_is_an_error_not_a_hidden_row(
+def test_an_infinite_key_raises_instead_of_being_hidden(
     queries: int, sign: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = torch.randn(700, 8)
@@ -169,39 +174,39 @@ def test_an_infinite_key_is_an_error_not_a_hidden_row(
         read_in_blocks(torch.ones(queries, 8), keys, torch.randn(700, 3), monkeypatch)
 
 
-def test_bfloat16_values_may_be_blended_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bf16_matmul_rounds_no_more_than_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(9, 8), torch.randn(900, 8), torch.randn(900, 3).bfloat16()
-    narrow, lse = read_in_blocks(query, keys, values, monkeypatch, narrow=True)
-    wanted = answer(query, keys, values)
+    bf16, lse = read_in_blocks(query, keys, values, monkeypatch, bf16_matmul=True)
+    wanted = naive_read(query, keys, values)
     assert torch.allclose(lse.double(), wanted[1], atol=1e-5)
-    assert 1e-6 < (narrow - wanted[0]).abs().max() < 2**-8  # it was rounded, but no more than the answer will be
+    assert 1e-6 < (bf16 - wanted[0]).abs().max() < 2**-8  # rounded, but by no more than a bfloat16 output
 
 
-def test_what_decides_for_bfloat16() -> None:
-    tiling = Tiling(multiplies_bfloat16=True)
-    narrow, wide = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1)
+def test_bf16_matmul_needs_bf16_values_and_output_and_no_gradient() -> None:
+    tiling = Tiling(has_fast_bf16_matmul=True)
+    bf16, fp32 = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1)
     with torch.no_grad():
-        assert tiling.is_narrow(narrow, torch.bfloat16)
-        assert not tiling.is_narrow(narrow, torch.float32)
-        assert not tiling.is_narrow(wide, torch.bfloat16)
-        assert not Tiling().is_narrow(narrow, torch.bfloat16)
-    assert not tiling.is_narrow(narrow, torch.bfloat16)  # a gradient may be wanted
+        assert tiling.can_use_bf16_matmul(bf16, torch.bfloat16)
+        assert not tiling.can_use_bf16_matmul(bf16, torch.float32)
+        assert not tiling.can_use_bf16_matmul(fp32, torch.bfloat16)
+        assert not Tiling().can_use_bf16_matmul(bf16, torch.bfloat16)
+    assert not tiling.can_use_bf16_matmul(bf16, torch.bfloat16)  # gradients are enabled
 
 
-# -- reads of a few rows ---------------------------------------------------------------------------------
+# -- reads of gathered rows ------------------------------------------------------------------------------
 
 
-def test_scores_and_blend_at_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_and_blends_of_gathered_rows_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    force_tiling(Tiling(gathered=40), monkeypatch)
+    force_tiling(Tiling(gathered_elements=40), monkeypatch)
     query, keys, values = torch.randn(7, 4), torch.randn(30, 4), torch.randn(30, 3)
     numbers = torch.randint(30, (7, 5))
     spec = ReadSpec("dot", None, Selection(30), torch.float32)
     wanted = (query[:, None] * keys[numbers]).sum(-1)
-    assert torch.allclose(scores_at(query, keys, numbers, spec), wanted, atol=1e-6)
+    assert torch.allclose(score_at(query, keys, numbers, spec), wanted, atol=1e-6)
     weights = torch.rand(7, 5)
     blend = (weights[..., None] * values[numbers]).sum(1)
     assert torch.allclose(blend_at(weights, values, numbers), blend, atol=1e-6)
     numbers[2, 1] = -1
-    assert scores_at(query, keys, numbers, spec)[2, 1] == -math.inf
+    assert score_at(query, keys, numbers, spec)[2, 1] == -math.inf

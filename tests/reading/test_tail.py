@@ -13,7 +13,7 @@ import softdb
 from softdb import SoftKVStore
 from softdb.filters import Selection
 from softdb.index.list_layout import ListLayout
-from softdb.index.search import Found
+from softdb.index.search import Candidates
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.reading.reader import Reader, ReadView, ToleranceRounds
@@ -266,8 +266,8 @@ def test_a_row_far_better_than_all_that_the_index_found() -> None:
 
     others = torch.stack([torch.arange(300)[torch.arange(300) != row][:2] for row in best])
 
-    def missing_the_best(*args: object, careful: bool = False) -> Found:
-        return Found(others, False, 1.0)
+    def missing_the_best(*args: object, careful: bool = False) -> Candidates:
+        return Candidates(others, False, 1.0)
 
     store._reader.candidates = missing_the_best  # type: ignore[method-assign]
     exact = store.read(query, temperature=0.001)
@@ -281,8 +281,8 @@ def missing(store: SoftKVStore, count: int) -> None:
 
     def search(
         view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, k: int, *, careful: bool = False
-    ) -> Found:
-        return Found(exact_top_k(operand, store.keys.detach(), spec, k + count)[1][:, count:], False, 0.95)
+    ) -> Candidates:
+        return Candidates(exact_top_k(operand, store.keys.detach(), spec, k + count)[1][:, count:], False, 0.95)
 
     store._reader.candidates = search  # type: ignore[method-assign, assignment]
 

@@ -41,9 +41,14 @@ DISPATCH = {
 
 def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
     """Have every exact read go as `DISPATCH` says."""
-    elements, queries, sum_rows, tall, unshifted = DISPATCH[choice]
+    elements, queries, sum_rows, transposed, unshifted = DISPATCH[choice]
     tiling = Tiling(
-        small_scores=0, elements=elements, queries=queries, sum_rows=sum_rows, unshifted=unshifted, tall=tall
+        max_dense_scores=0,
+        tile_elements=elements,
+        max_queries=queries,
+        max_sum_rows=sum_rows,
+        max_unshifted_score=unshifted,
+        transposed=transposed,
     )
     force_tiling(tiling, patch)
 

@@ -1,1 +1,1 @@
-"""The kernels for CPUs: blocks of rows, multiplied by torch."""
+"""Kernels for CPUs: torch operations on blocks of rows."""

@@ -1,4 +1,4 @@
-"""The backward pass of an exact read, by the same blocks and products as forward."""
+"""Backward pass of an exact read, by the same blocks and products as forward."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from softdb.errors import SecondDerivativeError, StaleReadError
 from softdb.filters import Block
 from softdb.kernels.cpu.products import (
-    BlockRows,
-    Product,
+    BlockLoader,
+    TileProduct,
     add_product,
-    exponentials,
-    grouped,
-    put_product,
-    repeated_queries,
+    exponentiate,
+    repeat_queries,
+    split_groups,
     split_rows,
+    write_or_add_product,
 )
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiles
 
-__all__ = ["Saved", "check_same_rule", "gradients_in_blocks", "once_only"]
+__all__ = ["SavedTensors", "backward_in_blocks", "check_rule_unchanged", "forbid_double_backward"]
 
 
-class Saved(NamedTuple):
-    """What backward needs, as in `Blend`.
+class SavedTensors(NamedTuple):
+    """Tensors saved for backward; see `ForwardResult`.
 
-    Not the log-sum-exp: beside a score of 10,000 it has lost the digits that make the weights sum to 1. The mask is
-    among it for torch to notice when it is written to.
+    The log-sum-exp is not saved: next to a score of 10,000 it lacks the digits that make the weights sum to 1. The mask
+    is saved so that torch detects writes to it.
     """
 
     query: Tensor
@@ -42,8 +42,8 @@ class Saved(NamedTuple):
     mask: Tensor | None
 
 
-def gradients_in_blocks(
-    saved: Saved,
+def backward_in_blocks(
+    saved: SavedTensors,
     spec: ReadSpec,
     group_count: int,
     tiles: Tiles,
@@ -51,50 +51,65 @@ def gradients_in_blocks(
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients of query, keys and values: d score = weight · (grad_blend · value − grad_blend · blend + grad_lse)."""
-    query, keys, values, blend = (grouped(group_count, tensor) for tensor in saved[:4])
+    """Compute the gradients of query, keys and values.
+
+    ``grad_score = weight * (grad_blend @ value - grad_blend @ blend + grad_lse)``
+
+    Args:
+        saved: The tensors saved by forward.
+        spec: The read spec of forward.
+        group_count: Number of groups.
+        tiles: The tiles of forward.
+        grad_blend: Gradient of the blend, (G B, dv), or None.
+        grad_lse: Gradient of the log-sum-exp, (G B,), or None.
+        needs: Whether query, keys and values need a gradient.
+
+    Returns:
+        The gradients, None where they are not needed.
+    """
+    query, keys, values, blend = (split_groups(group_count, tensor) for tensor in saved[:4])
     total, shift, seen = saved.total, saved.shift, saved.seen
-    grad_blend = None if grad_blend is None else grouped(group_count, grad_blend)
-    grad_lse = None if grad_lse is None else grouped(group_count, grad_lse)
+    grad_blend = None if grad_blend is None else split_groups(group_count, grad_blend)
+    grad_lse = None if grad_lse is None else split_groups(group_count, grad_lse)
     needs_query, needs_keys, needs_values = needs[:3]
     needs_values = needs_values and grad_blend is not None
     count, height = query.shape[:2]
     grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = _empty_gradient(keys, spec, height) if needs_keys else None
     grad_values = _empty_gradient(values, spec, height) if needs_values else None
-    # The division by the total is done to the small factors.
+    # The weights below are not divided by the total: these smaller factors are.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
         delta = (delta + (grad_blend * blend).sum(-1)) / total
         grad_blend = grad_blend / total.unsqueeze(-1)
     else:
         delta = delta / total
-    product, value_product = Product(tiles.tall, tiles.even), Product(tiles.tall)
-    key_rows, value_rows = BlockRows(keys, spec.dtype), BlockRows(values, spec.dtype)
-    again = None if seen is None else torch.zeros_like(seen)
-    for groups, block, slices in spec.visit(tiles, count, height):
-        rows = key_rows.block(groups, block)  # (g, C, d)
-        operand = spec.operand(rows)  # (g, C, w)
-        block_values = value_rows.block(groups, block)  # (g, C, dv)
-        if again is not None:
-            again += block.fingerprint()
-        parts = spec.partitions(tiles, groups, block)
+    product, value_product = TileProduct(tiles.transposed, tiles.exact_ties), TileProduct(tiles.transposed)
+    key_loader, value_loader = BlockLoader(keys, spec.dtype), BlockLoader(values, spec.dtype)
+    fingerprint = None if seen is None else torch.zeros_like(seen)
+    for groups, block, slices in spec.iterate_tiles(tiles, count, height):
+        rows = key_loader.load(groups, block)  # (g, C, d)
+        operand = spec.prepare_keys(rows)  # (g, C, w)
+        block_values = value_loader.load(groups, block)  # (g, C, dv)
+        if fingerprint is not None:
+            fingerprint += block.fingerprint()
+        parts = spec.count_partitions(tiles, groups, block)
         operand, block_values = split_rows(operand, parts), split_rows(block_values, parts)
-        grad_operand = None if grad_keys is None else _room(grad_keys, groups, block, operand)
-        grad_block_values = None if grad_values is None else _room(grad_values, groups, block, block_values)
+        grad_operand = None if grad_keys is None else _allocate_block(grad_keys, groups, block, operand)
+        grad_block_values = None if grad_values is None else _allocate_block(grad_values, groups, block, block_values)
         for queries in slices:
             first = queries.start == 0
-            part = repeated_queries(query[groups, queries], parts)
+            part = repeat_queries(query[groups, queries], parts)
             scores = product(part, operand)  # (n, b, c), as forward made them
-            spec.disturb(scores, block, groups, queries)
+            spec.add_noise_(scores, block, groups, queries)
             if shift is not None:
                 block.hide(scores, groups, queries, -torch.inf)
-            weights = exponentials(scores, None if shift is None else shift[groups, queries], spec.dtype)
+            weights = exponentiate(scores, None if shift is None else shift[groups, queries], spec.dtype)
             if shift is None:
                 block.hide(weights, groups, queries, 0.0)
-            upstream = None if grad_blend is None else repeated_queries(grad_blend[groups, queries], parts)
+            upstream = None if grad_blend is None else repeat_queries(grad_blend[groups, queries], parts)
             if grad_block_values is not None and upstream is not None:
-                put_product(grad_block_values, weights.mT, upstream, first)
+                write_or_add_product(grad_block_values, weights.mT, upstream, first)
             if not (needs_query or needs_keys):
                 continue
             minus = delta[groups, queries].unsqueeze(-1)
@@ -104,22 +119,26 @@ def gradients_in_blocks(
                 grad_scores = value_product(upstream, block_values).sub_(minus).mul_(weights)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
-                add_product(grad_query[groups, queries], grad_scores, operand, spec.tiling.sum_rows)
+                add_product(grad_query[groups, queries], grad_scores, operand, spec.tiling.max_sum_rows)
             if grad_operand is not None:
-                put_product(grad_operand, grad_scores.mT, part, first)
+                write_or_add_product(grad_operand, grad_scores.mT, part, first)
         if grad_keys is not None and grad_operand is not None:
             grad_operand = grad_operand.view(-1, block.count, grad_operand.shape[-1])
-            _write(grad_keys, groups, block, spec.operand_backward(grad_operand, rows))
+            _write(grad_keys, groups, block, spec.prepare_keys_backward(grad_operand, rows))
         if grad_values is not None and grad_block_values is not None:
             _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
-    if seen is not None and again is not None:
-        check_same_rule(seen, again)
+    if seen is not None and fingerprint is not None:
+        check_rule_unchanged(seen, fingerprint)
     return [None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)]
 
 
-def check_same_rule(seen: Tensor, again: Tensor) -> None:
-    """Raise if a callable ``where`` shows other rows in backward than it did in forward."""
-    if not torch.equal(seen, again):
+def check_rule_unchanged(seen: Tensor, fingerprint: Tensor) -> None:
+    """Raise if a callable ``where`` gives another mask in backward than in forward.
+
+    Raises:
+        StaleReadError: The fingerprints of the masks differ.
+    """
+    if not torch.equal(seen, fingerprint):
         raise StaleReadError(
             "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
             "wrong; do not change the tensors it uses between a read and its backward"
@@ -127,7 +146,7 @@ def check_same_rule(seen: Tensor, again: Tensor) -> None:
 
 
 def _empty_gradient(table: Tensor, spec: ReadSpec, queries: int) -> Tensor:
-    """Memory for a gradient; 0 for every row that no block covers."""
+    """Allocate a gradient, with zeros for every row that no block covers."""
     selection = spec.selection
     if queries == 0 or selection.shared is not None or selection.visit is not None:
         return torch.zeros_like(table)
@@ -136,8 +155,11 @@ def _empty_gradient(table: Tensor, spec: ReadSpec, queries: int) -> Tensor:
     return gradient
 
 
-def _room(table: Tensor, groups: slice, block: Block, like: Tensor) -> Tensor:
-    """Memory like ``like``, not filled: where a block lies in ``table`` if that is possible."""
+def _allocate_block(table: Tensor, groups: slice, block: Block, like: Tensor) -> Tensor:
+    """Return uninitialized memory for the gradient of a block.
+
+    It is a view of ``table`` where shape and dtype allow.
+    """
     if (
         isinstance(block.rows, slice)
         and len(table) == 1
@@ -156,8 +178,8 @@ def _write(table: Tensor, groups: slice, block: Block, part: Tensor) -> None:
         table[groups].index_copy_(1, block.rows, part.to(table.dtype))
 
 
-class _OnceOnly(torch.autograd.Function):
-    """Its first argument, with a graph in which a second derivative is an error rather than silently zero."""
+class _ForbidDoubleBackward(torch.autograd.Function):
+    """Identity whose backward raises, so that a second derivative is not silently 0."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
@@ -166,14 +188,17 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise SecondDerivativeError(
-            "an exact read has no second derivative; for a few rows, use softdb.functional.topk_read with all of them "
-            "as candidates, which has"
+            "an exact read has no second derivative; for few rows, use softdb.functional.topk_read with all rows as "
+            "candidates, which has one"
         )
 
 
-def once_only(results: list[Tensor | None], *inputs: Tensor | None) -> list[Tensor | None]:
-    """The gradients of a read, in a graph that refuses a second derivative if one is being made."""
+def forbid_double_backward(results: list[Tensor | None], *inputs: Tensor | None) -> list[Tensor | None]:
+    """Return gradients of a read whose own backward raises an error.
+
+    The graph of a second derivative is created with ``create_graph=True``; otherwise the gradients are unchanged.
+    """
     if not torch.is_grad_enabled():
         return results
-    given = [tensor for tensor in inputs if tensor is not None]
-    return [None if result is None else _OnceOnly.apply(result, *given) for result in results]  # type: ignore[no-untyped-call]
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    return [None if result is None else _ForbidDoubleBackward.apply(result, *tensors) for result in results]  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Products of tiles, in memory that is used again, and sums over few enough rows."""
+"""Multiply tiles of scores, in reused memory and in short sums."""
 
 from __future__ import annotations
 
@@ -9,55 +9,57 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softdb.filters import Block
-from softdb.kernels.tiling import GROUP, Tiling
+from softdb.kernels.tiling import GROUP_COLUMNS, Tiling
 from softdb.transforms import check_not_batched
 
 __all__ = [
-    "SMALLEST_WEIGHT",
-    "BlockRows",
-    "Product",
+    "MIN_WEIGHT",
+    "BlockLoader",
+    "TileProduct",
     "add_product",
-    "cut_weights",
-    "exponentials",
-    "grouped",
-    "product_in_runs",
-    "put_product",
-    "repeated_queries",
+    "exponentiate",
+    "matmul_in_runs",
+    "repeat_queries",
+    "split_groups",
     "split_rows",
-    "zero_for_hidden",
+    "write_or_add_product",
+    "zero_tiny_weights_",
+    "zero_where_hidden",
 ]
 
-# Below as many multiplications torch leaves a product to a kernel of its own.
-SMALL_PRODUCT = 512
+# Products of fewer elements use another kernel of torch, which may round differently.
+MIN_PRODUCT_ELEMENTS = 512
+
+# Weights below these are set to 0.
+MIN_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 
 
-# Weights below are taken for 0.
-SMALLEST_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+class ScratchBuffer:
+    """Memory for one tensor at a time, reused for the next.
 
-
-class Memory:
-    """Memory for one thing at a time: allocating it anew for every block would cost as much as a product."""
+    To allocate memory for each block would take as long as a product.
+    """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def take(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of a shape, not filled; what was taken before is lost."""
+        """Return an uninitialized tensor; it overwrites the previous one."""
         size = math.prod(shape)
         if self._memory is None or self._memory.numel() < size:
             self._memory = like.new_empty(size, dtype=dtype)
         return self._memory[:size].view(shape)
 
 
-class BlockRows:
-    """A table, (G, N, d), as blocks of rows in one dtype; what has to be copied is lost with the next block."""
+class BlockLoader:
+    """Loader of blocks of rows of a table, (G, N, d), in one dtype."""
 
     def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
         self._table, self._dtype = table, dtype
-        self._gathered, self._converted = Memory(), Memory()
+        self._gathered, self._converted = ScratchBuffer(), ScratchBuffer()
 
-    def block(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
-        """The rows of a block."""
+    def load(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
+        """Return the rows of a block: a view, or a copy that the next overwrites."""
         table = self._table
         if isinstance(block.rows, slice):
             rows = table[groups, block.rows]
@@ -71,42 +73,42 @@ class BlockRows:
         return self._converted.take(rows, rows.shape, self._dtype).copy_(rows)
 
 
-class Product:
-    """Tiles of products, in memory that is used again for the next.
+class TileProduct:
+    """Products of tiles, each of which overwrites the previous one.
 
     Args:
-        tall: Whether a tile lies with its rows along the longer stride, (g, C, b), as the product ``keys @ query.T``
-            leaves it. For a few dozen queries that product is up to three times as fast as ``query @ keys.T``.
-        even: Whether equal rows of the right operand give equal numbers. The libraries behind a product have other
-            kernels, which round otherwise, for its last columns and for small products: then it is padded. Blocks that
-            are not a multiple of 32 rows are short, see `ReadSpec.tiles`.
+        transposed: Whether a tile is stored as (g, C, b), the layout of ``keys @ query.T``. That product is up to three
+            times as fast as ``query @ keys.T`` for a few dozen queries.
+        exact_ties: Whether equal rows of the right operand give bitwise equal results. BLAS libraries have other
+            kernels for small products and for the last columns, which round differently, so the operand is padded. A
+            block whose number of rows is not a multiple of 32 is short: see `ReadSpec.iterate_tiles`.
     """
 
-    def __init__(self, tall: bool = False, even: bool = False) -> None:
-        self._tall, self._even = tall, even
-        self._memory = Memory()
+    def __init__(self, transposed: bool = False, exact_ties: bool = False) -> None:
+        self._transposed, self._exact_ties = transposed, exact_ties
+        self._memory = ScratchBuffer()
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:  # (g, b, d), (g, C, d) -> (g, b, C)
-        """``left @ right.mT``."""
+        """Compute ``left @ right.mT``."""
         groups, height, width = left.shape
-        count = wanted = right.shape[1]
-        if self._even:
-            wanted = max(count, -(-SMALL_PRODUCT // (height * width)))
-            wanted += -wanted % GROUP
-        if wanted > count:
-            right = F.pad(right, (0, 0, 0, wanted - count))
-        if self._tall:
-            tile = self._memory.take(left, (groups, wanted, height), left.dtype)
+        count = padded_count = right.shape[1]
+        if self._exact_ties:
+            padded_count = max(count, -(-MIN_PRODUCT_ELEMENTS // (height * width)))
+            padded_count += -padded_count % GROUP_COLUMNS
+        if padded_count > count:
+            right = F.pad(right, (0, 0, 0, padded_count - count))
+        if self._transposed:
+            tile = self._memory.take(left, (groups, padded_count, height), left.dtype)
             return torch.bmm(right, left.mT, out=tile).mT[..., :count]
-        tile = self._memory.take(left, (groups, height, wanted), left.dtype)
+        tile = self._memory.take(left, (groups, height, padded_count), left.dtype)
         return torch.bmm(left, right.mT, out=tile)[..., :count]
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, run: int) -> None:  # (g, b, x), (n, b, C), (n, C, x)
     """Add ``left @ right`` to ``total``, in sums over at most ``run`` rows.
 
-    With one group there may be n > 1 partitions of its rows. Not by `torch.baddbmm`, which may add each term to what is
-    there.
+    Where n > g = 1, the operands are n partitions of the rows of one group. `torch.baddbmm` may add each term to the
+    total, which accumulates rounding errors, and is not used.
     """
     if len(left) > len(total):
         total += torch.bmm(left, right).sum(0, keepdim=True, dtype=total.dtype)
@@ -124,59 +126,64 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, run: int) -> None:  
             into += weights[:, whole:] @ rows[whole:]
 
 
-def put_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:  # (n, c, x), (n, c, b), (n, b, x)
-    """Write ``left @ right`` to ``total`` if it is the first product there, else add it."""
+def write_or_add_product(  # (n, c, x), (n, c, b), (n, b, x)
+    total: Tensor, left: Tensor, right: Tensor, first: bool
+) -> None:
+    """Write the ``first`` product ``left @ right`` to ``total``, add others."""
     if first:
         total.baddbmm_(left, right, beta=0.0)
     else:
         total += torch.bmm(left, right)
 
 
-def product_in_runs(left: Tensor, right: Tensor, tiling: Tiling) -> Tensor:  # (*G, b, C), (*G, C, x) -> (*G, b, x)
-    """``left @ right``, in sums over few rows."""
-    if right.shape[-2] <= tiling.small_sum:
+def matmul_in_runs(left: Tensor, right: Tensor, tiling: Tiling) -> Tensor:  # (*G, b, C), (*G, C, x) -> (*G, b, x)
+    """Compute ``left @ right`` in sums over few rows."""
+    if right.shape[-2] <= tiling.max_dense_sum_rows:
         return left @ right
     check_not_batched([left, right])
     total = left.new_zeros(*left.shape[:-1], right.shape[-1])
     flat = [tensor if tensor.dim() == 3 else tensor.unsqueeze(0) for tensor in (total, left, right)]
-    add_product(flat[0], flat[1], flat[2], tiling.sum_rows)
+    add_product(flat[0], flat[1], flat[2], tiling.max_sum_rows)
     return total
 
 
-def exponentials(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
-    """exp(scores − shift), in place where the dtype allows; no shift is 0.
+def exponentiate(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
+    """Compute exp(scores − shift), in place where the dtype allows.
 
-    What is close to underflow, as most weights are when the softmax is peaked, becomes 0: torch's exp is a hundred
-    times slower where its result underflows, and a product with denormal numbers is slow, too. Scores that need no
-    shift cannot underflow.
+    No shift means 0. Results close to underflow, as most weights of a peaked softmax are, become 0: torch's exp is a
+    hundred times slower where its result underflows, and products with denormal numbers are slow too. Without a shift
+    the scores are too small to underflow.
     """
     if shift is None:
         return scores.to(dtype).exp_()
     exponents = scores.sub_(shift.unsqueeze(-1)).to(dtype)
-    return cut_weights(exponents.clamp_(min=math.log(SMALLEST_WEIGHT[dtype]) - 1).exp_())
+    return zero_tiny_weights_(exponents.clamp_(min=math.log(MIN_WEIGHT[dtype]) - 1).exp_())
 
 
-def cut_weights(weights: Tensor) -> Tensor:
-    """``weights`` with 0 for what is close to underflow, in place."""
-    return torch.threshold_(weights, SMALLEST_WEIGHT[weights.dtype], 0.0)
+def zero_tiny_weights_(weights: Tensor) -> Tensor:
+    """Set weights close to underflow to 0, in place."""
+    return torch.threshold_(weights, MIN_WEIGHT[weights.dtype], 0.0)
 
 
-def zero_for_hidden(largest: Tensor) -> Tensor:
-    """``largest`` with 0 for -inf: subtracting it from scores that are all -inf leaves them so."""
+def zero_where_hidden(largest: Tensor) -> Tensor:
+    """Replace -inf by 0 in the largest scores.
+
+    A query whose scores are all hidden has the largest score -inf. Subtracting 0 instead leaves its scores at -inf.
+    """
     return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
 def split_rows(rows: Tensor, parts: int) -> Tensor:  # (g, C, d) -> (parts, C / parts, d)
-    """The rows of a block, as partitions if there is more than one."""
+    """Split the rows of a block into partitions, if there is more than one."""
     return rows.view(parts, -1, rows.shape[-1]) if parts > 1 else rows
 
 
-def repeated_queries(queries: Tensor, parts: int) -> Tensor:  # (g, b, d) -> (parts, b, d)
-    """Queries, to meet every partition of the rows."""
+def repeat_queries(queries: Tensor, parts: int) -> Tensor:  # (g, b, d) -> (parts, b, d)
+    """Expand queries to every partition of the rows, if there is more than one."""
     return queries.expand(parts, -1, -1) if parts > 1 else queries
 
 
-def grouped(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x)
+def split_groups(groups: int, tensor: Tensor) -> Tensor:  # (G n, *x) -> (G, n, *x)
     """Return a view with a dimension for the groups."""
     if groups == 1:
         return tensor.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Exact top-k, over blocks of rows."""
+"""Exact top-k over blocks of rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softdb.filters import Block
-from softdb.kernels.cpu.products import BlockRows, Product
-from softdb.kernels.gather import scores_at
-from softdb.kernels.spec import ReadSpec, full_precision
-from softdb.kernels.tiling import GROUP
+from softdb.kernels.cpu.products import BlockLoader, TileProduct
+from softdb.kernels.gather import score_at
+from softdb.kernels.spec import ReadSpec, disable_autocast
+from softdb.kernels.tiling import GROUP_COLUMNS
 
-__all__ = ["BestSoFar", "best_of_block", "exact_top_k", "small_block", "top_k", "top_of_block"]
+__all__ = ["RunningTopK", "block_top_k", "exact_top_k", "select_dense_block", "top_k", "two_stage_top_k"]
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
-    """``torch.topk(scores, k)``, except that among equal scores the lowest index wins and comes first."""
+    """Compute ``torch.topk(scores, k)`` with ties broken by the lowest index.
+
+    Among equal scores, lower indices are preferred and come first.
+    """
     width = scores.shape[-1]
     k = min(k, width)
     values, index = scores.topk(min(k + 1, width), dim=-1)
@@ -24,7 +27,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
     values, index = values[..., :k], index[..., :k]
     if bool(equal.any()):
         index = index.contiguous()
-        # topk orders equal scores as it likes; and where the first one left out equals the last one kept, it chose.
+        # topk returns equal scores in any order, and any of them where the (k+1)-th equals the k-th.
         tied = equal[..., : k - 1].any(-1).nonzero(as_tuple=True)
         ascending = index[tied].sort(dim=-1).values
         order = scores[tied].gather(-1, ascending).sort(dim=-1, descending=True, stable=True).indices
@@ -35,29 +38,30 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
     return values, index
 
 
-def top_of_block(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (g, b, C) -> (g, b, min(k, C))
-    """`top_k` in two stages: the k best groups of 32 columns hold the k best columns.
+def two_stage_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (g, b, C) -> (g, b, min(k, C))
+    """Compute `top_k` among the columns of the k best groups of 32 columns.
 
-    Suppose a column of the k best lay in none of the k best groups (by maximum, then lowest index). Each of those
-    groups has a maximum that is larger, or as large and further left: k columns that come before it.
+    Groups are ordered by their maximum, then by lowest index. The k best groups contain the k best columns: suppose
+    that one of the k best columns is in another group. Then each of the k best groups has a maximum that is larger, or
+    equal and at a lower index. That makes k better columns, a contradiction.
     """
     width = scores.shape[-1]
-    groups = width // GROUP
+    groups = width // GROUP_COLUMNS
     if groups <= 2 * k:
         return top_k(scores, k)
-    even = scores[..., : groups * GROUP]
-    blocks = even.unflatten(-1, (groups, GROUP))
-    chosen = top_k(blocks.amax(-1), k)[1].sort(dim=-1).values  # (g, b, k), ascending so that columns are too
-    columns = (chosen.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=scores.device)).flatten(-2)
-    if groups * GROUP < width:
-        rest = torch.arange(groups * GROUP, width, device=scores.device)
+    whole = groups * GROUP_COLUMNS
+    maxima = scores[..., :whole].unflatten(-1, (groups, GROUP_COLUMNS)).amax(-1)
+    chosen = top_k(maxima, k)[1].sort(dim=-1).values  # (g, b, k), ascending so that columns are ascending too
+    columns = (chosen.unsqueeze(-1) * GROUP_COLUMNS + torch.arange(GROUP_COLUMNS, device=scores.device)).flatten(-2)
+    if whole < width:
+        rest = torch.arange(whole, width, device=scores.device)
         columns = torch.cat([columns, rest.expand(*columns.shape[:-1], -1)], dim=-1)
     values, place = top_k(scores.gather(-1, columns), k)
     return values, columns.gather(-1, place)
 
 
-class BestSoFar:
-    """The best k rows of each query so far, best first; (G, B, up to k)."""
+class RunningTopK:
+    """Top k rows of each query among the blocks so far, best first; (G, B, k)."""
 
     def __init__(self, groups: int, queries: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
         self.k = k
@@ -65,12 +69,12 @@ class BestSoFar:
         self.rows = torch.full((groups, queries, k), -1, dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, groups: slice, queries: slice, block: Block) -> None:
-        """Take in the scores of a block whose rows come after all that were taken in before."""
-        values, _, found = best_of_block(scores, block, self.k)
+        """Add the scores of a block whose rows follow all earlier ones."""
+        values, _, found = block_top_k(scores, block, self.k)
         if not bool((self.rows[groups, queries, 0] >= 0).any()):  # the first rows that these queries see
             self.scores[groups, queries], self.rows[groups, queries] = values, found
             return
-        # Earlier rows stand first, so that the lowest row wins a tie.
+        # Earlier rows come first, so that the lowest row wins a tie.
         values = torch.cat([self.scores[groups, queries], values.to(self.scores.dtype)], dim=-1)
         found = torch.cat([self.rows[groups, queries], found], dim=-1)
         values, order = top_k(values, self.k)
@@ -84,56 +88,59 @@ def exact_top_k(
     spec: ReadSpec,
     k: int,
 ) -> tuple[Tensor, Tensor]:  # (B, k), (B, k)
-    """The k best rows of every query: ``topk(query @ keys.T, k)``, ties to the lowest row; no gradient.
+    """Compute ``topk(query @ keys.T, k)`` with ties broken by the lowest row.
 
-    The (B, N) scores are never held.
+    The result has no gradient. The scores, (B, N), are never allocated as a whole.
 
     Args:
         query: Prepared queries.
-        keys: Keys as stored.
-        spec: How they meet; its selection has no whole mask.
-        k: How many rows to find.
+        keys: The keys as stored.
+        spec: The metric, filters and dtype; its selection must not have a ``mask``.
+        k: Number of rows to find.
 
     Returns:
-        Scores and slots, best first; -inf and -1 where fewer than k rows may be seen.
+        The scores and slots of the rows, best first; -inf and -1 where a query may see fewer than k rows.
     """
-    with torch.no_grad(), full_precision(query.device):
+    with torch.no_grad(), disable_autocast(query.device):
         query, keys = query.detach()[None], keys.detach()[None]
-        block = small_block(query.shape[1], spec, spec.copied(keys), k)
+        block = select_dense_block(query.shape[1], spec, spec.count_copied_elements(keys), k)
         if block is not None:
-            everyone, queries = slice(0, 1), slice(0, query.shape[1])
-            scores = Product(even=True)(query, spec.operand(BlockRows(keys, spec.dtype).block(everyone, block)))
-            block.hide(scores, everyone, queries, -torch.inf)
-            found, _, rows = best_of_block(scores[0].to(spec.dtype), block, k)
+            group, queries = slice(0, 1), slice(0, query.shape[1])
+            operand = spec.prepare_keys(BlockLoader(keys, spec.dtype).load(group, block))
+            scores = TileProduct(exact_ties=True)(query, operand)
+            block.hide(scores, group, queries, -torch.inf)
+            found, _, rows = block_top_k(scores[0].to(spec.dtype), block, k)
             return found, rows
-        if spec.selection.count <= spec.tiling.few_groups * GROUP * k:
+        if spec.selection.count <= spec.tiling.one_pass_groups * GROUP_COLUMNS * k:
             return _top_k_in_one_pass(query, keys, spec, k)
         return _top_k_in_two_passes(query, keys, spec, k)
 
 
 def _top_k_in_one_pass(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor]:
-    """The best of each tile, joined to the best so far."""
+    """Merge the top k of every tile."""
     batch = query.shape[1]
-    best = BestSoFar(1, batch, k, spec.dtype, query.device)
-    product = Product(even=True)
-    key_rows = BlockRows(keys, spec.dtype)
-    for groups, block, slices in spec.visit(spec.tiles_of(query, spec.copied(keys), k), 1, batch):
-        operand = spec.operand(key_rows.block(groups, block))
+    best = RunningTopK(1, batch, k, spec.dtype, query.device)
+    product = TileProduct(exact_ties=True)
+    key_loader = BlockLoader(keys, spec.dtype)
+    tiles = spec.choose_tiles(query, spec.count_copied_elements(keys), k)
+    for groups, block, slices in spec.iterate_tiles(tiles, 1, batch):
+        operand = spec.prepare_keys(key_loader.load(groups, block))
         for queries in slices:
             scores = product(query[:, queries], operand)
             block.hide(scores, groups, queries, -torch.inf)
-            # Scores are compared as they are reported: two that round to one are a tie.
+            # Scores are compared in the dtype in which they are returned: two that round to the same number tie.
             best.add(scores.to(spec.dtype), groups, queries, block)
     return best.scores[0], best.rows[0]
 
 
 def _top_k_in_two_passes(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor]:
-    """The best score of every group of 32 rows, (B, N / 32); then the rows of the k best groups once more.
+    """Find the groups of 32 rows with the best maxima, then score their rows.
 
-    Those hold the k best rows, as `top_of_block` argues. Worth while where these 32 k rows are few.
+    The first pass holds the maxima, (B, N / 32). The k best groups contain the k best rows: see `two_stage_top_k`. This
+    is faster than one pass where their 32 k rows are few in comparison with N.
     """
     batch, count = query.shape[1], spec.selection.count
-    height = max(1, spec.tiling.maxima * GROUP // count)
+    height = max(1, spec.tiling.max_group_maxima * GROUP_COLUMNS // count)
     parts = [slice(start, min(start + height, batch)) for start in range(0, batch, height)]
     if batch == 0:
         return query.new_empty(0, k, dtype=spec.dtype), torch.empty(0, k, dtype=torch.int64, device=query.device)
@@ -141,7 +148,7 @@ def _top_k_in_two_passes(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) ->
     if spec.selection.visit is not None:
         found = torch.where(found < 0, found, spec.selection.visit[found.clamp(min=0)])
     found.masked_fill_(~spec.selection.allows(found), -1)
-    scores, place = top_k(scores_at(query[0], keys[0], found, spec), k)
+    scores, place = top_k(score_at(query[0], keys[0], found, spec), k)
     return scores, found.gather(-1, place).masked_fill_(scores == -torch.inf, -1)
 
 
@@ -152,43 +159,58 @@ def _columns_of_best_groups(
     part: slice,
     k: int,
 ) -> Tensor:  # (b, 32 k), ascending
-    """For some queries, the places in the pass of the rows of the k groups with the best maxima; -1 past the end."""
+    """Find the rows of the k groups with the best maxima, for a slice of queries.
+
+    Returns:
+        Positions in the pass, -1 beyond its last row.
+    """
     count = spec.selection.count
-    groups = -(-count // GROUP)
+    groups = -(-count // GROUP_COLUMNS)
     maxima = torch.full((part.stop - part.start, groups), -torch.inf, dtype=spec.dtype, device=query.device)
-    product = Product(even=True)
-    key_rows = BlockRows(keys, spec.dtype)
-    for chunk, block, slices in spec.visit(spec.tiles_of(query[:, part], spec.copied(keys)), 1, len(maxima)):
-        operand = spec.operand(key_rows.block(chunk, block))
+    product = TileProduct(exact_ties=True)
+    key_loader = BlockLoader(keys, spec.dtype)
+    tiles = spec.choose_tiles(query[:, part], spec.count_copied_elements(keys))
+    for group, block, slices in spec.iterate_tiles(tiles, 1, len(maxima)):
+        operand = spec.prepare_keys(key_loader.load(group, block))
         for queries in slices:
-            whole = slice(part.start + queries.start, part.start + queries.stop)
-            scores = product(query[:, whole], operand)
-            block.hide(scores, chunk, whole, -torch.inf)
+            batch_queries = slice(part.start + queries.start, part.start + queries.stop)
+            scores = product(query[:, batch_queries], operand)
+            block.hide(scores, group, batch_queries, -torch.inf)
             scores = scores[0].to(spec.dtype)
-            first, even = block.start // GROUP, scores.shape[1] // GROUP
-            maxima[queries, first : first + even] = scores[:, : even * GROUP].unflatten(1, (even, GROUP)).amax(-1)
-            if even * GROUP < scores.shape[1]:
-                maxima[queries, first + even] = scores[:, even * GROUP :].amax(-1)
+            first, whole = block.start // GROUP_COLUMNS, scores.shape[1] // GROUP_COLUMNS
+            columns = whole * GROUP_COLUMNS
+            in_groups = scores[:, :columns].unflatten(1, (whole, GROUP_COLUMNS))
+            maxima[queries, first : first + whole] = in_groups.amax(-1)
+            if columns < scores.shape[1]:
+                maxima[queries, first + whole] = scores[:, columns:].amax(-1)
     chosen = top_k(maxima, k)[1].sort(dim=-1).values
-    columns = (chosen.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=query.device)).flatten(1)
-    return columns.masked_fill_(columns >= count, -1)
+    columns_of_chosen = chosen.unsqueeze(-1) * GROUP_COLUMNS + torch.arange(GROUP_COLUMNS, device=query.device)
+    found = columns_of_chosen.flatten(1)
+    return found.masked_fill_(found >= count, -1)
 
 
-def best_of_block(scores: Tensor, block: Block, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (..., k) of the best rows, their columns (..., up to k), and their slots (..., k)."""
-    found, columns = top_of_block(scores, k)
+def block_top_k(scores: Tensor, block: Block, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the top k of the scores of a block.
+
+    Returns:
+        The scores (..., k), the columns (..., up to k) and the slots (..., k); -inf and -1 at padding.
+    """
+    found, columns = two_stage_top_k(scores, k)
     rows = block.slots(columns).masked_fill_(found == -torch.inf, -1)
-    missing = (0, k - columns.shape[-1])
-    if missing[1]:
-        found, rows = F.pad(found, missing, value=-torch.inf), F.pad(rows, missing, value=-1)
+    padding = (0, k - columns.shape[-1])
+    if padding[1]:
+        found, rows = F.pad(found, padding, value=-torch.inf), F.pad(rows, padding, value=-1)
     return found, columns, rows
 
 
-def small_block(queries: int, spec: ReadSpec, copied: int, k: int) -> Block | None:
-    """All rows as one block, if that makes a small tile for so many queries and little has to be copied."""
-    count = spec.selection.count
-    if not 0 < queries * count <= spec.tiling.small_scores or count * copied > spec.tiling.copied:
+def select_dense_block(queries: int, spec: ReadSpec, copied_per_row: int, k: int) -> Block | None:
+    """Return all rows as one block, if a dense read of them is faster.
+
+    It is where the scores make one small tile and few elements have to be copied.
+    """
+    count, tiling = spec.selection.count, spec.tiling
+    if not 0 < queries * count <= tiling.max_dense_scores or count * copied_per_row > tiling.copied_elements:
         return None
-    if k and count % GROUP and count > spec.tiling.few_rows:  # it would have to be padded
+    if k and count % GROUP_COLUMNS and count > tiling.max_padded_rows:  # it would have to be padded
         return None
     return spec.selection.block(0, count)

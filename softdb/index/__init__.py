@@ -1,4 +1,7 @@
-"""Find the candidates of top-k reads. Only this package imports FAISS."""
+"""Find candidates for top-k reads.
+
+No other package imports FAISS.
+"""
 
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager

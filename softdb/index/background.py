@@ -1,4 +1,4 @@
-"""Run a build in a thread of its own."""
+"""Build a base index in a background thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["BackgroundBuild"]
 
 
 class BackgroundBuild:
-    """Build a base in a thread of its own, from a plan."""
+    """Background thread that builds a base index."""
 
     def __init__(self, plan: BuildPlan) -> None:
         self._result: BuildResult | None = None
@@ -26,6 +26,6 @@ class BackgroundBuild:
         return not self._thread.is_alive()
 
     def wait(self) -> BuildResult | None:
-        """Wait for the result; None if the thread broke off."""
+        """Wait for the result; return None if the thread did not finish."""
         self._thread.join()
         return self._result

@@ -18,11 +18,11 @@ from softdb.index.base import Base
 from softdb.index.config import IndexConfig
 from softdb.index.faiss_parts import (
     apply_transforms,
-    faiss_metric,
-    movable_ivf_of,
-    parts_of,
-    quantizers_of,
+    find_movable_ivf,
+    iterate_parts,
+    iterate_quantizers,
     to_array,
+    to_faiss_metric,
     to_vectors,
 )
 from softdb.index.policy import IndexPolicy
@@ -30,42 +30,50 @@ from softdb.index.recent_queries import TUNING_QUERIES, RecentQueries
 from softdb.index.tuning import tune_base
 from softdb.table.storage import RowStorage
 
-__all__ = ["MAX_NORM", "BuildPlan", "BuildResult", "plan_build", "reason_of", "rows_to_train", "run_build"]
+__all__ = [
+    "MAX_NORM",
+    "BuildPlan",
+    "BuildResult",
+    "count_training_rows",
+    "format_faiss_error",
+    "plan_build",
+    "run_build",
+]
 
-# IVF lists of an "auto" index, for each square root of a row: FAISS advises 4 to 16.
+# Number of IVF lists of an "auto" index, divided by the square root of the number of rows; FAISS advises 4 to 16.
 LISTS_PER_SQRT_ROW = 4
 
-# FAISS aborts the process where squared norms overflow: rows this long are left out.
+# Rows with at least this norm are left out: FAISS aborts the process if squared norms overflow.
 MAX_NORM = 1e18
 
-# Bits of the codes that FAISS trains an OPQ transformation for.
+# Number of bits of the codes for which FAISS trains an OPQ transform.
 OPQ_BITS = 8
 
-# Training rows for each IVF list at the most, and rounds of k-means.
+# Maximum number of training rows for each IVF list, and number of k-means iterations.
 MAX_POINTS_PER_CENTROID, TRAINING_ROUNDS = 64, 10
 
 
 @dataclass
 class BuildPlan:
-    """Hold everything that a build needs, so that rows may change meanwhile.
+    """Inputs of a build, so that rows may change while it runs.
 
     Attributes:
-        version: The version of the rows.
-        slots: (n,) ascending, on the CPU.
-        rows: (n, d), the vectors as FAISS takes them.
-        keys: (capacity, d); None if ``rows`` are a copy of their own.
-        left_out: The slots of rows that are not finite.
-        capacity: The number of slots.
-        factory: FAISS's factory string.
-        old: The base whose trained lists are used again, or None to train new ones.
-        empty: An empty index with those lists.
-        lists: Which of them each row is in, int64, -1 where that is to be found.
+        version: Version of the rows.
+        slots: Slots of the rows, (n,), ascending, on the CPU.
+        rows: Vectors that FAISS indexes, (n, d).
+        keys: Keys by slot, (capacity, d); None if ``rows`` is a copy.
+        left_out: Slots of rows that are left out: they are not finite or too long.
+        capacity: Number of slots.
+        factory: FAISS factory string.
+        old: Base index whose trained lists are reused, or None to train new ones.
+        empty: Empty FAISS index with the lists of ``old``, or None.
+        lists: List of each row in ``empty``, int64; -1 for the nearest list.
         queries: Groups of queries to tune on.
-        tuned_queries: The number of recent queries among them.
-        neighbours: The number of nearest rows to tune for.
-        metric: How keys are scored.
-        recall: The recall target.
-        policy: The thresholds of the base.
+        tuned_queries: Number of recent queries among them.
+        neighbours: Number of nearest rows to tune for.
+        metric: Metric of the scores.
+        recall: Recall target.
+        policy: Thresholds of the index.
     """
 
     version: int
@@ -88,15 +96,15 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Hold the outcome of a build: a base, or the error that prevented it.
+    """Result of a build: a base index or an error.
 
     Attributes:
-        version: The version of the rows that the plan was made from.
-        base: The base, or None.
-        left_out: The slots of rows that are not finite.
-        rows: The number of rows, with those left out.
-        seconds: The time that it took.
-        error: The error, or None.
+        version: Version of the rows in the plan.
+        base: Base index, or None if the build failed.
+        left_out: Slots of rows that are left out: they are not finite or too long.
+        rows: Number of rows, including the rows that are left out.
+        seconds: Duration of the build.
+        error: Error message, or None.
     """
 
     version: int
@@ -119,18 +127,18 @@ def plan_build(
     old: Base | None,
     keep_lists: bool,
 ) -> BuildPlan:
-    """Plan a build from the rows as they are.
+    """Plan a build from the present rows.
 
     Args:
-        rows: Which slots hold rows.
-        keys: (capacity, d).
-        queries: Recent queries, to tune on.
-        config: The index to build.
-        metric: How keys are scored.
-        policy: The thresholds of the base.
-        copied: Whether keys may move later on, so that the base needs a copy.
-        old: A base whose trained lists to use again, or None.
-        keep_lists: Whether its visible rows are still in the lists where they belong.
+        rows: Storage of the rows.
+        keys: Keys by slot, (capacity, d).
+        queries: Recent queries, on which to tune.
+        config: Configuration of the index.
+        metric: Metric of the scores.
+        policy: Thresholds of the index.
+        copied: Whether to copy the keys, because they may move later.
+        old: Base index whose trained lists to reuse, or None.
+        keep_lists: Whether the visible rows of ``old`` stay in their lists.
     """
     slots = rows.live_slots()
     vectors = to_vectors(keys if len(slots) == len(keys) else keys.index_select(0, slots), metric)
@@ -149,8 +157,8 @@ def plan_build(
         factory, empty = old.factory, faiss.clone_index(old.owner)
         empty.reset()
         lists = np.full(len(cpu_slots), -1, dtype=np.int64)
-        known = old.is_visible(cpu_slots) & keep_lists
-        lists[known.numpy()] = old.lists_of(old.entry_of[cpu_slots[known]])
+        is_kept = old.is_visible(cpu_slots) & keep_lists
+        lists[is_kept.numpy()] = old.get_lists(old.entry_of[cpu_slots[is_kept]])
     return BuildPlan(
         version=rows.version,
         slots=cpu_slots,
@@ -172,30 +180,30 @@ def plan_build(
 
 
 def run_build(plan: BuildPlan) -> BuildResult:
-    """Build a base, or report the error that prevents it."""
+    """Build a base index, or return the error."""
     started = time.perf_counter()
     base, error = None, None
     try:
         with torch.no_grad():
             base = build_base(plan)
-    except Exception as failure:  # any error of FAISS, and lack of memory: top-k reads fall back to exact search
-        error = reason_of(failure)
+    except Exception as failure:  # FAISS errors and lack of memory: reads fall back to exact search
+        error = format_faiss_error(failure)
     rows = len(plan.slots) + len(plan.left_out)
     return BuildResult(plan.version, base, plan.left_out, rows, time.perf_counter() - started, error)
 
 
 def build_base(plan: BuildPlan) -> Base:
-    """Train, fill and tune a base.
+    """Train, fill and tune a base index.
 
     Raises:
-        Exception: Whatever FAISS raises.
+        Exception: FAISS raised an error, or there was not enough memory.
     """
     vectors = to_array(plan.rows)
     index = plan.empty
     if index is None:
-        index = faiss.index_factory(vectors.shape[1], plan.factory, faiss_metric(plan.metric))
+        index = faiss.index_factory(vectors.shape[1], plan.factory, to_faiss_metric(plan.metric))
         train_index(index, vectors)
-        ivf = movable_ivf_of(index)
+        ivf = find_movable_ivf(index)
         if ivf is not None:
             ivf.set_direct_map_type(faiss.DirectMap.Array)
         index.add(vectors)
@@ -206,70 +214,71 @@ def build_base(plan: BuildPlan) -> Base:
     if plan.old is not None:
         base.inherit_lists(plan.old)
     keys = plan.keys if base.movement.copy is None else base.movement.copy
-    held = base.entry_of.to(plan.rows.device) >= 0
-    everything = Selection(len(held), shared=None if bool(held.all()) else held)
+    has_entry = base.entry_of.to(plan.rows.device) >= 0
+    selection = Selection(len(has_entry), shared=None if bool(has_entry.all()) else has_entry)
     base.tuned_queries = plan.tuned_queries
     keys = plan.rows if keys is None else keys
-    tune_base(base, plan.queries, keys, plan.metric, everything, plan.recall, plan.neighbours)
+    tune_base(base, plan.queries, keys, plan.metric, selection, plan.recall, plan.neighbours)
     return base
 
 
 def fill_index(index: Any, vectors: Any, lists: Any) -> None:
-    """Add vectors to the given lists of a trained index; -1 is the nearest list."""
-    ivf, inside = movable_ivf_of(index), apply_transforms(index, vectors)
+    """Add vectors to given lists of a trained index; -1 means the nearest list."""
+    ivf, transformed = find_movable_ivf(index), apply_transforms(index, vectors)
     unknown = lists < 0
     if unknown.any():
-        lists[unknown] = ivf.quantizer.search(inside[unknown], 1)[1].ravel()
+        lists[unknown] = ivf.quantizer.search(transformed[unknown], 1)[1].ravel()
     ivf.set_direct_map_type(faiss.DirectMap.Array)
-    ivf.add_core(len(inside), faiss.swig_ptr(inside), None, faiss.swig_ptr(lists))
+    ivf.add_core(len(transformed), faiss.swig_ptr(transformed), None, faiss.swig_ptr(lists))
     index.ntotal = ivf.ntotal
 
 
-def rows_to_train(index: Any) -> int:
-    """Return the fewest rows that FAISS can train, or build, an index with."""
-    fewest = [1]
-    for part in parts_of(index):
+def count_training_rows(index: Any) -> int:
+    """Return the minimum number of rows with which FAISS can build an index."""
+    minimums = [1]
+    for part in iterate_parts(index):
         if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
-            if not isinstance(faiss.downcast_index(part.quantizer), faiss.MultiIndexQuantizer):  # it has its own codes
-                fewest.append(part.nlist)
+            # A multi-index is trained by clustering its codes.
+            if not isinstance(faiss.downcast_index(part.quantizer), faiss.MultiIndexQuantizer):
+                minimums.append(part.nlist)
         elif isinstance(part, faiss.OPQMatrix):
-            fewest.append(2**OPQ_BITS)
+            minimums.append(2**OPQ_BITS)
         elif isinstance(part, (faiss.PCAMatrix, faiss.ITQTransform)):
-            fewest.append(part.d_out)
+            minimums.append(part.d_out)
         elif isinstance(part, faiss.IndexNSG):
-            # FAISS ends the process where a row has fewer neighbours.
-            fewest.append(2 * part.nndescent_L)
-        for quantizer in quantizers_of(part):
+            # FAISS aborts the process if rows have fewer neighbours.
+            minimums.append(2 * part.nndescent_L)
+        for quantizer in iterate_quantizers(part):
             bits = quantizer.nbits
-            fewest.append(2 ** (bits if isinstance(bits, int) else int(faiss.vector_to_array(bits).max())))
-    return int(max(fewest))
+            minimums.append(2 ** (bits if isinstance(bits, int) else int(faiss.vector_to_array(bits).max())))
+    return int(max(minimums))
 
 
 def train_index(index: Any, vectors: Any) -> None:
-    """Train an index, without FAISS's printed advice, on no more rows than it needs."""
-    own = []
-    for part in parts_of(index):
+    """Train an index on a sample of the rows, without FAISS's printed warnings."""
+    quantizers = []
+    for part in iterate_parts(index):
         if isinstance(part, faiss.OPQMatrix):
-            own.append((part, faiss.ProductQuantizer(part.d_out, part.M, OPQ_BITS)))
-            part.pq = own[-1][1]
+            quantizers.append((part, faiss.ProductQuantizer(part.d_out, part.M, OPQ_BITS)))
+            part.pq = quantizers[-1][1]
         if isinstance(part, (faiss.IndexIVF, faiss.Level1Quantizer)):
             part.cp.min_points_per_centroid = 1
             part.cp.max_points_per_centroid = MAX_POINTS_PER_CENTROID
             part.cp.niter = TRAINING_ROUNDS
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # It takes minutes, for a kind of search that is not used here.
-        for quantizer in quantizers_of(part):
+            part.do_polysemous_training = False  # takes minutes, and only a search that softdb does not use needs it
+        for quantizer in iterate_quantizers(part):
             if hasattr(quantizer, "cp"):
                 quantizer.cp.min_points_per_centroid = 1
     try:
         index.train(vectors)
     finally:
-        for part, _ in own:
-            part.pq = None  # it is freed with this call
+        for part, _ in quantizers:
+            part.pq = None  # the quantizer is freed when this function returns
 
 
-def reason_of(error: Exception) -> str:
-    """Return the message of a FAISS error without its position in FAISS's source."""
+def format_faiss_error(error: Exception) -> str:
+    """Format a FAISS error without its position in FAISS's source."""
     text = " ".join(str(error).split())
     if not isinstance(error, (RuntimeError, AssertionError)):
         return f"{type(error).__name__}: {text}"

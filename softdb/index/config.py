@@ -12,21 +12,22 @@ __all__ = ["IndexConfig", "IndexStats"]
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Configure how a store finds the candidates of a top-k read.
+    """Configuration of the index that finds candidates of top-k reads.
 
     Args:
-        factory: "auto" (exact below a measured number of rows, FAISS IVF above), "Flat" (softdb's own exact top-k;
-            no FAISS object is built), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
-        recall: The fraction of the true k best rows that the search is to find. IVF probes and HNSW's efSearch are
-            raised, when the index is built, until a sample of queries finds as many, and checked again after a
-            quarter of the rows has moved.
-        tolerance: How far a key may be moved by an optimiser before the index takes note, relative to the keys' median
-            distance from their middle: for keys about the origin that is their norm (of normalised keys, for
-            metric="cosine"), and less where they lie in clusters far apart. Scores come from the keys as they are in
-            any case. 0 takes note of every move. To know, the index keeps a float32 copy of a trainable store's keys.
-        garbage: The share of the index's entries that may be of rows changed or deleted before it is rebuilt.
-        background: Whether to build in a thread of its own: until it is done, and rows change the next time, searches
-            go on with what is there. Off, so that results never depend on timing.
+        factory: "auto" (exact search below a measured number of rows, FAISS IVF above), "Flat" (exact search by softdb,
+            without a FAISS index), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
+        recall: Recall target: the fraction of the k best rows that a search should find. When the index is built, the
+            search width (nprobe or efSearch) is raised until a sample of queries reaches the target. It is tuned again
+            after a quarter of the rows has been merged.
+        tolerance: Distance that an optimiser may move a key before the index treats the row as changed. It is relative
+            to the median distance of the keys from their centre: for keys around the origin their norm (of normalised
+            keys for metric="cosine"), and less for keys in distant clusters. Scores are always computed from the
+            current keys. With 0 every move counts. The index keeps a float32 copy of the keys of a trainable store for
+            this comparison.
+        garbage: Rebuild the index when more than this fraction of its entries belongs to changed or deleted rows.
+        background: Whether to build the index in a background thread. Searches use the previous index until the build
+            is done and rows change again. False by default, so that results never depend on timing.
     """
 
     factory: str = "auto"
@@ -49,19 +50,20 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class IndexStats:
-    """Report the state of an index and its costs.
+    """Statistics of an index.
 
     Attributes:
-        rows: Rows in the store.
-        pending: Rows that are searched exactly because the base does not hold them as they are.
-        factory: The FAISS factory string of the base; "Flat" where searches are exact.
-        nprobe: IVF lists visited per query; None for other indexes.
-        recall: Measured on a sample of queries when the base was built, or checked last; 1.0 where there is none. Reads
-            search exactly where the base would be slower: then they find everything.
-        builds: How often a base has been built.
-        search_seconds, upkeep_seconds, rebuild_seconds: Time spent so far in searching; in noting changes, taking rows
-            in and checking the recall; and in building.
-        error: Why the last build failed; searches are exact until the next. None if it did not.
+        rows: Number of rows in the store.
+        pending: Number of pending rows: rows that changed since the base index merged them, and are searched exactly.
+        factory: FAISS factory string of the base index; "Flat" if searches are exact.
+        nprobe: Number of IVF lists that each query visits; None for other indexes.
+        recall: Recall measured on a sample of queries when the base index was built or last checked; 1.0 without a base
+            index. Reads for which an exact search is faster use that, and find all of the k best rows.
+        builds: Number of times that a base index has been built.
+        search_seconds: Total time of searches.
+        upkeep_seconds: Total time to track changes, merge rows and check the recall.
+        rebuild_seconds: Total time of builds.
+        error: Error of the last build, or None if it succeeded. Searches are exact until a build succeeds.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""Detect writes to keys that torch does not count, such as those by ``.data``."""
+"""Detect writes to keys that torch does not count, such as writes by ``.data``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["KeySample"]
 
-# The keys of this many rows are compared before each search.
+# Number of rows whose keys are compared before each search.
 SAMPLE_ROWS = 64
 
 
 class KeySample:
-    """Compare the keys of a sample of rows with copies that follow every known write.
+    """Copies of the keys of a sample of rows, updated after every known write.
 
     Args:
         base: The base whose rows are sampled.
@@ -26,8 +26,8 @@ class KeySample:
         self._slots = base.slots[:: max(1, len(base.slots) // SAMPLE_ROWS)][:SAMPLE_ROWS]
         self._keys: Tensor | None = None
 
-    def follow(self, rows: RowStorage, keys: Tensor, version: int) -> None:
-        """Copy the sampled keys with a known change after ``version``, first all."""
+    def update(self, rows: RowStorage, keys: Tensor, version: int) -> None:
+        """Copy sampled keys that changed after ``version``; all in the first call."""
         self._slots = slots = self._slots.to(keys.device)
         if self._keys is None:
             self._keys = keys.index_select(0, slots)
@@ -36,7 +36,7 @@ class KeySample:
             self._keys[known] = keys[slots[known]]
 
     def is_stale(self, keys: Tensor, metric: str, tolerance: float) -> bool:
-        """Test whether a sampled key differs although known writes were followed."""
+        """Return whether a sampled key differs from its copy: an unknown write."""
         if self._keys is None:
             return False
         present = keys.index_select(0, self._slots)
@@ -45,7 +45,7 @@ class KeySample:
         if self._base.movement.copy is None:
             return True
         visible = self._slots[self._base.is_visible(self._slots.cpu()).to(keys.device)]
-        if len(self._base.movement.moved_slots(visible, keys, metric, tolerance)):
+        if len(self._base.movement.find_moved_slots(visible, keys, metric, tolerance)):
             return True
         self._keys = present
         return False

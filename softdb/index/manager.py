@@ -1,13 +1,13 @@
-"""Find candidates for top-k reads, whatever has happened to the rows.
+"""Find candidates for top-k reads.
 
-The index answers with slots, never with scores: what a read returns is computed from the live rows, so a FAISS index
-that is approximate or behind can miss a row but not report a wrong one. It is kept from falling behind as a
-log-structured store does it: a FAISS *base* holds the rows as they were when it merged them; the rows that have changed
-since are hidden in it, and *pending*: every search goes through them exactly (see `upkeep`).
+The index returns slots, not scores: a read computes its scores from the live rows, so an approximate or outdated FAISS
+index can miss a row, but cannot return a wrong one. The index is organized as a log-structured store. A *base index*, a
+FAISS index, contains rows as they were when it merged them. Rows that have changed since are hidden in it; they are
+*pending*, and every search compares them exactly (see `upkeep`).
 
-The index changes only when rows have changed, at the first search or refresh after it: between two writes every
-search sees the same one. But how much of it is searched follows the queries: their recall is checked now and then, and
-how often depends on their number, not on the clock (see `tuning`).
+The index is updated at the first search or refresh after a write, so all searches between two writes use the same
+index. Only the search width may change between them: the recall on recent queries is checked from time to time, at
+intervals that depend on the number of queries, not on the clock (see `tuning`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from softdb.errors import ArgumentError
 from softdb.filters import Selection
 from softdb.index.background import BackgroundBuild
 from softdb.index.base import Base
-from softdb.index.builder import reason_of, rows_to_train
+from softdb.index.builder import count_training_rows, format_faiss_error
 from softdb.index.config import IndexConfig, IndexStats
-from softdb.index.faiss_parts import faiss_metric, parts_of
+from softdb.index.faiss_parts import iterate_parts, to_faiss_metric
 from softdb.index.list_layout import ListLayout
 from softdb.index.planner import approximate_is_cheaper, plan_search_width
 from softdb.index.policy import IndexPolicy
@@ -48,12 +48,12 @@ _managers: weakref.WeakSet[IndexManager] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """Make a forked child able to search.
+    """Enable searches in a forked child.
 
-    If its parent has run a parallel region, torch's or FAISS's, the child hangs in its first one (faiss issue 5206):
-    the OpenMP runtime waits for threads that fork() did not copy. One thread needs no others. A child of a process
-    that has only imported softdb keeps its threads. fork() did not copy a thread that was building either, or one that
-    held a lock.
+    If the parent has run an OpenMP region, in torch or FAISS, the first region in the child hangs (faiss issue 5206):
+    the runtime waits for threads that fork() did not copy. The child therefore uses one thread. A child of a process
+    that has only imported softdb keeps its threads. Build threads and owners of locks were not copied either, so they
+    are dropped.
     """
     if is_openmp_used():
         torch.set_num_threads(1)
@@ -66,20 +66,20 @@ run_in_forked_children(_after_fork)
 
 
 class IndexManager:
-    """Find candidate slots for queries, and follow the rows between searches.
+    """Index of a store, which finds candidate slots and tracks changes of rows.
 
     Args:
-        config: The index to keep.
-        metric: How rows are scored.
+        config: Configuration of the index.
+        metric: Metric of the scores.
         key_dim: Width of the keys.
-        moving: Whether optimisers move the keys.
+        moving: Whether optimisers may move the keys.
 
     Attributes:
-        config: The index to keep.
-        policy: The thresholds of an index, read when it begins or is reset.
+        config: Configuration of the index.
+        policy: Thresholds of the index, read when it is created or reset.
 
     Raises:
-        ArgumentError: FAISS does not know the factory string.
+        ArgumentError: FAISS does not accept the factory string.
     """
 
     policy = IndexPolicy()
@@ -90,18 +90,18 @@ class IndexManager:
         self._min_rows = check_factory(config.factory, metric, key_dim)
         self._costs = IndexCosts()
         self.reset()
-        self._begin()
+        self._initialize()
 
-    def _begin(self) -> None:
+    def _initialize(self) -> None:
         self._lock: Any = threading.RLock()
-        self._layout: int | None = None  # of the rows that the index describes
-        note_openmp()  # every store has an index
+        self._layout: int | None = None  # layout of the rows that the index describes
+        note_openmp()  # every store has an index, and searches use OpenMP
         _managers.add(self)
 
     def reset(self) -> None:
-        """Forget the base and recent queries."""
+        """Drop the base index and recent queries."""
         self._upkeep = self._new_upkeep()
-        self._is_broken = False  # whether a change of the index broke off, or is under way
+        self._is_broken = False  # whether an update of the index failed or is in progress
 
     def _new_upkeep(self) -> IndexUpkeep:
         return IndexUpkeep(
@@ -109,53 +109,53 @@ class IndexManager:
         )
 
     def forget_threads(self) -> None:
-        """Drop a background build and a held lock, whose threads fork did not copy."""
+        """Drop the background build and the lock: fork() copied no other thread."""
         self._lock = threading.RLock()
         self._upkeep.background = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_lock"], state["_upkeep"]  # a copy builds its own, and sees none of the queries
+        del state["_lock"], state["_upkeep"]  # a copy builds its own index, and records its own queries
         state["_costs"] = replace(self._costs)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.reset()
-        self._begin()
+        self._initialize()
 
     @property
     def base(self) -> Base | None:
-        """The base index that searches use; None where they are exact."""
+        """Base index that searches use; None if they are exact."""
         return None if self._is_broken else self._upkeep.usable_base
 
     @property
     def pending_slots(self) -> Tensor:
-        """The slots of rows that differ from the base, as of the last change."""
+        """Slots of the pending rows, as of the last update."""
         return self._upkeep.pending
 
     @property
     def exact_slots(self) -> Tensor:
-        """The slots that are searched exactly: pending rows and norm outliers."""
+        """Slots that are searched exactly: pending rows and norm outliers."""
         return self._upkeep.exact_slots
 
     @property
     def recent_queries(self) -> Tensor | None:
-        """A sample of recent queries, (m, d), or None."""
+        """Sample of recent queries, (m, d), or None."""
         return self._upkeep.queries.latest
 
     @property
     def background(self) -> BackgroundBuild | None:
-        """The background build that is under way, or waits to be adopted."""
+        """Background build that is in progress or not yet installed, or None."""
         return self._upkeep.background
 
     @property
     def _is_interrupted(self) -> bool:
-        """Whether a signal handler has interrupted a change by this thread."""
+        """Whether a signal handler has interrupted an update by this thread."""
         return bool(self._lock._is_owned())
 
     def _base_of(self, rows: RowStorage) -> Base | None:
-        """Return the base that searches of ``rows`` may use, which have kept their slots since it was built."""
+        """Return the base index if ``rows`` still have the layout it was built for."""
         return self.base if rows.layout == self._layout else None
 
     # -- searching -------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class IndexManager:
     def search(
         self,
         query: Tensor,  # (B, d)
-        operand: Tensor,  # (B, w): the same, prepared
+        operand: Tensor,  # (B, w): prepared queries
         keys: Tensor,  # (capacity, d)
         rows: RowStorage,
         spec: ReadSpec,
@@ -171,7 +171,7 @@ class IndexManager:
         *,
         careful: bool = False,
     ) -> Candidates:
-        """Find the k best rows of each query; with ``careful``, search wider."""
+        """Find candidates of each query; with ``careful``, use a larger search width."""
         task = SearchTask(query.detach(), operand.detach(), keys.detach(), rows, spec, k)
         if self._is_interrupted:
             return Candidates(search_exactly(task), True, 1.0)
@@ -199,55 +199,55 @@ class IndexManager:
             self._costs.search_seconds += time.perf_counter() - started
 
     def is_approximate(self, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
-        """Test whether a search for k rows of each query would be approximate."""
+        """Return whether a search for k rows of each query is approximate."""
         base = self._base_of(rows)
         return base is not None and approximate_is_cheaper(base, rows, selection, k, queries)
 
     def list_layout(self, rows: RowStorage, keys: Tensor, size: int) -> ListLayout | None:
-        """Return the layout of the slots below ``size``; None without lists."""
-        interrupted = self._is_interrupted
+        """Return the list layout of the slots below ``size``; None without lists."""
+        is_interrupted = self._is_interrupted
         with self._lock, torch.inference_mode(False):
             base = self._base_of(rows)
-            return None if base is None or interrupted else base.list_layout(keys, size)
+            return None if base is None or is_interrupted else base.list_layout(keys, size)
 
-    # -- following the rows ----------------------------------------------------------------------------------
+    # -- updates ---------------------------------------------------------------------------------------------
 
     def is_current(self, rows: RowStorage) -> bool:
-        """Test whether searches need no `follow` before."""
+        """Return whether the index is up to date with ``rows``."""
         return rows.layout == self._layout and rows.version == self._upkeep.version and not self._is_broken
 
-    def follow(self, rows: RowStorage, keys: Tensor, query: Tensor, k: int) -> None:
-        """Follow every change to the rows before a search of ``query``.
+    def update(self, rows: RowStorage, keys: Tensor, query: Tensor, k: int) -> None:
+        """Update the index with every change to the rows, before a search.
 
-        The caller excludes other searches.
+        The caller must exclude other searches.
         """
         if self._is_interrupted:
             return
-        with self._changing(rows) as upkeep:
+        with self._updating(rows) as upkeep:
             upkeep.queries.record(query.detach(), k)
-            upkeep.follow(rows, keys)
+            upkeep.update(rows, keys)
 
     def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:
-        """Merge every pending row into the base; ``wait`` for a background build.
+        """Merge all pending rows; with ``wait``, wait for a background build.
 
         Raises:
-            IndexBuildError: The last build failed, and no call has raised for it yet.
+            IndexBuildError: The last build failed, and no earlier call raised for it.
         """
         if self._is_interrupted:
             return
-        with self._changing(rows) as upkeep:
+        with self._updating(rows) as upkeep:
             upkeep.refresh(rows, keys, wait=wait)
         self._upkeep.raise_unreported()
 
     def build(self, rows: RowStorage, keys: Tensor) -> None:
-        """Build the base from the rows as they are.
+        """Build the base index from the present rows.
 
         Raises:
             IndexBuildError: The build failed.
         """
         if self._is_interrupted:
             return
-        with self._changing(rows) as upkeep:
+        with self._updating(rows) as upkeep:
             queries = upkeep.queries.latest
             self.reset()
             self._is_broken = True
@@ -256,8 +256,11 @@ class IndexManager:
         self._upkeep.raise_unreported()
 
     @contextmanager
-    def _changing(self, rows: RowStorage) -> Iterator[IndexUpkeep]:
-        """Change the index, after a reset if rows have a new layout or a change broke off."""
+    def _updating(self, rows: RowStorage) -> Iterator[IndexUpkeep]:
+        """Lock the index for an update.
+
+        The index is reset first if rows have a new layout or an earlier update failed.
+        """
         with self._lock, torch.inference_mode(False):
             if self._is_broken or rows.layout != self._layout:
                 self.reset()
@@ -267,13 +270,16 @@ class IndexManager:
             self._is_broken = False
 
     def has_stale_sample(self, keys: Tensor) -> bool:
-        """Test whether sampled keys were written to uncounted, as by ``.data``."""
+        """Return whether sampled keys have been changed by unknown writes.
+
+        These are writes that torch does not count, such as writes by ``.data``.
+        """
         return not self._is_broken and self._upkeep.has_stale_sample(keys.detach())
 
     # -- inspection ------------------------------------------------------------------------------------------
 
     def stats(self, rows: RowStorage, keys: Tensor) -> IndexStats:
-        """Describe the index and its costs."""
+        """Return the statistics of the index."""
         upkeep = self._upkeep if rows.layout == self._layout else self._new_upkeep()
         base = None if self._is_broken else upkeep.base
         return IndexStats(
@@ -290,33 +296,33 @@ class IndexManager:
         )
 
     def invariants(self, rows: RowStorage) -> Iterator[tuple[str, bool]]:
-        """Yield claims about an index that searches use, and whether they hold."""
+        """Yield descriptions of invariants, and whether they hold."""
         base = self.base
         if base is None or not self.is_current(rows):
             return
         slots = rows.live_slots().cpu()
-        known = slots[slots < len(base.entry_of)]
-        visible = known[base.is_visible(known)]
-        yield "an entry is that of its slot", torch.equal(base.slots[base.entry_of[visible]], visible)
-        reached = torch.cat([visible, self.exact_slots.cpu()]).unique()
-        yield "each row is in the base or searched exactly", bool(torch.isin(slots, reached).all())
-        yield "as many entries are in FAISS", int(base.owner.ntotal) == base.entries
-        yield "the base hides what is no row", base.visibility.hidden == base.entries - len(visible)
+        indexed = slots[slots < len(base.entry_of)]
+        visible = indexed[base.is_visible(indexed)]
+        yield "a visible entry belongs to its slot", torch.equal(base.slots[base.entry_of[visible]], visible)
+        searched = torch.cat([visible, self.exact_slots.cpu()]).unique()
+        yield "each row is visible in the base index or searched exactly", bool(torch.isin(slots, searched).all())
+        yield "FAISS has the same number of entries", int(base.owner.ntotal) == base.entries
+        yield "all other entries of the base index are hidden", base.visibility.hidden == base.entries - len(visible)
 
 
 def check_factory(factory: str, metric: str, key_dim: int) -> int:
-    """Check a factory string, and return the fewest rows to build it with.
+    """Check a factory string, and return the minimum number of rows for a build.
 
     Raises:
-        ArgumentError: FAISS does not know it, or it numbers rows itself.
+        ArgumentError: FAISS does not accept the string, or its index assigns ids itself.
     """
     if factory in ("auto", "Flat"):
         return 1
     expected = f"index: expected 'auto', 'Flat' or a FAISS factory string for width {key_dim}, got {factory!r}"
     try:
-        index = faiss.index_factory(key_dim, factory, faiss_metric(metric))
+        index = faiss.index_factory(key_dim, factory, to_faiss_metric(metric))
     except RuntimeError as error:
-        raise ArgumentError(f"{expected}, which FAISS refuses: {reason_of(error)}") from error
-    if any(isinstance(part, faiss.IndexIDMap) for part in parts_of(index)):
-        raise ArgumentError(f"{expected}; leave out IDMap, since softdb numbers the rows itself")
-    return rows_to_train(index)
+        raise ArgumentError(f"{expected}, which FAISS does not accept: {format_faiss_error(error)}") from error
+    if any(isinstance(part, faiss.IndexIDMap) for part in iterate_parts(index)):
+        raise ArgumentError(f"{expected}; leave out IDMap, since softdb assigns ids itself")
+    return count_training_rows(index)

@@ -1,4 +1,4 @@
-"""Choose the cheaper search, and its width."""
+"""Choose between approximate and exact search, and the search width."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["approximate_is_cheaper", "plan_search_width"]
 
-# A sample of queries shows no recall nearer to 1 than by this.
-MIN_MISSED_SHARE = 1e-4
+# Upper bound of an estimated recall, below 1 by this fraction: a sample of queries cannot show a higher one.
+MIN_MISSED_FRACTION = 1e-4
 
 
-def relative_search_cost(base: Base, queries: int) -> float:
-    """Estimate the cost of a search in the base, relative to that of an exact search."""
-    return base.visited_list_share * base.policy.visit_cost * queries / (queries + base.policy.first_query_cost)
+def estimate_relative_cost(base: Base, queries: int) -> float:
+    """Estimate the cost of a search in the base index, in exact searches."""
+    return base.visited_list_fraction * base.policy.visit_cost * queries / (queries + base.policy.first_query_cost)
 
 
 def approximate_is_cheaper(base: Base, rows: RowStorage, selection: Selection, k: int, queries: int) -> bool:
-    """Test whether a search in the base costs less than an exact search of all rows."""
-    few = selection.shared_count <= max(4 * k, base.policy.small_filter_share * len(rows))
-    if queries == 0 or few:
+    """Return whether a search in the base index is cheaper than an exact one."""
+    is_small = selection.shared_count <= max(4 * k, base.policy.small_filter_fraction * len(rows))
+    if queries == 0 or is_small:
         return False
     wider = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbours)))
-    return wider * relative_search_cost(base, queries) <= base.policy.max_relative_cost
+    return wider * estimate_relative_cost(base, queries) <= base.policy.max_relative_cost
 
 
 def plan_search_width(base: Base, queries: int, neighbours: float, *, careful: bool) -> tuple[int | None, float]:
     """Choose the search width for a number of neighbours, and estimate its recall.
 
-    The k best rows that a filter leaves lie as far apart as a larger number of all rows: ``neighbours``.
+    A filter requires a wider search: its k best rows are among the ``neighbours`` best of all rows, a larger number.
 
     Returns:
-        The search width, None for that of the base, and the expected recall.
+        The search width, None for that of the base index, and the expected recall.
     """
     policy = base.policy
-    recall = min(base.recall or 0.0, 1 - MIN_MISSED_SHARE)
+    recall = min(base.recall or 0.0, 1 - MIN_MISSED_FRACTION)
     now, limit = base.search_width
     wanted = now * math.sqrt(max(1.0, neighbours / max(1, base.neighbours)))
     if base.probes is None:
-        wanted = max(wanted, neighbours)  # a search in a graph is at least as wide, whatever efSearch says
+        wanted = max(wanted, neighbours)  # FAISS searches a graph at least this widely, even if efSearch is smaller
     width = min(limit, math.ceil(wanted))
-    cost = policy.careful_factor * wanted / max(1, now) * relative_search_cost(base, queries)
-    if careful and cost < policy.careful_share:
+    cost = policy.careful_factor * wanted / max(1, now) * estimate_relative_cost(base, queries)
+    if careful and cost < policy.careful_fraction:
         usual, width = width, min(limit, math.ceil(policy.careful_factor * wanted))
         if limit and base.is_exact_at_full_width:
             recall = 1 - (1 - recall) * usual / width

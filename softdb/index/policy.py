@@ -1,4 +1,7 @@
-"""Set the measured thresholds of an index, in one frozen object that is passed in."""
+"""Define the thresholds of an index.
+
+They are fields of one frozen object, which is passed to the index.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,40 @@ from dataclasses import dataclass
 
 __all__ = ["FIRST_QUERY_COST", "IndexPolicy"]
 
-# Fixed cost of an exact search, in queries multiplied with every row.
+# Fixed cost of an exact search, in queries that are multiplied with every row.
 FIRST_QUERY_COST = 40
 
 
 @dataclass(frozen=True)
 class IndexPolicy:
-    """Hold the thresholds of an index: rows, queries, and shares of a cost.
+    """Thresholds of an index, in rows, queries, and fractions of a cost.
 
     Attributes:
-        exact_rows: Row count below which "auto" searches exactly: where an IVF search that finds 95 % gets faster, from
-            200,000 rows on for single queries and by a million for 256 at a time (benchmarks/index_crossover.py).
-        pending_rows, pending_share: Merge pending rows into the base when they are more than this many, or than this
-            share of its entries.
-        small_filter_share: Search exactly where a filter leaves at most this share of the rows.
+        exact_rows: Number of rows below which "auto" searches exactly. An IVF search with a recall of 95 % is faster
+            from 200,000 rows on for single queries, and from a million rows on for batches of 256
+            (benchmarks/index_crossover.py).
+        pending_rows: Merge pending rows into the base index when their number exceeds this.
+        pending_fraction: Merge pending rows into the base index when they exceed this fraction of its entries.
+        small_filter_fraction: Search exactly where a filter leaves at most this fraction of the rows.
         first_query_cost: Fixed cost of an exact search, in queries.
         visit_cost: Cost of one IVF-visited row, in exact-search rows.
-        max_relative_cost: Search through the base where that costs at most this many times an exact search.
-        outlier_entries: Fewest entries of a base with norm outliers.
-        outlier_cost, outlier_rows: Cost of one norm outlier, in exact-search rows; fixed cost of having any, in norm
-            outliers.
-        careful_factor, careful_share: A careful search multiplies the search width by this factor, unless it then costs
-            more than this share of an exact search.
-        check_after, drift_share: Check the recall on recent queries after this many; double the interval while nothing
-            changes, until checks cost this share of the searches.
-        checking_shares: Check the recall again when the base has merged this share of its entries: the smallest and the
-            largest share.
-        recall_tolerance: A check accepts a recall this far from the target, since its sample is small.
+        max_relative_cost: Search the base index if that costs at most this many times an exact search.
+        outlier_entries: Minimum number of entries of a base index with norm outliers.
+        outlier_cost: Cost of one norm outlier, in exact-search rows.
+        outlier_rows: Fixed cost of norm outliers, in norm outliers.
+        careful_factor: Factor by which a careful search multiplies the search width.
+        careful_fraction: Maximum cost of a careful search, as a fraction of the cost of an exact search.
+        check_after: Number of queries after which the recall on recent queries is checked. The interval doubles while
+            the search width stays the same.
+        drift_fraction: Maximum cost of such checks, as a fraction of the cost of the searches.
+        tuning_fractions: Smallest and largest fraction of the entries after whose merge the base index is tuned again.
+        recall_tolerance: Difference from the recall target that a check accepts, since its sample is small.
     """
 
     exact_rows: int = 500_000
     pending_rows: int = 4096
-    pending_share: float = 1 / 8
-    small_filter_share: float = 1 / 32
+    pending_fraction: float = 1 / 8
+    small_filter_fraction: float = 1 / 32
     first_query_cost: float = FIRST_QUERY_COST
     visit_cost: float = 10
     max_relative_cost: float = 1
@@ -46,8 +50,8 @@ class IndexPolicy:
     outlier_cost: float = 2
     outlier_rows: int = 2**14
     careful_factor: float = 2
-    careful_share: float = 1 / 8
+    careful_fraction: float = 1 / 8
     check_after: int = 4096
-    drift_share: float = 1 / 20
-    checking_shares: tuple[float, float] = (1 / 4, 1 / 2)
+    drift_fraction: float = 1 / 20
+    tuning_fractions: tuple[float, float] = (1 / 4, 1 / 2)
     recall_tolerance: float = 0.01

@@ -1,4 +1,4 @@
-"""Measure the recall of a search on sample queries, against their exact best rows."""
+"""Measure the recall of a search on sample queries, against exact search."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
 
 __all__ = ["MeasuredRecall", "RecallSample"]
 
-# A candidate that scores this much worse than the k-th best row, relatively, ties with it.
+# A candidate ties with the k-th best row if its score is at most this much lower, relative to the score of that row.
 TIE_TOLERANCE = 1e-5
 
 
 class MeasuredRecall(NamedTuple):
-    """Hold the recall of sample queries.
+    """Measured recall of sample queries.
 
     Attributes:
-        mean: The lowest mean of a group.
-        lower: The lowest mean less its standard error.
+        mean: Lowest mean recall of a group.
+        lower: Lowest mean recall of a group minus its standard error.
     """
 
     mean: float
@@ -33,20 +33,20 @@ class MeasuredRecall(NamedTuple):
 
 
 class RecallSample:
-    """Compare candidates of sample queries with ground truth.
+    """Sample queries with their ground-truth top k.
 
     Args:
-        groups: Queries, (m, d) each; the recall is that of the group with the lowest.
-        keys: (capacity, d).
-        metric: How they are scored.
-        selection: Which slots hold rows.
-        k: The number of nearest rows.
+        groups: Groups of queries, (m, d) each; the recall is that of the worst group.
+        keys: Keys by slot, (capacity, d).
+        metric: Metric of the scores.
+        selection: Slots that hold rows.
+        k: Number of nearest rows.
 
     Attributes:
-        queries: (m, d), those of all groups.
-        spec: The metric and filters.
-        operand: The queries, prepared for the metric.
-        best: The slots of the ground-truth top k, (m, k).
+        queries: Queries of all groups, (m, d).
+        spec: Metric and filters.
+        operand: Queries prepared for the metric, (m, w).
+        best: Slots of the ground-truth top k, (m, k).
     """
 
     def __init__(self, groups: list[Tensor], keys: Tensor, metric: str, selection: Selection, k: int) -> None:
@@ -56,15 +56,15 @@ class RecallSample:
         self.spec, self.operand, self.best, self._worst = ground_truth_top_k(self.queries, keys, metric, selection, k)
 
     def hits(self, found: Tensor) -> Tensor:  # (m, c) -> (m, c) bool
-        """Test which candidates are as good as the k best rows."""
+        """Return which candidates score at least as high as the k-th best row."""
         scores = backend_for(self.operand).score_at(self.operand, self._keys, found, self.spec)
         return (scores >= self._worst) & (found >= 0)
 
     def measure(self, hits: Tensor) -> MeasuredRecall:  # (m,): of each query
-        """Measure the recall from the number of hits of each query."""
-        shares = (hits.clamp(max=self.k) / self.k).split(self._sizes)
-        means = [float(part.mean()) for part in shares]
-        errors = [float(part.std()) / math.sqrt(len(part)) if len(part) > 1 else 0.0 for part in shares]
+        """Compute the recall from the number of hits of each query."""
+        recalls = (hits.clamp(max=self.k) / self.k).split(self._sizes)
+        means = [float(part.mean()) for part in recalls]
+        errors = [float(part.std()) / math.sqrt(len(part)) if len(part) > 1 else 0.0 for part in recalls]
         return MeasuredRecall(min(means), min(mean - error for mean, error in zip(means, errors, strict=True)))
 
 
@@ -74,8 +74,8 @@ def ground_truth_top_k(
     """Compute ground-truth top-k for a sample of queries.
 
     Returns:
-        The read spec, the queries prepared for it, the slots of the k best rows of each, (m, k), and the least score of
-        a row that is as good as these, (m, 1): one that ties with the k-th best is.
+        The read spec, the queries prepared for it, the slots of the k best rows, (m, k), and the lowest score that ties
+        with that of the k-th best row, (m, 1).
     """
     spec = ReadSpec(
         metric,

@@ -1,4 +1,4 @@
-"""Remember recent queries, and make up queries where there were few."""
+"""Record recent queries, and generate queries where there are too few."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from torch import Tensor
 
 __all__ = ["TUNING_QUERIES", "RecentQueries"]
 
-# Recent queries that are kept, and that a search width is tuned on.
+# Number of recent queries that are kept, and of queries on which a search width is tuned.
 TUNING_QUERIES = 256
 
-# Fewest recent queries that a recall is measured on.
+# Minimum number of recent queries on which a recall is measured.
 MIN_QUERIES = 8
 
-# Bounds of the number of neighbours of which the recall is a share.
+# Bounds of the number of nearest rows k for which the recall is measured.
 MIN_NEIGHBOURS, MAX_NEIGHBOURS = 32, 256
 
-# Made-up queries are rows, moved by noise of this many standard deviations of the rows.
+# Generated queries are rows plus noise of this many standard deviations of the rows.
 QUERY_NOISE = 0.5
 
 
 class RecentQueries:
-    """Keep a sample of recent queries, and their number of neighbours.
+    """Sample of recent queries, and the number of neighbours to tune for.
 
     Attributes:
         latest: Up to `TUNING_QUERIES` queries, (m, d), or None.
-        neighbours: The largest number of neighbours asked for, rounded up to a power of two, within bounds.
-        since_check: The number of queries since the recall was measured on them.
+        neighbours: Largest k of a search so far, rounded up to a power of two, within bounds.
+        since_check: Number of queries since the recall was last measured.
     """
 
     def __init__(self, latest: Tensor | None = None) -> None:
         self.latest = latest
         self.neighbours = MIN_NEIGHBOURS
         self.since_check = 0
-        self._recorded: Tensor | None = None  # the queries of a search to come
+        self._recorded: Tensor | None = None  # recorded queries whose search follows
 
     @property
     def usable_count(self) -> int:
-        """The number of queries to measure a recall on: 0 if they are too few."""
+        """Number of queries on which to measure a recall; 0 if there are too few."""
         return 0 if self.latest is None or len(self.latest) < MIN_QUERIES else len(self.latest)
 
     def record(self, query: Tensor, k: int) -> None:  # (B, d)
@@ -62,7 +62,7 @@ class RecentQueries:
         self.latest = latest.clone()
 
     def make_tuning_groups(self, rows: Tensor, count: int) -> list[Tensor]:  # (n, d) -> (m, d) each
-        """Make groups of queries to tune on: recent ones, then rows moved by noise."""
+        """Make groups of queries to tune on: recent queries, then noisy rows."""
         recent = rows[:0] if self.latest is None else self.latest.detach().to(rows.dtype)
         recent = recent[:: max(1, len(recent) // count)][:count]
         generator = torch.Generator("cpu").manual_seed(0)
@@ -71,6 +71,6 @@ class RecentQueries:
         sample = rows[chosen.to(rows.device)]
         noise = torch.randn(sample.shape, generator=generator, device="cpu").to(sample)
         spread = sample.std(dim=0, correction=0) if len(sample) else 0.0
-        made_up = sample + noise.mul_(QUERY_NOISE * spread)
-        groups = [recent, made_up] if len(recent) >= MIN_QUERIES else [torch.cat([recent, made_up])]
+        generated = sample + noise.mul_(QUERY_NOISE * spread)
+        groups = [recent, generated] if len(recent) >= MIN_QUERIES else [torch.cat([recent, generated])]
         return [group for group in groups if len(group)]

@@ -1,4 +1,4 @@
-"""Find candidates in the base, and among rows that are searched exactly."""
+"""Find candidates in the base index, and in rows that are searched exactly."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["Candidates", "SearchTask", "complete_candidates", "find_candidates", "search_exactly"]
 
-# A filter by a rule leaves an unknown share of the rows: ask for this many times the candidates.
+# A filter by a rule allows an unknown fraction of the rows: ask for this many times the candidates.
 RULE_CANDIDATES_FACTOR = 4
 
 
 class Candidates(NamedTuple):
-    """Hold the candidates of a search.
+    """Candidates of a search.
 
     Attributes:
-        slots: The candidates of each query, (B, k); -1 where fewer rows may be seen.
-        exact: Whether they are certainly the k best rows.
-        recall: The expected share of the k best rows among them.
+        slots: Slots of the candidates, (B, k); -1 where a query may see fewer than k rows.
+        exact: Whether the candidates are guaranteed to be the k best rows.
+        recall: Expected fraction of the k best rows among the candidates.
     """
 
     slots: Tensor
@@ -36,15 +36,15 @@ class Candidates(NamedTuple):
 
 
 class SearchTask(NamedTuple):
-    """Hold the queries of a search, and the rows that they are compared with.
+    """Queries of a search, and the rows to search.
 
     Attributes:
-        query: (B, d).
-        operand: (B, w): the same, prepared for the metric.
-        keys: (capacity, d).
-        rows: Which slots hold rows.
-        spec: The metric and filters.
-        k: The number of candidates.
+        query: Queries, (B, d).
+        operand: Queries prepared for the metric, (B, w).
+        keys: Keys by slot, (capacity, d).
+        rows: Storage of the rows.
+        spec: Metric and filters.
+        k: Number of candidates for each query.
     """
 
     query: Tensor
@@ -56,14 +56,17 @@ class SearchTask(NamedTuple):
 
 
 def search_exactly(task: SearchTask) -> Tensor:  # -> (B, k)
-    """Find the best rows of all."""
+    """Find the k best rows by exact search."""
     return backend_for(task.operand).exact_top_k(task.operand, task.keys, task.spec, task.k)[1]
 
 
 def find_candidates(  # (m,) -> (B, up to k)
     task: SearchTask, base: Base, exact_slots: Tensor, search_width: int | None
 ) -> Tensor:
-    """Find the best rows of the base and, by exact search, of ``exact_slots``."""
+    """Find the best rows of the base index and of ``exact_slots``.
+
+    The latter are searched exactly.
+    """
     spec, k = task.spec, task.k
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
@@ -78,18 +81,21 @@ def find_candidates(  # (m,) -> (B, up to k)
 
 
 def complete_candidates(task: SearchTask, found: Tensor) -> Tensor:  # (B, k)
-    """Search exactly for queries with fewer than k candidates, in ``found``."""
+    """Search exactly for queries with fewer than k candidates.
+
+    The result is written to ``found``.
+    """
     missing = found < 0
     if bool(missing.any()):
         short = ((~missing).sum(-1) < task.k).nonzero().squeeze(-1)
         selection = task.spec.selection.take(short)
-        rest = replace(task.spec, selection=selection, max_key_norm=None, bf16_matmul=False, noise=None)
-        found[short] = search_exactly(task._replace(operand=task.operand[short], spec=rest))
+        exact_spec = replace(task.spec, selection=selection, max_key_norm=None, bf16_matmul=False, noise=None)
+        found[short] = search_exactly(task._replace(operand=task.operand[short], spec=exact_spec))
     return found
 
 
 def _search_base(task: SearchTask, base: Base, search_width: int | None) -> Tensor:  # -> (B, c)
-    """Find k or more rows of the base, -1 where a row may not be seen."""
+    """Find k or more rows of the base index, -1 where a row is filtered out."""
     selection = task.spec.selection
     wanted = task.k
     if selection.excluded is not None:

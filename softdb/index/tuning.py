@@ -1,10 +1,11 @@
-"""Tune the search width: find the least that reaches a recall target.
+"""Tune the search width: find the smallest that reaches a recall target.
 
-One search over levels, `find_level`, serves both occasions:
+Both functions use the same search over levels, `find_level`:
 
-- `tune_base`, while no other search runs: when a base is built, and when it has merged many rows. It chooses the norm
-  outliers as well.
-- `check_recent_queries`, between searches: when queries may have become others. It changes nothing but the width.
+- `tune_base` runs when a base index has been built or has merged many rows, while no other search runs. It chooses the
+  norm outliers as well.
+- `check_recent_queries` runs between searches, when the distribution of queries may have changed. It changes the search
+  width only.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["CHECKING_QUERIES", "check_recent_queries", "tune_base"]
 
-# Queries that a recall is checked on again.
+# Number of queries on which a recall is checked again.
 CHECKING_QUERIES = 64
 
-# Fewest IVF lists that a query visits, and fewest norm outliers where there are any.
+# Minimum number of IVF lists that a query visits, and of norm outliers if there are any.
 MIN_PROBES, MIN_OUTLIERS = 1, 64
 
-# Stop bisecting where this part of the search width is left.
+# Stop bisecting when the interval is below the search width divided by this.
 WIDTH_RESOLUTION = 8
 
 
 class SearchLevel(NamedTuple):
-    """Hold the search width, and the number of norm outliers."""
+    """Search width and number of norm outliers."""
 
     width: int
     outliers: int
@@ -49,35 +50,35 @@ class SearchLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class RecallTarget:
-    """Decide from a measured recall whether a search level is wide enough.
+    """Target for the recall of a search level, with tolerances.
 
     Attributes:
-        recall: The recall target.
-        near: A recall this far above or below the target leaves the level as it is.
-        climb_near: A level that misses the target is raised until the recall is this near.
-        beyond_chance: Whether to count the recall less its standard error. A sample for tuning has to be right for
-            other queries; a smaller one for checking is not to move the level by chance.
+        recall: Recall target.
+        tolerance: Difference from the target at which the present level is kept.
+        climb_tolerance: Difference from the target at which a level that misses it is raised no further.
+        use_lower_bound: Whether to compare the recall minus its standard error with the target. Tuning does, so that
+            other queries reach the target; a check of a small sample does not, so that noise does not change the level.
     """
 
     recall: float
-    near: float
-    climb_near: float
-    beyond_chance: bool
+    tolerance: float
+    climb_tolerance: float
+    use_lower_bound: bool
 
     def is_met(self, measured: MeasuredRecall) -> bool:
-        """Test whether the recall reaches the target."""
-        return (measured.lower if self.beyond_chance else measured.mean) >= self.recall
+        """Return whether the recall reaches the target."""
+        return (measured.lower if self.use_lower_bound else measured.mean) >= self.recall
 
-    def is_missed(self, measured: MeasuredRecall, near: float) -> bool:
-        """Test whether the recall is below the target, by more than ``near``.
+    def is_missed(self, measured: MeasuredRecall, tolerance: float) -> bool:
+        """Return whether the recall is below the target by more than ``tolerance``.
 
-        With ``beyond_chance`` its standard error is the margin instead.
+        With ``use_lower_bound`` the tolerance is ignored, and the lower bound is compared with the target.
         """
-        return measured.lower < self.recall if self.beyond_chance else measured.mean < self.recall - near
+        return measured.lower < self.recall if self.use_lower_bound else measured.mean < self.recall - tolerance
 
     def is_exceeded(self, measured: MeasuredRecall) -> bool:
-        """Test whether a narrower search may reach the target, too."""
-        return measured.mean > self.recall + self.near
+        """Return whether a narrower search may reach the target as well."""
+        return measured.mean > self.recall + self.tolerance
 
 
 def find_level(
@@ -88,26 +89,27 @@ def find_level(
     *,
     keep: bool,
 ) -> tuple[SearchLevel, float]:
-    """Find the cheapest level, about, that reaches a recall target.
+    """Find approximately the cheapest level that reaches a recall target.
 
-    Climb the levels until one reaches it, then bisect the search width between that and the level below.
+    Raise the level until it reaches the target, then bisect the search width between that level and the one below.
 
     Args:
-        levels: From the cheapest on, in doublings.
-        start: The position of the present level among them.
-        measure: Measures the recall at a level.
-        target: The recall target.
-        keep: Whether to keep the present level exactly where its recall is near the target. Otherwise bisect in any
-            case, after trying the level below one that exceeds the target.
+        levels: Levels in ascending order of cost; each doubles the search width or the number of norm outliers.
+        start: Position of the present level.
+        measure: Function that measures the recall at a level.
+        target: Recall target.
+        keep: Whether to keep the present level unchanged if its recall is within the tolerance. Otherwise the width is
+            always bisected, after trying the level below if the target is exceeded.
 
     Returns:
-        The level, and its mean recall.
+        The level and its mean recall.
     """
     position, level = start, levels[start]
     measured = measure(level)
-    if target.is_missed(measured, target.near):
-        # The sample is the same for all levels: where it is a hard one, the recall target is far off.
-        while target.is_missed(measured, target.climb_near) and position < len(levels) - 1:
+    if target.is_missed(measured, target.tolerance):
+        # All levels are measured on the same sample. If it is unusually difficult, the target itself would require too
+        # wide a search, so a difference remains.
+        while target.is_missed(measured, target.climb_tolerance) and position < len(levels) - 1:
             position += 1
             level = levels[position]
             measured = measure(level)
@@ -138,32 +140,33 @@ def tune_base(
     recall: float,
     neighbours: int,
 ) -> None:
-    """Set the search width and norm outliers with which a base reaches its target.
+    """Set the search width and norm outliers so that a base reaches its target.
 
-    Each group of queries reaches it. The base has no norm outliers at the call: rows that are not pending are visible.
+    Each group of queries has to reach it. Rows that are not pending must be visible: the caller merges earlier norm
+    outliers first.
 
     Args:
-        base: The base.
-        groups: Queries, (m, d) each.
-        keys: The present keys, (capacity, d).
-        metric: How they are scored.
-        selection: Which slots hold rows.
-        recall: The recall target.
-        neighbours: The number of nearest rows of which the recall is a share.
+        base: Base index.
+        groups: Groups of queries, (m, d) each.
+        keys: Present keys by slot, (capacity, d).
+        metric: Metric of the scores.
+        selection: Slots that hold rows.
+        recall: Recall target.
+        neighbours: Number of nearest rows k for which the recall is measured.
     """
     policy, is_tuned = base.policy, base.recall is not None
     base.merged_rows, base.norm_outliers, base.neighbours = 0, base.norm_outliers[:0], neighbours
     sample = RecallSample(groups, keys, metric, selection, min(neighbours, base.entries))
     has_outliers = metric in OUTLIER_METRICS and base.entries >= policy.outlier_entries
     longest = find_norm_outliers(keys, selection) if has_outliers else sample.best.new_empty(0)
-    rank = sample.best.new_full((len(keys),), len(keys))  # (capacity,): the place of a slot among the longest
+    rank = sample.best.new_full((len(keys),), len(keys))  # (capacity,): rank of a slot by norm
     rank[longest] = torch.arange(len(longest), device=rank.device)
     vectors = to_array(to_vectors(sample.queries, metric))
 
     def measure(level: SearchLevel) -> MeasuredRecall:
         set_search_width(base.index, level.width)
         found = base.search(vectors, sample.k).to(keys.device)
-        hits = sample.hits(found) & (rank[found.clamp(min=0)] >= level.outliers)  # an outlier counts once
+        hits = sample.hits(found) & (rank[found.clamp(min=0)] >= level.outliers)  # outliers are counted below
         outliers = (rank[sample.best.clamp(min=0)] < level.outliers) & (sample.best >= 0)
         return sample.measure(hits.sum(-1) + outliers.sum(-1))
 
@@ -172,15 +175,15 @@ def tune_base(
     start, now = 0, SearchLevel(width, base.outlier_count)
     if is_tuned:
         start = sum(level.width < now.width or level.outliers < now.outliers for level in levels[:-1])
-    near = policy.recall_tolerance
-    target = RecallTarget(recall, near, near / 2, beyond_chance=not is_tuned)
+    tolerance = policy.recall_tolerance
+    target = RecallTarget(recall, tolerance, tolerance / 2, use_lower_bound=not is_tuned)
     level, base.recall = find_level(levels, start, measure, target, keep=False)
     set_search_width(base.index, level.width)
     base.check_after = policy.check_after
-    if is_tuned:  # check again the sooner, the more had to be changed
-        share = base.checking_share * (0.5 if level != now else 2)
-        least, most = policy.checking_shares
-        base.checking_share = min(max(share, least), most)
+    if is_tuned:  # tune again sooner if the level has changed, later if not
+        fraction = base.tuning_fraction * (0.5 if level != now else 2)
+        smallest, largest = policy.tuning_fractions
+        base.tuning_fraction = min(max(fraction, smallest), largest)
     count = level.outliers
     shortest = longest[count - 1 : count] if count else longest[:1]
     norm = torch.linalg.vector_norm(keys[shortest], dtype=compute_dtype(keys))
@@ -190,7 +193,7 @@ def tune_base(
 
 
 def _make_levels(base: Base, limit: int, longest: int) -> list[SearchLevel]:
-    """Make search levels in doublings, from the cheapest to the limits."""
+    """Make search levels in doubling steps, from the cheapest to the limits."""
     policy, width, outliers = base.policy, min(MIN_PROBES, limit), 0
     rows_per_list = base.entries / max(1, base.lists)
     levels = [SearchLevel(width, outliers)]
@@ -213,20 +216,21 @@ def check_recent_queries(
     metric: str,
     recall: float,
 ) -> None:
-    """Check the recall on recent queries where due, and adapt the search width.
+    """Check the recall on recent queries if due, and adapt the search width.
 
-    It is due where queries may have become others, or ask for more neighbours. Checks cost little in comparison with
-    the searches: they depend on the number of queries, not on the clock. Nothing changes but the search width: other
-    searches may use the base at the same time.
+    A check is due after a number of queries. It is also due when queries ask for more neighbours than before, or when
+    the number of recent queries on which to measure has doubled. The interval grows until checks are cheap in
+    comparison with the searches; it does not depend on the clock. Only the search width changes, since other searches
+    may use the base index at the same time.
 
     Args:
-        base: The base.
+        base: Base index.
         queries: Recent queries.
-        exact_slots: The slots that are searched exactly next to the base.
-        keys: The present keys, (capacity, d).
-        rows: Which slots hold rows.
-        metric: How they are scored.
-        recall: The recall target.
+        exact_slots: Slots that are searched exactly in addition to the base index.
+        keys: Present keys by slot, (capacity, d).
+        rows: Storage of the rows.
+        metric: Metric of the scores.
+        recall: Recall target.
     """
     if queries.latest is None or not queries.usable_count:
         return
@@ -248,8 +252,8 @@ def check_recent_queries(
     widths = [now // 2, now]
     while widths[-1] < limit:
         widths.append(min(limit, 2 * widths[-1]))
-    near = policy.recall_tolerance
-    target = RecallTarget(recall, near, near, beyond_chance=is_first)
+    tolerance = policy.recall_tolerance
+    target = RecallTarget(recall, tolerance, tolerance, use_lower_bound=is_first)
     level, measured = find_level([SearchLevel(width, 0) for width in widths], 1, measure, target, keep=True)
     base.set_search_width(level.width)
     base.recall, base.neighbours, base.tuned_queries = measured, queries.neighbours, len(sample.queries)
@@ -259,8 +263,8 @@ def check_recent_queries(
 
 
 def _next_check(base: Base, policy: IndexPolicy, *, is_changed: bool) -> int:
-    """Choose the number of queries after which to check the recall again."""
+    """Return the number of queries after which to check the recall again."""
     cost = CHECKING_QUERIES + policy.first_query_cost
-    affordable = cost / (policy.drift_share * policy.visit_cost * base.visited_entry_share)
+    affordable = cost / (policy.drift_fraction * policy.visit_cost * base.visited_entry_fraction)
     longer = policy.check_after if is_changed else 2 * base.check_after
     return max(policy.check_after, min(longer, math.ceil(affordable)))

@@ -1,9 +1,9 @@
-"""Keep a base index up with its rows.
+"""Keep a base index up to date with the rows.
 
-Every change of rows is followed: rows that the base no longer holds as they are get hidden in it, and become *pending*.
-A row written by `add`, `put`, `update` or `touch` is pending. One that an optimiser may have moved is pending once its
-key is further from where the base saw it than a tolerance. Enough pending rows are merged into the base; when too many
-of its entries are garbage, it is rebuilt.
+A row that has changed since the base index merged it is hidden there, and becomes *pending*. A row written by `add`,
+`put`, `update` or `touch` is pending immediately. A row whose key an optimiser may have moved is pending if the key is
+further than a tolerance from the merged key. Pending rows are merged into the base index when their number reaches a
+threshold; the base index is rebuilt when too many of its entries are garbage.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["IndexCosts", "IndexUpkeep"]
 
-# Bypass the base when a step has moved this share of the rows: exact searches are cheaper then than to follow.
-BYPASS_SHARE = 1 / 4
+# Bypass the base index when an optimiser step has moved this fraction of the rows: exact searches are cheaper then.
+BYPASS_FRACTION = 1 / 4
 
-# Cost of a build without finding lists, in queries multiplied with every row.
+# Cost of a build without assigning rows to lists, in queries that are multiplied with every row.
 BUILD_COST = 1024
 
-# Rows that made-up queries are taken from when a recall is checked.
+# Number of rows from which queries are generated when the base index is tuned again.
 QUERY_SOURCE_ROWS = 2**12
 
 
 @dataclass
 class IndexCosts:
-    """Count builds, and the seconds spent on an index."""
+    """Number of builds, and seconds spent on an index."""
 
     builds: int = 0
     search_seconds: float = 0.0
@@ -52,7 +52,7 @@ class IndexCosts:
 
     @contextmanager
     def count_upkeep(self) -> Iterator[None]:
-        """Count the time of a block as upkeep."""
+        """Add the duration of a ``with`` block to the upkeep."""
         started = time.perf_counter()
         try:
             yield
@@ -61,27 +61,27 @@ class IndexCosts:
 
 
 class IndexUpkeep:
-    """Follow the changes of rows with a base index, pending rows and rebuilds.
+    """Base index and pending rows, which are updated as rows change.
 
     Args:
-        config: The index to keep.
-        metric: How keys are scored.
-        policy: The thresholds.
-        costs: What to count costs in.
-        moving: Whether optimisers move the keys.
-        min_rows: The fewest rows that the configured factory can be built with.
+        config: Configuration of the index.
+        metric: Metric of the scores.
+        policy: Thresholds of the index.
+        costs: Costs to which builds and upkeep are added.
+        moving: Whether optimisers may move the keys.
+        min_rows: Minimum number of rows for a build with the configured factory.
 
     Attributes:
-        base: The base index, or None.
-        pending: The slots of rows that the base does not hold as they are.
-        exact_slots: The slots that are searched exactly next to the base: pending rows and norm outliers.
-        version: The version of the rows that all this describes.
+        base: Base index, or None.
+        pending: Slots of the pending rows.
+        exact_slots: Slots that are searched exactly in addition to the base index: pending rows and norm outliers.
+        version: Version of the rows at the last update.
         queries: Recent queries.
-        is_bypassed: Whether searches are exact although there is a base.
-        bypassed_queries: The number of queries since.
-        background: A build under way in a thread of its own, or None.
-        error: Why the last build failed, or None.
-        error_unreported: Whether no `IndexBuildError` has been raised for it yet.
+        is_bypassed: Whether searches are exact although there is a base index.
+        bypassed_queries: Number of queries since the base index was bypassed.
+        background: Background build in progress, or None.
+        error: Error of the last build, or None.
+        error_unreported: Whether the error has not been raised as `IndexBuildError` yet.
     """
 
     def __init__(
@@ -99,58 +99,64 @@ class IndexUpkeep:
         self.background: BackgroundBuild | None = None
         self.error: str | None = None
         self.error_unreported = False
-        self._failed_rows = 0  # the number of rows when a build failed
-        # A bypassed base is rebuilt once exact searches have cost this many builds. The backoff doubles with each
-        # bypass, and halves with each step that the base could follow.
+        self._failed_rows = 0  # number of rows when a build failed
+        # A bypassed base index is rebuilt when exact searches have cost as much as this number of builds. The number
+        # doubles with each bypass, and halves with each update without a bypass.
         self.is_bypassed, self.bypassed_queries, self._rebuild_backoff = False, 0, 1
 
     @property
     def usable_base(self) -> Base | None:
-        """The base that searches may use."""
+        """Base index that searches may use, or None."""
         return None if self.is_bypassed else self.base
 
-    def follow(self, rows: RowStorage, keys: Tensor) -> None:
-        """Follow every change since the last call, and build or merge where that is due."""
+    def update(self, rows: RowStorage, keys: Tensor) -> None:
+        """Update the index with every change since the last call.
+
+        Build the base index or merge pending rows if due.
+        """
         version, before = rows.version, self.version
         if version == before:
             return
         if self.background is not None and self.background.is_done:
-            self._adopt(self.background)
+            self._install_background(self.background)
         if self.base is not None:
             with self._costs.count_upkeep():
                 self.base.resize(rows.capacity)
                 if not self.is_bypassed:
                     self._hide_changes(self.base, rows, keys)
-        self.version = version  # a signal handler may have written meanwhile
+        self.version = version  # not rows.version, which a signal handler may have raised since
         self._build_or_merge_pending(rows, keys)
         self._list_exact_slots()
-        self._follow_sample(rows, keys, before)
+        self._update_sample(rows, keys, before)
 
     def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:
-        """Merge every pending row, and adopt a background build once it is done."""
-        self.follow(rows, keys)
+        """Merge all pending rows, and install a finished background build.
+
+        With ``wait``, wait for a background build in progress.
+        """
+        self.update(rows, keys)
         self._build_or_merge_pending(rows, keys, now=True)
         if self.background is not None and (wait or self.background.is_done):
-            self._adopt(self.background)
-            self.follow(rows, keys)
+            self._install_background(self.background)
+            self.update(rows, keys)
             self._build_or_merge_pending(rows, keys, now=True)
         self._list_exact_slots()
 
     def build(self, rows: RowStorage, keys: Tensor) -> None:
-        """Build a base at once, if there are enough rows."""
+        """Build a base index in this thread, if there are enough rows."""
         self.version = rows.version
         if self.config.factory != "Flat" and len(rows) >= self.min_rows:
             self._install(run_build(self._plan_build(rows, keys, None)))
         self._list_exact_slots()
-        self._follow_sample(rows, keys, self.version)
+        self._update_sample(rows, keys, self.version)
 
     def has_stale_sample(self, keys: Tensor) -> bool:
-        """Test whether sampled keys were written to uncounted, as by ``.data``."""
+        """Return whether sampled keys have been changed by unknown writes."""
         sample = None if self.is_bypassed else self._key_sample
         return sample is not None and sample.is_stale(keys, self._metric, self.config.tolerance)
 
     def count_pending(self, rows: RowStorage, keys: Tensor) -> int:
-        """Count the rows that the next search compares exactly next to a base."""
+        """Count the rows that will be pending at the next search."""
         if self.base is None:
             return 0
         if self.is_bypassed:
@@ -158,19 +164,23 @@ class IndexUpkeep:
         return len(self._pending_with(self._find_outdated(self.base, rows, keys)[0], self.base, rows))
 
     def raise_unreported(self) -> None:
-        """Raise for the last build, if it failed and no call has raised for it yet."""
+        """Raise the error of the last build, unless it has been raised before.
+
+        Raises:
+            IndexBuildError: The last build failed.
+        """
         unreported, self.error_unreported = self.error_unreported, False
         if unreported:
             raise IndexBuildError(
-                f"the index could not be built, and searches are exact until there are twice as many rows: {self.error}"
+                f"index: the build failed ({self.error}); searches are exact until the number of rows doubles"
             )
 
     # -- changes ---------------------------------------------------------------------------------------------
 
     def _hide_changes(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
-        """Make changed rows pending, or bypass the base where most rows have moved."""
+        """Make changed rows pending, or bypass the base index if many rows moved."""
         outdated, moved = self._find_outdated(base, rows, keys)
-        if moved > BYPASS_SHARE * len(rows):
+        if moved > BYPASS_FRACTION * len(rows):
             self.is_bypassed, self.bypassed_queries = True, 0
             self._rebuild_backoff *= 2
             return
@@ -179,16 +189,20 @@ class IndexUpkeep:
         self.pending = self._pending_with(outdated, base, rows)
 
     def _find_outdated(self, base: Base, rows: RowStorage, keys: Tensor) -> tuple[Tensor, int]:
-        """Return outdated slots that the base shows, and how many moved unwritten."""
+        """Find the slots of rows that changed since the last update.
+
+        Returns:
+            Slots of written rows and of moved rows, and the number of moved rows.
+        """
         changed = rows.changed_since(self.version, keys=True)
         written = rows.keys_written_at[changed] > self.version
         moving = changed[~written & (changed < len(base.entry_of))]
         visible = moving[base.is_visible(moving.cpu()).to(moving.device)]
-        moved = base.movement.moved_slots(visible, keys, self._metric, self.config.tolerance)
+        moved = base.movement.find_moved_slots(visible, keys, self._metric, self.config.tolerance)
         return torch.cat([changed[written], moved]), len(moved)
 
     def _pending_with(self, changed: Tensor, base: Base, rows: RowStorage) -> Tensor:
-        """Add changed slots to the pending ones, without free slots and outliers."""
+        """Return pending and changed slots, without free slots and norm outliers."""
         pending: Tensor = torch.cat([self.pending.to(changed.device), changed]).unique()
         pending = pending[rows.ids[pending] >= 0]
         if not len(base.norm_outliers):
@@ -201,33 +215,33 @@ class IndexUpkeep:
             outliers = self.base.norm_outliers.to(self.pending.device)
             self.exact_slots = torch.cat([self.pending, outliers]).sort().values
 
-    def _follow_sample(self, rows: RowStorage, keys: Tensor, version: int) -> None:
+    def _update_sample(self, rows: RowStorage, keys: Tensor, version: int) -> None:
         if self._key_sample is not None:
-            self._key_sample.follow(rows, keys, version)
+            self._key_sample.update(rows, keys, version)
 
     # -- merges ----------------------------------------------------------------------------------------------
 
     def _build_or_merge_pending(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
-        """Build, or merge pending rows, where due; ``now`` for any reason."""
+        """Build the base index or merge pending rows, if due; with ``now`` always."""
         base = self.base
-        enough = max(2 * self._failed_rows, self.min_rows)
-        if self.config.factory == "Flat" or (base is None and len(rows) < enough):
+        min_rows = max(2 * self._failed_rows, self.min_rows)
+        if self.config.factory == "Flat" or (base is None and len(rows) < min_rows):
             self._drop()
         elif base is None:
             self._rebuild(rows, keys, None)
         else:
-            garbage = base.visibility.hidden > self.config.garbage * base.entries
+            has_garbage = base.visibility.hidden > self.config.garbage * base.entries
             outgrown = base.has_outgrown_lists(len(rows))
-            # Well below the number that it was built for, so that a row more or less does not build it again and again.
-            if 2 * len(rows) < enough or (len(rows) < enough and (garbage or outgrown)):
+            # The threshold is half of that for a build, so that small changes do not alternate drops and builds.
+            if 2 * len(rows) < min_rows or (len(rows) < min_rows and (has_garbage or outgrown)):
                 self._drop()
             elif self.is_bypassed:
                 if now or self.bypassed_queries >= self._rebuild_backoff * (BUILD_COST + base.lists):
                     self._rebuild(rows, keys, None if outgrown else base)
-            elif (garbage or outgrown) and self.background is None:
+            elif (has_garbage or outgrown) and self.background is None:
                 self._rebuild(rows, keys, None if outgrown else base)
             elif len(self.pending) > (
-                0 if now else min(self.policy.pending_rows, self.policy.pending_share * base.entries)
+                0 if now else min(self.policy.pending_rows, self.policy.pending_fraction * base.entries)
             ):
                 self._merge_pending(base, rows, keys)
 
@@ -236,44 +250,44 @@ class IndexUpkeep:
         self.pending = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _merge_pending(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
-        """Merge finite pending rows into the base or the norm outliers."""
+        """Merge finite pending rows into the base index or the norm outliers."""
         with self._costs.count_upkeep():
-            check = base.merged_rows + len(self.pending) > base.checking_share * base.entries
-            if check:  # tuning decides again which rows are norm outliers: none is at its start
+            is_due = base.merged_rows + len(self.pending) > base.tuning_fraction * base.entries
+            if is_due:  # tuning chooses the norm outliers again, so all rows are merged
                 outliers, base.norm_outliers = base.norm_outliers, base.norm_outliers[:0]
                 self.pending = self._pending_with(outliers.to(self.pending.device), base, rows)
             vectors = to_vectors(keys.index_select(0, self.pending), self._metric)
             norms = torch.linalg.vector_norm(vectors, dim=-1)
             finite = norms < MAX_NORM
-            inside = finite if check else norms < min(MAX_NORM, base.outlier_norm)
+            is_merged = finite if is_due else norms < min(MAX_NORM, base.outlier_norm)
             try:
-                if bool(inside.all()):
+                if bool(is_merged.all()):
                     base.merge(self.pending.cpu(), vectors)
                 else:
-                    base.merge(self.pending[inside].cpu(), vectors[inside])
-            except RuntimeError:  # some indexes cannot be appended to
+                    base.merge(self.pending[is_merged].cpu(), vectors[is_merged])
+            except RuntimeError:  # some FAISS indexes do not support appending
                 base.recall = None
             else:
-                base.norm_outliers = torch.cat([base.norm_outliers, self.pending[~inside & finite].cpu()])
+                base.norm_outliers = torch.cat([base.norm_outliers, self.pending[~is_merged & finite].cpu()])
                 self.pending = self.pending[~finite]
-                if check:
+                if is_due:
                     self._tune_base(base, rows, keys)
         if base.recall is None:
             self._rebuild(rows, keys, None)
 
     def _tune_base(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
-        """Tune the base to the rows as they are now."""
+        """Tune the base index to the present rows."""
         live = rows.live_slots()
         source = to_vectors(keys[live[:: max(1, len(live) // QUERY_SOURCE_ROWS)]], self._metric)
         groups = self.queries.make_tuning_groups(source, CHECKING_QUERIES)
         base.tuned_queries, self.queries.since_check = self.queries.usable_count, 0
-        everything = select(rows, (), None, None)
-        tune_base(base, groups, keys, self._metric, everything, self.config.recall, self.queries.neighbours)
+        selection = select(rows, (), None, None)
+        tune_base(base, groups, keys, self._metric, selection, self.config.recall, self.queries.neighbours)
 
     # -- builds ----------------------------------------------------------------------------------------------
 
     def _rebuild(self, rows: RowStorage, keys: Tensor, old: Base | None) -> None:
-        """Build a base, now or in the background; reuse the lists of an ``old`` one."""
+        """Build a base index, here or in the background; reuse the lists of ``old``."""
         if not self.config.background:
             self._install(run_build(self._plan_build(rows, keys, old)))
         elif self.background is None:
@@ -292,9 +306,12 @@ class IndexUpkeep:
             keep_lists=not self.is_bypassed,
         )
 
-    def _adopt(self, background: BackgroundBuild) -> None:
-        """Install what was built in the background, from rows as they were then."""
-        result = background.wait()  # a signal may interrupt it: then the build is still under way
+    def _install_background(self, background: BackgroundBuild) -> None:
+        """Install the result of a background build.
+
+        It was built from an earlier version of the rows.
+        """
+        result = background.wait()  # if a signal interrupts it, the build stays in progress
         self.background = None
         if result is not None:
             self._install(result)

@@ -14,10 +14,10 @@ __all__ = ["EntryVisibility"]
 
 
 class EntryVisibility:
-    """Hold the visible entries of a base index as the bitmap that FAISS takes.
+    """Visibility of the entries of a base index, as a bitmap for FAISS.
 
     Attributes:
-        hidden: The number of hidden entries.
+        hidden: Number of hidden entries.
     """
 
     def __init__(self, entries: int) -> None:
@@ -26,32 +26,32 @@ class EntryVisibility:
         self.hidden = 0
 
     def at(self, entries: Tensor) -> Tensor:
-        """Return the visibility of ``entries``, (m,) bool."""
+        """Return whether ``entries`` are visible, (m,) bool."""
         numbers = entries.numpy()
         return torch.from_numpy((self._bitmap[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).astype(bool))
 
     def all(self) -> Tensor:
-        """Return the visibility of all entries, (n,) bool."""
+        """Return whether each entry is visible, (n,) bool."""
         return torch.from_numpy(np.unpackbits(self._bitmap, count=self._entries, bitorder="little").astype(bool))
 
     def selector(self) -> Any:
-        """Make the selector of a FAISS search."""
+        """Return a FAISS selector of the visible entries."""
         return faiss.IDSelectorBitmap(self._bitmap)
 
     def show(self, entries: Tensor) -> None:
-        """Show ``entries``, each given once, to searches."""
+        """Make ``entries``, without duplicates, visible to searches."""
         self.hidden -= len(entries) - int(self.at(entries).sum())
         numbers = entries.numpy()
         np.bitwise_or.at(self._bitmap, numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
 
     def hide(self, entries: Tensor) -> None:
-        """Hide ``entries``, each given once, from searches."""
+        """Hide ``entries``, without duplicates, from searches."""
         self.hidden += int(self.at(entries).sum())
         numbers = entries.numpy()
         np.bitwise_and.at(self._bitmap, numbers >> 3, ~(np.uint8(1) << (numbers & 7).astype(np.uint8)))
 
     def extend(self, count: int) -> None:
-        """Append visible entries."""
+        """Append ``count`` visible entries."""
         bits = np.concatenate([self.all().numpy(), np.ones(count, dtype=bool)])
         self._bitmap = np.packbits(bits, bitorder="little")
         self._entries += count

@@ -50,4 +50,4 @@ class SearchPreparation:
         if not index.is_current(table.rows):
             check_finite("query", self._query)  # before the index is tuned by it
             query = self._query.reshape(-1, self._query.shape[-1])
-            index.follow(table.rows, table.keys.detach(), query, self._k or 1)
+            index.update(table.rows, table.keys.detach(), query, self._k or 1)

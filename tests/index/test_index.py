@@ -836,7 +836,7 @@ def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, wher
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
     operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
     spec = ReadSpec(store.metric, centre, selection, query.dtype)
-    store._index.follow(rows, keys, query, k)
+    store._index.update(rows, keys, query, k)
     return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
@@ -1143,7 +1143,7 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
 def test_more_recall_is_expected_only_of_searches_that_are_wider(
     factory: str, raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_policy(monkeypatch, careful_share=math.inf, max_relative_cost=math.inf)  # whatever it costs
+    set_policy(monkeypatch, careful_fraction=math.inf, max_relative_cost=math.inf)  # whatever it costs
     store = make(IndexConfig(factory, recall=0.6), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     usual, careful = (candidates(store, query, 32, careful=careful) for careful in (False, True))

@@ -495,7 +495,7 @@ def test_ids_of_any_size(ids: list[int]) -> None:
         (dict(fields=5), softdb.DtypeError, "fields: expected a sequence of names, got int 5"),
         (dict(dtype="float32"), softdb.DtypeError, "dtype: expected one of float16, .* got str 'float32'"),
         (dict(fields="time"), softdb.DtypeError, "fields: expected a sequence of names"),
-        (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS refuses"),
+        (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS does not accept"),
         (dict(index=7), softdb.DtypeError, "index: expected 'auto', 'Flat'"),
     ],
 )

@@ -340,7 +340,7 @@ def test_gradients_of_a_row_that_is_gone_are_dropped(how: dict[str, object], wri
 
 @pytest.mark.parametrize("evict", EVICTIONS)
 def test_an_index_never_finds_an_evicted_row(evict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = IndexPolicy(exact_rows=100, pending_rows=40, pending_share=0.0)
+    policy = IndexPolicy(exact_rows=100, pending_rows=40, pending_fraction=0.0)
     monkeypatch.setattr(IndexManager, "policy", policy)
     torch.manual_seed(0)
     store = SoftKVStore(8, 1, index="IVF8,Flat", capacity=400, evict=evict)  # type: ignore[arg-type]

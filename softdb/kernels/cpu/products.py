@@ -27,8 +27,8 @@ __all__ = [
     "zero_where_hidden",
 ]
 
-# Products of fewer elements use another kernel of torch, which may round differently.
-MIN_PRODUCT_ELEMENTS = 512
+# Products with fewer multiplications use another kernel of torch, which may round differently.
+MIN_PRODUCT_MULTIPLICATIONS = 512
 
 # Weights below these are set to 0.
 MIN_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
@@ -93,7 +93,7 @@ class TileProduct:
         groups, height, width = left.shape
         count = padded_count = right.shape[1]
         if self._exact_ties:
-            padded_count = max(count, -(-MIN_PRODUCT_ELEMENTS // (height * width)))
+            padded_count = max(count, -(-MIN_PRODUCT_MULTIPLICATIONS // (height * width)))
             padded_count += -padded_count % GROUP_COLUMNS
         if padded_count > count:
             right = F.pad(right, (0, 0, 0, padded_count - count))

@@ -1,4 +1,4 @@
-"""The index of top-k reads: real FAISS indexes that are never behind their rows."""
+"""Test the index of top-k reads with FAISS indexes of many kinds."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "a
 
 
 def set_policy(patch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Have every index decide by these thresholds."""
+    """Set thresholds of all indexes."""
     patch.setattr(IndexManager, "policy", dataclasses.replace(IndexManager.policy, **changes))
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a few hundred rows go the ways of a million."""
+def _set_low_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make indexes of a few hundred rows behave as those of a million rows."""
     set_policy(monkeypatch, exact_rows=500, pending_rows=40)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Let FAISS train small codes alone: where processors are busy its threads wait for each other for minutes."""
+    """Let FAISS use one thread: on busy processors its threads wait for each other for minutes."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     yield
@@ -69,7 +69,7 @@ def make(factory: str | IndexConfig, rows: int = 1000, metric: str = "scaled_dot
 
 
 def recall(store: SoftKVStore, query: Tensor, k: int = 10, **options: object) -> float:
-    """The fraction of the exact best rows that a top-k read finds, where none may be wrong or twice."""
+    """Return the recall of a top-k read, after checking for deleted and duplicate rows."""
     exact = store.read(query, k=k, **options)  # type: ignore[arg-type]
     read = store.read(query, "topk", k=k, **options)  # type: ignore[arg-type]
     live = set(store.ids.tolist())
@@ -85,7 +85,7 @@ def recall(store: SoftKVStore, query: Tensor, k: int = 10, **options: object) ->
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_finds_most_of_the_best_rows(factory: str, metric: str) -> None:
+def test_top_k_reads_find_most_of_the_best_rows(factory: str, metric: str) -> None:
     store = make(factory, metric=metric)
     query = clustered(50, seed=2)
     assert recall(store, query) > (0.5 if "P" in factory else 0.9)
@@ -96,7 +96,7 @@ def test_finds_most_of_the_best_rows(factory: str, metric: str) -> None:
     assert stats.error is None
 
 
-def test_scores_come_from_the_live_rows_not_from_faiss() -> None:
+def test_scores_are_computed_from_the_live_rows() -> None:
     store = make("IVF8,PQ8x4")
     query = clustered(20, seed=2)
     read = store.read(query, "topk", k=5)
@@ -106,7 +106,7 @@ def test_scores_come_from_the_live_rows_not_from_faiss() -> None:
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_a_read_directly_after_a_write_sees_it(factory: str) -> None:
+def test_a_read_after_a_write_finds_the_new_rows(factory: str) -> None:
     store = make(factory, metric="l2")
     query = torch.full((1, 16), 30.0)
     store.read(query, "topk", k=3)
@@ -133,24 +133,24 @@ def test_a_read_directly_after_a_write_sees_it(factory: str) -> None:
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_random_writes_never_show_a_stale_row(factory: str) -> None:
+def test_no_stale_row_is_found_after_random_writes(factory: str) -> None:
     chance = random.Random(0)
     store = make(factory, 700)
     ids = store.ids.tolist()
     query = clustered(50, seed=3)
     floor = 0.1 if "P" in factory else 0.7
     found = []
-    for turn in range(60):
+    for step in range(60):
         kind = chance.choice(["add", "update", "delete", "put"])
         count = chance.choice([1, 5, 60])
-        keys, values = clustered(count, seed=100 + turn), torch.randn(count, 2)
+        keys, values = clustered(count, seed=100 + step), torch.randn(count, 2)
         chosen = chance.sample(ids, min(count, len(ids)))
         if kind == "add":
             ids += store.add(keys, values).tolist()
         elif kind == "update":
             store.update(chosen, keys=keys[: len(chosen)])
         elif kind == "put":
-            chosen[: len(chosen) // 2] = range(10_000 + 100 * turn, 10_000 + 100 * turn + len(chosen) // 2)
+            chosen[: len(chosen) // 2] = range(10_000 + 100 * step, 10_000 + 100 * step + len(chosen) // 2)
             store.put(chosen, keys[: len(chosen)], values[: len(chosen)])
             ids = sorted({*ids, *chosen})
         else:
@@ -162,7 +162,7 @@ def test_random_writes_never_show_a_stale_row(factory: str) -> None:
         assert store.index_stats().builds >= 1
 
 
-def test_pending_rows_are_appended_in_batches_and_the_base_rebuilt_when_half_is_stale() -> None:
+def test_pending_rows_are_merged_in_batches_and_garbage_causes_a_rebuild() -> None:
     store = make("IVF16,Flat")
     query = clustered(5, seed=2)
 
@@ -174,7 +174,7 @@ def test_pending_rows_are_appended_in_batches_and_the_base_rebuilt_when_half_is_
     store.update(torch.arange(30), keys=clustered(30, seed=5))
     assert stats().pending == 30
     store.update(torch.arange(20, 50), keys=clustered(30, seed=6))
-    assert stats().pending == 0  # 50 rows passed the limit of 40
+    assert stats().pending == 0  # 50 rows exceed the limit of 40
     assert stats().builds == 1
     store.update(torch.arange(60, 70), keys=clustered(10, seed=6))
     assert stats().pending == 10
@@ -187,18 +187,18 @@ def test_pending_rows_are_appended_in_batches_and_the_base_rebuilt_when_half_is_
     assert store.index_stats().builds == 3
 
 
-def test_the_base_is_rebuilt_when_rows_outgrow_its_lists() -> None:
+def test_the_base_index_is_rebuilt_when_rows_outgrow_its_lists() -> None:
     store = make("IVF16,Flat", 300)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
-    for turn in range(10):
-        store.add(clustered(100, seed=turn), torch.randn(100, 2))
+    for step in range(10):
+        store.add(clustered(100, seed=step), torch.randn(100, 2))
         store.read(query, "topk", k=3)
     assert store.index_stats().builds == 2
     assert recall(store, clustered(50, seed=9)) > 0.9
 
 
-def test_between_two_writes_every_read_sees_the_same_index() -> None:
+def test_all_reads_between_two_writes_use_the_same_index() -> None:
     store = make("IVF16,Flat")
     store.update([3], keys=clustered(1, seed=4))
     query = clustered(20, seed=2)
@@ -210,14 +210,14 @@ def test_between_two_writes_every_read_sees_the_same_index() -> None:
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.002])
-def test_filters_are_honoured_whatever_they_leave(factory: str, share: float) -> None:
+@pytest.mark.parametrize("selectivity", [0.5, 0.1, 0.01, 0.002])
+def test_filters_of_any_selectivity_are_respected(factory: str, selectivity: float) -> None:
     store = make(factory, fields=("group",))
     store.delete([5, 500])
     store.update([6], keys=clustered(1, seed=9))
     query = clustered(20, seed=2)
     generator = torch.Generator().manual_seed(0)
-    allowed = torch.rand(len(store), generator=generator) < share
+    allowed = torch.rand(len(store), generator=generator) < selectivity
     ids = store.ids[allowed]
     floor = 0.4 if "P" in factory else 0.8
     for where in (allowed, ids, lambda row: torch.isin(row["id"], ids)):
@@ -228,7 +228,7 @@ def test_filters_are_honoured_whatever_they_leave(factory: str, share: float) ->
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_rules_and_exclusions_for_each_query(factory: str) -> None:
+def test_per_query_rules_and_exclusions_are_respected(factory: str) -> None:
     store = make(factory, fields=("group",))
     query = clustered(30, seed=2)
     group = torch.arange(30) % 10
@@ -245,8 +245,8 @@ def test_rules_and_exclusions_for_each_query(factory: str) -> None:
     assert (read.mass == 1).all()
 
 
-# Whatever moves keys: how it is made, and whether it takes row-sparse gradients.
-MOVERS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], bool]] = {
+# Optimizers that move keys: how to create each, and whether it accepts row-sparse gradients.
+OPTIMIZERS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], bool]] = {
     "SGD": (lambda tables: torch.optim.SGD(tables, lr=3.0), True),
     "SGD with momentum": (lambda tables: torch.optim.SGD(tables, lr=1.0, momentum=0.9), True),
     "SGD fused": (lambda tables: torch.optim.SGD(tables, lr=3.0, fused=True), False),
@@ -259,8 +259,8 @@ MOVERS: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], bool]] 
 }
 
 
-def never_stale(store: SoftKVStore) -> None:
-    """Every row is where the base saw it, or near, or hidden in the base and searched exactly."""
+def check_current(store: SoftKVStore) -> None:
+    """Check that each row is near its entry in the base index, or hidden there and searched exactly."""
     index = store._index
     base = index.base
     assert index.is_current(store.rows)
@@ -285,21 +285,21 @@ def never_stale(store: SoftKVStore) -> None:
     [("IVF16,Flat", 0.0), ("IVF16,Flat", 0.02), ("IVF16,Flat", 0.5), ("PCA15,IVF8,Flat", 0.02), ("HNSW16", 0.02)],
 )
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
-@pytest.mark.parametrize("mover", MOVERS)
-def test_the_index_follows_whatever_moves_the_keys(mover: str, factory: str, tolerance: float) -> None:
-    make_optimiser, sparse = MOVERS[mover]
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_index_is_current_after_steps_of_every_optimizer(name: str, factory: str, tolerance: float) -> None:
+    make_optimizer, sparse = OPTIMIZERS[name]
     store = make(IndexConfig(factory, tolerance=tolerance), trainable=True, sparse_grad=sparse)
     query = clustered(8, seed=2)
     store.read(query, "topk", k=4)
-    optimiser = make_optimiser([store.keys, store.values])
+    optimizer = make_optimizer([store.keys, store.values])
     found = []
     for step in range(8):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         read = store.read(clustered(8, seed=10 + step), "topk", k=4)
         (read.values.square().sum() - read.lse.sum()).backward()
-        optimiser.step()
+        optimizer.step()
         found.append(recall(store, query))
-        never_stale(store)
+        check_current(store)
         if step == 4:
             store.delete(store.ids[:30])
             store.add(clustered(20, seed=50), torch.randn(20, 2))
@@ -308,37 +308,37 @@ def test_the_index_follows_whatever_moves_the_keys(mover: str, factory: str, tol
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
-@pytest.mark.parametrize("mover", MOVERS)
-def test_a_row_that_moved_far_is_found_where_it_is(mover: str) -> None:
-    make_optimiser, sparse = MOVERS[mover]
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_row_that_moved_far_is_found_at_its_new_position(name: str) -> None:
+    make_optimizer, sparse = OPTIMIZERS[name]
     store = make("IVF16,Flat", trainable=True, sparse_grad=sparse, metric="l2")
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
-    optimiser = make_optimiser([store.keys])
+    optimizer = make_optimizer([store.keys])
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         distance = (store.keys[7] - far).square().sum()
         gradient = torch.autograd.grad(distance, store.keys)[0] / 10
         store.keys.grad = gradient.to_sparse(1).coalesce() if sparse else gradient
-        optimiser.step()
+        optimizer.step()
         if float(distance.detach()) < 300:
             break
     wanted = store.read(far, k=1).ids
     assert wanted.tolist() == [[7]]
     assert torch.equal(store.read(far, "topk", k=1).ids, wanted)
-    never_stale(store)
+    check_current(store)
 
 
-def test_an_optimiser_that_moves_everything_puts_the_index_to_sleep() -> None:
+def test_the_base_index_is_bypassed_when_an_optimizer_moves_all_rows() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     assert recall(store, query) > 0.9
-    optimiser = torch.optim.AdamW(store.parameters(), lr=0.5)
+    optimizer = torch.optim.AdamW(store.parameters(), lr=0.5)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         store.read(query).values.square().sum().backward()
         store.keys.grad = torch.randn_like(store.keys)
-        optimiser.step()
+        optimizer.step()
         assert store.index_stats().pending == 1000
         assert recall(store, query) == 1.0
         assert store.index_stats().pending == 1000
@@ -350,7 +350,7 @@ def test_an_optimiser_that_moves_everything_puts_the_index_to_sleep() -> None:
     assert store.index_stats().factory == "IVF16,Flat"
 
 
-def test_a_sleeping_index_wakes_up_when_searching_exactly_has_cost_as_much() -> None:
+def test_a_bypassed_index_is_rebuilt_after_exact_searches_of_the_same_cost() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
@@ -367,7 +367,7 @@ def test_a_sleeping_index_wakes_up_when_searching_exactly_has_cost_as_much() -> 
         assert store.index_stats().pending <= 1
         torch.optim.SGD([store.keys], lr=1.0).step()
         store.read(query, "topk", k=3)
-    assert waits[1] > waits[0]  # the first time was in vain
+    assert waits[1] > waits[0]  # the backoff has doubled
 
 
 def test_the_index_is_reset_when_rows_have_a_new_layout() -> None:
@@ -387,7 +387,7 @@ def test_the_index_is_reset_when_rows_have_a_new_layout() -> None:
     assert store.index_stats().builds == 2
 
 
-def test_small_moves_leave_the_index_alone() -> None:
+def test_moves_within_the_tolerance_make_no_row_pending() -> None:
     store = make(IndexConfig("IVF16,Flat", tolerance=0.1), trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
@@ -403,12 +403,12 @@ def test_small_moves_leave_the_index_alone() -> None:
         assert store.index_stats().pending == pending
         store.read(query, "topk", k=3)
         assert store.index_stats().pending == pending
-        never_stale(store)
+        check_current(store)
         if pending == 40:
             way[:40] = 0
 
 
-def test_a_row_that_is_no_longer_finite_is_never_taken_in() -> None:
+def test_a_non_finite_row_is_never_merged() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
@@ -428,30 +428,30 @@ def test_a_row_that_is_no_longer_finite_is_never_taken_in() -> None:
     assert store.index_stats().pending == 0
 
 
-def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_keep_their_entries_and_trained_lists_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
     base = store._index.base
     assert base is not None
     centroids = base.index.quantizer.reconstruct_n(0, 16)
-    for turn in range(30):
-        store.update(torch.arange(turn * 10, turn * 10 + 60), keys=clustered(60, seed=turn))
+    for step in range(30):
+        store.update(torch.arange(step * 10, step * 10 + 60), keys=clustered(60, seed=step))
         assert recall(store, query) > 0.8
-        never_stale(store)
+        check_current(store)
     assert store._index.base is base
-    assert base.entries == 1000  # every row under its own entry
+    assert base.entries == 1000  # each row keeps its entry
     assert base.index.ntotal == 1000
     store.delete(torch.arange(600))
     assert recall(store, query) > 0.8
-    never_stale(store)
+    check_current(store)
     assert store.index_stats().builds == 2
     again = store._index.base
     assert again is not None
     assert again is not base
     assert again.entries == 400
     assert (again.index.quantizer.reconstruct_n(0, 16) == centroids).all()
-    # Rows far from the lists as they were trained leave most of them empty.
+    # Rows far from the trained lists leave most lists empty.
     store.update(store.ids, keys=0.1 * clustered(400, seed=8) + 20)
     assert recall(store, clustered(20, seed=8) * 0.1 + 20) > 0.5
     assert store.index_stats().builds == 3
@@ -462,23 +462,23 @@ def test_rows_are_taken_in_where_they_are_and_trained_lists_are_used_again(monke
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16"])
-def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By dot product the longest rows are among the best of queries far from them."""
+def test_norm_outliers_are_found_for_distant_queries(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dot product the longest rows are among the best for queries far from them."""
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0)
     store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True)
     query = clustered(64, seed=0)
     store.read(query, "topk", k=8)
-    optimiser = RowAdam([store.keys], lr=0.1)
+    optimizer = RowAdam([store.keys], lr=0.1)
     generator = torch.Generator().manual_seed(3)
     longest = torch.randperm(4000, generator=generator)[:200].sort().values
     found = []
     for step in range(40):
         store.keys.grad = row_sparse(longest, -store.keys.detach()[longest], store.keys.shape)
-        optimiser.step()
+        optimizer.step()
         some = torch.arange(100 * step, 100 * step + 100)
         store.update(some, keys=store.keys.detach()[some])
         found.append(recall(store, query))
-        never_stale(store)
+        check_current(store)
     base = store._index.base
     assert base is not None
     assert len(base.norm_outliers) > 50
@@ -489,20 +489,20 @@ def test_rows_grown_long_are_found_wherever_they_lie(factory: str, monkeypatch: 
     assert recall(store, query) > 0.9
     store.add(clustered(3), torch.randn(3, 2))
     assert recall(store, query) > 0.9
-    never_stale(store)
+    check_current(store)
 
 
-def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:
+def test_a_background_build_is_used_after_the_next_write() -> None:
     store = make(IndexConfig("IVF16,Flat", background=True))
     query = clustered(50, seed=2)
-    assert recall(store, query) == 1.0  # exact meanwhile
+    assert recall(store, query) == 1.0  # exact while the build runs
     assert store._index.background is not None
     store._index.background.wait()
     for _ in range(3):
         assert recall(store, query) == 1.0
     assert store.index_stats().builds == 0
     far = torch.full((1, 16), 30.0)
-    store.update([5], keys=far)  # after the build had begun
+    store.update([5], keys=far)  # after the build has begun
     store.delete([7])
     assert store.read(far, "topk", k=1).ids.tolist() == [[5]]
     assert store.index_stats().builds == 1
@@ -517,7 +517,7 @@ def test_a_build_in_the_background_is_used_from_the_next_change_on() -> None:
     assert recall(store, query) > 0.9
 
 
-def test_a_copy_does_not_take_a_build_along() -> None:
+def test_a_copied_store_builds_its_own_index() -> None:
     store = make(IndexConfig("IVF16,Flat", background=True), trainable=True)
     query = clustered(50, seed=2)
     store.read(query, "topk", k=3)
@@ -527,13 +527,13 @@ def test_a_copy_does_not_take_a_build_along() -> None:
     for each in (store, copied, pickle.loads(pickle.dumps(store))):
         assert recall(each, query) > 0.8
         each.refresh(wait=True)
-        never_stale(each)
+        check_current(each)
         assert each.index_stats().factory == "IVF16,Flat"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_drops_a_build_under_way() -> None:
+def test_a_forked_child_drops_a_background_build() -> None:
     store = make(IndexConfig("IVF64,Flat", background=True), 20_000)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
@@ -554,7 +554,7 @@ def test_a_forked_child_drops_a_build_under_way() -> None:
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_write_in_place_is_seen(trainable: bool) -> None:
+def test_in_place_writes_to_keys_are_detected(trainable: bool) -> None:
     store = make("IVF16,Flat", trainable=trainable)
     query = clustered(20, seed=2)
     assert recall(store, query) > 0.9
@@ -568,43 +568,43 @@ def test_a_write_in_place_is_seen(trainable: bool) -> None:
     assert store.index_stats().factory == "IVF16,Flat"
 
 
-def test_a_step_that_clears_its_gradients_is_seen() -> None:
+def test_steps_whose_hook_clears_the_gradients_are_detected() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
-    optimiser = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
-    optimiser.register_step_post_hook(lambda *_: optimiser.zero_grad())
+    optimizer = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
     read = store.read(query)
     store.keys.grad = 5 * torch.randn_like(store.keys)
-    optimiser.step()
+    optimizer.step()
     assert recall(store, query) == 1.0
     with pytest.raises(softdb.StaleReadError):
         read.lse.sum().backward()
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
-def test_what_a_hook_of_an_optimiser_does_is_seen(when: str) -> None:
+def test_writes_by_a_hook_of_an_optimizer_are_detected(when: str) -> None:
     store = make("IVF16,Flat", trainable=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
-    optimiser = torch.optim.SGD(store.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(store.parameters(), lr=0.1)
 
     def write(*_: object) -> None:
         with torch.no_grad():
             store.keys[9] = far[0]
 
-    getattr(optimiser, f"register_step_{when}_hook")(write)
+    getattr(optimizer, f"register_step_{when}_hook")(write)
     store.read(clustered(5, seed=2), "topk", k=3).lse.sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
-def test_what_a_hook_of_all_optimisers_does_is_seen(when: str) -> None:
+def test_writes_by_a_global_optimizer_hook_are_detected(when: str) -> None:
     store = make("IVF16,Flat", trainable=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
-    optimiser = RowAdam(store.parameters(), lr=0.1)
+    optimizer = RowAdam(store.parameters(), lr=0.1)
 
     def write(*_: object) -> None:
         with torch.no_grad():
@@ -613,18 +613,18 @@ def test_what_a_hook_of_all_optimisers_does_is_seen(when: str) -> None:
     handle = getattr(importlib.import_module("torch.optim.optimizer"), f"register_optimizer_step_{when}_hook")(write)
     try:
         store.read(clustered(5, seed=2), "topk", k=3).lse.sum().backward()
-        optimiser.step()
+        optimizer.step()
     finally:
         handle.remove()
     assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
-@pytest.mark.parametrize("spoilt", ["by outliers", "by clusters far apart"])
-def test_what_is_far_depends_on_the_rows_nearby(spoilt: str, metric: str) -> None:
+@pytest.mark.parametrize("distribution", ["one outlier", "distant clusters"])
+def test_the_tolerance_is_robust_to_outliers_and_clusters(distribution: str, metric: str) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(5000, 8, generator=generator)
-    if spoilt == "by clusters far apart":
+    if distribution == "distant clusters":
         keys += 300 * torch.randn(10, 8, generator=generator).repeat(500, 1)
     else:
         keys[7] = 1e6
@@ -632,7 +632,7 @@ def test_what_is_far_depends_on_the_rows_nearby(spoilt: str, metric: str) -> Non
     store.add(keys, torch.zeros(5000, 1))
     query = keys[2000:2064] + 0.5 * torch.randn(64, 8, generator=generator)
 
-    def hits() -> float:  # one at a time: for many, an exact search would be cheaper
+    def hits() -> float:  # one query at a time: for a batch, an exact search would be cheaper
         found = [store.read(each[None], "topk", k=4).ids[0] == store.read(each[None], k=4).ids[0] for each in query]
         return float(torch.stack(found).float().mean())
 
@@ -648,7 +648,7 @@ def test_what_is_far_depends_on_the_rows_nearby(spoilt: str, metric: str) -> Non
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_row_of_enormous_length_is_left_out(metric: str) -> None:
+def test_a_row_with_a_huge_norm_does_not_prevent_a_build(metric: str) -> None:
     store = SoftKVStore(8, 2, metric=metric, index="IVF64,Flat")  # type: ignore[arg-type]
     keys = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     keys[7] = 1e20
@@ -661,7 +661,7 @@ def test_a_row_of_enormous_length_is_left_out(metric: str) -> None:
 
 @pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW8", "PQ2x4"])
 @pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "cosine"])
-def test_where_every_row_is_of_enormous_length_searches_are_exact(metric: str, factory: str) -> None:
+def test_searches_are_exact_if_all_rows_have_huge_norms(metric: str, factory: str) -> None:
     store = SoftKVStore(8, 2, metric=metric, index=factory)  # type: ignore[arg-type]
     keys = 1e19 * torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     store.add(keys, keys[:, :2])
@@ -672,7 +672,7 @@ def test_where_every_row_is_of_enormous_length_searches_are_exact(metric: str, f
     assert stats.error is not None
 
 
-def test_all_pending_rows_may_be_beyond_repair() -> None:
+def test_refresh_accepts_pending_rows_that_are_all_non_finite() -> None:
     store = make("HNSW16", trainable=True)
     store.read(clustered(4), "topk", k=5)
     with torch.no_grad():
@@ -681,34 +681,34 @@ def test_all_pending_rows_may_be_beyond_repair() -> None:
     assert store.index_stats().pending == 1
 
 
-def test_tables_lent_one_after_the_other_are_told_apart() -> None:
+def test_consecutive_functional_calls_use_their_own_keys() -> None:
     store = make("IVF16,Flat", trainable=True, metric="l2")
     query = clustered(20, seed=2)
     base = store.keys.detach().clone()
     with torch.no_grad():
         store.read(query, "topk", k=1)
-        for turn in range(12):
-            lent = base.clone()
-            lent[turn * 20 : turn * 20 + 20] = query
+        for step in range(12):
+            keys = base.clone()
+            keys[step * 20 : step * 20 + 20] = query
             options = {"mode": "topk", "k": 1}
-            answer = torch.func.functional_call(store, {"keys": lent}, (query,), options)
-            assert torch.equal(answer, store.values[turn * 20 : turn * 20 + 20])
-            del lent
+            answer = torch.func.functional_call(store, {"keys": keys}, (query,), options)
+            assert torch.equal(answer, store.values[step * 20 : step * 20 + 20])
+            del keys
 
 
-def test_a_write_between_two_steps_is_seen() -> None:
+def test_a_write_between_two_steps_is_detected() -> None:
     store = make("IVF16,Flat", trainable=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
-    optimiser = torch.optim.SGD(store.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(store.parameters(), lr=0.1)
     store.read(clustered(5, seed=2), "topk", k=3).lse.sum().backward()
     with torch.no_grad():
         store.keys[9] = far[0]
-    optimiser.step()
+    optimizer.step()
     assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
 
 
-def test_reads_within_a_step_are_right() -> None:
+def test_reads_inside_an_optimizer_closure_are_current() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     found = []
@@ -725,7 +725,7 @@ def test_reads_within_a_step_are_right() -> None:
     assert min(found) > 0.9
 
 
-def test_parameters_that_were_exchanged_are_watched() -> None:
+def test_the_index_follows_replaced_parameters() -> None:
     store, other = make("IVF16,Flat", trainable=True), make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     recall(store, query)
@@ -740,19 +740,19 @@ def test_parameters_that_were_exchanged_are_watched() -> None:
         store.build_index()
 
 
-def test_lent_keys_are_read() -> None:
+def test_functional_call_reads_the_given_keys() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     recall(store, query)
     keys = clustered(1000, seed=11)
-    lent = torch.func.functional_call(store, {"keys": keys}, (query,), {"mode": "topk", "k": 5})
+    output = torch.func.functional_call(store, {"keys": keys}, (query,), {"mode": "topk", "k": 5})
     fresh = SoftKVStore(16, 2)
     fresh.add(keys, store.values.detach())
-    assert torch.allclose(lent, fresh(query, mode="topk", k=5))
+    assert torch.allclose(output, fresh(query, mode="topk", k=5))
     assert recall(store, query) == 1.0
 
 
-def test_the_base_is_not_built_again_and_again_around_its_smallest_size() -> None:
+def test_the_base_index_is_not_rebuilt_repeatedly_near_its_minimum_size() -> None:
     store = make("auto", 500)
     query = clustered(5, seed=2)
     for _ in range(5):
@@ -763,7 +763,7 @@ def test_the_base_is_not_built_again_and_again_around_its_smallest_size() -> Non
     assert store.index_stats().builds == 1
 
 
-def test_an_index_that_cannot_be_appended_to_is_built_anew() -> None:
+def test_an_index_that_does_not_support_appending_is_rebuilt() -> None:
     store = make("NSG16", 300)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
@@ -772,7 +772,7 @@ def test_an_index_that_cannot_be_appended_to_is_built_anew() -> None:
     assert store.index_stats().builds == 2
 
 
-def test_values_trained_alone_leave_the_index_right() -> None:
+def test_training_only_the_values_makes_no_row_pending() -> None:
     store = make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=4).values.sum().backward()
@@ -796,8 +796,8 @@ def test_too_few_rows_for_the_factory_are_searched_exactly() -> None:
     assert store.index_stats().factory == "IVF64,Flat"
 
 
-# The fewest rows that each can be trained with.
-TRAINED = {
+# Minimum number of rows with which each factory can be trained.
+MIN_TRAINING_ROWS = {
     "IVF32,Flat": 32,
     "PQ4x6": 64,
     "PQ8": 256,
@@ -831,7 +831,7 @@ TRAINED = {
 
 
 def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Candidates:
-    """What the index finds; with ``max_relative_cost=math.inf``, whatever an exact search costs."""
+    """Search the index; with ``max_relative_cost=math.inf`` even if an exact search is cheaper."""
     keys, rows = store.keys.detach(), store.rows
     centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
     operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
@@ -840,13 +840,13 @@ def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, wher
     return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
-@pytest.mark.parametrize("factory", TRAINED)
-def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(
+@pytest.mark.parametrize("factory", MIN_TRAINING_ROWS)
+def test_an_index_is_built_once_there_are_enough_rows_to_train_it(
     factory: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_policy(monkeypatch, max_relative_cost=math.inf)
-    rows = TRAINED[factory]
-    store = make(factory, rows - 1, metric="l2")  # FAISS has some for this alone
+    rows = MIN_TRAINING_ROWS[factory]
+    store = make(factory, rows - 1, metric="l2")  # FAISS supports some of them for l2 only
     query = clustered(5, seed=2)
     store.refresh()
     store.build_index()
@@ -857,7 +857,7 @@ def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(
     store.refresh()
     stats = store.index_stats()
     assert (stats.factory, stats.builds, stats.error) == (factory, 1, None)
-    # Searches among some rows, wider ones, and those after a row has gone work with every kind.
+    # Filtered and careful searches, and searches after a delete, work with every kind of index.
     for where in (None, torch.arange(rows)):
         for careful in (False, True):
             found = candidates(store, query, 1, careful=careful, where=where)
@@ -868,15 +868,15 @@ def test_an_index_is_built_from_the_size_on_that_it_can_be_trained_with(
     assert store.read(query, "topk", k=1, where=torch.tensor([1])).ids.tolist() == [[1]] * len(query)
 
 
-def test_ids_are_not_left_to_faiss() -> None:
+def test_factories_that_assign_ids_raise() -> None:
     for factory in ("IDMap,Flat", "IDMap2,IVF16,Flat"):
         with pytest.raises(softdb.ArgumentError, match=f"index: .* got '{factory}'; leave out IDMap"):
             SoftKVStore(16, 2, index=factory)
 
 
-def test_a_build_that_fails_leaves_exact_searches_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_build_searches_are_exact_and_the_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
-        raise RuntimeError("no training today")
+        raise RuntimeError("training failed")
 
     store = make("PQ4x6", 100)
     with monkeypatch.context() as patch:
@@ -890,7 +890,7 @@ def test_a_build_that_fails_leaves_exact_searches_and_says_why(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16"])
-def test_more_recall_is_measured_and_met(factory: str) -> None:
+def test_a_higher_recall_target_gives_a_higher_recall(factory: str) -> None:
     low, high = (make(IndexConfig(factory, recall=wanted)) for wanted in (0.3, 0.999))  # type: ignore[arg-type]
     query = torch.randn(100, 16, generator=torch.Generator().manual_seed(2))
     assert recall(high, query) > 0.99
@@ -900,7 +900,7 @@ def test_more_recall_is_measured_and_met(factory: str) -> None:
         assert (high.index_stats().nprobe or 0) > (low.index_stats().nprobe or 0) >= 1
 
 
-def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_builds_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     for factory in (*FACTORIES, "OPQ4,PQ4", "IVF8,PQ8x5,RFlat", "HNSW8_PQ4", "RQ2x4"):
         recall(make(factory, 600), clustered(5, seed=2))
     captured = capfd.readouterr()
@@ -921,7 +921,7 @@ def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
         (dict(factory=3), softdb.DtypeError, "factory: expected 'auto', 'Flat' or a FAISS factory string, got int 3"),
     ],
 )
-def test_bad_configurations(config: dict[str, object], error: type[Exception], message: str) -> None:
+def test_invalid_configurations_raise(config: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         IndexConfig(**config)  # type: ignore[arg-type]
 
@@ -935,8 +935,8 @@ def test_configuration_and_statistics_are_frozen() -> None:
 # -- recall ----------------------------------------------------------------------------------------------
 
 
-def plain_audit(store: SoftKVStore, query: torch.Tensor, k: int, found: torch.Tensor) -> list[tuple[float, ...]]:
-    """Recall, mass and error of candidates, one query after the other."""
+def naive_audit(store: SoftKVStore, query: torch.Tensor, k: int, found: torch.Tensor) -> list[tuple[float, ...]]:
+    """Compute recall, mass and error of candidates, query by query."""
     figures = []
     keys, values = store.keys.double(), store.values.double()
     for q, ids in zip(query.double(), found, strict=True):
@@ -949,14 +949,14 @@ def plain_audit(store: SoftKVStore, query: torch.Tensor, k: int, found: torch.Te
     return figures
 
 
-def test_an_audit_is_what_a_plain_loop_finds() -> None:
+def test_an_audit_equals_a_naive_loop() -> None:
     store = make(IndexConfig("IVF64,Flat", recall=0.5), 4000, track_usage=True)
     query = clustered(40, seed=5)
     audit = store.audit(query.view(2, 20, -1), k=20)
     assert audit.recall.shape == audit.mass.shape == audit.error.shape == (2, 20)
     assert int(store.usage.reads.sum()) == 0
-    wanted = torch.tensor(plain_audit(store, query, 20, store.read(query, "topk", k=20).ids), dtype=torch.float64)
-    assert torch.allclose(audit.recall.flatten(), wanted[:, 0], atol=0.051)  # a tie apart
+    wanted = torch.tensor(naive_audit(store, query, 20, store.read(query, "topk", k=20).ids), dtype=torch.float64)
+    assert torch.allclose(audit.recall.flatten(), wanted[:, 0], atol=0.051)  # ties may differ by one row
     assert float((audit.recall.flatten() - wanted[:, 0]).abs().mean()) < 0.01
     assert torch.allclose(audit.mass.flatten(), wanted[:, 1], atol=1e-5)
     assert torch.allclose(audit.error.flatten(), wanted[:, 2], atol=1e-4)
@@ -966,7 +966,7 @@ def test_an_audit_is_what_a_plain_loop_finds() -> None:
     assert audit.mean_error == pytest.approx(float(wanted[:, 2].mean()), abs=1e-4)
 
 
-def test_an_audit_of_little_or_nothing() -> None:
+def test_an_audit_of_all_rows_or_none_has_recall_one() -> None:
     store = make("Flat", 50)
     query = clustered(6, seed=5)
     everything = store.audit(query, k=60)
@@ -983,43 +983,43 @@ def test_an_audit_of_little_or_nothing() -> None:
 
 @pytest.mark.parametrize("target", [0.6, 0.9, 0.99])
 @pytest.mark.parametrize("k", [10, 100])
-def test_the_recall_promised_is_that_of_other_queries(target: float, k: int) -> None:
+def test_other_queries_reach_the_recall_target(target: float, k: int) -> None:
     store = make(IndexConfig("IVF128,Flat", recall=target), 20_000)
     queries = clustered(1256, seed=1)
     store.read(queries[:256], "topk", k=k)
-    told = store.index_stats().recall
-    assert told is not None
-    assert told >= target
+    measured = store.index_stats().recall
+    assert measured is not None
+    assert measured >= target
     assert store.audit(queries[256:], k).mean_recall > target - 0.02
 
 
-def test_recall_is_tuned_anew_when_other_queries_come() -> None:
+def test_the_search_width_adapts_to_a_new_distribution_of_queries() -> None:
     torch.manual_seed(1)
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
     easy, hard = store.keys[:300] + 0.01 * torch.randn(300, 16), 2 * torch.randn(300, 16)
-    store.build_index()  # tuned on made-up queries: checked on the first that are asked
+    store.build_index()  # tuned on generated queries, and checked on the first real ones
     store.read(easy, "topk", k=10)
-    few = store.index_stats().nprobe
-    assert few is not None
-    asked = 0
-    while store.index_stats().nprobe == few:
+    initial_probes = store.index_stats().nprobe
+    assert initial_probes is not None
+    query_count = 0
+    while store.index_stats().nprobe == initial_probes:
         store.read(hard[:100], "topk", k=10)
-        asked += 100
-        assert asked < 2_000_000 / few
-    assert asked >= 300  # not at once
-    told = store.index_stats().recall
-    assert told is not None
-    assert told > 0.92
+        query_count += 100
+        assert query_count < 2_000_000 / initial_probes
+    assert query_count >= 300  # not at the first read
+    measured = store.index_stats().recall
+    assert measured is not None
+    assert measured > 0.92
     assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
     probes = store.index_stats().nprobe
     for _ in range(3):
         store.read(hard[:100], "topk", k=10)
     assert store.index_stats().nprobe == probes
-    store.read(hard[:100], "topk", k=100)  # as many neighbours need more probes
+    store.read(hard[:100], "topk", k=100)  # more neighbours need more probes
     assert store.audit(2 * torch.randn(400, 16), 100).mean_recall > 0.92
 
 
-def test_single_queries_gather_until_they_tell_a_recall() -> None:
+def test_single_queries_accumulate_until_the_recall_can_be_measured() -> None:
     torch.manual_seed(0)
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
     store.build_index()
@@ -1033,31 +1033,31 @@ def test_single_queries_gather_until_they_tell_a_recall() -> None:
     assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
 
 
-def test_recall_is_checked_seldom() -> None:
+def test_the_recall_is_checked_rarely() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.9), 20_000)
     queries = clustered(500, seed=3)
     store.read(queries[:250], "topk", k=10)
     base = store._index.base
     assert base is not None
-    done = []  # the neighbours of each check
+    checked_neighbours = []  # number of neighbours at each check
     for k in range(33, 133):
         checks = base.recall_checks
         store.read(queries[:8], "topk", k=k)
-        done += [base.neighbours] * (base.recall_checks - checks)
-    assert done == [64, 128, 256]
+        checked_neighbours += [base.neighbours] * (base.recall_checks - checks)
+    assert checked_neighbours == [64, 128, 256]
     checks = base.recall_checks
     for _ in range(100):
         store.read(queries, "topk", k=10)
-    assert 1 <= base.recall_checks - checks <= 13  # of 50,000 queries
+    assert 1 <= base.recall_checks - checks <= 13  # in 50,000 queries
     checks = base.recall_checks
     for _ in range(20):
-        store.read(queries[:8], "topk", k=10, where=torch.arange(400))  # so few that searches are exact
+        store.read(queries[:8], "topk", k=10, where=torch.arange(400))  # so few rows that searches are exact
     assert base.recall_checks == checks
     assert store._index.base is base
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF64,Flat", "PCA8,IVF64,Flat"])
-def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_change_the_search_width_only(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=64)
     store = SoftKVStore(16, 2, metric="dot", index=IndexConfig(factory, recall=0.97))
     store.add(clustered(8000) * torch.randn(8000, 1).exp(), torch.randn(8000, 2))
@@ -1075,40 +1075,40 @@ def test_checks_change_nothing_but_how_much_is_searched(factory: str, monkeypatc
     assert recall(store, queries) > 0.85
 
 
-def test_readers_in_threads_find_no_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_reads_return_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=100)
     store = SoftKVStore(16, 2, metric="dot", index=IndexConfig("IVF64,Flat", recall=0.97))
     store.add(clustered(10_000) * torch.randn(10_000, 1).exp(), torch.randn(10_000, 2))
     store.build_index()
-    twice: list[int] = []
+    duplicates: list[int] = []
 
     def read(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(60):
             ids = store.read(torch.randn(20, 16, generator=generator), "topk", k=16).ids
-            twice.extend(1 for row in ids if len(row.unique()) < 16)
+            duplicates.extend(1 for row in ids if len(row.unique()) < 16)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not twice
+    assert not duplicates
 
 
-def test_a_filter_asks_for_a_wider_search() -> None:
+def test_filtered_searches_reach_the_recall_target() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
     queries = clustered(600, seed=6)
     store.read(queries[:256], "topk", k=32)
-    for share in (0.5, 0.1, 0.05):
-        kept = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < share
-        assert store.audit(queries[256:], 32, where=kept).mean_recall > 0.92, share
+    for selectivity in (0.5, 0.1, 0.05):
+        kept = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < selectivity
+        assert store.audit(queries[256:], 32, where=kept).mean_recall > 0.92, selectivity
     assert store.audit(queries[256:], 1000).mean_recall > 0.92
 
 
 @pytest.mark.parametrize("wrapper", ["", "RR16,", "PCA12,"])
 @pytest.mark.parametrize("inner", ["IVF64,Flat", "IVF64,SQ8,RFlat", "HNSW16"])
-def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: str) -> None:
+def test_the_search_width_reaches_the_inner_index(wrapper: str, inner: str) -> None:
     store = make(IndexConfig(wrapper + inner, recall=0.5), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     store.read(query, "topk", k=10)
@@ -1127,34 +1127,34 @@ def test_a_wider_search_is_wider_within_other_indexes_too(wrapper: str, inner: s
 
 
 @pytest.mark.parametrize(
-    ("factory", "raised"),
+    ("factory", "is_raised"),
     [
         ("IVF64,Flat", True),
         ("RR16,IVF64,Flat", True),
         ("OPQ8,IVF64,Flat", True),
-        ("HNSW16", False),  # some of its rows are never reached
-        ("PCA12,IVF64,Flat", False),  # what a projection or codes miss, more lists miss too
+        ("HNSW16", False),  # no search reaches some of its rows
+        ("PCA12,IVF64,Flat", False),  # projections and codes lose information in every list
         ("IVF64,SQ4", False),
         ("IVF64,PQ4x4,RFlat", False),
-        ("PQ8x4", False),  # which has no lists
+        ("PQ8x4", False),  # it has no lists
         ("PCA12,SQ8", False),
     ],
 )
-def test_more_recall_is_expected_only_of_searches_that_are_wider(
-    factory: str, raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
+def test_a_careful_search_expects_a_higher_recall_only_of_exact_lists(
+    factory: str, is_raised: bool, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_policy(monkeypatch, careful_fraction=math.inf, max_relative_cost=math.inf)  # whatever it costs
+    set_policy(monkeypatch, careful_fraction=math.inf, max_relative_cost=math.inf)  # at any cost
     store = make(IndexConfig(factory, recall=0.6), 4000)
     query = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
     usual, careful = (candidates(store, query, 32, careful=careful) for careful in (False, True))
     assert not usual.exact
-    assert careful.recall > usual.recall if raised else careful.recall == usual.recall
+    assert careful.recall > usual.recall if is_raised else careful.recall == usual.recall
     best = store.read(query, k=32).ids
-    share = float((careful.slots.unsqueeze(-1) == best.unsqueeze(-2)).any(-1).float().mean())
-    assert share > careful.recall - 0.05
+    found_fraction = float((careful.slots.unsqueeze(-1) == best.unsqueeze(-2)).any(-1).float().mean())
+    assert found_fraction > careful.recall - 0.05
 
 
-def test_a_query_that_is_refused_tunes_no_index() -> None:
+def test_invalid_queries_are_not_used_for_tuning() -> None:
     store, queries = make("IVF16,Flat"), clustered(64, seed=2)
     with pytest.raises(softdb.NonFiniteError, match="query: "):
         store.read(torch.full((64, 16), math.nan), "topk", k=10)
@@ -1166,7 +1166,7 @@ def test_a_query_that_is_refused_tunes_no_index() -> None:
     assert store.index_stats().recall == fresh.index_stats().recall
 
 
-def test_an_index_of_double_precision_is_built_where_norm_outliers_are_looked_for() -> None:
+def test_an_index_of_float64_keys_with_norm_outliers_is_built() -> None:
     torch.manual_seed(0)
     store = SoftKVStore(8, 3, metric="dot", index="IVF32,Flat", dtype=torch.float64)
     store.add(torch.randn(17_000, 8), torch.randn(17_000, 3))

@@ -161,7 +161,7 @@ class IndexUpkeep:
             return 0
         if self.is_bypassed:
             return len(rows)
-        return len(self._pending_with(self._find_outdated(self.base, rows, keys)[0], self.base, rows))
+        return len(self._combine_pending(self._find_changed(self.base, rows, keys)[0], self.base, rows))
 
     def raise_unreported(self) -> None:
         """Raise the error of the last build, unless it has been raised before.
@@ -179,16 +179,16 @@ class IndexUpkeep:
 
     def _hide_changes(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         """Make changed rows pending, or bypass the base index if many rows moved."""
-        outdated, moved = self._find_outdated(base, rows, keys)
+        changed, moved = self._find_changed(base, rows, keys)
         if moved > BYPASS_FRACTION * len(rows):
             self.is_bypassed, self.bypassed_queries = True, 0
             self._rebuild_backoff *= 2
             return
         self._rebuild_backoff = max(1, self._rebuild_backoff // 2)
-        base.hide(outdated.cpu())
-        self.pending = self._pending_with(outdated, base, rows)
+        base.hide(changed.cpu())
+        self.pending = self._combine_pending(changed, base, rows)
 
-    def _find_outdated(self, base: Base, rows: RowStorage, keys: Tensor) -> tuple[Tensor, int]:
+    def _find_changed(self, base: Base, rows: RowStorage, keys: Tensor) -> tuple[Tensor, int]:
         """Find the slots of rows that changed since the last update.
 
         Returns:
@@ -201,7 +201,7 @@ class IndexUpkeep:
         moved = base.movement.find_moved_slots(visible, keys, self._metric, self.config.tolerance)
         return torch.cat([changed[written], moved]), len(moved)
 
-    def _pending_with(self, changed: Tensor, base: Base, rows: RowStorage) -> Tensor:
+    def _combine_pending(self, changed: Tensor, base: Base, rows: RowStorage) -> Tensor:
         """Return pending and changed slots, without free slots and norm outliers."""
         pending: Tensor = torch.cat([self.pending.to(changed.device), changed]).unique()
         pending = pending[rows.ids[pending] >= 0]
@@ -252,14 +252,14 @@ class IndexUpkeep:
     def _merge_pending(self, base: Base, rows: RowStorage, keys: Tensor) -> None:
         """Merge finite pending rows into the base index or the norm outliers."""
         with self._costs.count_upkeep():
-            is_due = base.merged_rows + len(self.pending) > base.tuning_fraction * base.entries
-            if is_due:  # tuning chooses the norm outliers again, so all rows are merged
+            is_tuning_due = base.merged_rows + len(self.pending) > base.tuning_fraction * base.entries
+            if is_tuning_due:  # tuning chooses the norm outliers again, so all rows are merged
                 outliers, base.norm_outliers = base.norm_outliers, base.norm_outliers[:0]
-                self.pending = self._pending_with(outliers.to(self.pending.device), base, rows)
+                self.pending = self._combine_pending(outliers.to(self.pending.device), base, rows)
             vectors = to_vectors(keys.index_select(0, self.pending), self._metric)
             norms = torch.linalg.vector_norm(vectors, dim=-1)
             finite = norms < MAX_NORM
-            is_merged = finite if is_due else norms < min(MAX_NORM, base.outlier_norm)
+            is_merged = finite if is_tuning_due else norms < min(MAX_NORM, base.outlier_norm)
             try:
                 if bool(is_merged.all()):
                     base.merge(self.pending.cpu(), vectors)
@@ -270,7 +270,7 @@ class IndexUpkeep:
             else:
                 base.norm_outliers = torch.cat([base.norm_outliers, self.pending[~is_merged & finite].cpu()])
                 self.pending = self.pending[~finite]
-                if is_due:
+                if is_tuning_due:
                     self._tune_base(base, rows, keys)
         if base.recall is None:
             self._rebuild(rows, keys, None)

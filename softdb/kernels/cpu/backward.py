@@ -77,7 +77,7 @@ def backward_in_blocks(
     grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = _empty_gradient(keys, spec, height) if needs_keys else None
     grad_values = _empty_gradient(values, spec, height) if needs_values else None
-    # The weights below are not divided by the total: these smaller factors are.
+    # These factors are divided by the total once, instead of the weights of every block.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
         delta = (delta + (grad_blend * blend).sum(-1)) / total

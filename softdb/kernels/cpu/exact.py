@@ -56,7 +56,7 @@ class _ExactRead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, BestRows | None]:
         # Rows that are copied have gradients that are copied too, so blocks are smaller.
         copied_per_row = spec.count_copied_elements(keys, values) * (1 + any(ctx.needs_input_grad[1:3]))
-        if k:  # so that wide blocks and their gradients stay in cache from one slice of queries to the next
+        if k:  # this limit keeps the wide blocks of a top-k, and their gradients, in cache for all slices of queries
             copied_per_row = max(copied_per_row, (keys.shape[-1] + values.shape[-1]) // 2)
         tiles = spec.choose_tiles(split_groups(groups, query), copied_per_row, k)
         read = read_in_blocks(query, keys, values, spec, groups, k, tiles)

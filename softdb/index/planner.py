@@ -10,7 +10,7 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["approximate_is_cheaper", "plan_search_width"]
 
-# Upper bound of an estimated recall, below 1 by this fraction: a sample of queries cannot show a higher one.
+# An estimated recall is at most 1 minus this fraction: a sample of queries cannot show a higher one.
 MIN_MISSED_FRACTION = 1e-4
 
 
@@ -31,7 +31,7 @@ def approximate_is_cheaper(base: Base, rows: RowStorage, selection: Selection, k
 def plan_search_width(base: Base, queries: int, neighbours: float, *, careful: bool) -> tuple[int | None, float]:
     """Choose the search width for a number of neighbours, and estimate its recall.
 
-    A filter requires a wider search: its k best rows are among the ``neighbours`` best of all rows, a larger number.
+    A filter requires a wider search: the k best rows that it allows are expected among the ``neighbours`` best of all.
 
     Returns:
         The search width, None for that of the base index, and the expected recall.

@@ -1,4 +1,4 @@
-"""`SoftKVStore`: a table of keys and values that is read softly, hard, or by its k best rows."""
+"""The `SoftKVStore` module: a table of keys and values with differentiable reads."""
 
 from __future__ import annotations
 
@@ -56,55 +56,64 @@ __all__ = ["SoftKVStore"]
 
 
 class SoftKVStore(ModuleWithProperties):
-    """A soft database: rows of keys and values, answered by a blend of the values.
+    """A key-value store that answers a query with a weighted sum of its values.
 
-    Equal, for the default metric, to::
+    For the default metric, a read of the N rows in the store is equal to::
 
-        scores = query @ keys.T / sqrt(key_dim) / temperature     # match
-        weights = softmax(scores)                                 # normalise
-        output = weights @ values                                 # retrieve
+        scores = query @ keys.T / sqrt(key_dim) / temperature     # (B, N)
+        weights = softmax(scores)                                 # (B, N)
+        output = weights @ values                                 # (B, value_dim)
 
-    over the rows it holds, without holding more than a few megabytes of the (B, N) scores or weights.
+    The scores and weights are computed in blocks: the (B, N) matrices are never allocated.
 
     Args:
         key_dim: Width of queries and keys.
-        value_dim: Width of values; their own space.
-        metric: "dot", "scaled_dot" (q·k / √key_dim), "cosine" or "l2" (−‖q − k‖²).
-        temperature: Divides the scores of every read that names no other. For a learnable one pass a tensor to
-            `read`.
-        trainable: Whether ``keys`` and ``values`` are Parameters; else they are buffers. Gradients reach the query
-            and a tensor temperature either way.
-        sparse_grad: Whether topk and hard reads give keys and values row-sparse gradients (coalesced COO, of the rows
-            read), for optimisers that touch no other row: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`,
-            `torch.optim.SparseAdam`, Adagrad, SGD. Else they are dense, as every optimiser takes them. Exact reads
-            give dense ones in any case.
-        fields: Names of int64 fields that every row carries, for ``where``.
-        index: How top-k reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
-        capacity: The most rows that the store ever holds. Storage for them is laid out at once and never grows, so
-            that optimisers and DistributedDataParallel may be built around it. Else it grows as rows come.
-        evict: Which rows make room when there are more than ``capacity``; else that is an error. "oldest": those that
-            `add` or `put` brought in first; replacing, updating or reviving a row makes it no younger. "lru": those
-            whose last use is longest ago, of equals the one in the lowest slot. A row is used when it is added, put,
-            revived, updated in key or value, and when a read counts it, as for `usage`: an exact softmax read without
-            ``k`` counts none. Rows of one call never evict each other, nor those it replaces. An
-            evicted row is gone as if by `delete`: its id is not handed out again, a read that used it cannot go
-            backward, and its pending gradient is dropped.
-        track_usage: Whether to count, for `usage`, how often and with which weight reads report each row.
-        device, dtype: Of the stored tensors, as for any module.
+        value_dim: Width of values. It may differ from ``key_dim``.
+        metric: Score of a query q and a key k: "dot" (q·k), "scaled_dot" (q·k / √key_dim), "cosine" or "l2"
+            (−‖q − k‖²). A higher score is better.
+        temperature: Number above 0 that divides the scores, unless `read` is called with another one. For a learnable
+            temperature, pass a tensor to `read`.
+        trainable: Whether ``keys`` and ``values`` are Parameters. If False, they are buffers. The query and a
+            temperature tensor get gradients in both cases.
+        sparse_grad: Whether topk and hard reads give ``keys`` and ``values`` row-sparse gradients: coalesced COO
+            tensors that hold only the rows read. Use it with an optimizer that accepts sparse gradients:
+            `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`, `torch.optim.Adagrad` or
+            `torch.optim.SGD`. If False, gradients are dense. Exact reads always give dense gradients.
+        fields: Names of the int64 fields of every row. ``where`` filters by them.
+        index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
+        capacity: Maximum number of rows. The storage is allocated once at this size and never grows, so optimizers and
+            DistributedDataParallel can be constructed before rows are added. If None, the storage grows when it is
+            full.
+        evict: Which rows to evict when a write would exceed ``capacity``. If None, that write raises `GrowthError`.
 
-    What ``evict`` and ``track_usage`` need to know is in ``state_dict``: a store that loads it evicts and counts on as
-    the saved one would have. Activation checkpointing repeats reads, and repeated ones count again.
+            - "oldest": the rows that `add` or `put` inserted first. Replacing, updating or reviving a row does not
+              change its age.
+            - "lru": the least recently used rows; ties go to the lowest slot. A row is used when it is added, put or
+              revived, when its key or value is updated, and when a read counts it (see `usage`). An exact softmax read
+              without ``k`` counts no row.
+
+            A write never evicts a row that it inserts or replaces. Eviction has the effects of `delete`: the id is
+            never assigned again, backward of a read that used the row raises `StaleReadError`, and the pending gradient
+            of the row is dropped.
+        track_usage: Whether to count how often, and with which weight, reads report each row. See `usage`.
+        device: Device of the stored tensors.
+        dtype: Floating-point dtype of ``keys`` and ``values``.
+
+    ``state_dict`` includes the eviction clock and the usage counters. A store that loads it evicts and counts as the
+    saved store would. Activation checkpointing repeats reads, and each repetition is counted.
 
     Attributes:
         keys: (capacity, key_dim), in slot order.
-        values: (capacity, value_dim).
+        values: (capacity, value_dim), in slot order.
 
-        Read them, hand them to an optimiser, or write to them in place; what stands in a slot without a row means
-        nothing. Writes by ``.data`` or numpy need `touch`. The store writes by ``.data`` itself: a graph of your own
-        over these tensors does not notice.
+            You may read them, pass them to an optimizer, or write to them in place. The contents of a slot without a
+            row are undefined. Call `touch` after a write through ``.data`` or NumPy. The store itself writes through
+            ``.data``, so autograd does not detect that change in a graph of your own over these tensors.
 
     Raises:
-        ArgumentError, DtypeError, FieldError: An argument is not as above.
+        ArgumentError: A number is out of range, or arguments do not fit together.
+        DtypeError: An argument has the wrong type.
+        FieldError: A field name is no identifier, is reserved, or is repeated.
 
     Example:
         >>> import torch
@@ -174,7 +183,7 @@ class SoftKVStore(ModuleWithProperties):
         self._table.record_versions()
 
     def _assemble(self) -> None:
-        """Make what works on the table and the index: of a new store, or of a copy."""
+        """Create the objects that read and write the table, for a new store or a copy."""
         self._table.attach(self)
         self._access = Access(self._table)
         self._writer = Writer(self._table, self._access)
@@ -205,36 +214,43 @@ class SoftKVStore(ModuleWithProperties):
 
     @property
     def ids(self) -> Tensor:
-        """The ids of the rows, (n,) int64, in slot order: the order of a bool ``where``. A copy."""
+        """Ids of the rows, (n,) int64, in slot order.
+
+        A bool mask passed as ``where`` has this order. The tensor is a copy; the cost is linear in the number of slots.
+        """
         if self.keys.is_meta:
             return self.rows.ids.new_empty(len(self))
         return self._access.reading(lambda: self.rows.ids[self.rows.live_slots()])
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that every row carries."""
+        """Names of the fields of every row."""
         return self.rows.fields
 
     @property
     def usage(self) -> Usage:
-        """How often, and with which weight, reads have reported each row since it came, or since `reset_usage`.
+        """Usage counters: how often, and with which weight, reads reported each row.
 
-        Only rows in ``read.ids`` count, and those with weight in an exact read without ``k`` by any normalizer but
-        softmax. By softmax all rows have weight, and such a read counts for none: pass ``k``. Hard reads count with
-        weight 1. Whether gradients are recorded makes no difference.
+        Counting starts when a row is added, and again at `reset_usage`. A read counts the rows in ``read.ids``. An
+        exact read without ``k`` counts the rows that have weight, unless its normalizer is softmax: softmax gives
+        weight to every row, so such a read counts no row. Pass ``k`` to count the best rows. A hard read counts its row
+        with weight 1. Reads count with and without gradients. The counters are copies; the cost is linear in the number
+        of slots.
 
         Raises:
-            NotApplicableError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was constructed without ``track_usage=True``.
         """
         check_tracking(self.rows.track_usage, "store")
         return self._access.reading(lambda: copy_usage(self.rows))
 
     @without_transforms
     def reset_usage(self) -> None:
-        """Count from 0 again. Which rows are evicted next stays as it is.
+        """Set the usage counters of all rows to 0.
+
+        The order of eviction does not change.
 
         Raises:
-            NotApplicableError: The store was made without ``track_usage=True``.
+            NotApplicableError: The store was constructed without ``track_usage=True``.
         """
         check_tracking(self.rows.track_usage, "store")
         with self.rows.access.writing():
@@ -242,45 +258,83 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:
-        """Append rows, copying them: what is stored is cut from the graph that made it.
+        """Append rows.
 
-        In a store with ``evict``, as many rows go as have no room beside the new ones, and these take their slots.
+        The store keeps detached copies: gradients do not flow from a read into the graph that computed ``keys`` and
+        ``values``. To train an encoder through a read, read the in-graph tensors with `softdb.functional.soft_read`,
+        and combine the result with the store's read by `softdb.functional.merge`.
 
-        For gradients into the encoder that made keys and values, read the in-graph tensors with
-        `softdb.functional.soft_read` and `softdb.functional.merge` that with the store's read.
+        When a store with ``evict`` is full, it evicts just enough rows; the new rows reuse their slots.
+
+        The cost is linear in the m new rows. When the storage is full and has no ``capacity``, its size at least
+        doubles, which copies all rows; call `reserve` to avoid this.
 
         Args:
             keys: (m, key_dim), floating point.
             values: (m, value_dim), floating point.
-            ids: Ids for the rows, (m,), none of them in the store; else the next m, which rise from 0 and are never
-                handed out twice.
-            fields: A column of m whole numbers, or one number for all, for every field of the store.
+            ids: Ids of the new rows, (m,), none of them in the store. If None, the next m ids are assigned: they start
+                at 0, rise by one, and are never assigned twice.
+            fields: Value of every field of the store, by name: m integers, or one integer for all m rows.
 
         Returns:
-            The ids, (m,) int64.
+            The ids of the new rows, (m,) int64.
 
         Raises:
             DuplicateIdError: An id is in the store, or is given twice.
-            GrowthError: The storage would have to grow while it cannot; call `reserve` beforehand. Or past its
-                ``capacity``, and there is no ``evict``.
-            UnfinishedWriteError: Memory ran out once the write was recorded: do not repeat it.
-            ArgumentError: There are more rows than the ``capacity``.
-            ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError: An argument is not as above.
+            GrowthError: The storage must grow but cannot now: call `reserve` earlier. Or it would exceed ``capacity``,
+                and ``evict`` is None.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+            ArgumentError: There are more than ``capacity`` rows.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: A key or value is NaN or infinite.
+            FieldError: A field is missing or unknown.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1, fields=["time", "user"])
+            >>> fields = {"time": torch.tensor([3, 5]), "user": 7}  # one value for each row, one value for all rows
+            >>> store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]), fields=fields)
+            tensor([0, 1])
+            >>> store.get([1]).fields
+            {'time': tensor([5]), 'user': tensor([7])}
         """
         return self._writer.add(keys, values, ids, fields)
 
     @without_transforms
     def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None = None) -> None:
-        """Insert rows, or replace those whose id is in the store; copies, as `add` does.
+        """Insert rows, or replace the rows that have the same ids.
+
+        The store keeps detached copies, as for `add`. The cost is linear in m, as for `add`.
 
         Args:
-            ids: (m,), each once.
-            keys: (m, key_dim).
-            values: (m, value_dim).
-            fields: A column for every field of the store.
+            ids: (m,), without duplicates.
+            keys: (m, key_dim), floating point.
+            values: (m, value_dim), floating point.
+            fields: Value of every field of the store, by name: m integers, or one integer for all m rows.
 
         Raises:
-            As `add`, but an id may exist.
+            DuplicateIdError: An id is given twice.
+            GrowthError: The storage must grow but cannot now: call `reserve` earlier. Or it would exceed ``capacity``,
+                and ``evict`` is None.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+            ArgumentError: There are more than ``capacity`` rows, or an id is negative.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: A key or value is NaN or infinite.
+            FieldError: A field is missing or unknown.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1)
+            >>> store.put([5, 8], torch.eye(2), torch.zeros(2, 1))
+            >>> store.put([8], torch.ones(1, 2), torch.ones(1, 1))  # replaces row 8
+            >>> store.get([8]).keys
+            tensor([[1., 1.]])
         """
         self._writer.put(ids, keys, values, fields)
 
@@ -288,61 +342,101 @@ class SoftKVStore(ModuleWithProperties):
     def update(
         self, ids: Ids, keys: Tensor | None = None, values: Tensor | None = None, fields: Fields | None = None
     ) -> None:
-        """Change parts of rows that exist; copies, as `add` does.
+        """Change the keys, values or fields of existing rows.
+
+        The store keeps detached copies, as for `add`. The cost is linear in m.
 
         Args:
-            ids: (m,), each once and in the store.
-            keys: (m, key_dim), or None to leave them.
-            values: (m, value_dim), or None to leave them.
-            fields: Columns for some of the fields.
+            ids: (m,), in the store, without duplicates.
+            keys: (m, key_dim). If None, the keys do not change.
+            values: (m, value_dim). If None, the values do not change.
+            fields: New values of some of the fields, by name: m integers, or one integer for all m rows.
 
         Raises:
             UnknownIdError: An id is not in the store.
-            ShapeError, DtypeError, DeviceError, NonFiniteError, FieldError, DuplicateIdError: An argument is not as
-                above.
+            DuplicateIdError: An id is given twice.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: A key or value is NaN or infinite.
+            FieldError: A field is unknown.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1)
+            >>> ids = store.add(torch.eye(2), torch.zeros(2, 1))
+            >>> store.update(ids[:1], values=torch.ones(1, 1))
+            >>> store.get(ids).values.flatten()
+            tensor([1., 0.])
         """
         self._writer.update(ids, keys, values, fields)
 
     @without_transforms
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
-        """Let rows begin anew as other rows, under their old ids: for those that nobody reads any more.
+        """Replace the contents of rows that no read uses any more, and keep their ids.
 
-        As `update`, and besides: their pending gradients are dropped, their `usage` starts from 0, and
-        `softdb.optim.RowAdam` forgets what it remembered of them. torch's own optimisers do not: their momentum moves
-        the new rows too.
+        It does what `update` does and also discards the past of the rows: their pending gradients are dropped, their
+        `usage` starts at 0, and `softdb.optim.RowAdam` resets their optimizer state. Optimizers of ``torch.optim`` do
+        not reset theirs: the old momentum is applied to the new contents.
+
+        The cost is linear in m.
 
         Args:
-            ids: (m,), each once and in the store.
-            keys: (m, key_dim); copies, as `add` makes them.
-            values: (m, value_dim).
+            ids: (m,), in the store, without duplicates.
+            keys: (m, key_dim), copied as by `add`.
+            values: (m, value_dim), copied as by `add`.
 
         Raises:
             UnknownIdError: An id is not in the store.
-            ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError: An argument is not as above.
+            DuplicateIdError: An id is given twice.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: A key or value is NaN or infinite.
         """
         self._writer.revive(ids, keys, values)
 
     @without_transforms
     def delete(self, ids: Ids) -> None:
-        """Remove rows. Their ids are never handed out again, though they may be added explicitly.
+        """Remove rows.
+
+        Their ids are never assigned again, but you may pass them to `add` or `put`. Their slots are reused, the lowest
+        first. The storage does not shrink.
 
         Args:
-            ids: (m,), each once and in the store.
+            ids: (m,), in the store, without duplicates.
 
         Raises:
             UnknownIdError: An id is not in the store.
+            DuplicateIdError: An id is given twice.
         """
         self._writer.delete(ids)
 
     @without_transforms
     def get(self, ids: Ids) -> Rows:
-        """The rows ``ids``, in that order, as copies cut from the graph.
+        """Return copies of rows, in the order of ``ids``.
+
+        The copies are detached from the graph. The cost is linear in m.
 
         Args:
-            ids: (m,), each in the store; an id may be asked for twice.
+            ids: (m,), in the store. Duplicates are allowed.
+
+        Returns:
+            A `Rows` with ``keys`` (m, key_dim), ``values`` (m, value_dim) and ``fields``, a dict of (m,) int64 tensors.
 
         Raises:
             UnknownIdError: An id is not in the store.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1)
+            >>> ids = store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]))
+            >>> store.get([1, 0]).values.flatten()
+            tensor([20., 10.])
         """
         self._table.check_not_meta()
         given = check_ids("ids", ids, repeats=True)
@@ -351,24 +445,36 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def reserve(self, n: int) -> None:
-        """Make room for ``n`` rows in all, so that the storage does not grow before.
+        """Allocate storage for at least ``n`` rows in total.
 
-        Call it before wrapping a trainable store in DistributedDataParallel, and before building one of torch's own
-        optimisers: they lay out their state by the size of ``keys`` and ``values``.
+        Call it before wrapping a trainable store in DistributedDataParallel and before constructing an optimizer of
+        ``torch.optim``: both allocate their state at the size of ``keys`` and ``values``. If the storage grows, all
+        rows are copied.
+
+        Args:
+            n: Total number of rows, including the rows in the store.
 
         Raises:
-            GrowthError: A graph over the present storage is alive, or ``n`` is more than the store's ``capacity``.
+            GrowthError: A read of the present storage has not gone backward yet, or ``n`` exceeds ``capacity``.
+
+        Example:
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2, trainable=True)
+            >>> store.reserve(1_000)
+            >>> store.keys.shape
+            torch.Size([1000, 4])
         """
         self._writer.reserve(n)
 
     @without_transforms
     def touch(self, ids: Ids) -> None:
-        """Say that you wrote the rows' tensors yourself, as in ``store.keys.data[...] = ...``.
+        """Report writes to ``keys`` or ``values`` that autograd does not record.
 
-        Writes through the store and optimiser steps need no such word.
+        Call it after a write through ``.data`` or NumPy, as in ``store.keys.data[...] = ...``. The methods of the store
+        and steps of optimizers do not need it.
 
         Args:
-            ids: (m,), each in the store.
+            ids: Ids of the rows that were written to, (m,), in the store.
 
         Raises:
             UnknownIdError: An id is not in the store.
@@ -378,7 +484,7 @@ class SoftKVStore(ModuleWithProperties):
     # -- reading ---------------------------------------------------------------------------------------------
 
     def forward(self, query: Tensor, **options: Any) -> Tensor:
-        """``read(query, **options).values``."""
+        """Return ``read(query, **options).values``, (..., value_dim)."""
         return self.read(query, **options).values
 
     def read(
@@ -394,77 +500,107 @@ class SoftKVStore(ModuleWithProperties):
         tolerance: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Read:
-        """Answer a batch of queries.
+        """Answer a batch of queries with weighted sums of values.
 
         ========  ================================================================================================
-        exact     ``softmax(scores) @ values`` over every live row that the filters allow; ``lse`` over them all
-        topk      the same over the k best rows, found by the index and scored anew from the live keys; with
-                  ``tail_samples`` or a ``tolerance``, an estimate of the exact answer
-        hard      ``values[argmax(scores)]``, by an exact search: weight 1, gradient to that row's value only, lse
-                  the top score
+        exact     ``softmax(scores) @ values`` over all rows that the filters allow; ``lse`` is over the same rows
+        topk      the same over the k best rows: the index finds candidates, which are scored again from ``keys``;
+                  with ``tail_samples`` or ``tolerance``, an estimate of the exact result
+        hard      ``values[argmax(scores)]``, by exact search; the weight is 1, only the value of that row gets a
+                  gradient, and ``lse`` is its score
         ========  ================================================================================================
 
-        Ties go to the row in the lowest slot. Where there is nothing to read (an empty store, every row filtered)
-        values are 0, ids -1, lse -inf and mass 0, and gradients are 0.
+        Ties go to the row in the lowest slot. If there is no row to read, because the store is empty or the filters
+        hide every row, values are 0, ids are -1, lse is -inf, mass is 0, and gradients are 0.
 
-        Memory beyond the result: a few megabytes for exact and hard; in topk mode the k gathered rows of each query,
-        and with a sparse normalizer in exact mode all rows that have weight.
+        For B queries of N rows, exact and hard reads take O(B N (key_dim + value_dim)) operations and a few megabytes
+        of memory beyond the result. A topk read takes a search of the index and O(B k (key_dim + value_dim))
+        operations; it gathers the k rows of each query. An exact read with a sparse normalizer gathers all rows that
+        have weight.
 
-        Under torch.compile a read is one operator of the graph; a callable ``where``, a sample, a tolerance, and a
-        sparse normalizer in topk mode break the graph. Rows are written outside of graphs. Gradients of the rows are
-        dense where a graph reads one store more than once. torch.export takes the same reads; the exported program
-        reads this very store, as long as it lives in its process and its rows stay the same.
+        Under `torch.compile`, a read is one operator of the graph. A callable ``where``, ``tail_samples``,
+        ``tolerance``, ``generator``, the gumbel normalizer, and a sparse normalizer in topk mode break the graph. Write
+        rows outside of compiled functions. If a graph reads the same store more than once, the gradients of its rows
+        are dense. `torch.export` supports the same reads. The exported program reads this store itself: it needs the
+        store in the same process, with unchanged rows.
 
-        `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` go through, nested as you like, and so do gradients for each
-        sample by ``functional_call``. vmap makes one read of all samples, unless each has its own rows, a ``where``
-        of its own or a callable one. Writes within a transform store plain numbers, but not those of each sample.
+        The transforms `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` are supported in any nesting, as are
+        per-sample gradients with ``functional_call``. vmap reads all samples at once, unless each sample has its own
+        rows or its own ``where``, or ``where`` is callable. Inside of a transform, writes store plain tensors; they
+        cannot store a separate tensor for each sample of vmap.
 
         Args:
-            query: What is looked for, (..., key_dim), floating point.
+            query: (..., key_dim), floating point.
             mode: "exact", "topk" or "hard".
-            k: In topk mode the number of candidates. In exact mode how many of the best rows to report besides.
-            where: Which rows may be seen: a bool tensor in the order of ``store.ids``; an int64 tensor of ids; or a
-                callable ``where(row) -> bool tensor``, where ``row["id"]`` and ``row["field"]`` are int64, (C,) for a
-                block of rows or (B, C) for candidates of the B flattened queries, and the result broadcasts to
-                (B, C). Join conditions with & and |, as for any bool tensors.
-            exclude: Ids that each query may not see, (..., m) int64; -1 is padding. An id that is not in the store
-                hides nothing.
-            temperature: Divides the scores instead of the store's: a number above 0, or a tensor, with gradient,
-                broadcastable to the query's leading shape.
-            normalizer: From scores to weights, over the rows considered: "softmax"; "straight_through": hard forward,
-                soft backward; "gumbel": the same for scores with noise, so that a row is drawn by its weight, and
-                ``scores`` and ``lse`` are those with noise, but in eval mode (``store.eval()``) "straight_through",
-                which ``read.normalizer`` says; "sparsemax" or "entmax15": weights that are 0 for all but
-                some of the best rows. In topk mode k is doubled while it is too small for those of some query, up to
-                16 times or 1,024: ``mass`` is 1 where all of them are known to be candidates, and NaN elsewhere, so
-                wherever the search was approximate. In exact mode they are gathered, and too many are an ArgumentError.
-                See `softdb.scoring.normalizers`.
-            tail_samples: In topk mode, how many rows to sample for what the candidates leave out; with as many as there
-                are, the read is exact. Then ``weights`` and ``mass`` are of the estimated softmax over all allowed
-                rows, ``lse`` is its estimate, and ``error`` tells how far ``values`` may be off: the norm of the
-                difference from the exact answer, in parts of that answer's, is below it in nine of ten cases, as
-                docs/approximation.md explains. The sample is the same for the whole batch, stratified by the index's
-                lists; the gradient reaches its rows too, each standing for many.
-            tolerance: In topk mode, the ``error`` that no query's may surpass, as 0.05: the candidates, the lists
-                visited and the sample are chosen for it, and queries that they do not serve, or that cost more so, are
-                read exactly, with error 0; the gradients of rows are dense then. Rows are reported if there is a ``k``,
-                which costs as much again where the read is exact.
-            generator: What "gumbel" and the sample are drawn from; torch's own if None. In eval mode, where "gumbel"
-                draws nothing, it is left as it is.
+            k: Number of candidates in topk mode. In exact mode, number of best rows to report in ``ids``, ``weights``
+                and ``scores``.
+            where: Rows that may be read, as one of
+
+                - a bool tensor (n,), in the order of ``store.ids``;
+                - an int64 tensor of ids;
+                - a callable ``where(row) -> bool tensor``. ``row["id"]`` and ``row[field]`` are int64 tensors: (C,) for
+                  a block of rows, or (B, C) for the candidates of B flattened queries. The result must be broadcastable
+                  to (B, C). Combine conditions with ``&`` and ``|``.
+            exclude: Ids that each query may not read, (..., m) int64. -1 is padding. Ids that are not in the store have
+                no effect.
+            temperature: Divisor of the scores in place of the store's: a number above 0, or a tensor, which gets a
+                gradient and must be broadcastable to the leading shape of the query.
+            normalizer: Function from scores to weights, over the rows considered (see `softdb.scoring.normalizers`):
+
+                - "softmax".
+                - "straight_through": one-hot weights in forward, the gradient of softmax in backward.
+                - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its
+                  softmax probability. ``scores`` and ``lse`` include the noise. In eval mode (``store.eval()``) it
+                  reads by "straight_through", and ``read.normalizer`` says so.
+                - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows. In exact mode these
+                  rows are gathered; too many raise `ArgumentError`. In topk mode, k is doubled while it is smaller than
+                  the number of rows with weight, up to 16 k or 1,024. ``mass`` is 1 where all rows with weight are
+                  known to be candidates, and NaN elsewhere: so wherever the search was approximate.
+            tail_samples: Number of rows to sample, in topk mode, to estimate the contribution of the rows that are not
+                candidates. If it is at least the number of the other rows, the read is exact. With a sample,
+                ``weights`` and ``mass`` are relative to the estimated softmax over all allowed rows, ``lse`` is its
+                estimate, and ``error`` is an estimate of ‖values − exact values‖ / ‖exact values‖ that is not exceeded
+                in nine of ten cases (see docs/approximation.md). All queries of the batch share the sample, which is
+                stratified by the lists of the index. The sampled rows get gradients too, each scaled for the rows it
+                represents.
+            tolerance: Maximum ``error`` of each query in topk mode, such as 0.05. The number of candidates, of lists
+                visited and of samples are chosen for it. Queries that cannot meet it, or for which the exact read is
+                cheaper, are read exactly and have error 0. The gradients of rows are dense. Rows are reported only with
+                a ``k``, which doubles the cost of queries that are read exactly.
+            generator: Generator for the noise of "gumbel" and for the sample. If None, the default generator of torch.
+                In eval mode "gumbel" draws no numbers and leaves the generator unchanged.
 
         Returns:
             A `Read`.
 
         Raises:
-            ArgumentError: A mode does not use an argument that was given, or it is out of range.
-            ShapeError, DtypeError, DeviceError, NonFiniteError, UnknownIdError: An argument is not as above.
-            StaleReadError: In backward, if a row that the read used was changed in between. Appending rows is fine,
-                unless it evicts one of those.
-            SecondDerivativeError: In a second derivative of an exact read, or of any read under torch.func.
-            TransformError: In forward mode (jvp, jacfwd, hessian), or for a read that draws random numbers in a vmap
-                whose ``randomness`` is "error".
+            ArgumentError: An argument is out of range, or the mode does not use it.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: The query is NaN or infinite somewhere.
+            UnknownIdError: ``where`` has an id that is not in the store.
+            StaleReadError: In backward, if a row that the read used was changed or evicted after it. Appending rows is
+                allowed.
+            SecondDerivativeError: In a second derivative of an exact read, or of any read under `torch.func`.
+            TransformError: In forward mode (jvp, jacfwd, hessian), or if the read draws random numbers in a vmap with
+                ``randomness="error"``.
 
         Source: Vaswani et al. 2017 (arXiv 1706.03762); the top-k softmax of Rae et al. 2016 (arXiv 1610.09027).
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1, fields=["time"])
+            >>> ids = store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]), fields={"time": torch.tensor([3, 5])})
+            >>> query, now = torch.zeros(2, 2), torch.tensor([4, 6])
+            >>> store.read(query, where=lambda row: row["time"] < now[:, None]).values  # each query reads earlier rows
+            tensor([[10.], [15.]])
+            >>> store.read(query, where=store.ids != 0).values  # a bool mask
+            tensor([[20.], [20.]])
+            >>> read = store.read(torch.tensor([9.0, 0.0]), mode="topk", k=1, where=torch.tensor([1]))  # ids
+            >>> read.ids, read.values
+            (tensor([1]), tensor([20.]))
         """
         return read(self, query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
 
@@ -478,13 +614,14 @@ class SoftKVStore(ModuleWithProperties):
         exclude: Tensor | None = None,
         temperature: float | Tensor | None = None,
     ) -> Audit:
-        """Compare top-k reads of ``queries`` with exact ones: what the index misses, and what k leaves out.
+        """Compare topk reads with exact reads of the same queries.
 
-        It costs an exact read with ``k``, and counts for no `usage`.
+        The result reports the rows that the index misses and the softmax mass that k candidates leave out. The cost is
+        that of an exact read with ``k`` and a topk read. The reads do not count in `usage`.
 
         Args:
-            queries: (..., key_dim), like those that will be asked.
-            k: The number of candidates.
+            queries: (..., key_dim), a sample of the queries that the store will answer.
+            k: Number of candidates.
             where: As for `read`.
             exclude: As for `read`.
             temperature: As for `read`.
@@ -493,7 +630,12 @@ class SoftKVStore(ModuleWithProperties):
             An `Audit`.
 
         Raises:
-            As `read`.
+            ArgumentError: An argument is out of range.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type.
+            DeviceError: A tensor is not on the device of the store.
+            NonFiniteError: A query is NaN or infinite somewhere.
+            UnknownIdError: ``where`` has an id that is not in the store.
 
         Example:
             >>> import torch
@@ -515,13 +657,14 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def build_index(self) -> None:
-        """Build the index of top-k reads from the rows as they are, whatever it was before.
+        """Build the index of topk reads from the current rows.
 
-        Reads do so by themselves when it is due; call it to choose the moment. Where the configuration says that
-        searches are exact ("Flat", or "auto" with few rows) there is nothing to build.
+        An existing index is replaced. Reads build the index when it is needed; call this method to choose the time. If
+        the configuration selects exact search ("Flat", or "auto" with few rows), it does nothing. The cost is linear in
+        the number of rows for each candidate index that is trained.
 
         Raises:
-            IndexBuildError: FAISS refuses, or memory runs out; reads search exactly.
+            IndexBuildError: FAISS fails, or memory runs out. Reads then use exact search.
         """
         self._table.check_not_meta()
         with self.writing():
@@ -529,22 +672,27 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def refresh(self, *, wait: bool = False) -> None:
-        """Take the pending rows into the index, so that no search has to go through them.
+        """Add the pending rows to the index, so that searches do not scan them.
+
+        The cost is linear in the number of pending rows, or that of `build_index` if a rebuild is due.
 
         Args:
-            wait: With ``IndexConfig(background=True)``, whether to wait for a build under way, and use it.
+            wait: With ``IndexConfig(background=True)``, whether to wait for a build in progress, and use its result.
 
         Raises:
-            IndexBuildError: The last build failed, in the background or in a read, and this has not been said yet.
+            IndexBuildError: The last build failed, in the background or in a read, and no call has reported it yet.
         """
         self._table.check_not_meta()
         with self.writing():
             self._index.refresh(self.rows, self.keys.detach(), wait=bool(wait))
 
     def index_stats(self) -> IndexStats:
-        """What the index is and what it has cost so far.
+        """Return the state of the index and its costs so far.
 
-        ``factory`` is "Flat" as long as there are fewer rows than the configured index needs.
+        ``factory`` is "Flat" while the store has fewer rows than the configured index needs.
+
+        Returns:
+            An `IndexStats`.
         """
         self._table.check_not_meta()
         return self._access.reading(lambda: self._index.stats(self.rows, self.keys.detach()))
@@ -552,23 +700,24 @@ class SoftKVStore(ModuleWithProperties):
     # -- saving and loading ----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], *, timeout: float = 0.0) -> None:
-        """Write the store to the directory ``path``, so that it holds the whole of it, durably, or is left as it was.
+        """Write the store to the directory ``path``, atomically and durably.
 
-        Rows, ids, fields, usage and settings; tensors in safetensors files, each with its hash. The index is not
-        saved: the loaded store builds its own. Nor are gradients and optimiser states: they belong to a checkpoint of
-        yours. The rows are not copied on the way.
+        The snapshot holds rows, ids, fields, usage and settings. Tensors are safetensors files, each with its hash. The
+        index, gradients and optimizer states are not saved: a loaded store builds its own index. If saving fails, the
+        directory still holds its previous snapshot. Rows are written without a copy in memory.
 
         Args:
-            path: A directory; made if it does not exist, but not those above it. A snapshot that it holds is replaced
-                once the new one is complete, so there must be room for both. Give it a directory of its own: a
-                ``manifest.json`` of another program is replaced, too.
-            timeout: How many seconds to wait while somebody else saves to it.
+            path: Directory. It is created if it does not exist, but its parents are not. An existing snapshot is
+                replaced once the new one is complete, so the disk needs room for both. Use a separate directory: a
+                ``manifest.json`` of another program is replaced too.
+            timeout: Seconds to wait while another save to the same path is in progress.
 
         Raises:
-            LockedError: Somebody else was saving for longer than that.
-            OSError: The system refuses; the snapshot that was there, and the store, are as they were.
+            LockedError: Another save to the path did not finish within ``timeout``.
+            OSError: The system reports an error. The previous snapshot and the store are unchanged.
             UnsupportedSystemError: The system has no POSIX files and locks.
-            ArgumentError, DtypeError: An argument is not as above.
+            ArgumentError: ``timeout`` is negative or NaN, or ``path`` is no valid path.
+            DtypeError: An argument has the wrong type.
 
         Example:
             >>> import tempfile, torch
@@ -595,26 +744,31 @@ class SoftKVStore(ModuleWithProperties):
         verify: bool = False,
         device: torch.device | str | None = None,
     ) -> SoftKVStore:
-        """The store that was saved to the directory ``path``, with the same settings.
+        """Load the store that was saved to the directory ``path``, with its settings.
 
-        Every byte is compared with its hash; nothing in the directory is executed, and no link is followed.
+        Every byte is compared with its hash. Nothing in the directory is executed, and no symbolic link is followed.
 
         Args:
-            path: What `save` wrote.
-            mmap: Leave keys and values in their files, which the system reads as they are looked at: for a look at a
-                few rows, or more of them than memory holds. The store is read-only until `materialize`, and its keys
-                and values have no gradients. Others may save to the path meanwhile, but a file that is cut short, or
-                a disk that fails, ends the process at the next look (SIGBUS).
-            verify: With ``mmap``, whether to read keys and values once, to compare them with their hashes. Without
-                ``mmap`` that is always done.
-            device: Where the store shall lie.
+            path: Directory that `save` wrote.
+            mmap: Whether to map the files of keys and values into memory instead of reading them. Use it to look at a
+                few rows, or at more rows than fit in memory. The store is read-only until `materialize`, and its keys
+                and values have no gradients. Other processes may save to the path meanwhile. If a mapped file is
+                truncated or the disk fails, the next access to it ends the process (SIGBUS).
+            verify: With ``mmap``, whether to read keys and values once and compare them with their hashes. Without
+                ``mmap`` this is always done.
+            device: Device of the loaded store. If None, the CPU.
+
+        Returns:
+            The store.
 
         Raises:
             FileNotFoundError: There is no snapshot.
-            CorruptSnapshotError: The snapshot is not what was saved; names the file and the tensor.
-            ArgumentError: It was made by a newer softdb, or is to be mapped on a ``device`` that is not the CPU.
-            DeviceError: There is no such ``device`` here, or none that holds numbers.
-            OSError, MemoryError: It cannot be read, or does not fit, which says nothing against it.
+            CorruptSnapshotError: The snapshot differs from what was saved. The message names the file and the tensor.
+            ArgumentError: The snapshot was made by a newer softdb, or ``mmap`` is used with a ``device`` other than the
+                CPU.
+            DeviceError: The ``device`` is not available, or is the meta device.
+            OSError: The system cannot read a file. The snapshot may be valid.
+            MemoryError: The store does not fit in memory. The snapshot may be valid.
             UnsupportedSystemError: The system has no POSIX files and locks.
 
         Example:
@@ -633,9 +787,10 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def materialize(self) -> None:
-        """Copy the rows of a store that was loaded with ``mmap=True`` into memory: it may be written to from then on.
+        """Copy the rows of a store that was loaded with ``mmap=True`` into memory.
 
-        ``keys`` and ``values`` stay the same objects. Any other store is left as it is.
+        The store accepts writes afterwards. ``keys`` and ``values`` remain the same objects. For any other store it
+        does nothing.
         """
         self._writer.materialize()
 
@@ -643,18 +798,19 @@ class SoftKVStore(ModuleWithProperties):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let no other thread read until the block ends, so that all that is written in it is seen at once.
+        """Block reads in other threads until the block ends.
 
-        Reads in several threads, beside one that writes by `add`, `put`, `update`, `revive`, `delete` or a step of
-        softdb's optimisers, each answer from one version of the store, whole, without this. It is for what the store
-        cannot see coming: writes of your own to ``keys`` and ``values``, steps of torch's optimisers, and several
-        writes that belong together. A ``backward`` belongs to the thread that writes: it looks at the rows again.
+        Reads in other threads then see all writes of the block, or none. A single `add`, `put`, `update`, `revive`,
+        `delete` or step of an optimizer of `softdb.optim` does not need it: concurrent reads already use one version of
+        the store. Use it for writes that the store cannot detect in advance: your own writes to ``keys`` and
+        ``values``, steps of optimizers of ``torch.optim``, and several writes that belong together. Run ``backward`` in
+        the thread that writes: backward reads the rows again.
 
         Example:
             >>> import torch
             >>> from softdb import SoftKVStore
             >>> store = SoftKVStore(key_dim=4, value_dim=2)
-            >>> with store.writing():  # readers see both or none
+            >>> with store.writing():  # readers see both writes or none
             ...     old = store.add(torch.eye(4), torch.ones(4, 2))
             ...     store.delete(old[:2])
         """
@@ -662,7 +818,7 @@ class SoftKVStore(ModuleWithProperties):
             yield
 
     def _check(self) -> None:
-        """Raise a RuntimeError that names what is not as it has to be, if anything: for tests."""
+        """Raise a RuntimeError that names the first violated invariant, for tests."""
         self._access.reading(lambda: check_invariants(self._table, self._index.invariants(self.rows)))
 
     # -- module conventions ----------------------------------------------------------------------------------
@@ -670,10 +826,11 @@ class SoftKVStore(ModuleWithProperties):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As for any module; DistributedDataParallel finds a stand-in with the same Parameters and no rows' buffers.
+        """Yield the modules as `torch.nn.Module` does; yield a stand-in to DDP.
 
-        It would overwrite those of each process with the first one's before every forward, and expects row-sparse
-        gradients of embeddings only.
+        DistributedDataParallel gets a module with the same Parameters and without the buffers of the rows. Otherwise it
+        would overwrite the buffers of each process with those of rank 0 before every forward. The stand-in is an
+        embedding where gradients are row-sparse, because DDP expects such gradients of embeddings only.
         """
         with outside_of_transforms() if is_active() else nullcontext():
             observe_listing(self._table)
@@ -684,7 +841,7 @@ class SoftKVStore(ModuleWithProperties):
                 yield name, stand_in(self, sparse=self.trainable and self.sparse_grad)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows between the brackets."""
+        """Return the settings that ``repr`` shows between the parentheses."""
         return describe_store(self, self._index.config.factory)
 
     @without_transforms
@@ -694,26 +851,30 @@ class SoftKVStore(ModuleWithProperties):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load rows and what is known of their use, all of it or nothing.
+        """Load the rows and their usage from a state dict, completely or not at all.
 
-        Counters (``rows.reads``, ``rows.weight``) and eviction clocks (``rows.used_at``, ``rows.added_at``) that
-        ``state_dict`` lacks start from 0; equally old rows are evicted in slot order. They are reported as missing, and
-        those that this store does not keep as unexpected, which is an error where ``strict``. Where rows cannot be
-        loaded, ``keys`` and ``values`` are among the missing ones.
+        If ``state_dict`` has no counters (``rows.reads``, ``rows.weight``) or no eviction clock (``rows.used_at``,
+        ``rows.added_at``), they start at 0; rows of equal age are evicted in slot order. Such names are reported as
+        missing. Counters or clocks that this store does not keep are reported as unexpected. Both are errors if
+        ``strict``. If the rows cannot be loaded, the missing names include ``keys`` and ``values``.
 
         Args:
-            state_dict: What ``state_dict()`` of a store returned.
-            strict: Whether names that are missing or unexpected are an error; then nothing is loaded. As part of
-                another module, rows are loaded before that error is raised.
-            assign: As for any module.
+            state_dict: Result of ``state_dict()`` of a store.
+            strict: Whether missing or unexpected names are an error; nothing is loaded then. If the store is part of
+                another module, its rows are loaded before that module raises the error.
+            assign: As for `torch.nn.Module.load_state_dict`.
 
         Returns:
-            The missing and the unexpected names, as for any module.
+            The missing and the unexpected names, as for `torch.nn.Module.load_state_dict`.
 
         Raises:
-            RuntimeError: ``strict``, and names differ.
-            ArgumentError, DtypeError, ShapeError, NonFiniteError, DuplicateIdError: A tensor is not one of a store.
-            GrowthError: The storage would have to change its size while it cannot.
+            RuntimeError: ``strict`` is True and names differ.
+            GrowthError: The storage must change its size but cannot now.
+            ArgumentError: The tensors are not those of a store.
+            DtypeError: A tensor has the wrong dtype.
+            ShapeError: A tensor has the wrong shape.
+            NonFiniteError: A key or value is NaN or infinite.
+            DuplicateIdError: An id occurs twice.
         """
         with self.rows.access.writing():
             self._is_strict = bool(strict)
@@ -751,7 +912,7 @@ class SoftKVStore(ModuleWithProperties):
     @without_transforms
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> SoftKVStore:
-        """A copy of one version of the rows, whoever writes meanwhile."""
+        """Return a copy of one version of the rows, also while other threads write."""
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))

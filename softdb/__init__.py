@@ -1,7 +1,8 @@
 """softdb: a differentiable soft key-value store.
 
-Attention is a soft database lookup: a query says what is looked for, a key what a row advertises, a value what it
-delivers. `SoftKVStore` keeps the rows and answers with a blend of their values through which gradients flow.
+A read is attention over the rows of a table: a query is compared with every key, and the result is the sum of the
+values, weighted by the softmax of the scores. `SoftKVStore` holds the rows. Gradients flow to the query, the keys and
+the values.
 """
 
 from softdb import errors, functional, lab, layers, optim, page

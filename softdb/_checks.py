@@ -1,4 +1,4 @@
-"""Checks of arguments: each names the argument, what was expected and what came."""
+"""Checks of arguments. Errors name the argument, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torch import Tensor
 from softdb.errors import ArgumentError, DeviceError, DtypeError, DuplicateIdError, NonFiniteError, ShapeError
 
 __all__ = [
-    "FLOATS",
-    "FLOAT_NAMES",
-    "INTEGERS",
-    "broadcasts",
+    "FLOAT_DTYPES",
+    "FLOAT_DTYPE_NAMES",
+    "INTEGER_DTYPES",
     "check_above_zero",
     "check_choice",
     "check_dense",
@@ -28,6 +27,7 @@ __all__ = [
     "check_finite",
     "check_float_tensor",
     "check_ids",
+    "check_int",
     "check_not_meta",
     "check_number",
     "check_positive",
@@ -36,24 +36,24 @@ __all__ = [
     "check_temperature",
     "check_unique",
     "check_vector",
-    "check_whole",
     "describe",
+    "is_broadcastable",
     "is_finite",
     "is_out_of_memory",
     "list_ids",
 ]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+FLOAT_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: Python's error, a device's, or torch's RuntimeError of the CPU."""
+    """Return whether an error of Python, a device or torch's CPU allocator is OOM."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     signs = ("DefaultCPUAllocator", "out of memory", "bad_alloc")
@@ -67,7 +67,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def _as_scalar(value: object) -> object:
-    """Convert a 0-d NumPy array, or a tensor of one element, to the Python number that it holds."""
+    """Convert a 0-d NumPy array or a tensor with one element to a Python number."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         return value.item()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and not value.is_meta:
@@ -75,8 +75,11 @@ def _as_scalar(value: object) -> object:
     return value
 
 
-def check_whole(name: str, value: object, *, least: int = 1) -> int:
-    """Convert any integer (Python's, NumPy's, a 0-d array or tensor) to an int of at least ``least``."""
+def check_int(name: str, value: object, *, least: int = 1) -> int:
+    """Convert an integer to an int of at least ``least``.
+
+    Integers of Python and NumPy, and 0-d arrays and tensors of integers are accepted.
+    """
     value = _as_scalar(value)
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)  # type: ignore[arg-type]
@@ -85,32 +88,35 @@ def check_whole(name: str, value: object, *, least: int = 1) -> int:
     if number is None:
         raise DtypeError(f"{name}: expected an integer, got {describe(value)}")
     if number < least:
-        raise ArgumentError(f"{name}: expected an integer of at least {least}, got {_printed(number)}")
+        raise ArgumentError(f"{name}: expected an integer of at least {least}, got {_format_number(number)}")
     if number >= 2**63:
-        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {_printed(number)}")
+        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {_format_number(number)}")
     return number
 
 
 def check_positive(name: str, value: object) -> int:
     """Convert any integer to an int of at least 1."""
-    return check_whole(name, value)
+    return check_int(name, value)
 
 
 def check_real(name: str, value: object) -> float:
-    """Convert any real number (Python's, NumPy's, a 0-d array or tensor) to a float, which may be NaN or infinite."""
+    """Convert a real number to a float, which may be NaN or infinite.
+
+    Numbers of Python and NumPy, and 0-d arrays and tensors are accepted.
+    """
     if isinstance(value, Tensor) and value.requires_grad:
-        raise DtypeError(f"{name}: expected a number, got a tensor that requires grad; pass it detached")
+        raise DtypeError(f"{name}: expected a number, got a tensor that requires grad; pass tensor.detach()")
     value = _as_scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise DtypeError(f"{name}: expected a number, got {describe(value)}")
     try:
         return float(value)
-    except OverflowError:  # of an int or a Fraction beyond every float
+    except OverflowError:  # An int or a Fraction may exceed the largest float.
         return -math.inf if value < 0 else math.inf
 
 
 def check_number(name: str, value: object, *, below: float = math.inf) -> float:
-    """Convert any real number to a float that is at least 0 and under ``below``."""
+    """Convert a real number to a float in [0, ``below``)."""
     number = check_real(name, value)
     if not 0 <= number < below:
         wanted = "a finite number of at least 0" if below == math.inf else f"a number in [0, {below:g})"
@@ -119,32 +125,35 @@ def check_number(name: str, value: object, *, below: float = math.inf) -> float:
 
 
 def check_above_zero(name: str, value: object, *, most: float = sys.float_info.max) -> float:
-    """Convert any real number to a float that is above 0 and at most ``most``."""
+    """Convert a real number to a float in (0, ``most``]."""
     number = check_real(name, value)
     if not 0 < number <= most:
         wanted = "a finite number above 0" if most == sys.float_info.max else f"a number above 0 and at most {most:g}"
-        raise ArgumentError(f"{name}: expected {wanted}, got {_printed(value)}")
+        raise ArgumentError(f"{name}: expected {wanted}, got {_format_number(value)}")
     return number
 
 
-def _printed(number: object) -> str:
-    """Print a number for a message."""
+def _format_number(number: object) -> str:
+    """Format a number for a message."""
     try:
         return str(number)
-    except ValueError:  # Python prints no int of more than 4,300 digits
+    except ValueError:  # Python refuses to print an int of more than 4,300 digits.
         return "a number with too many digits to print"
 
 
 def check_float_tensor(
     name: str, value: object, shape: Sequence[int | None], device: torch.device | None = None
 ) -> Tensor:
-    """``value`` if it is a floating tensor of ``shape``, as in `check_shape`."""
+    """Return ``value``; raise unless it is a floating-point tensor of ``shape``.
+
+    ``shape`` is as in `check_shape`. If ``device`` is given, the tensor must be on it.
+    """
     if not isinstance(value, Tensor):
         raise DtypeError(
             f"{name}: expected a floating-point torch.Tensor, got {describe(value)}; convert it with torch.as_tensor"
         )
-    if value.dtype not in FLOATS:
-        wanted = f"one of {FLOAT_NAMES}" if value.is_floating_point() else "a floating-point tensor"
+    if value.dtype not in FLOAT_DTYPES:
+        wanted = f"one of {FLOAT_DTYPE_NAMES}" if value.is_floating_point() else "a floating-point tensor"
         raise DtypeError(f"{name}: expected {wanted}, got {value.dtype}; convert it with .float()")
     check_dense(name, value)
     check_shape(name, value, shape)
@@ -154,34 +163,43 @@ def check_float_tensor(
 
 
 def check_dtype(dtype: object) -> None:
-    """Raise unless ``dtype`` is one that keys, values and queries may have, or None for torch's default."""
-    if dtype is not None and dtype not in FLOATS:
-        raise DtypeError(f"dtype: expected one of {FLOAT_NAMES}, got {describe(dtype)}")
+    """Raise unless ``dtype`` is None or a dtype of keys, values and queries."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"dtype: expected one of {FLOAT_DTYPE_NAMES}, got {describe(dtype)}")
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise if ``value`` is sparse or of another layout that is not every operation's."""
+    """Raise unless ``value`` has the strided layout."""
     if value.layout != torch.strided:
         raise DtypeError(f"{name}: expected a dense tensor, got {value.layout}; convert it with .to_dense()")
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Raise unless ``value`` lies on ``device``."""
+    """Raise unless ``value`` is on ``device``."""
     if value.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to()")
 
 
 def check_not_meta(name: str, tensor: Tensor, fill: str = "reset_parameters() or load_state_dict()") -> None:
-    """Raise if ``tensor``, which the module ``name`` holds, lies on the meta device; ``fill`` gives it numbers."""
+    """Raise if a tensor of the module ``name`` is on the meta device.
+
+    Args:
+        name: Name of the module.
+        tensor: Tensor of the module.
+        fill: Calls that initialize the tensors after ``to_empty``, for the message.
+    """
     if tensor.is_meta:
         raise DeviceError(
-            f"{name}: expected tensors that hold numbers, got tensors on meta, which hold none; call "
-            f"{name}.to_empty(device=...) and then {fill}, or load_state_dict(..., assign=True) at once"
+            f"{name}: expected tensors with data, got tensors on the meta device; call "
+            f"{name}.to_empty(device=...) and then {fill}, or call load_state_dict(..., assign=True)"
         )
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
-    """Raise unless ``value`` has ``shape``, in which None is any size and a leading -1 any number of dimensions."""
+    """Raise unless ``value`` has ``shape``.
+
+    None stands for any size. A leading -1 stands for any number of leading dimensions.
+    """
     leading = bool(shape) and shape[0] == -1
     wanted = shape[1:] if leading else shape
     found = value.shape
@@ -197,31 +215,35 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether no entry of ``value`` is NaN or infinite, in one pass that allocates nothing."""
-    # A sum is finite when every term is; when it is not, the terms may merely have overflowed together.
+    """Return whether every element of ``value`` is finite; allocate nothing."""
+    # A finite sum has finite terms only. An infinite sum may be an overflow, so the terms are tested then.
     return math.isfinite(value.detach().sum().item()) or bool(torch.isfinite(value).all())
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise if an entry of ``value`` is NaN or infinite."""
+    """Raise if an element of ``value`` is NaN or infinite."""
     if not is_finite(value):
         bad = int((~torch.isfinite(value)).sum())
         raise NonFiniteError(
-            f"{name}: expected finite numbers in {value.dtype}, got {bad} that are NaN or infinite; "
-            "remove or rescale these rows"
+            f"{name}: expected finite numbers in {value.dtype}, got {bad} NaN or infinite elements; "
+            "remove or rescale those rows"
         )
 
 
 def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool = False) -> Tensor:
-    """``value`` as int64 ids on the CPU, in its own shape.
+    """Convert ids to an int64 tensor on the CPU, of the same shape.
 
-    ``repeats`` allows an id twice; ``padding`` allows -1.
+    Args:
+        name: Name of the argument.
+        value: Ids: a tensor, an array, or a list of integers.
+        repeats: Whether duplicates and any number of dimensions are allowed.
+        padding: Whether -1 is allowed.
     """
     if isinstance(value, Tensor):
         ids = value.detach()
     else:
         if isinstance(value, (list, tuple)) and any(isinstance(number, bool) for number in value):
-            raise DtypeError(f"{name}: expected int64 ids, got torch.bool among them; ids are whole numbers")
+            raise DtypeError(f"{name}: expected int64 ids, got torch.bool among them; ids are integers")
         try:
             ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -231,10 +253,10 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         if ids.numel() == 0:
             ids = ids.to(torch.int64)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are whole numbers")
+        raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are integers")
     check_dense(name, ids)
     if ids.is_meta:
-        raise DeviceError(f"{name}: expected ids that can be read, got a tensor on meta, which holds none")
+        raise DeviceError(f"{name}: expected ids with data, got a tensor on the meta device")
     ids = ids.to(device="cpu", dtype=torch.int64)
     if ids.numel():
         lowest = int(ids.min())
@@ -254,15 +276,15 @@ def check_vector(name: str, ids: Tensor) -> None:
 
 
 def check_unique(name: str, ids: Tensor) -> None:
-    """Raise if an id occurs twice."""
+    """Raise if ``ids`` has duplicates."""
     ordered = ids.sort().values
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise DuplicateIdError(f"{name}: expected each id once, got {list_ids(twice.unique())} more than once")
 
 
-def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether a tensor of ``shape`` broadcasts to ``target`` without widening it."""
+def is_broadcastable(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Return whether ``shape`` broadcasts to ``target`` without enlarging it."""
     try:
         return tuple(torch.broadcast_shapes(tuple(shape), tuple(target))) == tuple(target)
     except RuntimeError:
@@ -272,35 +294,41 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
 def check_temperature(
     value: float | Tensor, shape: Sequence[int], device: torch.device | None = None
 ) -> float | Tensor:
-    """Convert a positive finite number to a float; a floating tensor of them on ``device`` broadcasts to ``shape``."""
-    if not isinstance(value, Tensor) or (value.numel() == 1 and value.dtype in INTEGERS):
+    """Return a valid temperature: a float, or a tensor broadcastable to ``shape``.
+
+    Args:
+        value: A positive finite number, or a floating-point tensor of such numbers.
+        shape: Leading shape of the query.
+        device: Device that the tensor must be on.
+    """
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.dtype in INTEGER_DTYPES):
         return check_above_zero("temperature", value)
-    if value.dtype not in FLOATS:
+    if value.dtype not in FLOAT_DTYPES:
         raise DtypeError(f"temperature: expected a number or a floating-point tensor, got {describe(value)}")
     check_dense("temperature", value)
     if device is not None:
         check_device("temperature", value, device)
-    if not broadcasts(value.shape, shape):
+    if not is_broadcastable(value.shape, shape):
         raise ShapeError(
             f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
             f"{tuple(shape)}, got shape {tuple(value.shape)}"
         )
     if not bool(((value > 0) & (value < math.inf)).all()):
-        raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with others")
+        raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with other values")
     return value
 
 
 def list_ids(ids: Tensor) -> str:
-    """A few of ``ids``, for a message."""
+    """Format at most five ids for a message."""
     shown = ", ".join(str(number) for number in ids[:5].tolist())
     return shown if len(ids) <= 5 else f"{shown} and {len(ids) - 5} more"
 
 
 def describe(value: Any) -> str:
-    """What ``value`` is, for a message."""
+    """Describe the type and value of ``value`` for a message."""
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    text = repr(value) if not isinstance(value, int) else _printed(value)
+    text = repr(value) if not isinstance(value, int) else _format_number(value)
     return f"{type(value).__name__} {text}" if len(text) <= 40 else f"a {type(value).__name__}"

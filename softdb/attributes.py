@@ -1,4 +1,4 @@
-"""Properties: of modules, where they may not apply, and of objects that compute them once."""
+"""Properties of modules that may not apply, and a cached property without a lock."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-__all__ = ["ModuleWithProperties", "kept_property"]
+__all__ = ["ModuleWithProperties", "lock_free_cached_property"]
 
 T = TypeVar("T")
 
 
 class ModuleWithProperties(nn.Module):
-    """A module whose properties raise AttributeErrors with messages of their own.
+    """Module whose properties can raise AttributeErrors with their own messages.
 
-    Where a property raises one, Python calls ``__getattr__``, and torch's own raises another AttributeError, which says
-    only that there is no such attribute.
+    If a property raises an AttributeError, Python calls ``__getattr__``. `torch.nn.Module.__getattr__` would raise
+    another AttributeError, which only says that the attribute does not exist.
     """
 
     def __getattr__(self, name: str) -> Any:
-        # The same steps as torch's, and not a call of it: keys and values are looked up here on the way of every read.
+        # Repeats torch's lookup instead of calling it, because every read looks up keys and values here.
         state = self.__dict__
         if "_parameters" in state:
             parameters = state["_parameters"]
@@ -36,15 +36,15 @@ class ModuleWithProperties(nn.Module):
                 return modules[name]
         own = getattr(type(self), name, None)
         if isinstance(own, property):
-            return own.__get__(self)  # raises its error again
+            return own.__get__(self)  # raises the error of the property again
         return super().__getattr__(name)
 
 
-class kept_property(Generic[T]):
-    """A property that each object computes once: `functools.cached_property`, but without a lock.
+class lock_free_cached_property(Generic[T]):
+    """Property that is computed once per object, without a lock.
 
-    Python 3.11 has one for all objects there: threads wait for each other, and a forked child for ever for a thread
-    that it does not have.
+    `functools.cached_property` of Python 3.11 holds one lock for all objects: threads wait for each other, and a forked
+    child waits forever for a thread that it does not have.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -52,5 +52,6 @@ class kept_property(Generic[T]):
         self.__doc__ = compute.__doc__
 
     def __get__(self, instance: Any, owner: Any = None) -> T:
-        value = instance.__dict__[self._compute.__name__] = self._compute(instance)  # found before this from now on
+        # The instance dict is searched before this descriptor, so the value is found there from now on.
+        value = instance.__dict__[self._compute.__name__] = self._compute(instance)
         return value

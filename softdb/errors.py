@@ -1,31 +1,31 @@
-"""What softdb raises.
+"""Exceptions of softdb.
 
 ::
 
     SoftDBError
     ├── ArgumentError          (ValueError)    an argument is out of range or does not fit the others
     │   ├── ShapeError                         a tensor has the wrong shape
-    │   ├── DeviceError                        a tensor lies on the wrong device
-    │   ├── NonFiniteError                     NaN or infinity where a finite number is needed
+    │   ├── DeviceError                        a tensor is on the wrong device
+    │   ├── NonFiniteError                     a number is NaN or infinite
     │   ├── DuplicateIdError                   an id is given twice, or exists already
-    │   └── NotApplicableError (AttributeError) an attribute does not apply to an object made as this one is
+    │   └── NotApplicableError (AttributeError) an attribute does not apply to an object with these options
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
-    ├── GrowthError            (RuntimeError)  the storage cannot grow now: reserve() first; or never, past a capacity
+    ├── GrowthError            (RuntimeError)  the storage cannot grow now, or exceeds its capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
-    ├── ForeignWriteError      (RuntimeError)  something other than the store replaced or overwrote its tensors
-    ├── CorruptSnapshotError   (ValueError)    a saved store is not what it was when it was saved
-    ├── IndexBuildError        (RuntimeError)  the index could not be built; searches are exact
-    ├── LockedError            (RuntimeError)  somebody else is saving to the same path
-    ├── MissingPackageError    (ImportError)   a package is needed that only an extra of softdb installs
-    ├── ReadOnlyError          (RuntimeError)  the rows lie in a snapshot: materialize() first
-    ├── TransformError         (NotImplementedError)  a transform of torch.func or torch.export cannot go through
+    ├── ForeignWriteError      (RuntimeError)  other code replaced or overwrote the tensors of the store
+    ├── CorruptSnapshotError   (ValueError)    a snapshot differs from what was saved
+    ├── IndexBuildError        (RuntimeError)  the index build failed; reads use exact search
+    ├── LockedError            (RuntimeError)  another save to the same path is in progress
+    ├── MissingPackageError    (ImportError)   a package of an extra of softdb is not installed
+    ├── ReadOnlyError          (RuntimeError)  the rows are in the files of a snapshot: call materialize() first
+    ├── TransformError         (NotImplementedError)  a transform of torch.func or torch.export is not supported
     ├── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
     └── UnsupportedSystemError (RuntimeError)  the operating system lacks what saving and loading need
 
-Whenever one of these is raised by a method that writes, nothing has been written, except by an `UnfinishedWriteError`.
+If a method that writes raises one of them, nothing has been written, except for `UnfinishedWriteError`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class SoftDBError(Exception):
-    """The root of everything softdb raises on purpose."""
+    """Base class of all exceptions of softdb."""
 
 
 class ArgumentError(SoftDBError, ValueError):
@@ -69,11 +69,11 @@ class ShapeError(ArgumentError):
 
 
 class DeviceError(ArgumentError):
-    """A tensor lies on the wrong device."""
+    """A tensor is on the wrong device."""
 
 
 class NonFiniteError(ArgumentError):
-    """NaN or infinity where a finite number is needed."""
+    """A number that must be finite is NaN or infinite."""
 
 
 class DuplicateIdError(ArgumentError):
@@ -81,7 +81,10 @@ class DuplicateIdError(ArgumentError):
 
 
 class NotApplicableError(ArgumentError, AttributeError):
-    """An attribute does not apply to a store or layer made with these arguments: ``hasattr`` is False."""
+    """An attribute does not apply to a store or layer with these options.
+
+    ``hasattr`` returns False for it.
+    """
 
 
 class DtypeError(SoftDBError, TypeError):
@@ -89,7 +92,7 @@ class DtypeError(SoftDBError, TypeError):
 
 
 class UnfinishedWriteError(SoftDBError, RuntimeError):
-    """Memory ran out in the middle of a write, which is recorded: the next use of the store completes it."""
+    """Memory ran out during a write; the next use of the store completes it."""
 
 
 class _LookupFailure(SoftDBError, KeyError):
@@ -105,18 +108,22 @@ class FieldError(_LookupFailure):
 
 
 class ForeignWriteError(SoftDBError, RuntimeError):
-    """Something other than the store replaced or overwrote its tensors, so that they no longer hold its rows."""
+    """Other code replaced or overwrote the tensors of a store.
+
+    They no longer hold the rows of the store.
+    """
 
 
 class GrowthError(SoftDBError, RuntimeError):
-    """The storage cannot grow now: ``reserve()`` before the read, or before wrapping in DDP. Or it has a capacity.
+    """The storage cannot grow or shrink now, or would exceed its capacity.
 
-    Nor can it shrink, as a smaller state that is loaded would have it: load before the read, or before wrapping.
+    Call ``reserve()`` before the read, or before wrapping in DDP. A state dict of another size is loaded before the
+    read, or before wrapping.
     """
 
 
 class StaleReadError(SoftDBError, RuntimeError):
-    """A row that a read used was changed before the read's backward."""
+    """A row that a read used changed before the backward of the read."""
 
 
 class SecondDerivativeError(SoftDBError, RuntimeError):
@@ -124,28 +131,34 @@ class SecondDerivativeError(SoftDBError, RuntimeError):
 
 
 class CorruptSnapshotError(SoftDBError, ValueError):
-    """A saved store is not what it was when it was saved: a file is missing, cut, changed or foreign."""
+    """A snapshot differs from what was saved: a file is missing, cut or changed."""
 
 
 class IndexBuildError(SoftDBError, RuntimeError):
-    """The index of top-k reads could not be built: they search exactly, and are right."""
+    """The index build failed; topk reads fall back to exact search."""
 
 
 class LockedError(SoftDBError, RuntimeError):
-    """Somebody else is saving to the same path: wait with ``timeout=``."""
+    """Another save to the same path is in progress; pass ``timeout=`` to wait."""
 
 
 class MissingPackageError(SoftDBError, ImportError):
-    """A package is needed that only an extra of softdb installs."""
+    """A package that an extra of softdb installs is missing."""
 
 
 class ReadOnlyError(SoftDBError, RuntimeError):
-    """The rows lie in the files of a snapshot, as ``load(mmap=True)`` leaves them: call ``materialize()`` first."""
+    """The rows are in the files of a snapshot: call ``materialize()`` first.
+
+    ``load(mmap=True)`` leaves them there.
+    """
 
 
 class TransformError(SoftDBError, NotImplementedError):
-    """A transform (vmap, jvp, forward-mode differentiation, export) asks for what an operation does not support."""
+    """A transform (vmap, jvp, forward mode, export) is not supported."""
 
 
 class UnsupportedSystemError(SoftDBError, RuntimeError):
-    """The operating system lacks what saving and loading need: keep ``state_dict()`` with ``torch.save`` there."""
+    """The operating system lacks what saving and loading need.
+
+    Save ``state_dict()`` with ``torch.save`` there.
+    """

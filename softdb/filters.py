@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softdb._checks import broadcasts, check_dense, check_device, check_ids, check_vector, describe
-from softdb.attributes import kept_property
+from softdb._checks import check_dense, check_device, check_ids, check_vector, describe, is_broadcastable
+from softdb.attributes import lock_free_cached_property
 from softdb.errors import DeviceError, DtypeError, ShapeError
 from softdb.table.storage import RowStorage
 
@@ -106,14 +106,14 @@ class Selection:
         """How many rows a pass over this selection goes through."""
         return self.size if self.visit is None else len(self.visit)
 
-    @kept_property
+    @lock_free_cached_property
     def shared_count(self) -> int:
         """How many rows some query may see, as far as ``rule`` and ``excluded`` do not tell."""
         if self.visit is not None:
             return len(self.visit)
         return self.size if self.shared is None else int(self.shared.sum())
 
-    @kept_property
+    @lock_free_cached_property
     def shows_some_to_all(self) -> bool:
         """Whether it is known that every query sees some row."""
         return self.is_shared and self.shared_count > 0
@@ -263,7 +263,7 @@ class _RuleOnSlots:
         if allowed.device != row["id"].device:
             raise DeviceError(f"where: expected the callable to return a tensor on {row['id'].device}")
         shape = (self.batch, row["id"].shape[-1])
-        if not broadcasts(allowed.shape, shape):
+        if not is_broadcastable(allowed.shape, shape):
             raise ShapeError(
                 f"where: expected the callable to return a tensor broadcastable to {shape} (queries, rows), "
                 f"got {tuple(allowed.shape)}"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from softdb._checks import (
-    broadcasts,
     check_choice,
     check_finite,
     check_float_tensor,
@@ -18,6 +17,7 @@ from softdb._checks import (
     check_positive,
     check_temperature,
     describe,
+    is_broadcastable,
     is_finite,
     list_ids,
 )
@@ -48,14 +48,14 @@ from softdb.transforms import (
     Operands,
     check_no_tangent,
     check_randomness,
+    disable_compile,
     is_active,
     is_forward_mode,
     is_traced,
     is_wrapped,
-    outside_of_graphs,
-    outside_of_transforms,
+    move_samples_first,
     read_opaquely,
-    samples_first,
+    suspend_transforms,
 )
 
 __all__ = ["Read", "merge", "soft_read", "topk_read"]
@@ -132,7 +132,7 @@ def soft_read(
         # vmap may want another draw for each sample.
         if normalizer == "gumbel" or is_wrapped(query, keys, values, temperature, mask):
             return _soft_read_under_transform(query, keys, values, temperature, mask, options)
-        with outside_of_transforms():
+        with suspend_transforms():
             return soft_read(query, keys, values, temperature=temperature, mask=mask, **options)
     if is_forward_mode():
         check_no_tangent(query, keys, values, temperature)
@@ -223,7 +223,7 @@ def topk_read(
         tensors = query, keys, values, candidates, temperature
         if normalizer == "gumbel" or is_forward_mode() or is_wrapped(*tensors):
             return _topk_read_under_transform(query, keys, values, candidates, temperature, **options)
-        with outside_of_transforms():
+        with suspend_transforms():
             return topk_read(query, keys, values, candidates, temperature=temperature, **options)
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     check_finite("query", query)
@@ -260,7 +260,7 @@ def _refuse_tracing(function: Callable[..., Read]) -> Callable[..., Read]:
     """Have ``function`` run outside of graphs of torch.compile, and raise where torch.export traces it."""
     message = UNTRACED.format(name=function.__name__)
 
-    @outside_of_graphs(message)
+    @disable_compile(message)
     def run(query: Tensor, *args: Any, **options: Any) -> Read:
         if is_traced(query):
             raise TransformError(message)
@@ -336,16 +336,16 @@ def _topk_read_under_transform(
     check_normalizer(normalizer, generator)
     batch = _check_tables(query, keys, values)
     height, count = query.shape[-2], keys.shape[-2]
-    with outside_of_transforms():
-        check_finite("query", samples_first(query))
+    with suspend_transforms():
+        check_finite("query", move_samples_first(query))
         if isinstance(temperature, Tensor):
-            numbers = samples_first(temperature)
+            numbers = move_samples_first(temperature)
             check_temperature(numbers, numbers.shape)
         if isinstance(candidates, Tensor):
-            numbers = samples_first(candidates)
+            numbers = move_samples_first(candidates)
             _check_candidates(numbers, numbers.shape[:-1], count, query.device)
     temperature = _check_temperature_shape(temperature, (*batch, height), query.device)
-    if candidates.dim() == 0 or not broadcasts(candidates.shape[:-1], (*batch, height)):
+    if candidates.dim() == 0 or not is_broadcastable(candidates.shape[:-1], (*batch, height)):
         _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, height), 1, query.device)
     if normalizer == "gumbel":
         check_randomness()
@@ -366,8 +366,8 @@ def _topk_read_under_transform(
             numbers = enumerate_queries(range(len(rows) // max(1, fold.groups)), range(fold.groups), rows.device)
             scores = scores + noise.at(numbers.flatten().unsqueeze(-1), rows, dtype).squeeze(-2)
         finite = scores.masked_fill(missing, 0.0)
-        with outside_of_transforms():
-            check_scores(samples_first(finite))
+        with suspend_transforms():
+            check_scores(move_samples_first(finite))
         scores = scores.masked_fill(missing, -torch.inf)
         by_row = rows.sort(dim=-1).indices
         by_score = scores.detach().gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices
@@ -386,9 +386,9 @@ def _topk_read_under_transform(
         complete = (rows >= 0).sum(-1) == count
         mass = torch.where(complete, 1.0, torch.nan).to(dtype).masked_fill(lse == -torch.inf, 0.0)
         read = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-    with outside_of_transforms():
-        if not is_finite(samples_first(read.values)):
-            check_finite("values", samples_first(values))
+    with suspend_transforms():
+        if not is_finite(move_samples_first(read.values)):
+            check_finite("values", move_samples_first(values))
     return finish(transform(read, fold.unfold) if batch else read, query)
 
 
@@ -518,7 +518,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> N
         raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
     if mask.device != device:
         raise DeviceError(f"mask: expected a tensor on {device}, got one on {mask.device}; move it with .to()")
-    if not broadcasts(mask.shape, shape):
+    if not is_broadcastable(mask.shape, shape):
         raise ShapeError(f"mask: expected a shape broadcastable to {shape}, got {tuple(mask.shape)}")
 
 
@@ -528,7 +528,7 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
     if candidates.device != device:
         raise DeviceError(f"candidates: expected a tensor on {device}, got one on {candidates.device}")
     ids = check_ids("candidates", candidates, repeats=True, padding=True)
-    if ids.dim() == 0 or not broadcasts(ids.shape[:-1], shape):
+    if ids.dim() == 0 or not is_broadcastable(ids.shape[:-1], shape):
         raise ShapeError(
             f"candidates: expected shape ({', '.join([*map(str, shape), 'k'])}), row numbers for each query, "
             f"got {tuple(candidates.shape)}"

@@ -50,7 +50,7 @@ from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 from softdb.table.usage import Usage, check_tracking
 from softdb.table.writer import Fields, Ids, Writer
-from softdb.transforms import is_active, outside_of_transforms, without_transforms
+from softdb.transforms import is_active, suspend_transforms, without_transforms
 
 __all__ = ["SoftKVStore"]
 
@@ -832,7 +832,7 @@ class SoftKVStore(ModuleWithProperties):
         would overwrite the buffers of each process with those of rank 0 before every forward. The stand-in is an
         embedding where gradients are row-sparse, because DDP expects such gradients of embeddings only.
         """
-        with outside_of_transforms() if is_active() else nullcontext():
+        with suspend_transforms() if is_active() else nullcontext():
             observe_listing(self._table)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if (module is not self and module is not self.rows) or not is_asked_by_ddp():

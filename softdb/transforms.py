@@ -37,6 +37,7 @@ __all__ = [
     "check_no_tangent",
     "check_not_batched",
     "check_randomness",
+    "disable_compile",
     "has_batched",
     "is_active",
     "is_batched",
@@ -44,11 +45,10 @@ __all__ = [
     "is_forward_mode",
     "is_traced",
     "is_wrapped",
-    "outside_of_graphs",
-    "outside_of_transforms",
-    "plain",
+    "move_samples_first",
     "read_opaquely",
-    "samples_first",
+    "suspend_transforms",
+    "unwrap_tensors",
     "without_transforms",
 ]
 
@@ -113,7 +113,7 @@ def check_no_tangent(*values: object) -> None:
             raise TransformError(f"query, keys, values, temperature: {FORWARD_MODE}")
 
 
-def outside_of_graphs(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def disable_compile(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Have a function run eagerly where a graph that is being traced calls it, which breaks that graph; say why."""
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
@@ -146,7 +146,7 @@ def is_traced(tensor: object) -> bool:
 
 
 @contextmanager
-def outside_of_transforms() -> Iterator[None]:
+def suspend_transforms() -> Iterator[None]:
     """Run the block as if no transform were active: what it makes is plain."""
     stack = functorch.get_interpreter_stack() or []
     lowest = next((level for level in stack if level.key() == functorch.TransformType.Grad), None)
@@ -156,7 +156,7 @@ def outside_of_transforms() -> Iterator[None]:
         yield
 
 
-def samples_first(tensor: Tensor) -> Tensor:
+def move_samples_first(tensor: Tensor) -> Tensor:
     """Return the numbers of a tensor below all transforms, with a dimension in front for each `vmap` that batches it.
 
     To be called outside of transforms.
@@ -171,7 +171,7 @@ def samples_first(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def plain(name: str, value: T) -> T:
+def unwrap_tensors(name: str, value: T) -> T:
     """Return ``value`` with the tensors in it cut from every transform.
 
     Raises:
@@ -188,9 +188,9 @@ def plain(name: str, value: T) -> T:
             tensor = functorch.get_unwrapped(tensor)
         return cast(T, tensor.detach())
     if isinstance(value, Mapping) and is_wrapped(*value.values()):
-        return cast(T, {key: plain(f"{name}[{key!r}]", part) for key, part in value.items()})
+        return cast(T, {key: unwrap_tensors(f"{name}[{key!r}]", part) for key, part in value.items()})
     if isinstance(value, (list, tuple)) and is_wrapped(*value):
-        return cast(T, [plain(name, part) for part in value])
+        return cast(T, [unwrap_tensors(name, part) for part in value])
     return value
 
 
@@ -201,9 +201,9 @@ def without_transforms(method: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not is_active():
             return method(*args, **kwargs)
-        given: list[Any] = [plain(method.__name__, value) for value in args]
-        named: dict[str, Any] = {name: plain(name, value) for name, value in kwargs.items()}
-        with outside_of_transforms():
+        given: list[Any] = [unwrap_tensors(method.__name__, value) for value in args]
+        named: dict[str, Any] = {name: unwrap_tensors(name, value) for name, value in kwargs.items()}
+        with suspend_transforms():
             return method(*given, **named)
 
     return run
@@ -440,7 +440,7 @@ class _Read(torch.autograd.Function):
             _stack(name, parts)
             for name, *parts in zip(call.names, *(sample[:TICKET] for sample in samples), strict=True)
         ]
-        with outside_of_transforms():
+        with suspend_transforms():
             ticket, marker = torch.zeros((), device="cpu"), torch.zeros(size, device="cpu")
         ticket._softdb_parts = [sample[TICKET:] for sample in samples]  # type: ignore[attr-defined]
         return (*members, ticket, marker), (*[0] * len(members), None, 0)

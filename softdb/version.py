@@ -1,4 +1,4 @@
-"""The version of softdb."""
+"""Version of softdb."""
 
 from __future__ import annotations
 

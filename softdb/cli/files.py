@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from softdb._checks import FLOATS, describe, is_out_of_memory
+from softdb._checks import FLOAT_DTYPES, describe, is_out_of_memory
 from softdb.errors import ArgumentError
 from softdb.store import SoftKVStore
 
@@ -32,7 +32,7 @@ def read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStore
         raise ArgumentError(f"STORE: expected arrays 'keys' and 'values' in {path!r}, got {found}")
     keys, values = (_tensor(path, tensors[name]) for name in ("keys", "values"))
     for name, rows in (("keys", keys), ("values", values)):
-        if rows.dim() != 2 or rows.dtype not in FLOATS:
+        if rows.dim() != 2 or rows.dtype not in FLOAT_DTYPES:
             raise ArgumentError(f"STORE: expected {name} of floating-point numbers, (rows, n), got {describe(rows)}")
     dtype = torch.promote_types(keys.dtype, values.dtype)
     divisor = 1.0 if temperature is None else temperature

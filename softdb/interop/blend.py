@@ -14,7 +14,7 @@ from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
 from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import blend_at_backward, dot_at, weighted_sum
 from softdb.processes import note_openmp
-from softdb.transforms import has_batched, is_active, is_forward_mode, outside_of_transforms, samples_first
+from softdb.transforms import has_batched, is_active, is_forward_mode, move_samples_first, suspend_transforms
 
 __all__ = ["blend"]
 
@@ -114,7 +114,7 @@ def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> 
 def _blend_under_transform(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
     """`blend` by operations that every transform goes through; the (M, k, dv) rows are held."""
     if not torch.compiler.is_compiling():
-        with outside_of_transforms():
-            _check_weights(samples_first(weights))
+        with suspend_transforms():
+            _check_weights(move_samples_first(weights))
     rows = values.index_select(0, numbers.flatten()).reshape(*numbers.shape, values.shape[-1])
     return weighted_sum(weights, rows.to(weights.dtype))

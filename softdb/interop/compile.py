@@ -34,7 +34,7 @@ from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import SPARSE, in_eval_mode
 from softdb.table.storage import RowStorage
-from softdb.transforms import is_active, is_exporting, is_traced, outside_of_graphs
+from softdb.transforms import disable_compile, is_active, is_exporting, is_traced
 
 __all__ = ["new_handle", "read_in_graph"]
 
@@ -175,7 +175,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     return Read(answer, ids, weights, scores, lse, mass, normalizer=name)
 
 
-@outside_of_graphs(UNTRACED)
+@disable_compile(UNTRACED)
 def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
     """The eager read, which breaks a graph that is being traced."""
     if is_traced(query):

@@ -14,7 +14,7 @@ from softdb.table.gradients import is_sharded
 from softdb.table.hooks import unwatched
 from softdb.table.overwrites import check_own_ids
 from softdb.table.table import Table
-from softdb.transforms import plain
+from softdb.transforms import unwrap_tensors
 
 __all__ = [
     "FIXED",
@@ -32,7 +32,7 @@ FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
 def check_assigned(module: Any, name: str, value: Any) -> Any:
     """Return what may be assigned to an attribute of a store, or raise."""
     if name == "temperature":
-        value = plain(name, value)
+        value = unwrap_tensors(name, value)
         if isinstance(value, Tensor) and value.requires_grad:
             raise DtypeError(
                 "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"

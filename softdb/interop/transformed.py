@@ -12,7 +12,7 @@ from softdb.errors import TransformError
 from softdb.interop.pruning import recompute_pruned
 from softdb.reading.options import ReadOptions
 from softdb.reading.result import Read, answer_of, leaves_of, read_of
-from softdb.transforms import Answer, Operands, is_wrapped, outside_of_transforms, read_opaquely
+from softdb.transforms import Answer, Operands, is_wrapped, read_opaquely, suspend_transforms
 
 __all__ = ["read_under_transform"]
 
@@ -41,7 +41,7 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     names = [name for name in ("temperature", "where", "exclude") if isinstance(options[name], Tensor)]
     given = [options[name] if name in names else None for name in ("temperature", "where", "exclude")]
     if not random and not is_wrapped(query, keys, values, *given):
-        with outside_of_transforms():
+        with suspend_transforms():
             plain: Read = store.read(query, **options)
             return plain
     is_lent = is_wrapped(keys, values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softdb.attributes import kept_property
+from softdb.attributes import lock_free_cached_property
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 from softdb.table.gradients import row_sparse

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb._checks import (
-    INTEGERS,
+    INTEGER_DTYPES,
     check_float_tensor,
     check_ids,
     check_positive,
@@ -33,14 +33,14 @@ from softdb.layers.queries import Queries, output_of, reset_output
 from softdb.reading.result import Read, merge
 from softdb.transforms import (
     check_no_tangent,
+    disable_compile,
     is_active,
     is_batched,
     is_forward_mode,
     is_traced,
     is_wrapped,
-    outside_of_graphs,
-    outside_of_transforms,
-    plain,
+    suspend_transforms,
+    unwrap_tensors,
 )
 
 __all__ = ["ContextMemory"]
@@ -237,7 +237,7 @@ class ContextMemory(nn.Module):
             TransformError: ``write`` under torch.vmap.
         """
         if is_active() and not is_wrapped(x, documents, *self.parameters()):
-            with outside_of_transforms():
+            with suspend_transforms():
                 return self.forward(x, documents=documents, write=write, return_read=return_read)
         if is_traced(x) and not torch.compiler.is_dynamo_compiling():
             raise TransformError(UNTRACED)
@@ -389,7 +389,7 @@ def _attend_under_transform(
             "transformed function"
         )
     batch, count = keys.shape[:2]
-    with outside_of_transforms():
+    with suspend_transforms():
         _check_batch(past, batch)
         documents = _check_documents(documents, batch, count, keys.device)
         past.flush_segment()
@@ -398,8 +398,8 @@ def _attend_under_transform(
     if before is not None:
         read = merge([before, read])
     if dtype is not None and batch:
-        kept = plain("keys", keys), plain("values", values)
-        with outside_of_transforms():
+        kept = unwrap_tensors("keys", keys), unwrap_tensors("values", values)
+        with suspend_transforms():
             past.remember(*kept, documents, dtype)
     return read
 
@@ -422,14 +422,14 @@ def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents:
     return soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
 
 
-_attend_outside = outside_of_graphs(UNTRACED)(_attend)
+_attend_outside = disable_compile(UNTRACED)(_attend)
 
 
 def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
     """Check ``documents`` and return them as (batch, 1 or n)."""
     if documents is None:
         return None
-    if not isinstance(documents, Tensor) or documents.dtype not in INTEGERS:
+    if not isinstance(documents, Tensor) or documents.dtype not in INTEGER_DTYPES:
         raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
     if documents.is_meta:
         raise DeviceError("documents: expected numbers that can be read, got a tensor on meta, which holds none")

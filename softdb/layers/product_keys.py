@@ -21,7 +21,7 @@ from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
 from softdb.table.usage import Usage, check_tracking, count_reads, keep_sum_dtype, new_counters, reset_counters
-from softdb.transforms import is_active, outside_of_transforms, plain, samples_first
+from softdb.transforms import is_active, move_samples_first, suspend_transforms, unwrap_tensors
 
 __all__ = ["ProductKeyMemory", "ValueTable"]
 
@@ -104,9 +104,9 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
             if is_active():
                 # Broadcast both to the samples of torch.vmap.
                 rows, weights = rows + torch.zeros_like(weights).to(rows.dtype), weights + torch.zeros_like(rows)
-                reads, total = plain("reads", self.reads), plain("total", self.total)
-                with outside_of_transforms():
-                    count_reads(reads, total, samples_first(rows), samples_first(weights))
+                reads, total = unwrap_tensors("reads", self.reads), unwrap_tensors("total", self.total)
+                with suspend_transforms():
+                    count_reads(reads, total, move_samples_first(rows), move_samples_first(weights))
             else:
                 count_reads(self.reads, self.total, rows, weights)
         return values

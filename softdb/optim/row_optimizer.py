@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from softdb._checks import FLOATS, check_float_tensor, check_number
+from softdb._checks import FLOAT_DTYPES, check_float_tensor, check_number
 from softdb.errors import ArgumentError, DtypeError
 from softdb.optim.blocks import BlockSizes, RowBlock, iterate_blocks
 from softdb.optim.gradients import check_gradient
@@ -95,7 +95,7 @@ class RowOptimizer(Optimizer):
                     "params: expected whole Parameters, got the shard of a DTensor; take an optimiser of torch, or "
                     "pass the rows to fully_shard as ignored_params"
                 )
-            if parameter.dtype not in FLOATS or parameter.layout != torch.strided:
+            if parameter.dtype not in FLOAT_DTYPES or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb._checks import INTEGERS, check_dense, check_real, check_shape, check_whole, describe
+from softdb._checks import INTEGER_DTYPES, check_dense, check_int, check_real, check_shape, describe
 from softdb.errors import ArgumentError, DtypeError
 
 __all__ = [
@@ -106,7 +106,7 @@ def check_complete(given: State, moments: Iterable[str], optimizer: str) -> None
 def check_whole_state(name: str, value: object) -> int:
     """Return ``value``, an int or a whole float of at least 0, as an int."""
     with suppress(DtypeError):
-        return check_whole(name, value, least=0)
+        return check_int(name, value, least=0)
     number = check_real(name, value)
     if not 0 <= number < 2**63 or not number.is_integer():
         raise ArgumentError(f"{name}: expected a whole number of at least 0, got {number}")
@@ -125,7 +125,7 @@ def check_integers(name: str, value: object, shape: Sequence[int | None]) -> Non
     """Raise unless ``value`` is an integer tensor of ``shape``."""
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name}: expected an integer tensor, got {describe(value)}")
-    if value.dtype not in INTEGERS:
+    if value.dtype not in INTEGER_DTYPES:
         raise DtypeError(f"{name}: expected an integer tensor, got {value.dtype}")
     check_dense(name, value)
     check_shape(name, value, shape)

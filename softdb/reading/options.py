@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from softdb._checks import check_above_zero, check_choice, check_positive, check_whole, describe
+from softdb._checks import check_above_zero, check_choice, check_int, check_positive, describe
 from softdb.errors import ArgumentError, DtypeError
 from softdb.filters import Where
 from softdb.scoring.normalizers import check_normalizer
@@ -54,7 +54,7 @@ def check_options(
     generator: torch.Generator | None = None,
 ) -> tuple[int | None, int, float | None]:
     """Check the arguments of a read that depend on its mode; return k, tail_samples and tolerance as Python numbers."""
-    tail_samples = check_whole("tail_samples", tail_samples, least=0)
+    tail_samples = check_int("tail_samples", tail_samples, least=0)
     tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
     check_choice("mode", mode, MODES)
     if mode == "hard":

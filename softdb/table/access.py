@@ -17,7 +17,7 @@ from softdb.table.overwrites import (
     warn_of_started,
 )
 from softdb.table.table import Table
-from softdb.transforms import is_active, outside_of_transforms
+from softdb.transforms import is_active, suspend_transforms
 
 __all__ = ["Access", "Preparation"]
 
@@ -90,7 +90,7 @@ class Access:
         """Return what ``action`` finds in one version of the rows, once ``preparation`` is done."""
         if is_active():
             self._table.check_not_wrapped()
-            with outside_of_transforms():
+            with suspend_transforms():
                 return self.reading(action, preparation)
         access = self._table.rows.access
         if access.is_read and not access.is_written:
@@ -109,7 +109,7 @@ class Access:
         """Apply a write that broke off, and follow what was written in place."""
         if is_active():
             self._table.check_not_wrapped()
-            with outside_of_transforms():
+            with suspend_transforms():
                 self.catch_up()
             return
         self._recover()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from softdb._checks import FLOAT_NAMES, FLOATS, INTEGERS
+from softdb._checks import FLOAT_DTYPE_NAMES, FLOAT_DTYPES, INTEGER_DTYPES
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = ["check_state"]
@@ -25,8 +25,8 @@ def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str,
         if name in widths:
             shape = (capacity, widths[name])
         inexact = name in widths or name == "rows.weight"
-        if tensor.dtype not in (FLOATS if inexact else INTEGERS):
-            wanted = f"one of {FLOAT_NAMES}" if inexact else "int64"
+        if tensor.dtype not in (FLOAT_DTYPES if inexact else INTEGER_DTYPES):
+            wanted = f"one of {FLOAT_DTYPE_NAMES}" if inexact else "int64"
             raise DtypeError(f"state_dict[{name!r}]: expected {wanted}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")

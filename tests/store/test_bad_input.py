@@ -80,7 +80,7 @@ def with_entry(tensor: Tensor, entry: float) -> Tensor:
 
 def number_faults(good: Tensor) -> Iterator[Fault]:
     """What no tensor of numbers may be, whatever its shape."""
-    finite = r"expected finite numbers in torch.float32, got {} that are NaN or infinite"
+    finite = r"expected finite numbers in torch.float32, got {} NaN or infinite elements"
     for name, entry in (("NaN", NAN), ("inf", INF), ("-inf", -INF)):
         yield Fault(name, with_entry(good, entry), NonFiniteError, finite.format(1))
     both = with_entry(good, INF)
@@ -123,14 +123,14 @@ def id_faults(*, padding: bool = False, many: bool = False) -> Iterator[Fault]:
     for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), ([True, 2], "bool"), ([0, 1j], "complex64")):
         yield Fault(short(ids), ids, DtypeError, whole + f"torch.{dtype}")
     for dtype in (torch.float64, torch.bool, torch.complex64, torch.uint8, torch.uint64):
-        yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; ids are whole numbers")
+        yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; ids are integers")
     for kind in (np.float64, np.bool_, np.uint64):
         yield Fault(str(kind), np.array([0, 1], dtype=kind), DtypeError, whole + "torch")
     yield Fault("objects", np.array([0, None]), DtypeError, whole)
     for lowest in (-(2**63), -2, *([] if padding else [-1])):
         yield Fault(f"{lowest}", [0, lowest], ArgumentError, least + f"got {lowest}")
     yield Fault(
-        "on meta", torch.tensor([0, 1]).to("meta"), DeviceError, "expected ids that can be read, got .* on meta"
+        "on meta", torch.tensor([0, 1]).to("meta"), DeviceError, "expected ids with data, got .* on the meta device"
     )
     yield Fault("sparse", torch.tensor([0, 1]).to_sparse(), DtypeError, "expected a dense tensor, got torch.sparse_coo")
     if not many:
@@ -192,7 +192,7 @@ def temperature_faults() -> Iterator[Fault]:
     yield Fault("integers", torch.ones(2, dtype=torch.int64), DtypeError, integers)
     for entry in (0.0, -1.0, NAN, INF):
         tensor = torch.tensor([1.0, entry])
-        yield Fault(f"[1, {entry}]", tensor, ArgumentError, "expected finite numbers above 0, got a tensor with others")
+        yield Fault(f"[1, {entry}]", tensor, ArgumentError, "expected finite numbers above 0, got a tensor")
     for shape in ((3,), (2, 1), (1, 2), (2, 2)):
         message = r"expected a scalar or a tensor broadcastable .*got shape " + re.escape(str(shape))
         yield Fault(f"shape {shape}", torch.ones(shape), ShapeError, message)

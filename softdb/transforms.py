@@ -1,16 +1,17 @@
-"""Reads under the transforms of `torch.func` and under forward-mode differentiation.
+"""Reads under transforms of `torch.func` and under forward-mode differentiation.
 
-A transform hands a function wrapped tensors, whose numbers Python code cannot look at. Reads do look at numbers: they
-check them, search an index, and count. So under a transform a read is one opaque operation, a pair of
-`torch.autograd.Function`: its forward runs below all transforms, on plain tensors, and keeps the eager autograd graph;
-its backward goes through that graph.
+A transform passes wrapped tensors to a function. Python code cannot read their elements, but a read must: it checks
+them, searches an index, and counts. So a read under a transform is one opaque operation, a pair of
+`torch.autograd.Function`. Its forward runs below all transforms, on plain tensors, and keeps the eager autograd graph;
+its backward runs through that graph.
 
-``vmap`` makes one read of a whole batch where batch dimensions of the operands allow it (the batch is *folded* into the
-query), else one read for each sample. For backward, each level of ``vmap`` needs to tell a batch that was there in
-forward from one that only the gradients have (``jacrev``): an output of forward, the *marker*, is batched at exactly
-the levels of the first kind.
+``vmap`` runs one read for all samples if their batch dimension can become a dimension of the query (the batch is
+*folded* into the query), and one read for each sample otherwise. In backward, each level of ``vmap`` must distinguish a
+batch dimension that existed in forward from one that only the gradients have (``jacrev``). An output of forward, the
+*marker*, is batched at exactly the levels that existed in forward.
 
-The eager graph lies on another output, the *ticket*, so it lives exactly as long as torch keeps what a backward needs.
+The eager graph is attached to another output, the *ticket*. Torch keeps the ticket for backward, so the graph lives
+exactly as long as the ticket.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ T = TypeVar("T")
 Operands = list[Tensor | None]
 
 FORWARD_MODE = (
-    "expected no forward-mode tangent (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad), since a read has "
+    "expected no forward-mode tangent (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad), because a read has "
     "no forward-mode derivative; use reverse mode (grad, vjp, jacrev), or softdb.functional.topk_read, which has both"
 )
 
@@ -66,17 +67,17 @@ is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def is_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
+    """Return whether a level of forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
 
 
 def is_wrapped(*values: object) -> bool:
-    """Whether one of ``values`` is a tensor that a transform wraps."""
+    """Return whether one of ``values`` is a tensor that a transform wraps."""
     return any(isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value) for value in values)
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether torch.vmap gives ``tensor`` a value for each sample."""
+    """Return whether torch.vmap batches ``tensor``."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
@@ -85,7 +86,10 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def has_batched(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether gradients are batched, by torch.vmap or by ``is_grads_batched`` of torch.autograd.grad."""
+    """Return whether gradients are batched.
+
+    torch.vmap batches them, and so does ``is_grads_batched=True`` of `torch.autograd.grad`.
+    """
     return any(
         gradient is not None
         and (functorch.is_functorch_wrapped_tensor(gradient) or functorch.is_legacy_batchedtensor(gradient))
@@ -94,10 +98,10 @@ def has_batched(gradients: Sequence[Tensor | None]) -> bool:
 
 
 def check_not_batched(gradients: Sequence[Tensor | None]) -> None:
-    """Raise if gradients are batched, in the backward of a read that was not."""
+    """Raise if gradients are batched, in the backward of a read that was not batched."""
     if has_batched(gradients):
         raise TransformError(
-            "gradients: expected plain tensors, got some that torch.vmap batches (is_grads_batched=True, or "
+            "gradients: expected plain tensors, got tensors that torch.vmap batches (is_grads_batched=True, or "
             "vectorize=True in torch.autograd.functional); use torch.func.jacrev or torch.func.vjp, or vectorize=False"
         )
 
@@ -114,10 +118,14 @@ def check_no_tangent(*values: object) -> None:
 
 
 def disable_compile(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Have a function run eagerly where a graph that is being traced calls it, which breaks that graph; say why."""
+    """Decorate a function to run eagerly, with a graph break, under torch.compile.
+
+    Args:
+        message: Reason for the graph break, shown by torch.
+    """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        # torch.compiler.disable, but it imports torch's compiler (two seconds) when the function is first called.
+        # torch.compiler.disable would import the compiler at the first call, which takes two seconds.
         call: Callable[..., T] = _disable_dynamo(function)
         call._torchdynamo_disable = True  # type: ignore[attr-defined]
         call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
@@ -127,18 +135,18 @@ def disable_compile(message: str) -> Callable[[Callable[..., T]], Callable[..., 
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing; also while Dynamo traces for it."""
+    """Return whether torch.export is tracing, with Dynamo or without it."""
     return bool(torch.compiler.is_exporting()) if hasattr(torch.compiler, "is_exporting") else False  # from 2.7 on
 
 
-# A constant of each graph, worked out as it is traced. Dynamo of torch 2.7 to 2.12 does not call is_exporting of
-# torch.compiler: it takes for granted that it is true, for torch.compile too. This is what
-# torch.compiler.assume_constant_result sets, which would import the compiler.
+# Dynamo calls a function with this mark while it traces, and uses the result as a constant. Without it, Dynamo of
+# torch 2.7 to 2.12 assumes that torch.compiler.is_exporting returns True, also for torch.compile.
+# torch.compiler.assume_constant_result sets the same mark, but imports the compiler.
 is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_traced(tensor: object) -> bool:
-    """Whether torch.export, without Dynamo, passes a stand-in for a tensor."""
+    """Return whether torch.export, without Dynamo, traces ``tensor``."""
     return torch.compiler.is_compiling() and type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
@@ -147,19 +155,20 @@ def is_traced(tensor: object) -> bool:
 
 @contextmanager
 def suspend_transforms() -> Iterator[None]:
-    """Run the block as if no transform were active: what it makes is plain."""
+    """Run the block as if no transform were active."""
     stack = functorch.get_interpreter_stack() or []
     lowest = next((level for level in stack if level.key() == functorch.TransformType.Grad), None)
-    # Where gradients were off outside of the transforms, they are off here.
+    # If gradients were disabled outside of the transforms, they are disabled in the block.
     enabled = torch.is_grad_enabled() if lowest is None else functorch.CGradInterpreterPtr(lowest).prevGradMode()
     with temporarily_clear_interpreter_stack(), torch.set_grad_enabled(torch.is_grad_enabled() and enabled):
         yield
 
 
 def move_samples_first(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor below all transforms, with a dimension in front for each `vmap` that batches it.
+    """Return a detached plain tensor whose leading dimensions are those of `vmap`.
 
-    To be called outside of transforms.
+    There is one leading dimension for each level of vmap that batches the tensor. Call it while transforms are
+    suspended.
     """
     dims = []
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -172,10 +181,14 @@ def move_samples_first(tensor: Tensor) -> Tensor:
 
 
 def unwrap_tensors(name: str, value: T) -> T:
-    """Return ``value`` with the tensors in it cut from every transform.
+    """Return ``value`` with its tensors unwrapped from all transforms, and detached.
+
+    Args:
+        name: Name of the value, for the message.
+        value: A tensor, or a mapping or sequence of tensors. Other values are returned unchanged.
 
     Raises:
-        TransformError: `vmap` gives one of them a value for each sample.
+        TransformError: `vmap` batches one of the tensors.
     """
     if isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
         if is_batched(value):
@@ -195,7 +208,7 @@ def unwrap_tensors(name: str, value: T) -> T:
 
 
 def without_transforms(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a method to run outside of transforms, on the plain values of what they wrap."""
+    """Decorate a method to run outside of transforms, on unwrapped arguments."""
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -214,13 +227,12 @@ def without_transforms(method: Callable[P, T]) -> Callable[P, T]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A read of plain tensors, as `read_opaquely` needs it.
+    """Read of plain tensors, in the form that `read_opaquely` needs.
 
     Attributes:
-        members: Its tensors by name.
-        normalizer: Its normalizer.
-        leaves: For each operand the tensor that stands for it in the graph of the members, None where no gradient
-            is wanted.
+        members: Tensors of the read, by name.
+        normalizer: Normalizer of the read.
+        leaves: Tensor that represents each operand in the graph of the members; None for operands without a gradient.
     """
 
     members: dict[str, Tensor]
@@ -230,22 +242,23 @@ class Answer:
 
 @dataclass
 class _Call:
-    """One read under transforms; each level of vmap that batches an operand makes another of it.
+    """Read under transforms; each level of vmap that batches operands adds one.
 
     Attributes:
-        run: Read plain operands; which of them want a gradient is told by its second argument.
-        fold: Make the operands of one read of operands with a batch dimension in front, told which have one and its
-            size; None where there is no such read.
-        levels: The highest level at which an operand wants a gradient: 0 outside of transforms, -1 for none.
-        random: "queries" where every query draws for itself, "batch" where a read draws once, "" where it does not.
-        generator: What it draws from.
+        run: Function that reads plain operands. Its second argument says which operands need a gradient.
+        fold: Function from batched operands to the operands of one read. Its other arguments are which operands have a
+            leading batch dimension, and its size. It returns None if one read is not possible.
+        levels: Highest level at which each operand needs a gradient: 0 outside of transforms, -1 for no gradient.
+        random: "queries" if each query draws random numbers, "batch" if a read draws once, "" if it does not.
+        generator: Source of the random numbers.
         sparse: Whether gradients may be row-sparse.
-        names, normalizer: Of the members, once it has been answered.
-        differentiable: Which of them have a gradient.
-        folded: The read of the whole batch, of which this is a sample.
-        shapes: The shapes of this read's operands, where it is folded.
-        parts: The reads of the samples, where the batch is not folded.
-        widths: The last dimensions of this read's members, where it is one of those; 0 for a scalar.
+        names: Names of the members, after the read.
+        normalizer: Normalizer, after the read.
+        differentiable: Whether each member has a gradient, after the read.
+        folded: Read of the whole batch, if the batch was folded.
+        shapes: Shapes of the operands of one sample, if the batch was folded.
+        parts: Reads of the samples, if the batch was not folded.
+        widths: Last dimensions of the members, if this is the read of one sample; 0 for a scalar.
     """
 
     run: Callable[[Operands, list[bool]], Answer]
@@ -263,16 +276,19 @@ class _Call:
     widths: list[int] = field(default_factory=list)
 
     def copy(self) -> _Call:
-        """Return a read like this that has not been answered."""
+        """Return a copy without results."""
         return replace(self, names=[], differentiable=[], folded=None, shapes=[], parts=[], widths=[])
 
-    def describe_as(self, other: _Call) -> None:
-        """Take over what is known of another read's members."""
+    def copy_description(self, other: _Call) -> None:
+        """Copy the description of the members from another read."""
         self.names, self.normalizer, self.differentiable = other.names, other.normalizer, other.differentiable
 
 
-def _untraced(function: Callable[P, T]) -> Callable[P, T]:
-    """Have Dynamo trace nothing within ``function``, where a graph broke around it; do not import Dynamo for that."""
+def _disable_tracing(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function so that Dynamo does not trace it after a graph break.
+
+    Dynamo is not imported for this.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -283,7 +299,7 @@ def _untraced(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-@_untraced
+@_disable_tracing
 def read_opaquely(
     run: Callable[[Operands, list[bool]], Answer],
     fold: Callable[[Operands, list[bool], int], Operands | None],
@@ -293,49 +309,54 @@ def read_opaquely(
     generator: torch.Generator | None = None,
     sparse: bool = False,
 ) -> tuple[dict[str, Tensor], str]:
-    """Read under transforms: return the members by name, as wrapped as the operands, and the normalizer.
+    """Read under transforms; return the members by name, and the normalizer.
+
+    The members are wrapped as the operands are.
 
     Args:
         run: As in `_Call`.
-        fold: As in `_Call`. The last operand, which `read_opaquely` adds, is to be passed on; it is batched where
-            samples draw differently.
-        operands: What the read depends on.
+        fold: As in `_Call`. It must return the last operand, which `read_opaquely` appends; that operand is batched if
+            the samples draw different random numbers.
+        operands: Tensors that the read depends on.
         random: As in `_Call`.
-        generator: What it draws from.
-        sparse: Whether gradients may be row-sparse where no transform takes them.
+        generator: As in `_Call`.
+        sparse: Whether gradients may be row-sparse if no transform computes them.
     """
     stack = functorch.get_interpreter_stack() or []
     if any(level.key() == functorch.TransformType.Functionalize for level in stack):
         raise TransformError(
-            "query: expected a transform other than torch.func.functionalize, which goes through no operation of "
-            "Python; leave the read out of the functionalized function"
+            "query: expected a transform other than torch.func.functionalize, which does not support operations in "
+            "Python; move the read out of the functionalized function"
         )
     salt = None
     if random:
         check_randomness()
-        salt = torch.randint(1, (), device="cpu")  # torch batches it where samples draw differently
+        salt = torch.randint(1, (), device="cpu")  # torch batches it if the samples draw different numbers
     if any(level.key() != functorch.TransformType.Vmap for level in stack):
-        sparse = False  # transforms of gradients wrap dense tensors only
+        sparse = False  # Transforms of gradients wrap dense tensors only.
     operands = [*operands, salt]
-    call = _Call(run, fold, [_highest_gradient(value) for value in operands], random, generator, sparse)
+    call = _Call(run, fold, [_highest_gradient_level(value) for value in operands], random, generator, sparse)
     outputs = _Read.apply(call, *operands)  # type: ignore[no-untyped-call]
     return dict(zip(call.names, outputs[:-2], strict=True)), call.normalizer
 
 
 def check_randomness() -> None:
-    """Raise if a vmap around this forbids random numbers."""
+    """Raise if an active vmap forbids random numbers."""
     for level in functorch.get_interpreter_stack() or []:
         if level.key() != functorch.TransformType.Vmap:
             continue
         if functorch.CVmapInterpreterPtr(level).randomness() == functorch.RandomnessType.Error:
             raise TransformError(
                 "randomness: expected 'same' or 'different' for a read that draws random numbers, got "
-                "torch.vmap(..., randomness='error'); pass one of them to vmap"
+                "torch.vmap(..., randomness='error'); pass one of the two to vmap"
             )
 
 
-def _highest_gradient(value: Tensor | None) -> int:
-    """The highest level that wants a gradient of ``value``, 0 for none but torch's own, -1 for none at all."""
+def _highest_gradient_level(value: Tensor | None) -> int:
+    """Return the highest level at which ``value`` needs a gradient.
+
+    0 is autograd outside of transforms; -1 is no gradient.
+    """
     if value is None or not value.is_floating_point():
         return -1
     while functorch.is_functorch_wrapped_tensor(value):
@@ -345,17 +366,21 @@ def _highest_gradient(value: Tensor | None) -> int:
     return 0 if value.requires_grad else -1
 
 
-def _level_of_vmap() -> int:
-    """The level whose vmap rule is running; those from it on are off the stack."""
+def _get_vmap_level() -> int:
+    """Return the level of the vmap whose rule is running.
+
+    That level and the levels above it are not on the stack then.
+    """
     below = functorch.peek_interpreter_stack()
     return 1 if below is None else below.level() + 1
 
 
-TICKET, MARKER = -2, -1
+# Positions of the ticket and the marker in the outputs of `_Read`.
+TICKET_INDEX, MARKER_INDEX = -2, -1
 
 
 class _Read(torch.autograd.Function):
-    """A read: operands to members, ticket and marker."""
+    """Function of a read, from operands to members, ticket and marker."""
 
     @staticmethod
     def forward(call: _Call, *operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -374,15 +399,15 @@ class _Read(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *operands = inputs
         ctx.call, ctx.count = call, len(output) - 2
-        # Not by save_for_backward: rows that were not read may be written to before the backward.
+        # save_for_backward would raise if rows that were not read are written to before backward.
         ctx.operands = [value for value, level in zip(operands, call.levels, strict=True) if level >= 0]
-        ctx.save_for_backward(output[TICKET], output[MARKER])
+        ctx.save_for_backward(output[TICKET_INDEX], output[MARKER_INDEX])
         fixed = [member for member, has in zip(output, call.differentiable, strict=False) if not has]
-        ctx.mark_non_differentiable(*fixed, output[TICKET], output[MARKER])
+        ctx.mark_non_differentiable(*fixed, output[TICKET_INDEX], output[MARKER_INDEX])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_untraced
+    @_disable_tracing
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:]
         given = grads[: ctx.count]
@@ -401,27 +426,27 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *operands: Tensor | None) -> Any:
-        size, level = info.batch_size, _level_of_vmap()
+        size, level = info.batch_size, _get_vmap_level()
         batched = [dim is not None for dim in in_dims[1:]]
         given = [
             value if value is None or dim is None else value.movedim(dim, 0)
             for value, dim in zip(operands, in_dims[1:], strict=True)
         ]
         call.shapes = [None if value is None else value.shape[has:] for value, has in zip(given, batched, strict=True)]
-        draws_differently = batched[-1]
+        has_own_randomness = batched[-1]
         for place, value in enumerate(given):
             if value is not None and not batched[place] and call.levels[place] > level:
-                # A transform above takes a gradient for each sample.
+                # A transform at a higher level computes a gradient for each sample.
                 given[place], batched[place] = value.unsqueeze(0).expand(size, *value.shape), True
-        repeats = call.random == "queries" and not draws_differently
-        separate = repeats or (call.random == "batch" and draws_differently)
+        repeats = call.random == "queries" and not has_own_randomness
+        separate = repeats or (call.random == "batch" and has_own_randomness)
         folded = None if separate else call.fold(given, batched, size)
         if folded is not None:
             call.folded = call.copy()
             outputs = _Read.apply(call.folded, *folded)  # type: ignore[no-untyped-call]
-            call.describe_as(call.folded)
-            marker = outputs[MARKER].unsqueeze(0).expand(size, *outputs[MARKER].shape)
-            return (*outputs[:MARKER], marker), (*[0] * len(call.names), None, 0)
+            call.copy_description(call.folded)
+            marker = outputs[MARKER_INDEX].unsqueeze(0).expand(size, *outputs[MARKER_INDEX].shape)
+            return (*outputs[:MARKER_INDEX], marker), (*[0] * len(call.names), None, 0)
         generator = torch.default_generator if call.generator is None else call.generator
         state = generator.get_state() if repeats else None
         samples = []
@@ -434,26 +459,26 @@ class _Read(torch.autograd.Function):
                 value[sample] if has and value is not None else value for value, has in zip(given, batched, strict=True)
             ]
             samples.append(_Read.apply(part, *own))  # type: ignore[no-untyped-call]
-            part.widths = [member.shape[-1] if member.dim() else 0 for member in samples[-1][:TICKET]]
-        call.describe_as(call.parts[0])
+            part.widths = [member.shape[-1] if member.dim() else 0 for member in samples[-1][:TICKET_INDEX]]
+        call.copy_description(call.parts[0])
         members = [
-            _stack(name, parts)
-            for name, *parts in zip(call.names, *(sample[:TICKET] for sample in samples), strict=True)
+            _stack_padded(name, parts)
+            for name, *parts in zip(call.names, *(sample[:TICKET_INDEX] for sample in samples), strict=True)
         ]
         with suspend_transforms():
             ticket, marker = torch.zeros((), device="cpu"), torch.zeros(size, device="cpu")
-        ticket._softdb_parts = [sample[TICKET:] for sample in samples]  # type: ignore[attr-defined]
+        ticket._softdb_parts = [sample[TICKET_INDEX:] for sample in samples]  # type: ignore[attr-defined]
         return (*members, ticket, marker), (*[0] * len(members), None, 0)
 
 
-# What padding holds where reads differ in how many candidates they report.
-PADDING = {"ids": -1, "scores": -torch.inf}
+# Values of padding in samples that report fewer candidates than others; 0 for other members.
+PADDING_VALUES = {"ids": -1, "scores": -torch.inf}
 
 
-def _stack(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """Stack a member of the samples' reads, padded to the same width."""
+def _stack_padded(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Stack a member of the reads of samples, padded to the same width."""
     widest = max(part.shape[-1] for part in parts) if parts[0].dim() else 0
-    padding = PADDING.get(name, 0)
+    padding = PADDING_VALUES.get(name, 0)
     return torch.stack(
         [
             torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=padding)
@@ -464,21 +489,22 @@ def _stack(name: str, parts: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def _to_dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def _narrow(gradient: Tensor | None, width: int) -> Tensor | None:
-    """Cut off the gradient of padding."""
+def _drop_padding_gradient(gradient: Tensor | None, width: int) -> Tensor | None:
+    """Remove the gradient of padding."""
     if gradient is None or gradient.dim() == 0 or gradient.shape[-1] == width:
         return gradient
     return gradient[..., :width]
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients of a read's operands that are needed, from those of its members.
+    """Function from the gradients of a read's members to those of its operands.
 
-    The operands are passed so that the result depends on them: a second derivative is an error, not zero.
+    The operands are inputs so that the result depends on them: a second derivative raises an error instead of being
+    zero.
     """
 
     @staticmethod
@@ -488,8 +514,8 @@ class _Gradient(torch.autograd.Function):
         kept = getattr(ticket, "_softdb_kept", None)
         if kept is None:
             raise StaleReadError(
-                "the eager graph of a read is gone before its backward, since something (a saved-tensor hook?) "
-                "replaced the tensors that torch had saved for it; read outside of the transform"
+                "the eager graph of a read was freed before its backward, because the tensors that torch saved for it "
+                "were replaced (by a saved-tensor hook?); read outside of the transform"
             )
         members, leaves = kept
         pairs = [
@@ -502,7 +528,7 @@ class _Gradient(torch.autograd.Function):
         if pairs:
             outputs, gradients = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
-        return tuple(part if part is None or call.sparse else _dense(part) for part in found)
+        return tuple(part if part is None or call.sparse else _to_dense(part) for part in found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -511,8 +537,8 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise SecondDerivativeError(
-            "a read has no second derivative under transforms of torch.func or inside of vmap; for a few rows, use "
-            "softdb.functional.topk_read with all of them as candidates, which has"
+            "a read has no second derivative under transforms of torch.func; for a few rows, use "
+            "softdb.functional.topk_read with all rows as candidates, which has one"
         )
 
     @staticmethod
@@ -537,11 +563,11 @@ class _Gradient(torch.autograd.Function):
             for value, dim in zip(rest[:count], dims[:count], strict=True)
         ]
         batched = [dim is not None for dim in dims[:count]]
-        was_there = in_dims[4] is not None
-        if not was_there and not any(batched):
+        was_batched_in_forward = in_dims[4] is not None
+        if not was_batched_in_forward and not any(batched):
             results = _Gradient.apply(call, needs, count, ticket, marker, *grads, *operands)  # type: ignore[no-untyped-call]
             return results, (None,) * len(results)
-        if was_there and call.folded is not None:
+        if was_batched_in_forward and call.folded is not None:
             grads = [
                 value if value is None or has else value.unsqueeze(0).expand(size, *value.shape)
                 for value, has in zip(grads, batched, strict=True)
@@ -559,13 +585,13 @@ class _Gradient(torch.autograd.Function):
                 value[sample] if has and value is not None else value for value, has in zip(grads, batched, strict=True)
             ]
             part, kept, mark = call, ticket, marker
-            if was_there:
+            if was_batched_in_forward:
                 part = call.parts[sample]
                 kept, mark = ticket._softdb_parts[sample]  # type: ignore[attr-defined]
-                own = [_narrow(value, width) for value, width in zip(own, part.widths, strict=True)]
+                own = [_drop_padding_gradient(value, width) for value, width in zip(own, part.widths, strict=True)]
             samples.append(_Gradient.apply(part, needs, count, kept, mark, *own, *operands))  # type: ignore[no-untyped-call]
         results = tuple(
-            None if parts[0] is None else torch.stack([_dense(part) for part in parts])
+            None if parts[0] is None else torch.stack([_to_dense(part) for part in parts])
             for parts in zip(*samples, strict=True)
         )
         return results, (0,) * len(results)

@@ -26,9 +26,9 @@ from softdb.filters import Where
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager
 from softdb.interop.compile import new_handle
-from softdb.interop.ddp import is_asked_by_ddp, stand_in
-from softdb.interop.module import FIXED, check_assigned, check_not_deleted, convert, describe_store, replace_tensor
-from softdb.interop.pickling import replicated, send_copies
+from softdb.interop.ddp import is_called_by_ddp, make_stand_in
+from softdb.interop.module import FIXED_NAMES, check_assigned, check_deletion, convert, describe_store, replace_tensor
+from softdb.interop.pickling import send_copies, set_up_replica
 from softdb.interop.pruning import recompute_pruned
 from softdb.interop.reads import read
 from softdb.interop.state_dict import load_state
@@ -159,7 +159,7 @@ class SoftKVStore(ModuleWithProperties):
     ) -> None:
         super().__init__()
         config = StoreConfig(key_dim, value_dim, metric, trainable, fields, capacity, evict, track_usage)
-        for name in FIXED:
+        for name in FIXED_NAMES:
             setattr(self, name, getattr(config, name))
         self.temperature, self.sparse_grad = temperature, bool(sparse_grad)
         check_dtype(dtype)
@@ -197,7 +197,7 @@ class SoftKVStore(ModuleWithProperties):
             super().__setattr__(name, check_assigned(self, name, value))
 
     def __delattr__(self, name: str) -> None:
-        check_not_deleted(self, name)
+        check_deletion(self, name)
         super().__delattr__(name)
 
     # -- the rows --------------------------------------------------------------------------------------------
@@ -835,10 +835,10 @@ class SoftKVStore(ModuleWithProperties):
         with suspend_transforms() if is_active() else nullcontext():
             observe_listing(self._table)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if (module is not self and module is not self.rows) or not is_asked_by_ddp():
+            if (module is not self and module is not self.rows) or not is_called_by_ddp():
                 yield name, module
             elif module is self:
-                yield name, stand_in(self, sparse=self.trainable and self.sparse_grad)
+                yield name, make_stand_in(self, sparse=self.trainable and self.sparse_grad)
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows between the parentheses."""
@@ -895,7 +895,7 @@ class SoftKVStore(ModuleWithProperties):
             load_state(self._table, load, self._is_strict, state_dict, prefix, local_metadata, *args)
 
     def _replicate_for_data_parallel(self) -> Any:
-        return replicated(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+        return set_up_replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         with self.writing():  # nothing is left unfinished

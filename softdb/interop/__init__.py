@@ -1,1 +1,1 @@
-"""softdb in the machinery of others: torch.compile and torch.export."""
+"""Integration with torch: torch.compile, torch.func, DDP, state dicts, pickling."""

@@ -1,4 +1,4 @@
-"""An operator of its own in graphs of torch.compile: the blend of a table's rows."""
+"""An operator of torch.compile graphs that computes weighted sums of table rows."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Te
 def _check_weights(weights: Tensor) -> None:
     if not is_finite(weights):
         raise NonFiniteError(
-            "x: expected finite numbers, got some that give NaN or infinite weights; or else the parameters hold them "
-            "(did training diverge?)"
+            "x: expected finite numbers, got NaN or infinite weights, from x or from the parameters (did training "
+            "diverge?)"
         )
 
 
@@ -55,7 +55,7 @@ def _blend_backward(
     wanted: Sequence[bool],
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of weights and values."""
+    """Compute the gradients of weights and values."""
     nothing = weights.new_empty(0)
     products = dot_at(gradient, values, numbers) if wanted[0] else nothing
     return products, blend_at_backward(gradient, weights, values, numbers, sparse=sparse) if wanted[
@@ -90,7 +90,7 @@ def _save_blend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_blend(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weights, values, numbers = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    # torch.vmap over backward, as torch.autograd.functional.jacobian(vectorize=True) has it, stacks dense tensors.
+    # torch.vmap over backward (torch.autograd.functional.jacobian(vectorize=True)) supports dense tensors only.
     sparse = ctx.sparse and ctx.reads.count == 1 and not has_batched([gradient])
     results = torch.ops.softdb.blend_backward.default(gradient, weights, values, numbers, wanted, sparse)
     return *(result if want else None for result, want in zip(results, wanted, strict=True)), None, None
@@ -100,10 +100,16 @@ _blend.register_autograd(_differentiate_blend, setup_context=_save_blend)
 
 
 def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> Tensor:  # (M, k), (N, dv), (M, k)
-    """``(weights[..., None] * values[numbers]).sum(1)``, (M, dv), in the dtype of the weights.
+    """Compute ``(weights[..., None] * values[numbers]).sum(1)``, (M, dv).
 
-    The (M, k, dv) rows are not held, forward or backward. With ``sparse`` the gradient of ``values`` is coalesced COO
-    of the rows in ``numbers``, none of which is -1.
+    The result has the dtype of the weights. The (M, k, dv) rows are not allocated, in forward or backward.
+
+    Args:
+        weights: (M, k).
+        values: (N, dv).
+        numbers: Row numbers, (M, k) int64.
+        sparse: Whether the gradient of ``values`` is a coalesced COO tensor of the rows in ``numbers``, which must not
+            contain -1.
     """
     if is_active() or (is_forward_mode() and not torch.compiler.is_compiling()):
         return _blend_under_transform(weights, values, numbers)
@@ -112,7 +118,10 @@ def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> 
 
 
 def _blend_under_transform(weights: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
-    """`blend` by operations that every transform goes through; the (M, k, dv) rows are held."""
+    """Compute `blend` with operations that every transform supports.
+
+    It allocates the (M, k, dv) rows.
+    """
     if not torch.compiler.is_compiling():
         with suspend_transforms():
             _check_weights(move_samples_first(weights))

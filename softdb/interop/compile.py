@@ -1,17 +1,18 @@
-"""Operators of their own in graphs of torch.compile: the reads of a store, and blends of a table's rows.
+"""Operators of torch.compile graphs that read a store.
 
 A read is one opaque operator whose body is the eager read.
 
-Every contract of a read (checks, errors, upkeep of the index, what is stale) lies in Python that depends on data, so
-nothing of it is traced. ``softdb::read`` runs it when the graph runs; where gradients are wanted, it keeps the eager
-autograd graph, on a *ticket* that the compiled graph saves for its backward, and ``softdb::read_backward`` goes through
-what is on the ticket. A ticket is a tensor, so it lives exactly as long as torch keeps what a backward needs, and what
-is on it goes with it: after the backward, unless that retains the graph, or with an answer that never goes backward.
+The checks, errors, index upkeep and staleness check of a read are Python code that depends on data, so none of it is
+traced. ``softdb::read`` runs it when the graph runs. If gradients are needed, it keeps the eager autograd graph,
+attached to a *ticket* that the compiled graph saves for its backward; ``softdb::read_backward`` runs backward through
+the graph of the ticket. The ticket is a tensor. Torch frees it after backward (unless ``retain_graph=True``), or with a
+result that is never differentiated, and the eager graph is freed with it.
 
-A read whose result is not used would go, and two that are equal would become one: stores that count reads count by an
-operator of its own, ``softdb::count``, which is declared to write to a tensor and so stays.
+Dead code elimination would remove a read whose result is not used, and common subexpression elimination would merge two
+equal reads. A store that counts reads therefore counts with a separate operator, ``softdb::count``. It is declared to
+mutate a tensor, so it is never removed.
 
-Stores enter a graph as a tensor too, the *handle* that each has: as a constant it would be a graph for every store.
+A store enters a graph as a tensor too, its *handle*. As a constant, it would cause one graph for each store.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ __all__ = ["new_handle", "read_in_graph"]
 
 
 class Store(Protocol):
-    """What is needed of a `softdb.SoftKVStore`."""
+    """Attributes that this module uses of a `softdb.SoftKVStore`."""
 
     keys: Tensor
     values: Tensor
@@ -53,59 +54,62 @@ class Store(Protocol):
 
     @property
     def read(self) -> Callable[..., Read]:
-        """Answers a batch of queries."""
+        """Method that answers a batch of queries."""
 
 
-# values, ids, weights, scores, lse, mass and the ticket of a read; empty where there is none
+# Values, ids, weights, scores, lse, mass and ticket of a read. A member that is None is an empty tensor.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-UNTRACED = (
-    "softdb: where: expected a bool mask or int64 ids, since a callable, like an argument of an unknown type, cannot "
-    "be part of a compiled or exported graph, nor can a sample, a tolerance, 'gumbel', or a sparse normalizer with "
-    "mode='topk'; pass a mask or ids, read outside of the graph, or leave out fullgraph=True"
+UNTRACED_MESSAGE = (
+    "softdb: where: expected a bool mask or int64 ids in a compiled or exported graph, which does not support a "
+    "callable, an argument of another type, tail_samples, tolerance, 'gumbel', or a sparse normalizer with "
+    "mode='topk'; pass a mask or ids, read outside of the graph, or omit fullgraph=True"
 )
 
 
 _numbers = itertools.count(1)
 
 
-_stores: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
+_stores_by_number: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 
 
-_kept: dict[int, _Kept] = {}
+_pending_reads: dict[int, _PendingRead] = {}
 
 
-# At which version of its rows a store was last read for a backward.
-_last_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary()
+# Version of the rows of each store at its latest read with gradients.
+_last_read_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode(False)
 def new_handle(store: Store) -> Tensor:
-    """A tensor that stands for ``store`` in compiled graphs, by a number that no store of another process has."""
+    """Create a tensor that represents ``store`` in compiled graphs.
+
+    Its number is random, so that it differs from those of stores in other processes.
+    """
     number = secrets.randbits(63)
-    _stores[number] = store
+    _stores_by_number[number] = store
     return torch.tensor(number, device="cpu")
 
 
-def _store_of(handle: Tensor) -> Store:
-    store = _stores.get(int(handle))
+def _find_store(handle: Tensor) -> Store:
+    store = _stores_by_number.get(int(handle))
     if store is None:
         raise ArgumentError(
             "store: a compiled or exported graph reads a store that no longer exists in this process, or is in another "
-            "one; compile or export the model again, where its store is"
+            "process; compile or export the model again in the process of its store"
         )
     return store
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """An eager read that waits for its backward, and the slots and weights that it reports, where it is to be counted.
+class _PendingRead:
+    """Eager read that waits for its backward or is to be counted.
 
     Attributes:
         read: The read.
-        inputs: Query, keys, values, temperature; None where no gradient is wanted.
-        reported: Slots and weights.
+        inputs: Query, keys, values, temperature; None where no gradient is needed.
+        reported: Slots and weights to count.
     """
 
     read: Read
@@ -114,9 +118,9 @@ class _Kept:
 
 
 def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
-    """``store.read(query, **options)`` as an operator of the graph; where that cannot be, a graph break."""
-    if is_active():  # Dynamo goes through transforms by itself, and finds no rule for the operator
-        return _read_outside(store, query, **options)
+    """Run ``store.read(query, **options)`` as an operator, or break the graph."""
+    if is_active():  # Dynamo traces transforms itself, and the operator has no rule for them.
+        return _read_eagerly(store, query, **options)
     mode, k, normalizer = options["mode"], options["k"], options["normalizer"]
     where, exclude, temperature = options["where"], options["exclude"], options["temperature"]
     if not store.training:
@@ -126,10 +130,10 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         isinstance(query, Tensor)
         and isinstance(mode, str)
         and isinstance(normalizer, str)
-        and not (mode == "topk" and normalizer in SPARSE)  # k may be doubled
-        and normalizer != "gumbel"  # two reads that are written alike are not to become one
+        and not (mode == "topk" and normalizer in SPARSE)  # The width of the result depends on data.
+        and normalizer != "gumbel"  # Equal operators would be merged and draw once.
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
-        and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() alone
+        and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() only
         and (exclude is None or isinstance(exclude, Tensor))
         and isinstance(chosen, (int, float, Tensor))
         and not isinstance(chosen, bool)
@@ -138,13 +142,13 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         and options["generator"] is None
     )
     if not fits:
-        return _read_outside(store, query, **options)
+        return _read_eagerly(store, query, **options)
     divisor = chosen if isinstance(chosen, Tensor) else None
     number = None
     if temperature is not None and divisor is None:
-        # As a tensor: a number that changes from step to step would be a new graph each time.
+        # A tensor, because torch would compile another graph for each new value of a number.
         number = torch.ones((), dtype=torch.float64, device="cpu") * float(chosen)
-    # Only what graphs call for its effect stays where its result is not used, and is not merged with its like.
+    # An operator that mutates nothing may be removed or merged, so such reads count with an operator that does.
     counts = store.rows.counts_reads and not is_exporting()
     keys, values = store.keys, store.values
     wanted = [False] * 4
@@ -175,11 +179,11 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     return Read(answer, ids, weights, scores, lse, mass, normalizer=name)
 
 
-@disable_compile(UNTRACED)
-def _read_outside(store: Store, query: Tensor, **options: Any) -> Read:
-    """The eager read, which breaks a graph that is being traced."""
+@disable_compile(UNTRACED_MESSAGE)
+def _read_eagerly(store: Store, query: Tensor, **options: Any) -> Read:
+    """Run the eager read, which breaks a graph that is being traced."""
     if is_traced(query):
-        raise TransformError(UNTRACED)
+        raise TransformError(UNTRACED_MESSAGE)
     return store.read(query, **options)
 
 
@@ -207,41 +211,46 @@ def _read(
     sparse: bool,
     counting: bool = True,
 ) -> Outputs:
-    """The eager read; which gradients of query, keys, values and temperature are wanted is known to the tracer only."""
-    store = _store_of(handle)
+    """Run the eager read.
+
+    Only the tracer knows which gradients of query, keys, values and temperature are needed, so it passes ``wanted``.
+    """
+    store = _find_store(handle)
     for name, given, own in (("keys", keys, store.keys), ("values", values, store.values)):
         if given.data_ptr() == own.data_ptr() and given.shape == own.shape:
             continue
-        if not torch.equal(given, own.detach()):  # a copy would do
+        if not torch.equal(given, own.detach()):  # a copy is accepted
             raise ArgumentError(
-                f"{name}: expected the store's own tensor in its compiled graph, got another; write to a store outside "
-                "of graphs, and read tensors that a graph makes with softdb.functional"
+                f"{name}: expected the store's own tensor in its compiled graph, got another tensor; write to a store "
+                "outside of graphs, and read tensors that a graph computes with softdb.functional"
             )
     divisor = None if number is None else float(number)
     options: dict[str, Any] = {"mode": mode, "k": k, "where": where, "exclude": exclude, "normalizer": normalizer}
     reported: list[tuple[Tensor, Tensor]] = []
     if not any(wanted):
-        with torch.no_grad(), _autocast(query, answer), deferring(None if counting else reported):
+        with torch.no_grad(), _restore_autocast(query, answer), deferring(None if counting else reported):
             read = store.read(query, temperature=divisor if temperature is None else temperature, **options)
-        return _outputs(read, query, _ticket(_Kept(read, (), tuple(reported))) if reported else _ticket(None))
-    _check_repetition(store)
-    # Copies: the graph may use its own tensors' memory anew.
+        return _to_outputs(
+            read, query, _make_ticket(_PendingRead(read, (), tuple(reported))) if reported else _make_ticket(None)
+        )
+    _check_recompute(store)
+    # Copies, because the graph may reuse the memory of its own tensors.
     own_query = query.detach().clone().requires_grad_(wanted[0])
     own_temperature = None if temperature is None else temperature.detach().clone().requires_grad_(wanted[3])
-    with _autograd(), _autocast(query, answer), deferring(None if counting else reported):
+    with _enable_autograd(), _restore_autocast(query, answer), deferring(None if counting else reported):
         read = store.read(own_query, temperature=divisor if own_temperature is None else own_temperature, **options)
     inputs = (own_query, store.keys, store.values, own_temperature)
-    return _outputs(read, query, _ticket(_Kept(read, inputs, tuple(reported))))
+    return _to_outputs(read, query, _make_ticket(_PendingRead(read, inputs, tuple(reported))))
 
 
-def _ticket(kept: _Kept | None) -> Tensor:
-    """Make a tensor that keeps something as long as it lives."""
+def _make_ticket(kept: _PendingRead | None) -> Tensor:
+    """Create a tensor that keeps ``kept`` alive until the tensor is freed."""
     if kept is None:
         return torch.zeros((), dtype=torch.int64, device="cpu")
     number = next(_numbers)
     ticket = torch.tensor(number, device="cpu")
-    weakref.finalize(ticket, _kept.pop, number, None)
-    _kept[number] = kept
+    weakref.finalize(ticket, _pending_reads.pop, number, None)
+    _pending_reads[number] = kept
     return ticket
 
 
@@ -264,7 +273,7 @@ def _(
     counting: bool = True,
 ) -> Outputs:
     leading, dtype = query.shape[:-1], compute_dtype(query, keys, values)
-    width = 1 if mode == "hard" or (mode == "topk" and k is None) else k  # without k, topk is an error when it runs
+    width = 1 if mode == "hard" or (mode == "topk" and k is None) else k  # topk without k raises at run time
     rows = (0,) if width is None else (*leading, width)
     return (
         query.new_empty((*leading, values.shape[-1]), dtype=answer),
@@ -279,8 +288,11 @@ def _(
 
 @torch.library.custom_op("softdb::count", mutates_args=("handle",), schema="(Tensor(a!) handle, Tensor ticket) -> ()")
 def _count(handle: Tensor, ticket: Tensor) -> None:
-    """Count the read that made the ticket; said to write to the handle, so that every call counts, in order."""
-    kept, store = _kept.get(int(ticket)), _store_of(handle)
+    """Count the read of a ticket.
+
+    The operator is declared to mutate the handle, so that every call is executed, in order.
+    """
+    kept, store = _pending_reads.get(int(ticket)), _find_store(handle)
     if kept is not None:
         for slots, weights in kept.reported:
             note_read(store.rows, slots, weights)
@@ -291,7 +303,7 @@ def _(handle: Tensor, ticket: Tensor) -> None:
     pass
 
 
-# Not torch.library.custom_op: in torch 2.6, the operators that it makes cannot return row-sparse tensors.
+# Operators made by torch.library.custom_op cannot return row-sparse tensors in torch 2.6.
 torch.library.define(
     "softdb::read_backward",
     "(Tensor ticket, Tensor? values, Tensor? weights, Tensor? scores, Tensor? lse, Tensor? mass, "
@@ -321,12 +333,12 @@ def _read_backward(
     wanted: Sequence[bool],
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, keys, values and temperature, from those of a read's members."""
-    kept = _kept.get(int(ticket))
+    """Compute the gradients of query, keys, values and temperature."""
+    kept = _pending_reads.get(int(ticket))
     if kept is None:
         raise StaleReadError(
-            "the eager graph of a compiled read is gone before its backward, since something (a saved-tensor hook?) "
-            "replaced the tensors that torch had saved for it; read outside of the graph"
+            "the eager graph of a compiled read was freed before its backward, because the tensors that torch saved "
+            "for it were replaced (by a saved-tensor hook?); read outside of the graph"
         )
     given = {"values": values, "weights": weights, "scores": scores, "lse": lse, "mass": mass}
     pairs = [(getattr(kept.read, name), gradient) for name, gradient in given.items() if gradient is not None]
@@ -335,13 +347,13 @@ def _read_backward(
     found: list[Tensor | None] = [None] * len(leaves)
     if pairs:
         outputs, gradients = zip(*pairs, strict=True)
-        with _autograd():
-            # The graph stays until the ticket goes: a backward may be repeated.
+        with _enable_autograd():
+            # Backward may be repeated, so the graph is kept until the ticket is freed.
             found = list(torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True))
     results = iter(zip(leaves, found, strict=True))
     layouts = (False, sparse, sparse, False)
     return tuple(  # type: ignore[return-value]
-        _laid_out(*next(results), rows) if want else torch.empty(0, device=device)
+        _convert_layout(*next(results), rows) if want else torch.empty(0, device=device)
         for want, rows in zip(wanted, layouts, strict=True)
     )
 
@@ -382,7 +394,7 @@ torch.library.register_fake("softdb::read_backward", _fake_read_backward)
 torch.library.register_autograd("softdb::read_backward", refuse_second_derivative)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+def _save_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, keys, values, temperature = inputs[:4]
     mode, k, ctx.wanted, ctx.sparse = inputs[7], inputs[8], inputs[12], inputs[13]
     ctx.reads = count_read_in_graph(keys)
@@ -404,11 +416,14 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return *(result if want else None for result, want in zip(results, ctx.wanted, strict=True)), *[None] * 11
 
 
-_read.register_autograd(_differentiate, setup_context=_save)
+_read.register_autograd(_differentiate, setup_context=_save_context)
 
 
-def _outputs(read: Read, query: Tensor, ticket: Tensor) -> Outputs:
-    """The members of a read as an operator may return them: no views, none missing, and nothing of its graph."""
+def _to_outputs(read: Read, query: Tensor, ticket: Tensor) -> Outputs:
+    """Return the members of a read in the form that an operator must return.
+
+    They are detached copies, not views; a member that is None becomes an empty tensor.
+    """
     members: list[Tensor] = []
     for member in (read.values, read.ids, read.weights, read.scores, read.lse, read.mass):
         if member is None:
@@ -418,7 +433,7 @@ def _outputs(read: Read, query: Tensor, ticket: Tensor) -> Outputs:
     return *members, ticket  # type: ignore[return-value]
 
 
-def _laid_out(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
+def _convert_layout(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
     if sparse:
         if gradient is None:
             return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device, layout=torch.sparse_coo)
@@ -428,21 +443,27 @@ def _laid_out(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tensor:
     return gradient.to_dense() if gradient.layout != torch.strided else gradient.contiguous()
 
 
-def _check_repetition(store: Store) -> None:
-    """Raise if activation checkpointing repeats a read after rows were written, as far as can be told."""
+def _check_recompute(store: Store) -> None:
+    """Raise if activation checkpointing repeats a read after rows were written.
+
+    The check is not exact: it compares the version of the rows with that at the latest read in a forward.
+    """
     version = store.rows.version
-    if torch._C._current_graph_task_id() == -1:  # not within a backward
-        _last_version[store] = version
-    elif _last_version.get(store, version) != version:
+    if torch._C._current_graph_task_id() == -1:  # outside of backward
+        _last_read_version[store] = version
+    elif _last_read_version.get(store, version) != version:
         raise StaleReadError(
-            "activation checkpointing repeated a compiled read after rows had been written, so its gradients would be "
+            "activation checkpointing repeated a compiled read after rows were written, so its gradients would be "
             "those of another read; call backward() before writing to the store"
         )
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd within the body of an operator, where it is switched off a level below `torch.enable_grad`."""
+def _enable_autograd() -> Iterator[None]:
+    """Enable autograd in the body of an operator.
+
+    The dispatcher disables it at a level below `torch.enable_grad`.
+    """
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
@@ -452,8 +473,8 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
-    """Autocast as it was where the graph was traced; it is off where one runs."""
+def _restore_autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
+    """Return the autocast context of the traced code; it is off when a graph runs."""
     if answer == query.dtype:
         return torch.autocast(query.device.type, enabled=False)
     return torch.autocast(query.device.type, dtype=answer)

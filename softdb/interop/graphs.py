@@ -1,4 +1,4 @@
-"""What the operators of softdb have in common in graphs of torch.compile."""
+"""Functions shared by the operators of softdb in graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from softdb.errors import SecondDerivativeError
 
 __all__ = ["count_read_in_graph", "refuse_second_derivative"]
 
-# How often the tables of graphs that are being traced are read there, by the tensors that stand for them.
+# Number of reads of each table in the graph that is being traced, by the fake tensor of the table.
 _reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    """Raise: the backward of an operator cannot be differentiated."""
+    """Raise `SecondDerivativeError`, as the backward of the backward of an operator."""
     raise SecondDerivativeError(
         "a compiled read and a ProductKeyMemory have no second derivatives; for a few rows, use "
-        "softdb.functional.topk_read with all of them as candidates, which has"
+        "softdb.functional.topk_read with all rows as candidates, which has them"
     )
 
 
 @dataclass
 class GraphReads:
-    """How often a table is read in one graph."""
+    """Number of reads of a table in one graph."""
 
     count: int = 0
 
 
 def count_read_in_graph(table: Tensor) -> GraphReads:
-    """Count a read of ``table`` in the graph that is being traced; its backward is traced after all reads.
+    """Count a read of ``table`` in the graph that is being traced.
 
-    Inductor cannot add a row-sparse gradient to another one: where there are several, they have to be dense.
+    Backward is traced after all reads, so it finds the total. Inductor cannot add a row-sparse gradient to another
+    gradient: if there are several reads, their gradients must be dense.
     """
     is_traced = type(table) not in (Tensor, torch.nn.Parameter)
     reads: GraphReads = _reads_in_graph.setdefault(table, GraphReads()) if is_traced else GraphReads()

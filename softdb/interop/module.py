@@ -1,4 +1,4 @@
-"""What torch does to a store as a module: assign its tensors, convert them."""
+"""Operations of `torch.nn.Module` on a store: assign tensors, convert them, repr."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from softdb.table.table import Table
 from softdb.transforms import unwrap_tensors
 
 __all__ = [
-    "FIXED",
+    "FIXED_NAMES",
     "check_assigned",
-    "check_not_deleted",
+    "check_deletion",
     "convert",
     "describe_store",
     "replace_tensor",
 ]
 
-# What cannot be assigned once the store is made: its tensors and its index are laid out by them.
-FIXED = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
+# Attributes that are fixed after construction, because the shapes of tensors and the index depend on them.
+FIXED_NAMES = ("key_dim", "value_dim", "metric", "trainable", "capacity", "evict")
 
 
 def check_assigned(module: Any, name: str, value: Any) -> Any:
-    """Return what may be assigned to an attribute of a store, or raise."""
+    """Return the value to assign to an attribute of a store, or raise."""
     if name == "temperature":
         value = unwrap_tensors(name, value)
         if isinstance(value, Tensor) and value.requires_grad:
@@ -38,7 +38,7 @@ def check_assigned(module: Any, name: str, value: Any) -> Any:
                 "temperature: expected a number, got a tensor that requires grad; pass it to read(temperature=...)"
             )
         return check_above_zero(name, value)
-    if name in FIXED and name in module.__dict__:
+    if name in FIXED_NAMES and name in module.__dict__:
         own = module.__dict__[name]
         if type(value) is not type(own) or value != own:
             raise ArgumentError(
@@ -46,16 +46,19 @@ def check_assigned(module: Any, name: str, value: Any) -> Any:
                 f"store with {name}=..."
             )
     if name == "rows" and "_table" in module.__dict__:
-        module._table.rows = value  # of a replica of DataParallel
+        module._table.rows = value  # DataParallel assigns the rows of a replica
     return value
 
 
-def check_not_deleted(module: nn.Module, name: str) -> None:
-    """Raise where keys or values are deleted: torch would fail a step later, and leave the store without them."""
+def check_deletion(module: nn.Module, name: str) -> None:
+    """Raise if ``keys`` or ``values`` is deleted.
+
+    Without this check torch would fail one step later, and leave the store without the tensor.
+    """
     if name in ("keys", "values") and name not in module.__dict__:
         raise ArgumentError(
-            f"{name}: expected to stay, since torch.nn.utils.parametrize cannot name a tensor {name!r}, and FSDP1 "
-            "cannot flatten it; lend other tensors with torch.func.functional_call, or use fully_shard"
+            f"{name}: expected no deletion, because torch.nn.utils.parametrize cannot name a tensor {name!r}, and "
+            "FSDP1 cannot flatten it; pass other tensors with torch.func.functional_call, or use fully_shard"
         )
 
 
@@ -65,8 +68,8 @@ def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, A
     Args:
         table: The rows.
         name: "keys" or "values".
-        value: The tensor.
-        assign: Assigns as `torch.nn.Module` does.
+        value: The new tensor.
+        assign: ``__setattr__`` of `torch.nn.Module`.
     """
     if value is None:
         raise DtypeError(f"{name}: expected a tensor, got None")
@@ -75,7 +78,7 @@ def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, A
     if is_table and is_sharded(value):
         table.is_sharded = True
     if not is_table or table.is_sharded or not isinstance(value, Tensor):
-        assign(name, value)  # FSDP2 lends, pruning computes, torch refuses
+        assign(name, value)  # FSDP2 and pruning assign plain tensors, and torch rejects other values.
         return
     check_float_tensor(name, value, table.shape_of(name))
     with table.rows.access.writing():
@@ -85,15 +88,21 @@ def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, A
 
 
 def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], object]) -> None:
-    """Convert keys, values and the buffers of rows by ``fn``, with ``apply`` as `torch.nn.Module` has it."""
+    """Convert keys, values and the buffers of rows.
+
+    Args:
+        table: The rows.
+        fn: Function that converts a tensor, as `torch.nn.Module._apply` takes it.
+        apply: Call of `torch.nn.Module._apply` on the store with ``fn``.
+    """
     module, rows = table.module, table.rows
     if not module.keys.is_meta:
         check_own_ids(rows)
-    # Before anything is converted, by a try on tensors of no numbers.
+    # Try the conversion on empty tensors, so that an error leaves the store unchanged.
     check_dtype(fn(module.keys.detach().new_empty(0)).dtype)
-    whole = fn(rows.ids.new_empty(0)).dtype
-    if whole != torch.int64:
-        raise DtypeError(f"dtype: expected ids to stay int64, got {whole}; convert with .to(), not with .type()")
+    id_dtype = fn(rows.ids.new_empty(0)).dtype
+    if id_dtype != torch.int64:
+        raise DtypeError(f"dtype: expected ids to stay int64, got {id_dtype}; convert with .to(), not with .type()")
     before = module.keys.data_ptr(), module.values.data_ptr()
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     with unwatched(own), rows.recorded.suspended():
@@ -101,14 +110,14 @@ def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], ob
     if rows.was_emptied:
         module.keys.data.zero_()
         module.values.data.zero_()
-    if before != (module.keys.data_ptr(), module.values.data_ptr()):  # else nothing was to be converted
+    if before != (module.keys.data_ptr(), module.values.data_ptr()):  # otherwise nothing was converted
         rows.mark_moved()
         rows.layout += 1
     table.record_versions()
 
 
 def describe_store(store: Any, factory: str) -> str:
-    """Return what ``repr`` shows of a store between the brackets; defaults are left out."""
+    """Return the settings that ``repr`` shows; some are omitted at their default."""
     shown = {"rows": len(store.rows), "key_dim": store.key_dim, "value_dim": store.value_dim, "metric": store.metric}
     defaults = {"temperature": 1.0, "fields": (), "capacity": None, "evict": None}
     shown |= {name: getattr(store, name) for name, default in defaults.items() if getattr(store, name) != default}

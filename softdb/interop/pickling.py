@@ -1,4 +1,4 @@
-"""Stores on their way to another process or device."""
+"""Copies of stores for other processes and devices."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["replicated", "send_copies"]
+__all__ = ["send_copies", "set_up_replica"]
 
-# The memory that a process has its store in, as long as that process exists.
-_copies: weakref.WeakKeyDictionary[Any, list[nn.Module]] = weakref.WeakKeyDictionary()
+# Copies that were sent to each spawned process. They own shared memory, so they live as long as the process.
+_sent_copies: weakref.WeakKeyDictionary[Any, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def send_copies(kind: type[nn.Module]) -> None:
-    """Send copies of modules of a class to other processes, unless ``share_memory()`` was called.
+    """Send copies of modules of a class to other processes.
 
-    torch sends tensors by moving them to memory that both processes see: each would write to the rows of the other,
-    and follow only its own writes.
+    By default, torch moves tensors to shared memory to send them. Each process would then write to the rows of the
+    other, but detect only its own writes. A store on which ``share_memory()`` was called is still shared.
     """
-    ForkingPickler.register(kind, _reduced)
+    ForkingPickler.register(kind, _reduce_copy)
 
 
-def _reduced(store: Any) -> Any:
-    """Return what is pickled."""
+def _reduce_copy(store: Any) -> Any:
+    """Return what pickle needs to rebuild a copy of ``store``."""
     if store.keys.is_shared():
         return store.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     sent, process = copy.deepcopy(store), get_spawning_popen()
-    if process is not None:  # which takes over open files: they are not to be closed before it begins
-        _copies.setdefault(process, []).append(sent)
+    if process is not None:  # It inherits open files, which must stay open until it starts.
+        _sent_copies.setdefault(process, []).append(sent)
     return sent.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-def replicated(store: Any, replica: Any) -> Any:
-    """Give a replica of torch.nn.DataParallel, which copies attributes, a table of its own."""
+def set_up_replica(store: Any, replica: Any) -> Any:
+    """Set up the replica of a store in torch.nn.DataParallel.
+
+    DataParallel copies the attributes of the store; the replica needs its own table.
+    """
     replica.__dict__["_table"] = copy.copy(store._table)
     replica._assemble()
     return replica

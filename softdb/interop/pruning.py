@@ -1,4 +1,4 @@
-"""Pruned stores: keys and values that torch.nn.utils.prune computes."""
+"""Stores whose keys and values are computed by torch.nn.utils.prune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["recompute_pruned"]
 
 
 def recompute_pruned(module: nn.Module) -> None:
-    """Have pruning compute its tensors again, as it does before a forward."""
+    """Recompute the tensors that pruning computes before every forward."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             hook(module, ())

@@ -1,4 +1,4 @@
-"""The ways of a read: eager, as an operator of a graph, or under the transforms of torch.func."""
+"""Dispatch of a read: eager, as an operator of a graph, or under torch.func."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def read(
     tolerance: float | None,
     generator: torch.Generator | None,
 ) -> Read:
-    """Answer ``store.read`` in the way that the caller's surroundings need."""
+    """Run ``store.read`` eagerly, as an operator of a graph, or under transforms."""
     keys = store.keys
     if keys.is_meta or store.rows.ids.is_meta:
         store._table.check_not_meta()
     if torch._C._get_tracing_state() is not None:
         raise TransformError(
-            "query: expected no torch.jit.trace around a read, since it would keep the rows as they are now; use "
-            "torch.compile or torch.export"
+            "query: expected no torch.jit.trace around a read, because it would record the present rows as constants; "
+            "use torch.compile or torch.export"
         )
     is_compiling = torch.compiler.is_dynamo_compiling() or is_traced(query)
     if is_compiling or is_active():

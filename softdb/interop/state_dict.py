@@ -1,4 +1,4 @@
-"""Load a ``state_dict`` into a store: all of it or nothing."""
+"""Loading of a ``state_dict`` into a store, completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from softdb.table.table import Table
 
 __all__ = ["load_state"]
 
-# Under which name torch saves what a subclass adds by `get_extra_state`.
-EXTRA_STATE = "_extra_state"
+# Name under which torch saves the result of `get_extra_state` of a subclass.
+EXTRA_STATE_KEY = "_extra_state"
 
 
 def load_state(
@@ -38,42 +38,44 @@ def load_state(
     unexpected_keys: list[str],
     *args: Any,
 ) -> None:
-    """Load all of it or, where something is wrong or what rows consist of is missing, nothing.
+    """Load a state dict, or nothing if a tensor of the rows is invalid or missing.
 
     Args:
-        table: The rows, which only the caller reads or writes.
-        load_tensors: ``_load_from_state_dict`` as `torch.nn.Module` has it.
-        is_strict: Whether `load_state_dict` refuses other names; torch passes a literal True as ``strict``.
-        state_dict: What is loaded.
-        prefix: Of its names.
+        table: The rows. No other thread may read or write them.
+        load_tensors: ``_load_from_state_dict`` of `torch.nn.Module`.
+        is_strict: Whether missing and unexpected names are an error. Torch always passes True as ``strict``.
+        state_dict: The state dict.
+        prefix: Prefix of the names.
         local_metadata: As torch passes it.
         strict: As torch passes it.
-        missing_keys: Is extended.
-        unexpected_keys: Is extended.
+        missing_keys: List to which missing names are appended.
+        unexpected_keys: List to which unexpected names are appended.
         *args: As torch passes them.
     """
     module, rows = table.module, table.rows
     hooks, none = module._load_state_dict_pre_hooks, type(module._load_state_dict_pre_hooks)()
-    for hook in hooks.values():  # they may rename what is there, or bring what is missing
+    for hook in hooks.values():  # They may rename tensors, or add missing ones.
         hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
-    missing, unexpected = _differing_names(table, state_dict, prefix, is_strict)
+    missing, unexpected = _find_differing_names(table, state_dict, prefix, is_strict)
     if missing or unexpected:
         missing_keys.extend(sorted(missing))
         unexpected_keys.extend(unexpected)
         return
-    names = _names_of(rows, prefix)
-    growth = _room_for(table, {name.removeprefix(prefix): state_dict[name] for name in names & state_dict.keys()})
+    names = _list_names(rows, prefix)
+    growth = _prepare_storage(
+        table, {name.removeprefix(prefix): state_dict[name] for name in names & state_dict.keys()}
+    )
     others = (local_metadata, strict, missing_keys, unexpected_keys, *args)
     reports = (missing_keys, unexpected_keys, *args)
     reported = [len(report) for report in reports]
 
     def load() -> None:
         for report, count in zip(reports, reported, strict=True):
-            del report[count:]  # of an earlier try
+            del report[count:]  # reported by an attempt that was interrupted
         if growth is not None:
             table.install(growth)
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        with unwatched(own), rows.recorded.suspended():  # torch may swap tensors
+        with unwatched(own), rows.recorded.suspended():  # torch may swap the tensors
             try:
                 module._load_state_dict_pre_hooks = none
                 load_tensors(state_dict, prefix, *others)
@@ -81,9 +83,10 @@ def load_state(
                 module._load_state_dict_pre_hooks = hooks
             _load_rows(rows, state_dict, f"{prefix}rows.", *others)
         for tensor in table.tensors().values():
-            if 0 in tensor.stride() and tensor.numel() > 1:  # an expanded tensor, by ``assign=True``
+            if 0 in tensor.stride() and tensor.numel() > 1:  # ``assign=True`` may assign an expanded tensor
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        # torch goes on where it fails to copy a tensor, say for want of memory: some rows would be old.
+        # torch reports a tensor that it fails to copy, for instance without memory, and continues with the others.
+        # The rows would then be a mixture of old and new ones.
         failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
         if failed:
             raise RuntimeError(" ".join(failed))
@@ -92,35 +95,35 @@ def load_state(
     table.journal.commit(load, WRITTEN)
 
 
-def _names_of(rows: RowStorage, prefix: str) -> set[str]:
+def _list_names(rows: RowStorage, prefix: str) -> set[str]:
     return {prefix + name for name in ("keys", "values", *(f"rows.{name}" for name in rows.saved))}
 
 
-def _differing_names(
+def _find_differing_names(
     table: Table, state_dict: Mapping[str, Any], prefix: str, is_strict: bool
 ) -> tuple[set[str], list[str]]:
-    """Return the missing and unexpected names that keep rows from being loaded."""
-    module, rows, names = table.module, table.rows, _names_of(table.rows, prefix)
+    """Return the missing and unexpected names that prevent the rows from loading."""
+    module, rows, names = table.module, table.rows, _list_names(table.rows, prefix)
     missing = names - state_dict.keys()
     own = {*module._parameters, *module._buffers, *module._modules} - {"rows"}
     if type(module).set_extra_state is not nn.Module.set_extra_state:
-        own.add(EXTRA_STATE)
+        own.add(EXTRA_STATE_KEY)
     given = [name for name in state_dict if name.startswith(prefix) and name not in names]
     unexpected = [name for name in given if name.removeprefix(prefix).partition(".")[0] not in own]
     if not missing <= {f"{prefix}rows.{name}" for name in rows.optional}:
-        return missing | {f"{prefix}keys", f"{prefix}values"}, unexpected  # which are not loaded without the rest
+        return missing | {f"{prefix}keys", f"{prefix}values"}, unexpected  # not loaded without the others
     if not (is_strict and (missing or unexpected)):
         return set(), []  # torch reports them
     return missing, unexpected
 
 
-def _room_for(table: Table, state: Mapping[str, Any]) -> Growth | None:
-    """Check what is to be loaded; return tensors of its size, if that is another."""
+def _prepare_storage(table: Table, state: Mapping[str, Any]) -> Growth | None:
+    """Check the tensors to load; return storage of their size if it differs."""
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
         if tensor.is_meta:
-            raise DeviceError(f"state_dict[{name!r}]: expected numbers, got a tensor on meta, which holds none")
+            raise DeviceError(f"state_dict[{name!r}]: expected a tensor with data, got one on the meta device")
         check_dense(f"state_dict[{name!r}]", tensor)
     for name, tensor in table.tensors().items():
         if table.rows.recorded.is_own(name, tensor):
@@ -138,27 +141,27 @@ def _room_for(table: Table, state: Mapping[str, Any]) -> Growth | None:
 
 
 def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load buffers as modules do; clocks and counters that are missing start from 0."""
-    watches, source = rows.average.is_active, rows.average.source
+    """Load the buffers of rows; missing clocks and counters start at 0."""
+    is_average, source = rows.average.is_active, rows.average.source
     rows.average = AverageWatch(is_updated=rows.average.is_updated)
     nn.Module._load_from_state_dict(rows, state_dict, prefix, *args)
     for name in rows.optional:
         if prefix + name not in state_dict:
             dtype = torch.float64 if name == "weight" else torch.int64
-            begun = torch.zeros(rows.capacity, dtype=dtype, device=rows.ids.device)
-            if name == CLOCK_COLUMNS["oldest"]:  # no two rows are as old
-                begun = torch.arange(rows.capacity, device=rows.ids.device)
-            setattr(rows, name, begun)
-    for name in rows.saved:  # ``assign=True`` takes any dtype
+            initial = torch.zeros(rows.capacity, dtype=dtype, device=rows.ids.device)
+            if name == CLOCK_COLUMNS["oldest"]:  # Every row has another age.
+                initial = torch.arange(rows.capacity, device=rows.ids.device)
+            setattr(rows, name, initial)
+    for name in rows.saved:  # ``assign=True`` accepts any dtype.
         column = getattr(rows, name)
-        # Another store may be loaded from the same tensors.
-        copied = column.data_ptr() == getattr(state_dict.get(prefix + name), "data_ptr", int)()
-        setattr(rows, name, column.to(torch.float64 if name == "weight" else torch.int64, copy=copied))
-    if rows.changed_at.device != rows.ids.device:  # by ``assign=True``, which brings no change columns
+        # Copy a tensor of the state dict: another store may load it too.
+        is_shared = column.data_ptr() == getattr(state_dict.get(prefix + name), "data_ptr", int)()
+        setattr(rows, name, column.to(torch.float64 if name == "weight" else torch.int64, copy=is_shared))
+    if rows.changed_at.device != rows.ids.device:  # ``assign=True`` does not assign the change columns.
         for name, column in change_columns(rows.capacity, rows.ids.device).items():
             setattr(rows, name, column)
         rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
-    if watches:  # of an average, most likely, that goes on
+    if is_average:  # It most likely continues to be one.
         rows.average.remember(rows.tenants, is_updated=True)
     rows.average.source = None if source is None else source.restart(rows.ids, rows.generation)
     rows.derive()

@@ -1,4 +1,7 @@
-"""Reads of a store under transforms of torch.func: how samples become more queries, and what a callable may use."""
+"""Reads of a store under transforms of torch.func.
+
+Samples of vmap become queries of one read where possible. A callable ``where`` must not use wrapped tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,25 @@ from softdb.transforms import Answer, Operands, is_wrapped, read_opaquely, suspe
 
 __all__ = ["read_under_transform"]
 
-CAPTURED = (
-    "expected a callable that uses no tensors which a transform of torch.func wraps, since it runs outside of the "
+WRAPPED_MESSAGE = (
+    "expected a callable that uses no tensors which a transform of torch.func wraps, because it runs outside of the "
     "transform; pass where or exclude as a tensor"
 )
 
 
 def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
-    """Answer ``store.read(query, **options)`` while a transform of torch.func is active."""
+    """Run ``store.read(query, **options)`` while a transform of torch.func is active."""
     normalizer, generator = options["normalizer"], options["generator"]
     ReadOptions(**options)
     keys, values = store.keys, store.values
     check_float_tensor("query", query, (-1, store.key_dim), keys.device)
     if is_wrapped(*store.rows.buffers()):
         raise TransformError(
-            "rows: expected the store's own buffers, got some that a transform of torch.func wraps; pass "
-            "functional_call the Parameters only"
+            "rows: expected the store's own buffers, got buffers that a transform of torch.func wraps; pass only "
+            "Parameters to functional_call"
         )
     if callable(options["where"]):
-        options["where"] = without_wrapped_tensors(options["where"])
+        options["where"] = forbid_wrapped_tensors(options["where"])
     random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
     if normalizer == "gumbel" and store.training:
         random = "queries"
@@ -44,26 +47,26 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
         with suspend_transforms():
             plain: Read = store.read(query, **options)
             return plain
-    is_lent = is_wrapped(keys, values)
+    is_replaced = is_wrapped(keys, values)
 
     def run(operands: Operands, wanted: list[bool]) -> Answer:
-        own = leaves_of(operands, [want and (is_lent or place not in (1, 2)) for place, want in enumerate(wanted)])
+        own = leaves_of(operands, [want and (is_replaced or place not in (1, 2)) for place, want in enumerate(wanted)])
         own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
         arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
         chosen = options | {name: arguments[name] for name in names}
-        if not is_lent:
+        if not is_replaced:
             recompute_pruned(store)
-        lent = {"keys": own_keys, "values": own_values} if is_lent else None
-        read = store._reader.run(own_query, ReadOptions(**chosen), lent)
+        replacements = {"keys": own_keys, "values": own_values} if is_replaced else None
+        read = store._reader.run(own_query, ReadOptions(**chosen), replacements)
         return answer_of(read, own)
 
-    fold = fold_no_samples if callable(options["where"]) else fold_queries
+    fold = refuse_to_fold if callable(options["where"]) else fold_queries
     operands = [query, keys, values, *given]
-    return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_lent))
+    return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_replaced))
 
 
 def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:
-    """Make more queries of one read of the samples of `SoftKVStore.read`, unless each has its own rows."""
+    """Return the operands of one read of all samples; None if samples differ in rows."""
     query, keys, values, temperature, where, exclude, salt = operands
     if query is None or batched[1] or batched[2] or batched[4]:
         return None
@@ -77,22 +80,25 @@ def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands
     return [query, keys, values, temperature, where, exclude, salt]
 
 
-def fold_no_samples(operands: Operands, batched: list[bool], size: int) -> None:
-    """Make no single read of the samples: a callable is written for the queries of one."""
+def refuse_to_fold(operands: Operands, batched: list[bool], size: int) -> None:
+    """Return None: a callable ``where`` expects the queries of one sample."""
 
 
-def without_wrapped_tensors(
+def forbid_wrapped_tensors(
     where: Callable[[Mapping[str, Tensor]], Tensor],
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Guard a callable ``where``, which runs outside of the transforms around its read."""
+    """Wrap a callable ``where`` to raise if it uses tensors that a transform wraps.
 
-    def guarded(row: Mapping[str, Tensor]) -> Tensor:
+    The callable runs outside of the transforms.
+    """
+
+    def checked_where(row: Mapping[str, Tensor]) -> Tensor:
         try:
             allowed = where(row)
         except RuntimeError as error:
-            raise TransformError(f"where: {CAPTURED}; the callable raised {type(error).__name__}") from error
+            raise TransformError(f"where: {WRAPPED_MESSAGE}; the callable raised {type(error).__name__}") from error
         if is_wrapped(allowed):
-            raise TransformError(f"where: {CAPTURED}")
+            raise TransformError(f"where: {WRAPPED_MESSAGE}")
         return allowed
 
-    return guarded
+    return checked_where

@@ -74,7 +74,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         It would overwrite them with those of the first process.
         """
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            yield name, stand_in(self, sparse=self.sparse) if module is self and is_asked_by_ddp() else module
+            yield name, make_stand_in(self, sparse=self.sparse) if module is self and is_called_by_ddp() else module
 
     @property
     def usage(self) -> Usage:

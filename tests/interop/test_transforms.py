@@ -739,7 +739,7 @@ def test_compiled_reads_count_and_evict_as_eager_ones(backend: str, how: dict[st
         found.append((store.ids, store.usage.reads, store.usage.weight))
     check_equal(found[1], found[0], rtol=1e-4, atol=1e-5)
     assert counter.graphs == 1
-    assert compile_module._kept == {}
+    assert compile_module._pending_reads == {}
 
 
 def test_compiled_transforms() -> None:

@@ -38,8 +38,8 @@ from softdb.reading.reader import Reader
 from softdb.reading.result import Read
 from softdb.reading.staleness import OpenReads
 from softdb.scoring.metrics import Metric
-from softdb.snapshot.contents import contents_of, load_store
-from softdb.snapshot.lock import locked
+from softdb.snapshot.contents import collect_contents, load_store
+from softdb.snapshot.lock import lock_directory
 from softdb.snapshot.writer import write_snapshot
 from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
@@ -730,8 +730,8 @@ class SoftKVStore(ModuleWithProperties):
             4
         """
         self._table.check_not_meta()
-        with locked(path, timeout) as directory:  # until then, writes of rows go on
-            self._access.reading(lambda: write_snapshot(directory, *contents_of(self._table, self._index.config)))
+        with lock_directory(path, timeout) as directory:  # writes of rows are allowed until then
+            self._access.reading(lambda: write_snapshot(directory, *collect_contents(self._table, self._index.config)))
 
     @classmethod
     @without_transforms

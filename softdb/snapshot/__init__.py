@@ -1,27 +1,35 @@
-"""Named tensors and a JSON description, as one directory that always holds a whole snapshot.
+"""Storage of named tensors and a JSON description in a directory.
 
 ::
 
-    path/manifest.json             which files make the snapshot, their sizes and hashes, and the description
+    path/manifest.json             files of the snapshot, their sizes and hashes, and the description
     path/keys-7.safetensors        one tensor each, of generation 7
-    path/.lock                     held while somebody saves
+    path/.lock                     locked during a save
 
-Data files carry the generation in their name and are never written to again. A save writes new ones, makes them
-durable, and then swaps the manifest alone, by a rename: whoever opens the path finds the old snapshot or the new one,
-whole. What a crash left over belongs to no manifest, and the next save removes it.
+The names of data files contain the generation, and data files are never overwritten. A save writes new files, syncs
+them to the disk, and then replaces only the manifest, by a rename. A reader finds either the complete old snapshot or
+the complete new one. Files that remain after a crash are not in the manifest; the next save removes them.
 
-Reading trusts nothing: a file's header has to be, byte for byte, the one that the manifest describes, sizes are
-compared with the file's before memory is taken, names lead nowhere but into the directory, and links are not followed.
-There is nothing in a snapshot that could be executed.
+A reader does not trust the files. The header of a file must be equal, byte for byte, to the one that the manifest
+describes. Sizes are compared with those of the files before memory is allocated. File names cannot leave the directory,
+and symbolic links are not followed. A snapshot contains nothing that can be executed.
 
-A file's hash is the blake2b of those of its header and of each 8 MiB of what follows, so that these are taken side by
-side, and while other bytes are written or read.
+The hash of a file is the blake2b of the hashes of its header and of each following chunk of 8 MiB. Threads can hash the
+chunks in parallel, while other chunks are read or written.
 """
 
 from softdb.snapshot.examine import Examination, FileState, examine_snapshot
 from softdb.snapshot.format import FORMAT
-from softdb.snapshot.lock import locked
+from softdb.snapshot.lock import lock_directory
 from softdb.snapshot.reader import read_snapshot
 from softdb.snapshot.writer import write_snapshot
 
-__all__ = ["FORMAT", "Examination", "FileState", "examine_snapshot", "locked", "read_snapshot", "write_snapshot"]
+__all__ = [
+    "FORMAT",
+    "Examination",
+    "FileState",
+    "examine_snapshot",
+    "lock_directory",
+    "read_snapshot",
+    "write_snapshot",
+]

@@ -1,4 +1,4 @@
-"""What a snapshot holds of a store: made from its table, and made into one."""
+"""Conversion between a store and the contents of a snapshot."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from softdb.table.state import check_state
 from softdb.table.table import FileRows, Table
 from softdb.version import __version__
 
-__all__ = ["contents_of", "load_store"]
+__all__ = ["collect_contents", "load_store"]
 
-# What `load` leaves in its files: what only a look at rows, or an optimiser, needs.
-MAPPED = ("keys", "values", "rows.generation")
-# The settings of a store that are saved, besides those of its index.
-SETTINGS = (
+# Tensors that ``load(mmap=True)`` maps. No other step of loading reads them.
+MAPPED_TENSORS = ("keys", "values", "rows.generation")
+# Settings of a store that are saved; those of its index are saved separately.
+SAVED_SETTINGS = (
     "key_dim",
     "value_dim",
     "metric",
@@ -40,26 +40,29 @@ SETTINGS = (
 )
 
 
-def contents_of(table: Table, index: IndexConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the description of a store."""
+def collect_contents(table: Table, index: IndexConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Collect the tensors and the description of a store."""
     rows, config, store = table.rows, table.config, table.module
     used = rows.used
     table.check_whole()
     tensors = {name: tensor.detach()[:used] for name, tensor in table.tensors().items()}
-    with rows.access.alone:  # readers in other threads count on
+    with rows.access.alone:  # Readers in other threads may count reads.
         tensors |= {f"rows.{name}": getattr(rows, name)[:used].clone() for name in rows.columns}
     tensors |= {"rows.ids": rows.ids[:used], "rows.next_id": rows.next_id}
-    description = {name: getattr(store, name) for name in SETTINGS if name != "track_usage"}
+    description = {name: getattr(store, name) for name in SAVED_SETTINGS if name != "track_usage"}
     description |= {"fields": list(config.fields), "index": asdict(index), "track_usage": config.track_usage}
     description |= {"rows": len(rows), "softdb": __version__}
-    frozen = frozen_tensors(table)
-    if frozen:  # snapshots without it say that all is as trainable as the store
+    frozen = list_frozen_tensors(table)
+    if frozen:  # without this entry, both tensors are as trainable as the store
         description["frozen"] = list(frozen)
     return tensors, description
 
 
-def frozen_tensors(table: Table) -> tuple[str, ...]:
-    """Return the names of the Parameters that get no gradient, or will get none once rows in files are materialized."""
+def list_frozen_tensors(table: Table) -> tuple[str, ...]:
+    """List the Parameters of a trainable store that do not require gradients.
+
+    For rows that are mapped files, these are the Parameters that will not require gradients after `materialize`.
+    """
     if table.files is not None:
         return table.files.frozen
     trainable = table.config.trainable
@@ -74,39 +77,39 @@ def load_store(
     verify: bool,
     device: torch.device | str | None,
 ) -> Any:
-    """Return the store that was saved to ``path``, as `softdb.SoftKVStore.load` says.
+    """Load the store that was saved to ``path``, as `softdb.SoftKVStore.load` does.
 
     Args:
-        make: Makes an empty store from its settings; the store has its `Table` as ``_table``.
-        path: The directory.
-        mmap: Whether keys and values stay in their files.
-        verify: Whether those are compared with their hashes.
-        device: Where the store shall lie.
+        make: Constructor of an empty store, called with its settings. The store has its `Table` as ``_table``.
+        path: Directory of the snapshot.
+        mmap: Whether to map the files of keys and values.
+        verify: Whether to compare mapped files with their hashes.
+        device: Device of the store.
     """
-    place = place_for(device, mapped=mmap)
-    tensors, description = read_snapshot(path, mapped=MAPPED if mmap else (), verify=verify or not mmap)
+    place = resolve_device(device, mapped=mmap)
+    tensors, description = read_snapshot(path, mapped=MAPPED_TENSORS if mmap else (), verify=verify or not mmap)
     try:
-        settings = {name: description[name] for name in SETTINGS}
+        settings = {name: description[name] for name in SAVED_SETTINGS}
         capacity = settings["capacity"]
-        settings["capacity"] = None if capacity is None else 1  # it gets tensors that are there already
+        settings["capacity"] = None if capacity is None else 1  # avoid allocating storage that is replaced
         index = IndexConfig(**description["index"])
         store = make(**settings, index=index, device=place, dtype=tensors["keys"].dtype)
         table: Table = store._table
         if capacity is not None:
             table.config = replace(table.config, capacity=capacity)
             store.__dict__["capacity"] = table.config.capacity
-        take_over(table, tensors, mapped=mmap, frozen=description.get("frozen", []))
-    except torch.OutOfMemoryError:  # of a GPU
+        install_tensors(table, tensors, mapped=mmap, frozen=description.get("frozen", []))
+    except torch.OutOfMemoryError:  # raised by a GPU
         raise
     except (SoftDBError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise MemoryError(f"{path}: there is no memory for the store: {error}") from error
-        raise CorruptSnapshotError(f"{path}: expected what save() writes, got {error}") from error
+            raise MemoryError(f"{path}: not enough memory for the store: {error}") from error
+        raise CorruptSnapshotError(f"{path}: expected a snapshot written by save(), got {error}") from error
     return store
 
 
-def take_over(table: Table, tensors: Mapping[str, Tensor], *, mapped: bool, frozen: Any) -> None:
-    """Let the tensors of a snapshot be those of an empty table."""
+def install_tensors(table: Table, tensors: Mapping[str, Tensor], *, mapped: bool, frozen: Any) -> None:
+    """Install the tensors of a snapshot in an empty table."""
     rows, config = table.rows, table.config
     if not isinstance(frozen, list) or not all(name in ("keys", "values") for name in frozen):
         raise ValueError(f"frozen rows {frozen!r}")
@@ -121,7 +124,7 @@ def take_over(table: Table, tensors: Mapping[str, Tensor], *, mapped: bool, froz
     if tensors["values"].dtype != table.values.dtype:
         raise ValueError(f"values of {tensors['values'].dtype}")
     fitted = {
-        name: (tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _empty(name)))
+        name: (tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _fill_value(name)))
         for name, tensor in tensors.items()
     }
     here = {name: tensor.to(table.keys.device) for name, tensor in fitted.items()}
@@ -131,31 +134,34 @@ def take_over(table: Table, tensors: Mapping[str, Tensor], *, mapped: bool, froz
     table.install(Growth(buffers, own, dict.fromkeys(own)))
     rows.derive()
     if rows.slots.entries != len(rows):
-        raise ValueError("an id twice")
+        raise ValueError("a duplicate id")
     table.files = FileRows(tuple(frozen)) if mapped else None
     for name, tensor in table.tensors().items():
         tensor.requires_grad_(config.trainable and not mapped and name not in frozen)
     table.record_versions()
 
 
-def place_for(device: torch.device | str | None, *, mapped: bool) -> torch.device:
-    """Return the device to load to, if tensors can be put there; errors would else blame the snapshot."""
+def resolve_device(device: torch.device | str | None, *, mapped: bool) -> torch.device:
+    """Return the device to load to; raise if tensors cannot be allocated on it.
+
+    Without this check, an error of the device would be reported as a corrupt snapshot.
+    """
     if mapped and device is None:
-        device = "cpu"  # whatever torch's default is
+        device = "cpu"  # independent of torch's default device
     try:
         place = torch.device("cpu" if device is None else device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        raise DeviceError(f"device: expected one that torch can use here, got {device!r}: {error}") from error
+        raise DeviceError(f"device: expected an available device, got {device!r}: {error}") from error
     if mapped and place.type != "cpu":
-        raise ArgumentError(f"device: expected the CPU beside mmap=True, got {place}; load without mmap")
+        raise ArgumentError(f"device: expected the CPU with mmap=True, got {place}; load without mmap")
     if place.type == "meta":
-        raise DeviceError("device: expected one that holds numbers, got meta, which holds none")
+        raise DeviceError("device: expected a device that stores data, got meta")
     return place
 
 
-def _empty(name: str) -> int:
-    """Return what a column of the saved tensors holds where there is no row."""
+def _fill_value(name: str) -> int:
+    """Return the value of a saved column in slots without a row."""
     return -1 if name == "rows.ids" else 0

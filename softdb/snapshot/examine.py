@@ -1,4 +1,4 @@
-"""Look at a snapshot, damaged or not, without loading it."""
+"""Examination of a snapshot, damaged or not, without loading it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from softdb.errors import CorruptSnapshotError
-from softdb.snapshot.format import LOCK, MANIFEST
-from softdb.snapshot.hashing import THREADS, Threads
-from softdb.snapshot.lock import directory_of
+from softdb.snapshot.format import LOCK_FILE, MANIFEST
+from softdb.snapshot.hashing import MAX_THREADS, ThreadPool
+from softdb.snapshot.lock import resolve_directory
 from softdb.snapshot.reader import check_hash, check_size_and_header, is_replaced, open_file, read_manifest
 
 __all__ = ["Examination", "FileState", "examine_snapshot"]
 
 
 class FileState(NamedTuple):
-    """A file of a snapshot, as the manifest describes it, and what is wrong with it, if anything."""
+    """File of a snapshot, as the manifest describes it, and its problem, if any."""
 
     file: str
     tensor: str
@@ -29,14 +29,14 @@ class FileState(NamedTuple):
 
 
 class Examination(NamedTuple):
-    """What `examine_snapshot` found.
+    """Result of `examine_snapshot`.
 
     Attributes:
-        description: As it was saved; None if the manifest is not what was written.
-        problem: What is wrong with the manifest, if anything.
-        files: Those that it names.
-        others: The names of files in the directory that belong to nobody; the next save removes those of them that are
-            named like a snapshot's.
+        description: Description that was saved; None if the manifest is damaged.
+        problem: Problem of the manifest, if any.
+        files: Files that the manifest names.
+        others: Names of other files in the directory. The next save removes the ones whose names match those
+            of snapshot files.
     """
 
     description: dict[str, Any] | None
@@ -46,32 +46,37 @@ class Examination(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every byte is what was saved."""
+        """Whether every byte is equal to what was saved."""
         return self.problem is None and all(state.problem is None for state in self.files)
 
 
 def examine_snapshot(
     path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
 ) -> Examination:
-    """Compare every byte in the directory ``path`` with its hash, and tell what is found, also of a damaged snapshot.
+    """Compare every byte in the directory ``path`` with its hash; report damage.
+
+    The cost is that of reading all files once. Tensors are not allocated.
 
     Args:
-        path: The directory.
-        progress: Is told how many bytes have been read, and how many there are.
+        path: Directory of the snapshot.
+        progress: Function that is called with the number of bytes read so far, and the total number of bytes.
+
+    Returns:
+        An `Examination`.
 
     Raises:
         FileNotFoundError: There is no such directory, or no manifest in it.
         ArgumentError: The snapshot was made by a newer softdb.
     """
-    directory = directory_of(path)
+    directory = resolve_directory(path)
     present = [] if directory.is_file() else sorted(file.name for file in directory.iterdir())
     try:
         entries, description = read_manifest(directory / MANIFEST)
     except CorruptSnapshotError as error:
-        return Examination(None, str(error), [], [name for name in present if name not in (MANIFEST, LOCK)])
+        return Examination(None, str(error), [], [name for name in present if name not in (MANIFEST, LOCK_FILE)])
     total = sum(len(entry.header) + entry.nbytes for entry in entries)
     done, states = 0, []
-    with Threads(THREADS) as threads:
+    with ThreadPool(MAX_THREADS) as threads:
         for entry in entries:
             file, problem = directory / entry.file, None
 
@@ -90,5 +95,5 @@ def examine_snapshot(
             states.append(FileState(entry.file, entry.name, entry.dtype, entry.shape, entry.nbytes, problem))
     if any(state.problem for state in states) and is_replaced(directory, entries):
         return examine_snapshot(path, progress=progress)
-    known = {MANIFEST, LOCK, *(entry.file for entry in entries)}
+    known = {MANIFEST, LOCK_FILE, *(entry.file for entry in entries)}
     return Examination(description, None, states, [name for name in present if name not in known])

@@ -1,4 +1,4 @@
-"""How a snapshot lies on disk: a manifest, and a safetensors file for each tensor."""
+"""Format of a snapshot: a manifest, and a safetensors file for each tensor."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch import Tensor
 
 __all__ = [
     "ALIGNMENT",
-    "DAMAGE",
-    "DATA_FILE",
-    "DRAFT",
-    "DTYPES",
-    "DTYPE_OF",
+    "DAMAGE_ERRNOS",
+    "DATA_FILE_PATTERN",
+    "DRAFT_PATTERN",
+    "DTYPES_BY_NAME",
+    "DTYPE_NAMES",
     "FORMAT",
-    "LOCK",
+    "LOCK_FILE",
     "MANIFEST",
     "Entry",
     "Sizes",
-    "bytes_of",
     "is_name",
+    "view_bytes",
 ]
 
 FORMAT = 1
 
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK_FILE = "manifest.json", ".lock"
 
 
-# Of errors when a file is opened, those that tell of another kind of file than a save makes, or of none.
-DAMAGE = (
+# Error numbers of `os.open` which mean that a file is missing or is not a regular file.
+DAMAGE_ERRNOS = (
     errno.ENOENT,
     errno.ELOOP,
     errno.ENXIO,
@@ -48,11 +48,11 @@ DAMAGE = (
 )
 
 
-# Where the numbers in a file begin: at a multiple of so many bytes.
+# Alignment of the data in a file, in bytes.
 ALIGNMENT = 64
 
 
-DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -61,17 +61,17 @@ DTYPES = {
 }
 
 
-DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-DATA_FILE = re.compile(r"[a-z_][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
+DATA_FILE_PATTERN = re.compile(r"[a-z_][a-z0-9_.]*-([0-9]{1,18})\.safetensors")
 
 
-DRAFT = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
+DRAFT_PATTERN = re.compile(re.escape(MANIFEST) + r"-([0-9]{1,18})")
 
 
 class Entry(NamedTuple):
-    """One tensor of a snapshot, as the manifest describes it."""
+    """Tensor of a snapshot, as the manifest describes it."""
 
     name: str
     file: str
@@ -81,40 +81,40 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the tensor's numbers take."""
+        """Number of bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def header(self) -> bytes:
-        """What the file begins with, in the safetensors format."""
-        described = {"dtype": DTYPES[self.dtype], "shape": list(self.shape), "data_offsets": [0, self.nbytes]}
+        """Header of the file, in the safetensors format."""
+        described = {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape), "data_offsets": [0, self.nbytes]}
         text = json.dumps({self.name: described}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
 
 def is_name(name: str) -> bool:
-    """Whether a tensor may have this name: it becomes part of a file's name."""
+    """Return whether a tensor may have this name, which becomes part of a file name."""
     return all(part.isidentifier() for part in name.split("."))
 
 
-def bytes_of(flat: Tensor) -> memoryview:
-    """The memory of a vector on the CPU."""
+def view_bytes(flat: Tensor) -> memoryview:
+    """Return a view of the bytes of a 1-D tensor on the CPU."""
     numbers: Any = flat.contiguous().view(torch.uint8).numpy()
     return memoryview(numbers) if len(flat) else memoryview(b"")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many bytes are handled at a time.
+    """Numbers of bytes that are processed at a time.
 
     Attributes:
-        chunk: Written and hashed at a time, as one task for a thread; a file's hash is that of its chunks' hashes, so
-            this is part of the format.
-        part: Copied at a time within a chunk: stays in the processor's cache from the hash to the write.
-        sync: After so many the system is asked to write them to the disk, so that it has something
-            to do while more are hashed.
-        manifest: The most that a manifest takes: it describes some dozen tensors.
+        chunk: Size of the chunks that are written and hashed, each by one thread. The hash of a file is computed from
+            those of its chunks, so this size is part of the format.
+        part: Size of the parts of a chunk that are copied. A part remains in the processor cache between hash and
+            write.
+        sync: Number of written bytes after which a sync of the file to the disk is started, while hashing continues.
+        manifest: Maximum size of a manifest, which describes a few dozen tensors.
     """
 
     chunk: int = 2**23
@@ -123,6 +123,6 @@ class Sizes:
     manifest: int = 2**20
 
     @classmethod
-    def usual(cls) -> Sizes:
-        """Return the sizes that files are written and read by."""
+    def default(cls) -> Sizes:
+        """Return the sizes that are used to write and read files."""
         return cls()

@@ -1,4 +1,4 @@
-"""Hashes of files, by as many threads as help."""
+"""Hashes of files, computed by several threads."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from typing import Any
 
 from softdb.snapshot.format import Sizes
 
-__all__ = ["THREADS", "Digest", "Threads", "hash_of"]
+__all__ = ["MAX_THREADS", "FileHash", "ThreadPool", "compute_hash"]
 
-# So many threads write and hash, or read and hash; and so many chunks wait for one, or are under way, at the most.
-THREADS = min(4, os.cpu_count() or 1)
-
-
-WAITING = THREADS + 2
+# Maximum number of threads that hash while they read or write, and of chunks that are queued or in progress.
+MAX_THREADS = min(4, os.cpu_count() or 1)
 
 
-class Threads(ThreadPoolExecutor):
-    """Does at once what it is given where no thread is to be had: there are too many, or Python is about to end."""
+MAX_PENDING_CHUNKS = MAX_THREADS + 2
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """Thread pool that runs a task in the calling thread if no thread can start.
+
+    Threads cannot start if there are too many, or if the interpreter is shutting down.
+    """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As that of any executor."""
+        """Schedule a call, as `concurrent.futures.Executor.submit` does."""
         try:
             return super().submit(fn, *args, **kwargs)
         except RuntimeError:
-            return at_once(fn, *args, **kwargs)
+            return call_now(fn, *args, **kwargs)
 
 
-def at_once(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-    """Call a function here, as a future that is done."""
+def call_now(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """Call a function in this thread; return a completed future."""
     done: Future[Any] = Future()
     try:
         done.set_result(fn(*args, **kwargs))
@@ -41,28 +44,34 @@ def at_once(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
     return done
 
 
-class Digest:
-    """The hash of a file, of those of its chunks."""
+class FileHash:
+    """Hash of a file, computed from the hashes of its chunks."""
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, threads: ThreadPool) -> None:
         self._threads = threads
         self._waiting: deque[Future[bytes]] = deque()
         self._whole = hashlib.blake2b()
 
     def add(self, size: int, hashed: Callable[..., bytes], *arguments: Any) -> None:
-        """Add the chunk of ``size`` bytes whose hash ``hashed`` makes; waits where many are under way."""
-        do = self._threads.submit if size > Sizes.usual().part else at_once  # to start a thread would take longer
+        """Add a chunk; wait if too many chunks are pending.
+
+        Args:
+            size: Number of bytes of the chunk.
+            hashed: Function that returns the hash of the chunk.
+            *arguments: Arguments of ``hashed``.
+        """
+        do = self._threads.submit if size > Sizes.default().part else call_now  # starting a thread takes longer
         self._waiting.append(do(hashed, *arguments))
-        if len(self._waiting) > WAITING:
+        if len(self._waiting) > MAX_PENDING_CHUNKS:
             self._whole.update(self._waiting.popleft().result())
 
     def hexdigest(self) -> str:
-        """The hash, once all chunks are in."""
+        """Return the hash of all chunks, after waiting for them."""
         while self._waiting:
             self._whole.update(self._waiting.popleft().result())
         return self._whole.hexdigest()
 
 
-def hash_of(content: memoryview | bytes) -> bytes:
-    """Return the hash of some bytes."""
+def compute_hash(content: memoryview | bytes) -> bytes:
+    """Compute the hash of bytes."""
     return hashlib.blake2b(content).digest()

@@ -1,4 +1,4 @@
-"""The directory of a snapshot, and the lock of whoever saves to it."""
+"""Directory of a snapshot, and the lock that a save holds on it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from pathlib import Path
 from softdb._checks import check_real, describe
 from softdb.errors import ArgumentError, DtypeError, LockedError, UnsupportedSystemError
 from softdb.processes import run_in_forked_children
-from softdb.snapshot.format import LOCK, MANIFEST
+from softdb.snapshot.format import LOCK_FILE, MANIFEST
 
-__all__ = ["directory_of", "locked", "sync_directory"]
+__all__ = ["lock_directory", "resolve_directory", "sync_directory"]
 
-# How often somebody who waits for a lock looks again.
-PATIENCE = 0.02
-
-
-# Without any one of these, a snapshot is not durable, or links are followed, or threads share a place in a file.
-POSIX = ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "preadv", "pwrite")
+# Seconds between two attempts to acquire a lock.
+LOCK_POLL_SECONDS = 0.02
 
 
-def directory_of(path: str | os.PathLike[str]) -> Path:
-    """Return a snapshot's path, on systems that have what snapshots need."""
-    missing = [f"os.{name}" for name in POSIX if not hasattr(os, name)]
+# Without them, a snapshot would not be durable, links would be followed, or threads would share a file position.
+REQUIRED_OS_NAMES = ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "preadv", "pwrite")
+
+
+def resolve_directory(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a snapshot; raise on systems without POSIX files and locks."""
+    missing = [f"os.{name}" for name in REQUIRED_OS_NAMES if not hasattr(os, name)]
     missing += [] if importlib.util.find_spec("fcntl") else ["fcntl"]
     if missing:
         raise UnsupportedSystemError(
             f"path: expected a system with POSIX files and locks, got {sys.platform} without {', '.join(missing)}; "
-            "keep the rows with torch.save(store.state_dict(), file)"
+            "save the rows with torch.save(store.state_dict(), file)"
         )
     try:
         directory = Path(path)
     except TypeError as error:
         raise DtypeError(f"path: expected a str or a pathlib.Path, got {describe(path)}") from error
     if "\0" in str(directory):
-        raise ArgumentError(f"path: expected a path, got {str(directory)!r}, with a null character in it")
+        raise ArgumentError(f"path: expected a path, got {str(directory)!r}, which contains a null character")
     return directory
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush the file names in a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -53,38 +53,42 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], timeout: float) -> Iterator[Path]:
-    """Make the directory ``path``, if need be, and let nobody else save to it; the system lets go if the process ends.
+def lock_directory(path: str | os.PathLike[str], timeout: float) -> Iterator[Path]:
+    """Create the directory ``path`` if needed, and lock it against other saves.
+
+    The operating system releases the lock if the process ends.
 
     Args:
-        path: The directory; made if it does not exist, not its parents.
-        timeout: How many seconds to wait while somebody else saves.
+        path: Directory. It is created if it does not exist; its parents are not.
+        timeout: Seconds to wait while another save is in progress.
 
     Raises:
-        LockedError: Somebody else was saving for longer than that.
-        OSError: The directory cannot be made, or looked at.
-        ArgumentError, DtypeError: An argument is not as above.
+        LockedError: Another save did not finish within ``timeout``.
+        OSError: The directory cannot be created or read.
+        ArgumentError: ``timeout`` is negative or NaN, or ``path`` is no valid path.
+        DtypeError: An argument has the wrong type.
     """
-    patience = check_real("timeout", timeout)
-    if not patience >= 0:
+    seconds = check_real("timeout", timeout)
+    if not seconds >= 0:
         raise ArgumentError(f"timeout: expected a number of seconds of at least 0, got {timeout}")
-    directory = directory_of(path)
-    directory.mkdir(exist_ok=True)  # somebody else may make it at the same time
+    directory = resolve_directory(path)
+    directory.mkdir(exist_ok=True)  # Another process may create it at the same time.
     if not (directory / MANIFEST).exists():
-        # Nor is it known whether who made it has made its name durable; where we may not look, it is his to do.
+        # The process that created it may not have synced its name. Without permission to read the parent directory,
+        # only that process can.
         with suppress(PermissionError):
             sync_directory(directory.parent)
-    with _held(directory, patience):
+    with _hold_lock(directory, seconds):
         yield directory
 
 
 @contextmanager
-def _held(directory: Path, timeout: float) -> Iterator[None]:
-    """Hold the directory's lock."""
-    import fcntl  # which Windows does not have
+def _hold_lock(directory: Path, timeout: float) -> Iterator[None]:
+    """Hold the lock of the directory."""
+    import fcntl  # not available on Windows
 
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    _lock_files.add(descriptor)
+    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    _lock_descriptors.add(descriptor)
     deadline = time.monotonic() + timeout
     try:
         while True:
@@ -94,26 +98,26 @@ def _held(directory: Path, timeout: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise LockedError(
-                        f"path: expected nobody else to save to {directory}, but somebody does; wait with timeout=..."
+                        f"path: {directory} is locked by another save; pass timeout=... to wait"
                     ) from None
-                time.sleep(PATIENCE)
+                time.sleep(LOCK_POLL_SECONDS)
         try:
             yield
         finally:
-            # Closing would not release it while a child that was just forked has not closed its copy yet.
+            # Closing the file would not release the lock while a forked child has not closed its copy yet.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
-        _lock_files.discard(descriptor)
+        _lock_descriptors.discard(descriptor)
         os.close(descriptor)
 
 
-# A child that is forked meanwhile would hold the lock, too, for as long as it lives.
-_lock_files: set[int] = set()
+# Descriptors of locked files. A forked child must close them, or it would hold the locks as long as it lives.
+_lock_descriptors: set[int] = set()
 
 
-def _after_fork() -> None:
-    while _lock_files:
-        os.close(_lock_files.pop())
+def _close_lock_files() -> None:
+    while _lock_descriptors:
+        os.close(_lock_descriptors.pop())
 
 
-run_in_forked_children(_after_fork)
+run_in_forked_children(_close_lock_files)

@@ -1,4 +1,4 @@
-"""Save a snapshot: files first, then the manifest that names them, in the place of the old one."""
+"""Writer of snapshots: data files first, then the manifest that names them."""
 
 from __future__ import annotations
 
@@ -16,75 +16,78 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError
 from softdb.snapshot.format import (
-    DATA_FILE,
-    DRAFT,
-    DTYPES,
+    DATA_FILE_PATTERN,
+    DRAFT_PATTERN,
+    DTYPE_NAMES,
     FORMAT,
     MANIFEST,
     Entry,
     Sizes,
-    bytes_of,
     is_name,
+    view_bytes,
 )
-from softdb.snapshot.hashing import THREADS, Digest, Threads, hash_of
+from softdb.snapshot.hashing import MAX_THREADS, FileHash, ThreadPool, compute_hash
 from softdb.snapshot.lock import sync_directory
 
 __all__ = ["write_snapshot"]
 
-LARGEST = 10**18 - 1  # generation that these names have room for
+MAX_GENERATION = 10**18 - 1  # file names have at most 18 digits
 
 
 def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Make a directory hold these tensors and this description, durably, or leave it as it was; within `locked`.
+    """Write tensors and a description to a directory, atomically and durably.
+
+    If it fails, the directory still holds its previous snapshot. Call it within `lock_directory`.
 
     Args:
-        directory: That is `locked`.
-        tensors: By name.
-        description: What JSON can hold.
+        directory: Directory that `lock_directory` has lock_directory.
+        tensors: Tensors by name.
+        description: Description that JSON can represent.
 
     Raises:
-        OSError: The system refuses; the snapshot that was there is intact.
-        ArgumentError: There are more tensors than a manifest has room for, or they are of a type that none has.
+        OSError: The system reports an error. The previous snapshot is unchanged.
+        ArgumentError: There are more tensors than a manifest can describe, or a dtype is not supported.
     """
-    swapping = False
-    generation = 1 + max((number for _, number in _numbered(directory) if number < LARGEST), default=0)
+    is_replacing = False
+    generations = (number for _, number in _list_numbered_files(directory))
+    generation = 1 + max((number for number in generations if number < MAX_GENERATION), default=0)
     written: list[Path] = []
-    _make_room(file for file, _ in _numbered(directory))
+    _drop_page_cache(file for file, _ in _list_numbered_files(directory))
     try:
-        with _Writer() as writer:
+        with _TensorWriter() as writer:
             for name, tensor in tensors.items():
-                file = directory / _file_name(name, generation, {file.name for file in written})
+                file = directory / _make_file_name(name, generation, {file.name for file in written})
                 written.append(file)
                 writer.write(file, name, tensor)
             entries = writer.finish()
         draft = directory / f"{MANIFEST}-{generation}"
         written.append(draft)
-        manifest = _manifest(entries, description)
-        most = Sizes.usual().manifest
+        manifest = _encode_manifest(entries, description)
+        most = Sizes.default().manifest
         if len(manifest) > most:
-            raise ArgumentError(f"tensors: expected what a manifest of {most} bytes has room for, got {len(tensors)}")
+            raise ArgumentError(f"tensors: expected a manifest of at most {most} bytes, got {len(manifest)}")
         _write_bytes(draft, manifest)
         sync_directory(directory)
-        swapping = True
+        is_replacing = True
         os.replace(draft, directory / MANIFEST)
     except BaseException:
-        # An interrupt, or a disk far away, may report an error after the manifest has been swapped.
-        for file in written if not swapping or os.path.exists(draft) else []:
+        # An interrupt or a network file system may raise after the manifest was replaced.
+        for file in written if not is_replacing or os.path.exists(draft) else []:
             with suppress(OSError):
                 file.unlink()
         raise
     sync_directory(directory)
     kept = {entry.file for entry in entries}
-    with Threads(THREADS) as threads:  # it takes the system a tenth of a second for a gigabyte
-        for file in [file for file, _ in _numbered(directory) if file.name not in kept]:
-            threads.submit(file.unlink)  # what cannot be removed is left to the next save
+    with ThreadPool(MAX_THREADS) as threads:  # removing 1 GB takes the system about 0.1 s
+        for file in [file for file, _ in _list_numbered_files(directory) if file.name not in kept]:
+            threads.submit(file.unlink)  # the next save retries
 
 
-def _make_room(files: Iterable[Path]) -> None:
-    """Let new files have the memory that the system keeps what is in these in: they are about to go."""
+def _drop_page_cache(files: Iterable[Path]) -> None:
+    """Drop files that are about to be removed from the page cache, for the new files."""
     for file in files:
-        with suppress(OSError, AttributeError):  # it is advice, which not every system takes
-            if file.lstat().st_size > Sizes.usual().sync:
+        with suppress(OSError, AttributeError):  # not every system supports this advice
+            if file.lstat().st_size > Sizes.default().sync:
                 descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -92,53 +95,56 @@ def _make_room(files: Iterable[Path]) -> None:
                     os.close(descriptor)
 
 
-def _numbered(directory: Path) -> Iterator[tuple[Path, int]]:
-    """The files in the directory that are named like those that a save makes, and their generations."""
+def _list_numbered_files(directory: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the files that are named like those of a save, and their generations."""
     for file in sorted(directory.iterdir()):
-        match = DATA_FILE.fullmatch(file.name) or DRAFT.fullmatch(file.name)
+        match = DATA_FILE_PATTERN.fullmatch(file.name) or DRAFT_PATTERN.fullmatch(file.name)
         if match:
             yield file, int(match.group(1))
 
 
-def _file_name(name: str, generation: int, taken: Collection[str]) -> str:
-    """A name that every file system knows from the ``taken`` ones, whatever it makes of capitals and accents."""
-    plain = re.sub(r"[^a-z0-9_.]", "_", name.lower())[:80]
-    file = f"{plain}-{generation}.safetensors"
-    return file if file not in taken else f"{plain}.{len(taken)}-{generation}.safetensors"
+def _make_file_name(name: str, generation: int, taken: Collection[str]) -> str:
+    """Return a file name that differs from ``taken`` in case and accents too.
+
+    It consists of lower-case ASCII characters, so that every file system distinguishes it from the others.
+    """
+    stem = re.sub(r"[^a-z0-9_.]", "_", name.lower())[:80]
+    file = f"{stem}-{generation}.safetensors"
+    return file if file not in taken else f"{stem}.{len(taken)}-{generation}.safetensors"
 
 
-class _Writer:
-    """Writes tensors to files, durably, in threads of its own: they copy, hash and write, and one syncs."""
+class _TensorWriter:
+    """Writer of tensors to files; threads copy, hash and write, and one syncs."""
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> _TensorWriter:
         self._entries: list[Entry] = []
-        self._syncs: list[Future[None]] = []  # of large files, under way
+        self._syncs: list[Future[None]] = []  # pending syncs of large files
         with ExitStack() as held:
-            self._files = held.enter_context(ExitStack())  # closed once no thread needs them any more
-            self._threads = held.enter_context(Threads(THREADS))
-            self._syncing = held.enter_context(Threads(1))
-            self._held = held.pop_all()
+            self._files = held.enter_context(ExitStack())  # closed after the threads have ended
+            self._threads = held.enter_context(ThreadPool(MAX_THREADS))
+            self._syncing = held.enter_context(ThreadPool(1))
+            self._hold_lock = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._held.close()
+        self._hold_lock.close()
 
     def write(self, file: Path, name: str, tensor: Tensor) -> None:
-        """Make a file; of a large one the disk still has to write when this returns."""
+        """Write a tensor to a file; a large file may not be synced yet on return."""
         entry = Entry(name, file.name, tensor.dtype, tuple(tensor.shape), "")
-        if not is_name(name) or tensor.dtype not in DTYPES:
+        if not is_name(name) or tensor.dtype not in DTYPE_NAMES:
             raise ArgumentError(
-                f"tensors: expected a plain name and one of {list(DTYPES)}, got {name!r}, {tensor.dtype}"
+                f"tensors: expected a dotted name and one of {list(DTYPE_NAMES)}, got {name!r}, {tensor.dtype}"
             )
         flat, first, width = tensor.detach().reshape(-1), len(entry.header), tensor.dtype.itemsize
         with ExitStack() as opened:
             out = opened.enter_context(open(file, "xb", buffering=0))
-            sizes = Sizes.usual()
-            digest, step, synced = Digest(self._threads), max(1, sizes.chunk // width), 0
+            sizes = Sizes.default()
+            digest, step, synced = FileHash(self._threads), max(1, sizes.chunk // width), 0
             _write_all(out.fileno(), entry.header, 0)
-            digest.add(len(entry.header), hash_of, entry.header)
+            digest.add(len(entry.header), compute_hash, entry.header)
             for start in range(0, len(flat), step):
-                chunk = bytes_of(flat[start : start + step].cpu())
+                chunk = view_bytes(flat[start : start + step].cpu())
                 digest.add(len(chunk), _write_and_hash, out.fileno(), chunk, first + start * width)
                 if start * width - synced >= sizes.sync:
                     self._syncs.append(self._syncing.submit(os.fsync, out.fileno()))
@@ -151,19 +157,20 @@ class _Writer:
                 os.fsync(out.fileno())
 
     def finish(self) -> list[Entry]:
-        """What was written, once all of it is durable."""
+        """Wait until all files are synced; return their entries."""
         for sync in self._syncs:
             sync.result()
         return self._entries
 
 
 def _write_and_hash(descriptor: int, chunk: memoryview, start: int) -> bytes:
-    """Write a chunk to its place in a file; its hash."""
-    size = Sizes.usual().part
+    """Write a chunk to its place in a file; return its hash."""
+    size = Sizes.default().part
     digest, copy = hashlib.blake2b(), memoryview(bytearray(min(size, len(chunk))))
     for place in range(0, len(chunk), size):
         part = copy[: len(chunk) - place]
-        part[:] = chunk[place : place + size]  # what is written is what is hashed, whoever may write to it meanwhile
+        # Hash and write the same bytes, even if another thread writes to the tensor.
+        part[:] = chunk[place : place + size]
         digest.update(part)
         _write_all(descriptor, part, start + place)
     return digest.digest()
@@ -182,7 +189,7 @@ def _write_all(descriptor: int, content: memoryview | bytes, start: int) -> None
         left, start = left[written:], start + written
 
 
-def _manifest(entries: list[Entry], description: Mapping[str, Any]) -> bytes:
+def _encode_manifest(entries: list[Entry], description: Mapping[str, Any]) -> bytes:
     body = {
         "format": FORMAT,
         "description": dict(description),
@@ -190,7 +197,7 @@ def _manifest(entries: list[Entry], description: Mapping[str, Any]) -> bytes:
             {
                 "name": entry.name,
                 "file": entry.file,
-                "dtype": DTYPES[entry.dtype],
+                "dtype": DTYPE_NAMES[entry.dtype],
                 "shape": list(entry.shape),
                 "blake2b": entry.blake2b,
             }

@@ -325,7 +325,7 @@ def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path
     for command in ("verify", "info"):
         done = run(command, str(path))
         check_exit(done, 1)
-        assert re.search(r"damaged: .*values-1.*the tensor 'values' as saved", done.stdout)
+        assert re.search(r"damaged: .*values-1.*the saved bytes of the tensor 'values'", done.stdout)
         assert re.search(r"damaged: .*keys-1.*bytes for the tensor 'keys'", done.stdout)
         assert len(re.findall("damaged: ", done.stdout)) == 2
     assert re.search(r"rows.ids-1.safetensors.* as saved\n", done.stdout)
@@ -361,7 +361,7 @@ def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
     assert "a snapshot whose manifest is damaged" in done.stdout
     assert re.search(r"files there: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
     assert "\x1b" not in done.stdout
-    assert re.search(r"damaged: .*manifest.json: expected what was saved", done.stdout)
+    assert re.search(r"damaged: .*manifest.json: expected the saved bytes", done.stdout)
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])

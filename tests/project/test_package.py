@@ -138,7 +138,7 @@ assert torch.equal(other(query), store(query))
     *errors, code_of_verify = done.stdout.splitlines()
     assert len(errors) == 2
     for error in errors:
-        assert re.match(r"path: expected a system with POSIX files and locks, got .*fcntl; keep the rows with", error)
+        assert re.match(r"path: expected a system with POSIX files and locks, got .*fcntl; save the rows with", error)
     assert code_of_verify == "2"
     assert done.stderr.startswith("softdb: path: expected a system with POSIX")
 

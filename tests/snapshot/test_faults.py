@@ -51,7 +51,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Whether files are large beside what is written at a time: then threads write and sync them."""
     name: str = request.param
     if name == "in chunks":
-        monkeypatch.setattr(Sizes, "usual", lambda: Sizes(chunk=64, part=24, sync=64))
+        monkeypatch.setattr(Sizes, "default", lambda: Sizes(chunk=64, part=24, sync=64))
     return name
 
 
@@ -165,7 +165,7 @@ def holding(path: Path) -> tuple[Any, Any]:
     ready, go = FORK.Event(), FORK.Event()
 
     def hold() -> None:
-        with snapshot.locked(path, 0.0):
+        with snapshot.lock_directory(path, 0.0):
             ready.set()
             go.wait(faults.PATIENCE)
 
@@ -178,7 +178,7 @@ def holding(path: Path) -> tuple[Any, Any]:
 def test_one_saves_at_a_time(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     child, _ = holding(tmp_path)
-    with pytest.raises(LockedError, match="somebody does; wait with timeout"):
+    with pytest.raises(LockedError, match="is locked by another save; pass timeout"):
         make(2.0).save(tmp_path)
     with pytest.raises(LockedError):
         make(2.0).save(tmp_path, timeout=0.1)
@@ -219,7 +219,7 @@ def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
-    with snapshot.locked(tmp_path, 0.0):
+    with snapshot.lock_directory(tmp_path, 0.0):
         child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,), daemon=True)
         child.start()
     make(2.0).save(tmp_path)
@@ -228,8 +228,8 @@ def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> No
 
 
 def test_a_lock_is_released_though_a_forked_child_has_not_closed_its_copy_yet(tmp_path: Path) -> None:
-    with snapshot.locked(tmp_path, 0.0):
-        copies = [os.dup(descriptor) for descriptor in snapshot_lock._lock_files]
+    with snapshot.lock_directory(tmp_path, 0.0):
+        copies = [os.dup(descriptor) for descriptor in snapshot_lock._lock_descriptors]
     assert copies
     make(2.0).save(tmp_path)
     for descriptor in copies:
@@ -328,8 +328,8 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pyte
     make(1.0).save(tmp_path)
     before = faults.content_of(tmp_path)
     largest = len(before["manifest.json"]) + 10
-    monkeypatch.setattr(Sizes, "usual", lambda: Sizes(manifest=largest))
-    with pytest.raises(softdb.ArgumentError, match="has room for"):
+    monkeypatch.setattr(Sizes, "default", lambda: Sizes(manifest=largest))
+    with pytest.raises(softdb.ArgumentError, match="a manifest of at most"):
         SoftKVStore(4, 3, fields=tuple(f"f{n}" for n in range(9))).save(tmp_path)
     assert faults.content_of(tmp_path) == before
 

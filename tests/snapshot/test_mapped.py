@@ -138,7 +138,7 @@ def test_rows_are_compared_with_their_hashes_on_demand(tmp_path: Path) -> None:
     flip(file, -1)
     SoftKVStore.load(tmp_path, mmap=True)
     for more in ({"mmap": True, "verify": True}, {"mmap": False}):
-        with pytest.raises(CorruptSnapshotError, match=r"values-.*the tensor 'values' as saved"):
+        with pytest.raises(CorruptSnapshotError, match=r"values-.*the saved bytes of the tensor 'values'"):
             SoftKVStore.load(tmp_path, **more)  # type: ignore[arg-type]
 
 
@@ -176,7 +176,7 @@ def test_a_store_of_no_rows_is_mapped(tmp_path: Path) -> None:
 
 def test_what_is_mapped_lies_on_the_cpu(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.raises(softdb.ArgumentError, match="device: expected the CPU beside mmap=True"):
+    with pytest.raises(softdb.ArgumentError, match="device: expected the CPU with mmap=True"):
         SoftKVStore.load(tmp_path, mmap=True, device="meta")
 
 

@@ -19,7 +19,7 @@ from support.programs import check_exit
 
 import softdb
 from softdb import SoftKVStore
-from softdb.snapshot import examine_snapshot, locked, read_snapshot, write_snapshot
+from softdb.snapshot import examine_snapshot, lock_directory, read_snapshot, write_snapshot
 from softdb.snapshot.format import Sizes
 
 
@@ -82,9 +82,9 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sizes, "usual", lambda: Sizes(chunk=64))
+    monkeypatch.setattr(Sizes, "default", lambda: Sizes(chunk=64))
     wide = torch.randn(9, 30).T
-    with locked(tmp_path, 0.0) as directory:
+    with lock_directory(tmp_path, 0.0) as directory:
         write_snapshot(directory, {"wide": wide, "none": torch.empty(0, 5), "one": torch.tensor(7)}, {"a": [1, None]})
     tensors, description = read_snapshot(tmp_path)
     assert torch.equal(tensors["wide"], wide)
@@ -169,7 +169,7 @@ def test_a_store_is_saved_where_no_thread_can_be_had(tmp_path: Path, monkeypatch
     assert len(list(tmp_path.iterdir())) == len(list(tmp_path.glob("*-2.safetensors"))) + 2  # the old files are gone
     file = next(tmp_path.glob("values-*"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(softdb.CorruptSnapshotError, match="its hash differs"):
+    with pytest.raises(softdb.CorruptSnapshotError, match="the hash differs"):
         SoftKVStore.load(tmp_path)
 
 

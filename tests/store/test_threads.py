@@ -311,7 +311,7 @@ def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path
 def test_who_waits_to_save_keeps_nobody_from_writing(tmp_path: Path) -> None:
     store, ids = small_store()
     waiting = threading.Thread(target=lambda: store.save(tmp_path, timeout=60))
-    with snapshot.locked(tmp_path, 0.0):
+    with snapshot.lock_directory(tmp_path, 0.0):
         waiting.start()
         for _ in range(20):
             time.sleep(0.005)

@@ -60,7 +60,7 @@ def header_of(name: str, described: Any) -> bytes:
 def hash_of(header: bytes, rest: bytes) -> str:
     """The hash of a file, as the format has it."""
     whole = hashlib.blake2b(hashlib.blake2b(header).digest())
-    chunk = Sizes.usual().chunk
+    chunk = Sizes.default().chunk
     for start in range(0, len(rest), chunk):
         whole.update(hashlib.blake2b(rest[start : start + chunk]).digest())
     return whole.hexdigest()

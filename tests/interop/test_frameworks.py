@@ -1,4 +1,4 @@
-"""What other frameworks do to modules: averages, checkpoints, wrappers, conversions. See docs/frameworks.md."""
+"""Stores in other frameworks: averages, checkpoints, wrappers, conversions. See docs/frameworks.md."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 from support import ranks
 from support.programs import run_ranks
+from support.versions import TORCH_RELEASE
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
@@ -30,7 +31,6 @@ from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdam, update_average
 
 EMA = get_ema_multi_avg_fn(0.9)
-OLD_TORCH = not hasattr(torch.compiler, "is_exporting")  # before 2.7
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -244,7 +244,7 @@ def test_update_average_averages_by_id(capacity: int | None, trainable: bool) ->
 
 
 class Model(nn.Module):
-    """Everything that a model may hold beside a store."""
+    """A model with a store and every other kind of member."""
 
     def __init__(self, store: SoftKVStore) -> None:
         super().__init__()
@@ -376,7 +376,7 @@ def test_two_threads_may_average_two_stores_from_each_other() -> None:
     a._check()
 
 
-def test_update_average_refuses_what_holds_no_numbers_or_the_models_own_store() -> None:
+def test_update_average_refuses_meta_tensors_and_the_store_of_the_model() -> None:
     store = make()
     with pytest.raises(softdb.DeviceError, match=r"model: .*to_empty"):
         update_average(copy.deepcopy(store), copy.deepcopy(store).to("meta"), 0.5)
@@ -423,7 +423,7 @@ def test_averaged_ids_that_are_copied_by_data_are_an_error_and_no_rows_are_lost(
         store.cpu()
 
 
-def test_averages_that_go_on_know_that_they_were_updated() -> None:
+def test_resumed_averages_count_as_updated() -> None:
     def begin() -> tuple[SoftKVStore, Any]:
         store = make()
         average = AveragedModel(store, multi_avg_fn=EMA)
@@ -455,7 +455,7 @@ def test_averages_that_go_on_know_that_they_were_updated() -> None:
             other(normal(2, 4))
 
 
-def test_a_row_in_the_slot_of_a_row_that_is_gone_is_a_mixture_too() -> None:
+def test_a_row_in_a_reused_slot_is_a_mixture() -> None:
     store = make()
     average = AveragedModel(store, multi_avg_fn=EMA)
     average.update_parameters(store)
@@ -773,12 +773,12 @@ def repeat_ids_by_data(store: SoftKVStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda store: store.rows.ids.fill_(3), lambda store: store.rows.ids.sub_(5), repeat_ids_by_data]
+    "corrupt", [lambda store: store.rows.ids.fill_(3), lambda store: store.rows.ids.sub_(5), repeat_ids_by_data]
 )
-def test_ids_that_name_no_rows_are_an_error_until_a_state_is_loaded(spoil: Callable[[SoftKVStore], object]) -> None:
+def test_ids_that_name_no_rows_are_an_error_until_a_state_is_loaded(corrupt: Callable[[SoftKVStore], object]) -> None:
     store = make(8)
     state = copy.deepcopy(store.state_dict())
-    spoil(store)
+    corrupt(store)
     for use in (lambda: store(normal(2, 4)), lambda: len(store), lambda: add(store, 1), lambda: store.ids):
         with pytest.raises(ForeignWriteError, match=r"rows\.ids: expected the ids of rows"):
             use()
@@ -805,7 +805,7 @@ def test_buffers_written_in_place_are_followed() -> None:
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16"])
-def test_keys_written_by_data_are_noticed_by_a_sample_and_said_once(trainable: bool, factory: str) -> None:
+def test_keys_written_through_data_are_detected_by_a_sample_and_reported_once(trainable: bool, factory: str) -> None:
     store = SoftKVStore(8, 2, trainable=trainable, index=IndexConfig(factory, recall=0.9))
     store.add(normal(4000, 8), normal(4000, 2, seed=1))
     queries = normal(128, 8, seed=4)
@@ -824,7 +824,7 @@ def test_keys_written_by_data_are_noticed_by_a_sample_and_said_once(trainable: b
     store._check()
 
 
-def test_writes_that_are_known_raise_no_such_warning() -> None:
+def test_recorded_writes_cause_no_warning() -> None:
     store = SoftKVStore(8, 2, trainable=True, index="IVF16,Flat")
     ids = store.add(normal(2000, 8), normal(2000, 2, seed=1))
     optimizer = RowAdam(store.parameters(), lr=0.3)
@@ -841,17 +841,17 @@ def test_writes_that_are_known_raise_no_such_warning() -> None:
     assert store.audit(normal(32, 8, seed=1), k=5).mean_recall > 0.9
 
 
-# -- other tensors in the place of the store's own -------------------------------------------------------
+# -- tensors that replace those of a store --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"k": 2}, {"mode": "topk", "k": 3}, {"mode": "hard"}], ids=str)
 def test_a_functional_call_leaves_earlier_reads_alone(options: dict[str, Any]) -> None:
     store, again = make(), make()
     read, expected = store.read(normal(2, 4), **options), again.read(normal(2, 4), **options)
-    lent = {name: tensor.detach() + 1 for name, tensor in store.named_parameters()}
-    other = torch.func.functional_call(store, lent, (normal(2, 4),), options)
+    replacements = {name: tensor.detach() + 1 for name, tensor in store.named_parameters()}
+    other = torch.func.functional_call(store, replacements, (normal(2, 4),), options)
     plain = make(0)
-    plain.load_state_dict(store.state_dict() | lent)
+    plain.load_state_dict(store.state_dict() | replacements)
     torch.testing.assert_close(other, plain(normal(2, 4), **options))
     read.values.square().sum().backward()
     expected.values.square().sum().backward()
@@ -860,15 +860,17 @@ def test_a_functional_call_leaves_earlier_reads_alone(options: dict[str, Any]) -
     add(store, 1)
 
 
-def test_a_read_of_lent_tensors_is_stale_only_if_those_are_written_to() -> None:
+def test_a_functional_read_is_stale_only_if_its_tensors_are_written_to() -> None:
     store = make()
-    lent = {name: tensor.detach().clone().requires_grad_() for name, tensor in store.named_parameters()}
-    before, after = (torch.func.functional_call(store, lent, (normal(2, 4),), {"mode": "topk", "k": 2}) for _ in "ab")
+    replacements = {name: tensor.detach().clone().requires_grad_() for name, tensor in store.named_parameters()}
+    before, after = (
+        torch.func.functional_call(store, replacements, (normal(2, 4),), {"mode": "topk", "k": 2}) for _ in "ab"
+    )
     store.update([0, 1, 2, 3, 4, 5], keys=torch.zeros(6, 4))
     before.sum().backward()
-    assert lent["keys"].grad is not None
+    assert replacements["keys"].grad is not None
     with torch.no_grad():
-        lent["values"].add_(1.0)
+        replacements["values"].add_(1.0)
     with pytest.raises(softdb.StaleReadError, match="in the place of the store's own"):
         after.sum().backward()
 
@@ -883,9 +885,9 @@ def test_a_write_within_a_functional_call_is_an_error() -> None:
             return add(self.store, 1)
 
     writer = Writer()
-    lent = {name: tensor.detach().clone() for name, tensor in writer.named_parameters()}
+    replacements = {name: tensor.detach().clone() for name, tensor in writer.named_parameters()}
     with pytest.raises(ForeignWriteError, match=r"keys: expected the store's own tensor to write to"):
-        torch.func.functional_call(writer, lent, ())
+        torch.func.functional_call(writer, replacements, ())
     assert len(writer.store) == 6
     assert len(add(writer.store, 1)) == 1
 
@@ -998,9 +1000,9 @@ def test_tables_cannot_be_parametrized_and_stay_as_they_are() -> None:
         assert torch.equal(row[0], before[id][0])
     add(store, 1)
     store._check()
-    # What does the same.
-    lent = {"keys": Normalized()(store.keys)}
-    torch.func.functional_call(store, lent, (normal(3, 4),), {"mode": "topk", "k": 2}).square().sum().backward()
+    # functional_call with the normalized keys does the same.
+    replacements = {"keys": Normalized()(store.keys)}
+    torch.func.functional_call(store, replacements, (normal(3, 4),), {"mode": "topk", "k": 2}).square().sum().backward()
     assert store.keys.grad is not None
 
 
@@ -1117,9 +1119,9 @@ def test_traces_and_stores_without_rows_are_refused() -> None:
     with pytest.raises(softdb.TransformError, match=r"query: expected no torch\.jit\.trace"):
         torch.jit.trace(make(), normal(2, 4))
     base = make().to("meta")
-    lent = {name: parameter.detach() for name, parameter in make().named_parameters()}
+    replacements = {name: parameter.detach() for name, parameter in make().named_parameters()}
     with pytest.raises(softdb.DeviceError, match="to_empty"):
-        torch.func.functional_call(base, lent, (normal(2, 4),))
+        torch.func.functional_call(base, replacements, (normal(2, 4),))
 
 
 # -- copies and processes --------------------------------------------------------------------------------
@@ -1168,7 +1170,7 @@ def test_workers_of_a_data_loader_read_a_store(context: str) -> None:
         Lookups(store), batch_size=2, num_workers=1, multiprocessing_context=context, timeout=120
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of fork beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork with threads
         found = torch.cat(list(loader))
     torch.testing.assert_close(found, torch.stack([store(normal(4, seed=place)) for place in range(6)]))
 
@@ -1245,7 +1247,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     ],
 )
 def test_in_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
-    if name.startswith("fsdp2") and OLD_TORCH:
+    if name.startswith("fsdp2") and TORCH_RELEASE < (2, 7):
         pytest.skip("fully_shard needs a GPU in torch 2.6")
     for outcome in outcomes:
         assert outcome[name] == "passed", outcome[name]

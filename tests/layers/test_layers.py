@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
+from support.versions import TORCH_RELEASE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -38,10 +39,9 @@ inductor = pytest.param(
 
 def skip_where_inductor_fails(backend: str, layer: nn.Module) -> None:
     """Skip a test that compiles a small layer where torch is too old for it."""
-    major, minor = map(int, torch.__version__.split(".")[:2])
-    if backend == "inductor" and isinstance(layer, ProductKeyMemory) and (major, minor) < (2, 13):
+    if backend == "inductor" and isinstance(layer, ProductKeyMemory) and TORCH_RELEASE < (2, 13):
         pytest.skip("inductor fails on an assertion of its own as it fuses the backward, before torch 2.13")
-    if backend == "inductor" and isinstance(layer, ContextMemory) and (major, minor) == (2, 7):
+    if backend == "inductor" and isinstance(layer, ContextMemory) and TORCH_RELEASE == (2, 7):
         pytest.skip("inductor of torch 2.7 fails on a KeyError of its own")
 
 

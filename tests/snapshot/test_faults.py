@@ -38,7 +38,7 @@ OLD_NEW = {"old": make(1.0), "new": make(2.0)}
 
 
 def holds(campaign: Callable[..., Any], folder: Path, least: dict[str, int], **options: Any) -> None:
-    """A campaign finds no violation, and each of these outcomes as often at the least."""
+    """Assert that a campaign finds no violation, and each outcome at least the given number of times."""
     report = Report(campaign.__name__)
     campaign(report, folder, **options)
     assert report.violations == []
@@ -48,7 +48,7 @@ def holds(campaign: Callable[..., Any], folder: Path, least: dict[str, int], **o
 
 @pytest.fixture(params=["whole", "in chunks"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether files are large beside what is written at a time: then threads write and sync them."""
+    """Whether files consist of several chunks, which threads write and sync."""
     name: str = request.param
     if name == "in chunks":
         monkeypatch.setattr(Sizes, "default", lambda: Sizes(chunk=64, part=24, sync=64))
@@ -161,7 +161,7 @@ def test_power_failures_would_tell_if_anything_were_not_made_durable(tmp_path: P
 
 
 def holding(path: Path) -> tuple[Any, Any]:
-    """A process that holds the lock until it is told to let go."""
+    """Start a process that holds the lock until an event is set; return both."""
     ready, go = FORK.Event(), FORK.Event()
 
     def hold() -> None:
@@ -175,7 +175,7 @@ def holding(path: Path) -> tuple[Any, Any]:
     return child, go
 
 
-def test_one_saves_at_a_time(tmp_path: Path) -> None:
+def test_one_process_saves_at_a_time(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     child, _ = holding(tmp_path)
     with pytest.raises(LockedError, match="is locked by another save; pass timeout"):
@@ -288,7 +288,7 @@ def test_what_a_crash_left_over_goes_with_the_next_save(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     (tmp_path / "keys-9.safetensors").write_bytes(b"half")
     (tmp_path / "manifest.json-9").write_bytes(b"half")
-    (tmp_path / "manifest.json-mine").write_bytes(b"somebody else's")
+    (tmp_path / "manifest.json-mine").write_bytes(b"another program's")
     assert which(tmp_path, OLD_NEW) == "old"
     make(2.0).save(tmp_path)
     assert which(tmp_path, OLD_NEW) == "new"
@@ -377,7 +377,7 @@ def state_of(store: SoftKVStore) -> dict[str, Any]:
 
 
 class Failing:
-    """Has the call number ``at`` of a step of a write fail, and as many after it as ``times`` says."""
+    """Step of a write whose calls fail: ``times`` calls, starting with call number ``at``."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, step: tuple[Any, str], at: int, times: int, failure: type[BaseException]
@@ -451,10 +451,10 @@ def test_a_write_that_cannot_be_completed_at_once_says_that_it_is_recorded(
             failing.times = 0  # the write that is recorded may refer to it
             if not failing.calls:
                 continue
-            promised = said is None or "the next use of the store completes" in said
-            recorded += promised and said is not None
-            promised = promised or "the write has been completed" in str(said)
-            assert state_of(store) == (state_of(whole) if promised else before), step
+            is_written = said is None or "the next use of the store completes" in said
+            recorded += is_written and said is not None
+            is_written = is_written or "the write has been completed" in str(said)
+            assert state_of(store) == (state_of(whole) if is_written else before), step
             store._check()
     if name != "touch":
         assert recorded

@@ -139,7 +139,7 @@ def test_a_state_that_cannot_be_loaded_leaves_the_store_as_it_was(change: Callab
 
 # -- snapshots of earlier versions -----------------------------------------------------------------------
 
-# By sha256, that nobody changes them unknowingly.
+# The sha256 of each file, so that no change of them goes unnoticed.
 GOLDEN_FILES = {
     "keys-1.safetensors": "9c8ce4aed8249f57fb3f19da3a0196058b1f1a17684d0dc781974ece17db35a1",
     "manifest.json": "ee5094de21f92ebc0d0143e7d6d55d614146548cbb02bd2a50ba5c10c688f734",
@@ -175,7 +175,7 @@ def test_a_snapshot_of_format_1_can_be_loaded_for_ever() -> None:
 
 
 @pytest.mark.parametrize("recipe", fuzz.SEEDS, ids=[str(number) for number in range(len(fuzz.SEEDS))])
-def test_a_known_recipe_of_harm_does_none(recipe: Any, tmp_path: Path) -> None:
+def test_a_known_attack_does_no_harm(recipe: Any, tmp_path: Path) -> None:
     assert fuzz.violations(recipe, tmp_path) == []
 
 

@@ -416,7 +416,7 @@ def growing() -> SoftKVStore:
 
 
 def full() -> SoftKVStore:
-    """Rows 0, 1 and 3, as many as fit, with gradients and usage; a further one would make another go."""
+    """Return a full store with rows 0, 1 and 3, gradients and usage; another row would evict one."""
     options: dict[str, Any] = {"trainable": True, "track_usage": True, "metric": "l2"}
     store = SoftKVStore(3, 2, fields=("time",), capacity=3, evict="lru", **options)
     store.add(2 * torch.ones(3, 3), 3 * torch.ones(3, 2), ids=[0, 1, 3], fields={"time": [4, 5, 6]})
@@ -511,7 +511,7 @@ def in_every_way(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def store_for(mode: str, metric: str, keys: Tensor, values: Tensor, **options: Any) -> SoftKVStore:
-    """A trainable store of these rows, their ids their numbers, and an index if ``mode`` says so."""
+    """Return a trainable store of the rows, with ids 0 to n - 1, and an index if ``mode`` needs one."""
     index = "IVF1,Flat" if mode == "topk through FAISS" else "auto"
     store = SoftKVStore(
         keys.shape[1], values.shape[1], metric=metric, trainable=True, index=index, dtype=keys.dtype, **options
@@ -582,7 +582,7 @@ def test_zero_queries_have_zero_answers(metric: str, mode: str, shape: tuple[int
         assert audit.recall.shape == audit.mass.shape == audit.error.shape == shape
 
 
-# -- extreme numbers, beside the float64 reference ---------------------------------------------------------------------
+# -- extreme numbers, against the float64 reference --------------------------------------------------------------------
 
 
 def run(answer: Callable[..., tuple[Tensor, Tensor]], leaves: dict[str, Tensor], small: float) -> dict[str, Tensor]:
@@ -607,7 +607,7 @@ def agrees(
     small: float = 1.0,
     k: int = 5,
 ) -> None:
-    """A read of these rows is that of the reference, as nearly as the plain equation in float32, and all is finite."""
+    """Assert that a read is finite and as close to the reference as the equation in float32 is."""
     store = store_for(mode, metric, keys, values)
     how = MODES[mode] | ({"k": k} if "k" in MODES[mode] else {})
     if mode == "topk through FAISS":

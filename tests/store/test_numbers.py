@@ -90,8 +90,8 @@ def annealed(**options: Any) -> object:
 
 
 def explained(**options: Any) -> object:
-    told = lab.explain(filled(), QUERY, **{"temperatures": (1.0,), **options})
-    return str(told), type(told.temperature), told.temperatures
+    explanation = lab.explain(filled(), QUERY, **{"temperatures": (1.0,), **options})
+    return str(explanation), type(explanation.temperature), explanation.temperatures
 
 
 def paged(**changed: Any) -> object:

@@ -226,7 +226,7 @@ def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
     assert exact.normalizer == topk.normalizer == normalizer
 
 
-def test_mass_tells_whether_the_candidates_hold_all_sparse_weight() -> None:
+def test_mass_is_one_where_the_candidates_hold_all_sparse_weight() -> None:
     problem = Problem.random(rows=2000)
     store = store_of(problem)
     support = (SPARSE["sparsemax"](problem.answer().scores) > 0).sum(-1)
@@ -390,7 +390,7 @@ def test_a_learnable_temperature() -> None:
 # -- the table -------------------------------------------------------------------------------------------
 
 
-def test_assigned_ids_rise_and_are_never_handed_out_twice() -> None:
+def test_assigned_ids_rise_and_are_never_reused() -> None:
     store = SoftKVStore(1, 1)
     rows = torch.ones(3, 1)
     assert store.add(rows, rows).tolist() == [0, 1, 2]
@@ -405,7 +405,7 @@ def test_assigned_ids_rise_and_are_never_handed_out_twice() -> None:
     assert other.add(rows, rows).tolist() == [101, 102, 103]
 
 
-def test_rows_come_back_in_the_order_asked() -> None:
+def test_get_returns_rows_in_the_order_of_the_ids() -> None:
     store = SoftKVStore(2, 1, fields=("time", "kind"))
     keys, values = torch.arange(8.0).view(4, 2), torch.arange(4.0)[:, None]
     store.add(keys, values, ids=[30, 10, 20, 40], fields={"time": torch.arange(4), "kind": 7})
@@ -435,7 +435,7 @@ def test_update_changes_only_what_is_given() -> None:
     assert rows.fields["time"].tolist() == [9, 2, 3]
 
 
-def test_what_is_stored_is_a_copy_cut_from_the_graph() -> None:
+def test_stored_rows_are_detached_copies() -> None:
     store = SoftKVStore(2, 1)
     keys = torch.ones(3, 2, requires_grad=True)
     store.add(keys * 2, torch.ones(3, 1))
@@ -445,7 +445,7 @@ def test_what_is_stored_is_a_copy_cut_from_the_graph() -> None:
     assert store.ids.tolist() == [0, 1, 2]
 
 
-def test_storage_doubles_and_reserve_keeps_it_still() -> None:
+def test_storage_doubles_unless_reserve_was_called() -> None:
     store = SoftKVStore(1, 1)
     row = torch.ones(1, 1)
     capacities = []
@@ -608,7 +608,7 @@ def test_growth_while_a_read_waits_for_its_backward() -> None:
     ("rows", "change", "remedy"),
     [
         (12, "shrink from 20 to 12 rows", r"the old size: call backward\(\) or drop the read first"),
-        (32, "grow from 20 to 32 rows", r"call store.reserve\(32\) beforehand, or call backward\(\)"),
+        (32, "grow from 20 to 32 rows", r"call store.reserve\(32\).* or call backward\(\)"),
     ],
 )
 def test_a_state_of_another_size_is_not_loaded_while_a_read_waits(rows: int, change: str, remedy: str) -> None:
@@ -680,7 +680,7 @@ def test_growth_keeps_a_dense_gradient() -> None:
     store.read(problem.query).values.sum().backward()
 
 
-def test_a_buffer_store_grows_whenever_it_likes() -> None:
+def test_a_store_of_buffers_can_always_grow() -> None:
     problem = Problem.random(rows=30)
     store = store_of(problem)
     read = store.read(problem.query)
@@ -747,7 +747,7 @@ def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, boo
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Adam", "Rprop", "RMSprop"])
-def test_other_optimisers_step_undisturbed(kind: str) -> None:
+def test_other_optimizers_step_after_growth(kind: str) -> None:
     problem = Problem.random(rows=20)
     store = store_of(problem, trainable=True)
     optimiser = getattr(torch.optim, kind)(store.parameters())
@@ -1042,7 +1042,7 @@ def test_as_part_of_a_model() -> None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Random writes and reads of a store, beside a dict that says what must come of them."""
+    """Random writes and reads of a store, and of a dict with the expected rows."""
 
     ids = Bundle("ids")
     index = "Flat"
@@ -1188,7 +1188,7 @@ def test_reads_of_many_rows_follow_every_write(write: Callable[[SoftKVStore], ob
 
 
 @pytest.mark.parametrize("height", [-100.0, 20.0])
-def test_a_bound_that_nobody_said_was_broken(height: float) -> None:
+def test_unreported_writes_that_break_a_bound_give_right_reads(height: float) -> None:
     store = SoftKVStore(4, 1, metric="dot")
     store.add(torch.full((70_000, 4), 0.1), torch.ones(70_000, 1))
     query = torch.ones(2, 4)
@@ -1349,7 +1349,7 @@ def test_counters_and_clocks_are_optional_in_a_state_that_is_loaded(new: str, ol
         wanted = saved.usage.reads if saved.rows.track_usage else torch.zeros(4, dtype=torch.int64)
         assert torch.equal(loaded.usage.reads, wanted)
         assert bool((loaded.usage.weight > 0).any()) == saved.rows.track_usage
-    if loaded.evict is not None:  # clocks that start anew go by slot, the lowest first
+    if loaded.evict is not None:  # With new clocks, rows are evicted in slot order.
         loaded.add(torch.ones(5, 2), torch.ones(5, 1), fields={"time": 1})
         if {"used_at", "added_at"} & absent:
             assert 0 not in loaded
@@ -1376,7 +1376,7 @@ def test_a_strict_load_of_other_counters_is_torchs_error_and_changes_nothing(new
 
 @pytest.mark.parametrize("gone", ["values", "rows.ids", "rows.field_time", "rows.generation"])
 @pytest.mark.parametrize("how", ["a store", "a model"])
-def test_where_rows_cannot_be_loaded_keys_and_values_are_named_as_missing(gone: str, how: str) -> None:
+def test_keys_and_values_are_reported_missing_if_rows_cannot_be_loaded(gone: str, how: str) -> None:
     saved, loaded = with_history({}, 2.0), with_history({"track_usage": True}, 1.0)
     state = wrapped(saved, how).state_dict()
     before, prefix = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}, prefix_of(how)
@@ -1388,7 +1388,7 @@ def test_where_rows_cannot_be_loaded_keys_and_values_are_named_as_missing(gone: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_names_that_belong_to_nothing_do_not_keep_rows_from_loading_unless_the_load_is_strict() -> None:
+def test_unexpected_names_prevent_loading_only_if_strict() -> None:
     saved, loaded = with_history({}, 2.0), with_history({}, 1.0)
     found = loaded.load_state_dict(saved.state_dict() | {"more": torch.zeros(1)}, strict=False)
     assert found.unexpected_keys == ["more"]
@@ -1455,7 +1455,7 @@ def test_loading_that_runs_out_of_memory_once_loads_everything(
     store._check()
 
 
-def test_loading_that_runs_out_of_memory_again_and_again_is_completed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_repeatedly_runs_out_of_memory_is_completed_later(monkeypatch: pytest.MonkeyPatch) -> None:
     store, other = rows_of_ones(trainable=True), rows_of_ones()
     other.update(other.ids, torch.zeros(6, 4), torch.zeros(6, 3))
 
@@ -1471,7 +1471,7 @@ def test_loading_that_runs_out_of_memory_again_and_again_is_completed_later(monk
 
 
 @pytest.mark.parametrize("write", ["add", "put"])
-def test_a_write_whose_storage_cannot_grow_is_not_made(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_changes_nothing_if_the_storage_cannot_grow(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows, left = rows_of_ones(), (torch.ones(20, 4), torch.ones(20, 3)), [2]
     install = Table.install
 

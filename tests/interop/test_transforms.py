@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.programs import check_exit
+from support.versions import TORCH_RELEASE
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap

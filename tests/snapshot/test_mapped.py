@@ -146,7 +146,7 @@ def test_ids_and_sizes_are_always_checked(tmp_path: Path) -> None:
     saved(tmp_path)
     (file,) = tmp_path.glob("rows.ids-*")
     flip(file, -1)
-    with pytest.raises(CorruptSnapshotError, match="saved bytes of the tensor 'rows.ids'"):
+    with pytest.raises(CorruptSnapshotError, match=r"saved bytes of the tensor 'rows.ids'"):
         SoftKVStore.load(tmp_path, mmap=True)
     saved(tmp_path)
     (file,) = tmp_path.glob("keys-*")

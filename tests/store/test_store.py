@@ -226,7 +226,7 @@ def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
     assert exact.normalizer == topk.normalizer == normalizer
 
 
-def test_mass_is_one_where_the_candidates_hold_all_sparse_weight() -> None:
+def test_mass_is_one_if_the_candidates_hold_all_sparse_weight() -> None:
     problem = Problem.random(rows=2000)
     store = store_of(problem)
     support = (SPARSE["sparsemax"](problem.answer().scores) > 0).sum(-1)
@@ -747,7 +747,7 @@ def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, boo
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Adam", "Rprop", "RMSprop"])
-def test_other_optimizers_step_after_growth(kind: str) -> None:
+def test_other_optimizers_can_step(kind: str) -> None:
     problem = Problem.random(rows=20)
     store = store_of(problem, trainable=True)
     optimiser = getattr(torch.optim, kind)(store.parameters())

@@ -135,7 +135,7 @@ class SoftKVStore(ModuleWithProperties):
     sparse_grad: bool
     capacity: int | None
     evict: Evict | None
-    # Whether a `load_state_dict` that is under way refuses other names; torch does not pass it on.
+    # Value of ``strict`` during `load_state_dict`; torch does not pass it to `_load_from_state_dict`.
     _is_strict = False
 
     @without_transforms
@@ -206,7 +206,7 @@ class SoftKVStore(ModuleWithProperties):
         return self._access.reading(lambda: len(self.rows))
 
     def __bool__(self) -> bool:
-        return True  # an empty store is still a store
+        return True  # An empty store is true, like any other module.
 
     @without_transforms
     def __contains__(self, id: object) -> bool:
@@ -794,7 +794,7 @@ class SoftKVStore(ModuleWithProperties):
         """
         self._writer.materialize()
 
-    # -- many readers, one writer ----------------------------------------------------------------------------
+    # -- threads ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -898,11 +898,11 @@ class SoftKVStore(ModuleWithProperties):
         return set_up_replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        with self.writing():  # nothing is left unfinished
+        with self.writing():  # Completes an interrupted write.
             pass
-        made = ("_access", "_writer", "_reader", "_handle")
-        state = {name: value for name, value in self.__dict__.items() if name not in made}
-        return state | {"_table": copy.copy(self._table)}  # which refers to its own store
+        derived = ("_access", "_writer", "_reader", "_handle")
+        state = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return state | {"_table": copy.copy(self._table)}  # Each copy of the table refers to its own store.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

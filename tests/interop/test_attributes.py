@@ -1,4 +1,4 @@
-"""Properties that do not apply are AttributeErrors, with messages of their own."""
+"""Properties that do not apply raise AttributeErrors with specific messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MADE: dict[str, Callable[[], object]] = {
 }
 
 
-def test_every_public_class_is_looked_at() -> None:
+def test_every_public_class_is_tested() -> None:
     public = {
         name
         for module in (softdb, functional, softdb.layers, optim)
@@ -86,7 +86,7 @@ def test_a_store_that_does_not_count_has_no_usage() -> None:
         _ = store.other
 
 
-def test_values_that_are_not_counted_have_no_usage() -> None:
+def test_a_layer_that_does_not_count_has_no_usage() -> None:
     table = ProductKeyMemory(4, 16, k=2).store
     assert not hasattr(table, "usage")
     with pytest.raises(softdb.NotApplicableError, match="make the layer with track_usage=True"):
@@ -94,7 +94,7 @@ def test_values_that_are_not_counted_have_no_usage() -> None:
     assert hasattr(ProductKeyMemory(4, 16, k=2, track_usage=True).store, "usage")
 
 
-def test_heads_with_stores_of_their_own_have_no_store() -> None:
+def test_a_layer_with_a_store_for_each_head_has_no_store() -> None:
     layer = MemoryLayer(4, 5, shared=False)
     assert not hasattr(layer, "store")
     assert hasattr(MemoryLayer(4, 5), "store")

@@ -1,4 +1,4 @@
-"""Reads in graphs of torch.compile are the eager reads."""
+"""Reads in graphs of torch.compile equal eager reads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 class Counter:
-    """A backend that counts the graphs that it is given."""
+    """Backend that counts the graphs it compiles."""
 
     def __init__(self, backend: str = "aot_eager") -> None:
         self.graphs = 0
@@ -120,7 +120,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_as_the_eager_read(how: dict[str, Any]) -> None:
+def test_compiled_reads_equal_eager_reads(how: dict[str, Any]) -> None:
     check_parity(make_store(), "aot_eager", dict(how), torch.randn(4, 8))
 
 
@@ -253,7 +253,7 @@ def test_autocast() -> None:
         assert torch.equal(ours, wanted)
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_no_graph_is_kept_without_gradients() -> None:
     store = make_store()
     run = torch.compile(lambda x: store(x), backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 8)
@@ -265,7 +265,7 @@ def test_without_gradients_nothing_is_kept() -> None:
             assert compile_module._pending_reads == {}
 
 
-def test_what_is_kept_goes_with_the_answer() -> None:
+def test_the_graph_is_freed_with_the_result() -> None:
     store = make_store()
     run = torch.compile(lambda x: store(x), backend="aot_eager", fullgraph=True)
     answer = run(torch.randn(4, 8))
@@ -310,7 +310,7 @@ def test_the_graph_may_write_to_its_own_tensors() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
-def test_stale(how: dict[str, Any]) -> None:
+def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
     store = make_store()
     run = torch.compile(lambda x: store(x, **how).sum(), backend="aot_eager", fullgraph=True)
     answer = run(torch.randn(4, 8))
@@ -383,7 +383,7 @@ def test_a_callable_where() -> None:
     assert torch.equal(torch.compile(read, backend="aot_eager")(x), read(x))  # outside of the graph
 
 
-def test_tables_made_in_the_graph() -> None:
+def test_tensors_computed_in_the_graph_are_refused() -> None:
     store, x = make_store(trainable=False), torch.randn(4, 8)
 
     def write(x: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ def test_tables_made_in_the_graph() -> None:
         torch.compile(write, backend="aot_eager", fullgraph=True)(x)
 
 
-def test_a_store_that_is_gone() -> None:
+def test_a_graph_of_a_deleted_store_raises() -> None:
     store = make_store()
     handle, keys, values, number = store._handle, store.keys.detach(), store.values.detach(), None
     del store

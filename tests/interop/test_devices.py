@@ -1,6 +1,6 @@
-"""A store on the CPU works there whatever torch's default device is: nothing follows `torch.set_default_device`.
+"""Stores on the CPU do not depend on `torch.set_default_device`.
 
-The default is "meta" here, whose tensors hold no numbers: one that is made there by mistake is an error, or shows.
+The default device is "meta" here. A tensor that is created on it by mistake has no data, so a test fails.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def test_the_demo_does_not_follow_the_default_device(elsewhere: Callable[[], Non
     assert demo.store_of(senses).keys.device.type == senses.parts_of_speech().device.type == "cpu"
 
 
-def test_a_norm_of_no_gradients_lies_with_the_parameters(elsewhere: Callable[[], None]) -> None:
+def test_a_norm_without_gradients_is_on_the_device_of_the_parameters(elsewhere: Callable[[], None]) -> None:
     parameter = nn.Parameter(normal(3, 2))
     elsewhere()
     norm = clip_row_grad_norm_([parameter], 1.0)

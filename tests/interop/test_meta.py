@@ -1,4 +1,4 @@
-"""Stores and layers on the meta device: they are made, moved, saved and filled there, and nothing else."""
+"""Stores and layers on the meta device, where they can be created, moved and initialized."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def filled(**options: Any) -> SoftKVStore:
 
 @pytest.fixture(params=[*((made, o) for made in ("made", "moved") for o in OPTIONS)], ids=str)
 def store(request: pytest.FixtureRequest) -> SoftKVStore:
-    """A store on meta, made there or moved there."""
+    """Return a store on the meta device, created there or moved there."""
     made, options = request.param
     if made == "moved":
         return filled(**options).to("meta")
@@ -77,7 +77,9 @@ def _in_autocast(action: Callable[[], object]) -> object:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
-def test_what_needs_numbers_says_how_to_get_some(store: SoftKVStore, operation: Callable[[SoftKVStore], Any]) -> None:
+def test_operations_that_need_data_say_how_to_initialize(
+    store: SoftKVStore, operation: Callable[[SoftKVStore], Any]
+) -> None:
     count = len(store)
     with pytest.raises(softdb.DeviceError, match=HOW_TO_GO_ON):
         operation(store)
@@ -129,7 +131,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_a_layer_on_meta_says_how_to_go_on(make: Callable[..., nn.Module], moved: bool) -> None:
+def test_errors_of_a_layer_on_meta_say_how_to_initialize(make: Callable[..., nn.Module], moved: bool) -> None:
     if moved:
         layer = make()
         layer(torch.randn(2, 3, 8))

@@ -1,4 +1,4 @@
-"""Training with a store: what gradients look like, mixed precision, several processes, and what comes in between."""
+"""Training with a store: gradients, mixed precision, several processes, writes between steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_exact_and_topk_reads_in_one_step(optimiser: Any) -> None:
     assert torch.allclose(mixed.values, dense.values, atol=1e-5)
 
 
-def test_a_row_taken_away_between_backward_and_step_leaves_no_gradient_to_its_successor() -> None:
+def test_a_row_deleted_before_the_step_passes_no_gradient_to_a_new_row() -> None:
     store = make(40)
     optimiser = RowAdam(store.parameters(), lr=0.5)
     read = store.read(queries(4), "topk", k=5)

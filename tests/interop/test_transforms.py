@@ -1,4 +1,4 @@
-"""Reads under the transforms of torch.func, forward-mode differentiation and torch.export; counted compiled reads."""
+"""Reads under torch.func, forward-mode differentiation and torch.export; usage counts of compiled reads."""
 
 from __future__ import annotations
 
@@ -350,7 +350,7 @@ def test_gradients_for_each_sample(how: dict[str, Any], tmp_path: Path) -> None:
     check_usable(store, tmp_path)
 
 
-def test_samples_with_tables_of_their_own(tmp_path: Path) -> None:
+def test_samples_with_separate_tables(tmp_path: Path) -> None:
     store, queries = make_store(), torch.randn(2, QUERIES, KEY_DIM)
     tables = torch.stack([store.keys.detach(), -store.keys.detach()])
 
@@ -647,7 +647,7 @@ def test_export(make: Callable[[], nn.Module], strict: bool) -> None:
 
 @exports
 @pytest.mark.parametrize("strict", [True, False])
-def test_export_refuses_what_looks_at_numbers(strict: bool) -> None:
+def test_export_refuses_reads_that_depend_on_data(strict: bool) -> None:
     query = torch.randn(3, KEY_DIM)
     keys, values = torch.randn(ROWS, KEY_DIM), torch.randn(ROWS, VALUE_DIM)
     segment = torch.randn(2, 3, 8)
@@ -753,7 +753,7 @@ def test_compiled_transforms() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_read_that_a_subclass_overrides_is_called_once_under_a_transform() -> None:
+def test_an_overridden_read_is_called_once_under_a_transform() -> None:
     class Doubling(SoftKVStore):
         def read(self, query: Tensor, *args: Any, **options: Any) -> Any:
             return super().read(2 * query, *args, **options)

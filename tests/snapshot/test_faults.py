@@ -1,4 +1,4 @@
-"""Faults of processes, disks and power while a store is saved: what is left is the old snapshot or the new one.
+"""Faults of processes, disks and power during a save, which leave the old snapshot or the new one.
 
 The campaigns are in `faults`; ``scripts/faults`` runs them at length.
 """
@@ -134,8 +134,8 @@ def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one
     holds(faults.power_failures, tmp_path, {"new": 1}, place=place, again=40)
 
 
-def test_power_failures_would_tell_if_anything_were_not_made_durable(tmp_path: Path) -> None:
-    """Each fsync is left out in turn, and every time there is a state of the disk that shows it."""
+def test_a_missing_fsync_is_detected_by_simulated_power_failures(tmp_path: Path) -> None:
+    """Omit each fsync in turn; every time, some state of the disk reveals it."""
     for place, least in (("a snapshot", 9), ("nothing", 10)):
         (tmp_path / place).mkdir()
         report = Report("")
@@ -189,7 +189,7 @@ def test_one_process_saves_at_a_time(tmp_path: Path) -> None:
     assert which(tmp_path, OLD_NEW) == "new"
 
 
-def test_who_waits_saves_when_the_other_has_done(tmp_path: Path) -> None:
+def test_a_save_waits_for_another_save(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     child, go = holding(tmp_path)
     timer = threading.Timer(0.2, go.set)
@@ -200,7 +200,7 @@ def test_who_waits_saves_when_the_other_has_done(tmp_path: Path) -> None:
     assert which(tmp_path, OLD_NEW) == "new"
 
 
-def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
+def test_concurrent_first_saves_run_one_after_the_other(tmp_path: Path) -> None:
     for number in range(5):
         path = tmp_path / str(number)
         barrier = FORK.Barrier(2)
@@ -217,7 +217,7 @@ def test_two_first_saves_at_once_take_turns(tmp_path: Path) -> None:
         assert names(path) == names_of_one(path)
 
 
-def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     with snapshot.lock_directory(tmp_path, 0.0):
         child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,), daemon=True)
@@ -227,7 +227,7 @@ def test_the_lock_of_a_process_stays_its_own_when_it_forks(tmp_path: Path) -> No
     child.join()
 
 
-def test_a_lock_is_released_though_a_forked_child_has_not_closed_its_copy_yet(tmp_path: Path) -> None:
+def test_a_lock_is_released_while_a_forked_child_has_a_copy_of_it(tmp_path: Path) -> None:
     with snapshot.lock_directory(tmp_path, 0.0):
         copies = [os.dup(descriptor) for descriptor in snapshot_lock._lock_descriptors]
     assert copies
@@ -236,7 +236,7 @@ def test_a_lock_is_released_though_a_forked_child_has_not_closed_its_copy_yet(tm
         os.close(descriptor)
 
 
-def test_who_loads_while_others_save_gets_one_whole_store_after_the_other(tmp_path: Path) -> None:
+def test_loads_during_saves_return_complete_stores(tmp_path: Path) -> None:
     holds(faults.loads_beside_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
 
 
@@ -249,7 +249,7 @@ def examined_whole(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("look_at", [loaded_whole, examined_whole])
-def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
+def test_a_load_retries_if_a_save_replaces_the_manifest(
     look_at: Callable[[Path], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(1.0).save(tmp_path)
@@ -268,7 +268,7 @@ def test_a_save_between_a_look_at_the_manifest_and_one_at_its_files(
     assert left == [0]
 
 
-def test_a_directory_within_one_that_may_not_be_read_can_be_saved_to(tmp_path: Path) -> None:
+def test_saving_does_not_need_to_read_the_parent_directory(tmp_path: Path) -> None:
     path = tmp_path / "store"
 
     def refuse(step: Step) -> None:
@@ -284,7 +284,7 @@ def test_a_directory_within_one_that_may_not_be_read_can_be_saved_to(tmp_path: P
 # -- names -----------------------------------------------------------------------------------------------
 
 
-def test_what_a_crash_left_over_goes_with_the_next_save(tmp_path: Path) -> None:
+def test_the_next_save_removes_files_left_by_a_crash(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     (tmp_path / "keys-9.safetensors").write_bytes(b"half")
     (tmp_path / "manifest.json-9").write_bytes(b"half")
@@ -297,7 +297,7 @@ def test_what_a_crash_left_over_goes_with_the_next_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json-2", f"keys-{10**18 - 1}.safetensors", "keys-2.safetensors"])
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
-def test_a_file_in_the_way_of_the_next_save_is_no_obstacle(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_save_avoids_the_names_of_existing_files(name: str, kind: str, tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     if kind == "directory":
         (tmp_path / name).mkdir()
@@ -311,7 +311,7 @@ def test_a_file_in_the_way_of_the_next_save_is_no_obstacle(name: str, kind: str,
     assert names(tmp_path) == sorted({*names_of_one(tmp_path), *([name] if kind == "directory" else [])})
 
 
-def test_any_identifier_is_a_name_of_a_field_on_disk(tmp_path: Path) -> None:
+def test_fields_with_any_identifier_can_be_saved(tmp_path: Path) -> None:
     fields = ("größe", "time", "Time", "TIME", "время", "Größe", "f" * 300, "F" * 300)
     store = SoftKVStore(4, 3, fields=fields)
     store.add(torch.ones(2, 4), torch.ones(2, 3), fields={name: [n, 7] for n, name in enumerate(fields)})
@@ -324,7 +324,7 @@ def test_any_identifier_is_a_name_of_a_field_on_disk(tmp_path: Path) -> None:
     assert all(name.isascii() and len(name) < 128 for name in names(tmp_path))
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(1.0).save(tmp_path)
     before = faults.content_of(tmp_path)
     largest = len(before["manifest.json"]) + 10
@@ -369,7 +369,7 @@ SHORTAGES: dict[str, type[BaseException]] = {"memory": MemoryError, "interrupt":
 
 
 def state_of(store: SoftKVStore) -> dict[str, Any]:
-    """All that a write may change, but the clocks."""
+    """Return everything that a write may change, except the clocks."""
     rows = store.get(store.ids)
     numbers = torch.cat([rows.keys, rows.values, rows.fields["time"].unsqueeze(-1)], dim=-1)
     found = dict(zip(store.ids.tolist(), numbers.tolist(), strict=True))
@@ -397,10 +397,10 @@ class Failing:
 @pytest.mark.parametrize("shortage", SHORTAGES)
 @pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_write_that_breaks_off_is_done_at_once_or_never(
+def test_an_interrupted_write_is_completed_or_changes_nothing(
     name: str, options: dict[str, Any], shortage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One failure: the call returns and all is written; or it raises, and what it says is so at once and stays so."""
+    """After one failure, the call returns with all rows written, or raises an error that describes the state."""
     change, outcomes = CHANGES[name], set()
     whole = make(1.0, rows=6, **options)
     change(whole)
@@ -430,10 +430,10 @@ def test_a_write_that_breaks_off_is_done_at_once_or_never(
 
 @pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_write_that_cannot_be_completed_at_once_says_that_it_is_recorded(
+def test_the_error_of_an_unfinished_write_says_that_it_is_recorded(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call of a step fails from one on: the error says what the next use of the store does, and it does so."""
+    """If every later call fails too, the error says what the next use of the store does, and the store does it."""
     change, recorded = CHANGES[name], 0
     whole = make(1.0, rows=6, **options)
     change(whole)
@@ -461,8 +461,8 @@ def test_a_write_that_cannot_be_completed_at_once_says_that_it_is_recorded(
 
 
 @pytest.mark.parametrize("failure", [MemoryError, KeyboardInterrupt])
-def test_growth_that_breaks_off_adds_no_rows(failure: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The storage may be larger at the next use; the rows of the call that raised never come."""
+def test_interrupted_growth_adds_no_rows(failure: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage may be larger at the next use; the rows of the failed call are never added."""
     many = torch.ones(90, 4), torch.ones(90, 3)
     calls: list[Callable[[SoftKVStore], object]] = [
         lambda store: store.add(*many, fields={"time": 9}),
@@ -485,7 +485,7 @@ def test_growth_that_breaks_off_adds_no_rows(failure: type[BaseException], monke
         store._check()
 
 
-def test_a_reserve_that_breaks_off_once_is_completed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserve_retries_after_one_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     for failure in (MemoryError, KeyboardInterrupt):
         store = make(1.0, rows=6)
         with monkeypatch.context() as patch:
@@ -500,7 +500,7 @@ def test_a_reserve_that_breaks_off_once_is_completed_at_once(monkeypatch: pytest
         store._check()
 
 
-def test_a_mapped_store_that_memory_is_too_small_for_can_be_materialized_later(
+def test_materialize_can_be_repeated_after_it_runs_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(1.0).save(tmp_path)

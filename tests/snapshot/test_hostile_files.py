@@ -1,4 +1,4 @@
-"""Damaged and hostile files: a load gives what was saved, or an error of a known type, and touches nothing else.
+"""Damaged and hostile files, for which a load returns the saved store or raises a known error.
 
 The campaigns are in `damage`; ``scripts/faults`` runs them at length.
 """
@@ -43,7 +43,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_file_and_its_tensor(tmp_path: 
     holds(damage.flipped_bits, tmp_path, 500, every=47, sampled=13)
 
 
-def test_a_read_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
     holds(damage.failing_reads, tmp_path, 10)
 
 
@@ -61,12 +61,12 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 # -- hostile directories ---------------------------------------------------------------------------------
 
 
-def test_a_hostile_directory_is_a_typed_error_in_little_memory_and_nothing_outside_is_touched(tmp_path: Path) -> None:
+def test_a_hostile_directory_is_a_typed_error_without_side_effects(tmp_path: Path) -> None:
     holds(damage.hostile, tmp_path, len(damage.CASES))
 
 
 @pytest.mark.parametrize("name", ["../x", "a\0b", "a\nb", "a b", "", ".", "\ud800"])
-def test_no_tensor_has_a_name_that_is_none_though_its_file_says_the_same(name: str, tmp_path: Path) -> None:
+def test_an_invalid_tensor_name_is_refused_even_if_the_file_agrees(name: str, tmp_path: Path) -> None:
     make(rows=3).save(tmp_path)
     damage.replace(tmp_path, 0, damage.header_of(name, damage.GOOD), name=name)
     with pytest.raises(CorruptSnapshotError, match="the name"):
@@ -74,7 +74,7 @@ def test_no_tensor_has_a_name_that_is_none_though_its_file_says_the_same(name: s
 
 
 @pytest.mark.parametrize("shape", [[True, 12], [1] * 65, [0, 2**62, 2**62], [0, 2**64]])
-def test_no_tensor_has_a_shape_that_is_none_though_its_file_says_the_same(shape: list[int], tmp_path: Path) -> None:
+def test_an_invalid_shape_is_refused_even_if_the_file_agrees(shape: list[int], tmp_path: Path) -> None:
     make(rows=3).save(tmp_path)
     nbytes = 4 * math.prod(shape)
     header = damage.header_of("keys", {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]})
@@ -83,7 +83,7 @@ def test_no_tensor_has_a_shape_that_is_none_though_its_file_says_the_same(shape:
         read_snapshot(tmp_path)
 
 
-def test_a_link_that_is_replaced_by_a_save_leaves_what_it_led_to(tmp_path: Path) -> None:
+def test_a_save_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
     path, outside = tmp_path / "store", tmp_path / "outside"
     make().save(path)
     file = damage.keys_file(path)
@@ -154,7 +154,7 @@ GOLDEN_FILES = {
 }
 
 
-def test_a_snapshot_of_format_1_can_be_loaded_for_ever() -> None:
+def test_a_snapshot_of_format_1_can_be_loaded() -> None:
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in GOLDEN.iterdir()}
     assert found == GOLDEN_FILES
     store = SoftKVStore.load(GOLDEN)
@@ -179,7 +179,7 @@ def test_a_known_attack_does_no_harm(recipe: Any, tmp_path: Path) -> None:
     assert fuzz.violations(recipe, tmp_path) == []
 
 
-def test_whatever_is_done_to_the_files_a_load_gives_the_store_or_a_known_error(tmp_path: Path) -> None:
+def test_loading_changed_files_returns_the_store_or_a_known_error(tmp_path: Path) -> None:
     @settings(
         max_examples=50,
         derandomize=True,

@@ -1,4 +1,4 @@
-"""Stores whose rows lie in the files of a snapshot."""
+"""Stores whose rows are mapped files of a snapshot."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_mapped_store_is_read_only_until_materialize(write: Callable[[SoftKVSt
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_trainable_one_trains_once_it_is_materialized(tmp_path: Path) -> None:
+def test_a_trainable_mapped_store_trains_after_materialize(tmp_path: Path) -> None:
     saved(tmp_path, trainable=True)
     store = SoftKVStore.load(tmp_path, mmap=True)
     keys = store.keys
@@ -116,7 +116,7 @@ def test_writes_in_place_stay_in_memory(tmp_path: Path) -> None:
     assert torch.equal(SoftKVStore.load(tmp_path).values[:10], store.values[:10])
 
 
-def test_saving_over_the_snapshot_it_lies_in_is_safe(tmp_path: Path) -> None:
+def test_a_mapped_store_can_be_saved_over_its_own_snapshot(tmp_path: Path) -> None:
     store = saved(tmp_path, rows=2000)
     mapped = SoftKVStore.load(tmp_path, mmap=True)
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_copies_of_a_mapped_store_own_their_rows(tmp_path: Path) -> None:
     assert len(mapped) == 48
 
 
-def test_a_store_of_no_rows_is_mapped(tmp_path: Path) -> None:
+def test_an_empty_store_can_be_mapped(tmp_path: Path) -> None:
     SoftKVStore(4, 3).save(tmp_path)
     store = SoftKVStore.load(tmp_path, mmap=True)
     assert len(store) == 0
@@ -174,7 +174,7 @@ def test_a_store_of_no_rows_is_mapped(tmp_path: Path) -> None:
     store.add(torch.ones(1, 4), torch.ones(1, 3))
 
 
-def test_what_is_mapped_lies_on_the_cpu(tmp_path: Path) -> None:
+def test_mapped_tensors_are_on_the_cpu(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(softdb.ArgumentError, match="device: expected the CPU with mmap=True"):
         SoftKVStore.load(tmp_path, mmap=True, device="meta")
@@ -195,7 +195,7 @@ print(grown)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_rows_are_not_read_before_they_are_looked_at(tmp_path: Path) -> None:
+def test_mapped_rows_are_not_read_before_they_are_used(tmp_path: Path) -> None:
     saved(tmp_path / "small")
     store = SoftKVStore(64, 64)
     rows = torch.randn(2**18, 64)

@@ -1,4 +1,4 @@
-"""Saving and loading: what is on the disk is a whole snapshot, the old one or the new one, or an error."""
+"""Saving and loading of complete snapshots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_what_is_loaded_is_what_was_saved(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_loaded_store_equals_the_saved_one(options: dict[str, Any], tmp_path: Path) -> None:
     store = make(**options)
     store.delete([3, 11])
     query = torch.randn(5, 4, dtype=store.keys.dtype)
@@ -94,7 +94,7 @@ def test_a_strided_tensor_and_one_of_many_chunks(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("timeout", ["a minute", None, -1, float("nan")])
-def test_a_timeout_that_makes_no_sense_is_refused_before_anything_is_made(timeout: Any, tmp_path: Path) -> None:
+def test_an_invalid_timeout_is_refused_before_a_directory_is_created(timeout: Any, tmp_path: Path) -> None:
     with pytest.raises(softdb.SoftDBError, match="timeout: expected"):
         make().save(tmp_path / "store", timeout=timeout)
     assert not (tmp_path / "store").exists()
@@ -102,7 +102,7 @@ def test_a_timeout_that_makes_no_sense_is_refused_before_anything_is_made(timeou
 
 
 @pytest.mark.parametrize("path", [b"path", 3, None, "a\0b"], ids=repr)
-def test_what_is_no_path_is_a_typed_error(path: Any) -> None:
+def test_an_invalid_path_is_a_typed_error(path: Any) -> None:
     wanted = softdb.ArgumentError if isinstance(path, str) else softdb.DtypeError
     for call in (SoftKVStore(4, 2).save, SoftKVStore.load, examine_snapshot):
         with pytest.raises(wanted, match=r"^path: expected a "):
@@ -111,14 +111,14 @@ def test_what_is_no_path_is_a_typed_error(path: Any) -> None:
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", "meta", 3.5, "cpu:-7"])
 @pytest.mark.parametrize("mmap", [False, True])
-def test_a_device_that_is_none_is_no_fault_of_the_snapshot(device: Any, mmap: bool, tmp_path: Path) -> None:
+def test_an_unavailable_device_is_not_reported_as_corruption(device: Any, mmap: bool, tmp_path: Path) -> None:
     SoftKVStore(4, 2).save(tmp_path)
     with pytest.raises(softdb.ArgumentError, match=r"^device: expected ") as caught:
         SoftKVStore.load(tmp_path, device=device, mmap=mmap)
     assert not isinstance(caught.value, softdb.CorruptSnapshotError)
 
 
-def test_a_mapped_store_lies_on_the_cpu_whatever_the_default_is(tmp_path: Path) -> None:
+def test_a_mapped_store_is_on_the_cpu_with_any_default_device(tmp_path: Path) -> None:
     store = SoftKVStore(4, 2)
     store.add(torch.eye(4), torch.ones(4, 2))
     store.save(tmp_path)
@@ -150,7 +150,7 @@ else:
 
 
 @pytest.mark.parametrize("way", ["atexit", "thread"])
-def test_a_store_is_saved_as_python_ends(way: str, tmp_path: Path) -> None:
+def test_a_store_can_be_saved_during_interpreter_shutdown(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_THE_END, str(tmp_path / "saved"), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     check_exit(done)
@@ -158,7 +158,7 @@ def test_a_store_is_saved_as_python_ends(way: str, tmp_path: Path) -> None:
     assert len(SoftKVStore.load(tmp_path / "saved")) == 4
 
 
-def test_a_store_is_saved_where_no_thread_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_can_be_saved_if_no_thread_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -191,7 +191,7 @@ SHORTAGES = {
 @pytest.mark.parametrize(
     "place", ["softdb.snapshot.contents.resized", "torch.zeros", "softdb.table.slots.SlotTable.put"]
 )
-def test_too_little_memory_to_load_is_no_fault_of_the_snapshot(
+def test_a_load_without_memory_is_not_reported_as_corruption(
     shortage: Exception, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(capacity=40).save(tmp_path)
@@ -207,7 +207,7 @@ def test_too_little_memory_to_load_is_no_fault_of_the_snapshot(
     assert len(SoftKVStore.load(tmp_path)) == 12
 
 
-def test_a_capacity_that_memory_is_too_small_for_is_no_fault_of_the_snapshot(tmp_path: Path) -> None:
+def test_a_capacity_beyond_memory_is_not_reported_as_corruption(tmp_path: Path) -> None:
     make().save(tmp_path)
     damage.sign(tmp_path, lambda body: body["description"].update(capacity=2**50))
     with pytest.raises(MemoryError, match="not enough memory"):
@@ -263,7 +263,7 @@ def test_frozen_keys_and_values_stay_frozen(way: str, frozen: tuple[str, ...], t
     assert {name for name in ("keys", "values") if not getattr(store, name).requires_grad} == set(frozen)
 
 
-def test_a_snapshot_that_says_nothing_of_frozen_rows_is_trainable(tmp_path: Path) -> None:
+def test_a_snapshot_without_a_frozen_entry_is_trainable(tmp_path: Path) -> None:
     make(trainable=True).save(tmp_path)
     damage.sign(tmp_path, lambda body: body["description"].pop("frozen", None))
     assert SoftKVStore.load(tmp_path).keys.requires_grad

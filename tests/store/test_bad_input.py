@@ -1,4 +1,4 @@
-"""Bad input is a typed error before anything has changed; extreme input has a defined, finite answer."""
+"""Bad input raises a typed error and changes nothing; extreme input gives finite results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every number of the public interface: which types are accepted, and that they mean the same."""
+"""Types of numbers that each argument of the public interface accepts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CANDIDATES = torch.tensor([[0, 1, 2], [3, 4, 5], [5, 6, -1]])
 
 
 class Number(NamedTuple):
-    """A number of the public interface: what a call with it returns, and a value that it may have."""
+    """Number of the public interface: a call that takes it, and a valid value."""
 
     name: str
     call: Callable[[Any], object]
@@ -177,7 +177,7 @@ REAL = [
 
 
 def whole_forms(n: int) -> Iterator[tuple[str, Any]]:
-    """The same whole number as other types."""
+    """Return the same integer as other types."""
     yield "an int", n
     for kind in (np.int64, np.int32, np.uint8, np.uint64):
         yield f"a NumPy {kind.__name__}", kind(n)
@@ -187,7 +187,7 @@ def whole_forms(n: int) -> Iterator[tuple[str, Any]]:
 
 
 def real_forms(n: int) -> Iterator[tuple[str, Any]]:
-    """The same real number as other types."""
+    """Return the same real number as other types."""
     yield from whole_forms(n)
     yield "a float", float(n)
     yield "a Fraction", Fraction(n)
@@ -199,7 +199,7 @@ def real_forms(n: int) -> Iterator[tuple[str, Any]]:
 
 
 def no_numbers(n: int) -> Iterator[tuple[str, Any]]:
-    """What is neither a whole nor a real number."""
+    """Return values that are neither an integer nor a real number."""
     yield "a bool", True
     yield "a NumPy bool", np.True_
     yield "a 0-d array of bool", np.array(True)

@@ -1,4 +1,4 @@
-"""SoftKVStore: its reads, its rows, and its manners as a module."""
+"""Reads and rows of a SoftKVStore, and its behavior as a module."""
 
 from __future__ import annotations
 

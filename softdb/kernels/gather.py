@@ -48,7 +48,7 @@ class GatherIndex:
         """Row positions with 0 at padding, (M, k)."""
         return self.index.clamp(min=0) if self.has_padding else self.index
 
-    @kept_property
+    @lock_free_cached_property
     def unique(self) -> tuple[Tensor, Tensor]:
         """Unique row positions, ascending, and the inverse of the entries.
 

@@ -205,7 +205,7 @@ def select(
 ) -> Selection:
     """What ``where`` and ``exclude`` leave visible of the live rows, for queries of leading shape ``queries``."""
     batch = math.prod(queries)
-    shared, rule = rows.live(), None
+    shared, rule = rows.live_mask(), None
     if isinstance(where, Tensor):
         shared = _mask_of_tensor(rows, where)
     elif callable(where):
@@ -235,7 +235,7 @@ def _mask_of_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bo
             )
         check_dense("where", where)
         check_device("where", where, device)
-        if rows.live() is None:
+        if rows.live_mask() is None:
             return where.clone()
         slots = rows.live_slots()[where]
     else:

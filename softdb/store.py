@@ -916,7 +916,7 @@ class SoftKVStore(ModuleWithProperties):
         with self.writing():
             copied = memo[id(self)] = type(self).__new__(type(self))
             copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            copied.rows.average.begin(self._table, copied.rows.tenants)
+            copied.rows.average.begin(self._table, copied.rows.slot_rows)
         return copied
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -27,7 +27,7 @@ from softdb.index.list_layout import ListLayout
 from softdb.index.movement import KeyMovement
 from softdb.index.policy import IndexPolicy
 from softdb.index.visibility import EntryVisibility
-from softdb.table.slots import resized
+from softdb.table.slots import resize
 
 __all__ = ["Base"]
 
@@ -270,7 +270,7 @@ class Base:
     def resize(self, capacity: int) -> None:
         """Allocate more slots."""
         if capacity > len(self.entry_of):
-            self.entry_of = resized(self.entry_of, capacity, fill=-1)
+            self.entry_of = resize(self.entry_of, capacity, fill=-1)
             self.movement.resize(capacity)
 
     def _measure_imbalance(self) -> float:

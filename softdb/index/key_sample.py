@@ -32,7 +32,7 @@ class KeySample:
         if self._keys is None:
             self._keys = keys.index_select(0, slots)
         elif self._base.movement.copy is None:
-            known = (rows.keys_changed_at[slots] > version) | (rows.keys_moved_at > version)
+            known = (rows.keys_changed_at[slots] > version) | (rows.all_keys_changed_at > version)
             self._keys[known] = keys[slots[known]]
 
     def is_stale(self, keys: Tensor, metric: str, tolerance: float) -> bool:

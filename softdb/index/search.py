@@ -102,7 +102,7 @@ def _search_base(task: SearchTask, base: Base, search_width: int | None) -> Tens
         wanted += selection.excluded.shape[-1]
     if selection.rule is not None:
         wanted *= RULE_CANDIDATES_FACTOR
-    filtered = None if selection.shared is task.rows.live() else selection.shared
+    filtered = None if selection.shared is task.rows.live_mask() else selection.shared
     allowed = None if filtered is None else filtered.cpu()
     queries = to_array(to_vectors(task.query, task.spec.metric))
     slots = base.search(queries, wanted, allowed, search_width=search_width).to(task.query.device)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from softdb._checks import check_above_zero, check_dtype, check_float_tensor, describe
 from softdb.errors import ArgumentError, DtypeError
 from softdb.table.gradients import is_sharded
-from softdb.table.hooks import unwatched
-from softdb.table.overwrites import check_own_ids
+from softdb.table.hooks import pause_watching
+from softdb.table.overwrites import check_ids_unchanged
 from softdb.table.table import Table
 from softdb.transforms import unwrap_tensors
 
@@ -83,7 +83,7 @@ def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, A
     check_float_tensor(name, value, table.shape_of(name))
     with table.rows.access.writing():
         assign(name, value)
-        table.rows.mark_moved(keys=name == "keys")
+        table.rows.mark_updated(keys=name == "keys")
         table.record_versions()
 
 
@@ -105,7 +105,7 @@ def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], ob
         raise DtypeError(f"dtype: expected ids to stay int64, got {id_dtype}; convert with .to(), not with .type()")
     before = module.keys.data_ptr(), module.values.data_ptr()
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    with unwatched(own), rows.recorded.suspended():
+    with pause_watching(own), rows.recorded.suspend():
         apply()
     if rows.was_emptied:
         module.keys.data.zero_()

@@ -13,9 +13,9 @@ from softdb.errors import DeviceError, DtypeError
 from softdb.table.average_watch import AverageWatch
 from softdb.table.eviction import CLOCK_COLUMNS
 from softdb.table.growth import change_columns
-from softdb.table.hooks import unwatched
+from softdb.table.hooks import pause_watching
 from softdb.table.id_check import CHECK_SIZE
-from softdb.table.journal import WRITTEN, Growth
+from softdb.table.journal import WRITE_OUTCOME, Growth
 from softdb.table.state import check_state
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
@@ -92,7 +92,7 @@ def load_state(
             raise RuntimeError(" ".join(failed))
         table.record_versions()
 
-    table.journal.commit(load, WRITTEN)
+    table.journal.commit(load, WRITE_OUTCOME)
 
 
 def _list_names(rows: RowStorage, prefix: str) -> set[str]:
@@ -137,7 +137,7 @@ def _prepare_storage(table: Table, state: Mapping[str, Any]) -> Growth | None:
     if capacity == table.rows.capacity:
         return None
     table.check_growth(capacity, loaded=True)
-    return table.resized(capacity)
+    return table.prepare_resize(capacity)
 
 
 def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from softdb.attributes import lock_free_cached_property
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.table.gradients import row_sparse
+from softdb.table.gradients import make_row_sparse
 
 __all__ = [
     "GatherIndex",
@@ -207,5 +207,5 @@ def blend_at_backward(
         mode="sum",
     ).to(values.dtype)
     if sparse:
-        return row_sparse(rows, summed, values.shape)
+        return make_row_sparse(rows, summed, values.shape)
     return torch.zeros_like(values, memory_format=torch.contiguous_format).index_copy_(0, rows, summed)

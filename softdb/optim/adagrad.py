@@ -11,12 +11,12 @@ from torch import Tensor
 from softdb._checks import check_number
 from softdb.optim.blocks import RowBlock
 from softdb.optim.row_optimizer import RowOptimizer
-from softdb.table.hooks import trust
+from softdb.table.hooks import register_row_optimizer
 
 __all__ = ["RowAdagrad"]
 
 
-@trust
+@register_row_optimizer
 class RowAdagrad(RowOptimizer):
     r"""Update only the rows that a gradient names, by Adagrad; one accumulator a row.
 

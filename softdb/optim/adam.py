@@ -13,12 +13,12 @@ from softdb._checks import check_number, describe
 from softdb.errors import DtypeError
 from softdb.optim.blocks import RowBlock
 from softdb.optim.row_optimizer import RowOptimizer
-from softdb.table.hooks import trust
+from softdb.table.hooks import register_row_optimizer
 
 __all__ = ["RowAdam"]
 
 
-@trust
+@register_row_optimizer
 class RowAdam(RowOptimizer):
     r"""Update only the rows that a gradient names, by AdamW.
 

@@ -50,7 +50,7 @@ def iterate_blocks(
             place = slice(first, first + count)
             yield slots[place], place
         return
-    live = None if table is None else table.live()
+    live = None if table is None else table.live_mask()
     used = length if table is None else table.used
     for first in range(0, used, max(1, count)):
         block = slice(first, min(first + count, used))

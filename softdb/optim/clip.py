@@ -11,7 +11,7 @@ from torch import Tensor
 from softdb._checks import check_above_zero, check_number
 from softdb.errors import NonFiniteError
 from softdb.optim.gradients import check_gradient
-from softdb.table.gradients import coalesced
+from softdb.table.gradients import coalesce
 
 __all__ = ["clip_row_grad_norm_"]
 
@@ -62,7 +62,7 @@ def clip_row_grad_norm_(
     for parameter in owners:
         gradient = parameter.grad
         if gradient is not None and gradient.layout == torch.sparse_coo:
-            whole = coalesced(gradient)
+            whole = coalesce(gradient)
             if whole is not gradient:
                 parameter.grad = whole
             gradients.append(whole._values())

@@ -27,8 +27,8 @@ from softdb.optim.row_state import (
     resize_state,
     state_dtype,
 )
-from softdb.table.gradients import coalesced, is_sharded
-from softdb.table.hooks import note_move, of
+from softdb.table.gradients import coalesce, is_sharded
+from softdb.table.hooks import record_update, table_of
 from softdb.table.storage import RowStorage
 
 __all__ = ["RowOptimizer"]
@@ -135,7 +135,7 @@ class RowOptimizer(Optimizer):
                     f"{options['weight_decay']}, which turns rows around; lower one of them"
                 )
             updates += [(parameter, options) for parameter in parameters]
-        tables = {id(table): table for parameter, _ in updates if (table := of(parameter)) is not None}
+        tables = {id(table): table for parameter, _ in updates if (table := table_of(parameter)) is not None}
         with ExitStack() as locks:
             for number in sorted(tables):  # in one order, so that two steps never wait for each other
                 locks.enter_context(tables[number].access.writing())
@@ -185,7 +185,7 @@ class RowOptimizer(Optimizer):
         check_complete(given, moments, type(self).__name__)
         shape = parameter.shape or torch.Size([1])
         # The state of a store's rows may be longer or shorter: the store may be loaded, or grow, later.
-        count: int | None = shape[0] if of(parameter) is None else None
+        count: int | None = shape[0] if table_of(parameter) is None else None
         state: State = {}
         for name, value in given.items():
             label = f"state[{name!r}]"
@@ -210,7 +210,7 @@ class RowOptimizer(Optimizer):
 
     def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
         """Update the rows of ``parameter`` that its gradient names."""
-        table = of(parameter)
+        table = table_of(parameter)
         # torch need not count a write to a store's rows: the hooks of `table` note which rows have changed, where a
         # count would mean that any row may have.
         rows = parameter if table is None else parameter.data
@@ -248,7 +248,7 @@ class RowOptimizer(Optimizer):
                     stored.copy_(round_stochastically(working, stored.dtype, draw_noise(streams, part, stored)))
                 block.put(rows, stored)
         finally:  # after an error, too: some rows may have changed
-            note_move(parameter, slots)
+            record_update(parameter, slots)
 
     def _fit_state(self, parameter: Tensor, rows: Tensor, table: RowStorage | None, options: dict[str, Any]) -> State:
         """Return the state of ``parameter``, resized to the rows that it has now."""
@@ -307,7 +307,7 @@ def _live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor 
     """Return the live slots that a gradient names, None for all, and their gradients."""
     if gradient.layout != torch.sparse_coo:
         return None, gradient
-    gradient = coalesced(gradient)
+    gradient = coalesce(gradient)
     slots, values = gradient._indices()[0], gradient._values()
     if table is not None:
         live = table.ids.index_select(0, slots) >= 0

@@ -24,12 +24,12 @@ def note_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of o
         return
     reported = slots >= 0
     slots = slots[reported]
-    with rows.access.alone:
+    with rows.access.counter_lock:
         if rows.evict == "lru":
-            rows.own("used_at")[slots.to(rows.used_at.device)] = rows.clock.now
+            rows.writable_buffer("used_at")[slots.to(rows.used_at.device)] = rows.clock.now
             rows.clock.now += 1
         if rows.track_usage:
-            count_reads(rows.own("reads"), rows.own("weight"), slots, weights[reported])
+            count_reads(rows.writable_buffer("reads"), rows.writable_buffer("weight"), slots, weights[reported])
 
 
 @contextmanager

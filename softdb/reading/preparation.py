@@ -29,17 +29,17 @@ class SearchPreparation:
     def is_done(self) -> bool:
         """Whether searches find the rows as they are."""
         table = self._table
-        if table.lent():  # which are searched exactly
+        if table.substituted_tensors():  # which are searched exactly
             return True
         return self._index.is_current(table.rows) and not self._index.has_stale_sample(table.keys)
 
     def run(self) -> None:
         """Let the index follow the rows."""
         table, index = self._table, self._index
-        if table.lent():
+        if table.substituted_tensors():
             return
         if index.is_current(table.rows) and index.has_stale_sample(table.keys):
-            table.rows.mark_moved()
+            table.rows.mark_updated()
             if not table.has_warned_of_writes:
                 table.has_warned_of_writes = True
                 warnings.warn(

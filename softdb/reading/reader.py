@@ -150,7 +150,7 @@ class Reader:
         """Answer as `run`, but with slots for ids, and counting nothing: of a query that has been checked."""
         table = self._table
         tensors = table.tensors() if lent is None else lent
-        foreign = table.lent(tensors) if lent is None else dict(lent)
+        foreign = table.substituted_tensors(tensors) if lent is None else dict(lent)
         for name, tensor in foreign.items():
             self._check_lent(name, tensor, options.mode)
         keys, values, store = tensors["keys"], tensors["values"], table.module
@@ -168,7 +168,7 @@ class Reader:
     def _check_lent(self, name: str, tensor: Tensor, mode: Mode) -> None:
         """Raise unless a read of ``tensor``, in the place of the store's own, is possible."""
         table = self._table
-        table.check_whole()
+        table.check_not_sharded()
         if table.is_sharded and table.module.sparse_grad and mode != "exact" and tensor.requires_grad:
             raise ArgumentError(
                 "sparse_grad: expected False, since fully_shard reduces dense gradients only; make the store with "
@@ -355,7 +355,7 @@ class Reader:
         if self._key_nan_at == rows.version:
             return math.nan
         keys = keys.detach()
-        moved = rows.keys_moved_at > version
+        moved = rows.all_keys_changed_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
         changed = rows.changed_since(version, keys=True)
         for slots in changed.split(NORM_ROWS) if len(changed) else ():

@@ -36,7 +36,7 @@ class StalenessCheck:
         self._table = table if own else None
         self._version = table.version
         self._first = table.used
-        self._used = table.live() if used is None else used
+        self._used = table.live_mask() if used is None else used
         self._lent = [(tensor, version_of(tensor)) for tensor in lent]
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class OpenReads:
     def _note(self, token: Tensor, rows: RowStorage) -> weakref.ref[Tensor]:
         """Count a read as open as long as ``token`` lives."""
         life = weakref.ref(token)
-        with rows.access.alone:
+        with rows.access.counter_lock:
             self._tokens = [reference for reference in self._tokens if reference() is not None]
             self._tokens.append(life)
         return life

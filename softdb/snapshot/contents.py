@@ -16,7 +16,7 @@ from softdb.index.config import IndexConfig
 from softdb.snapshot.reader import read_snapshot
 from softdb.table.growth import change_columns
 from softdb.table.journal import Growth
-from softdb.table.slots import resized
+from softdb.table.slots import resize
 from softdb.table.state import check_state
 from softdb.table.table import FileRows, Table
 from softdb.version import __version__
@@ -44,7 +44,7 @@ def collect_contents(table: Table, index: IndexConfig) -> tuple[dict[str, Tensor
     """Collect the tensors and the description of a store."""
     rows, config, store = table.rows, table.config, table.module
     used = rows.used
-    table.check_whole()
+    table.check_not_sharded()
     tensors = {name: tensor.detach()[:used] for name, tensor in table.tensors().items()}
     with rows.access.alone:  # Readers in other threads may count reads.
         tensors |= {f"rows.{name}": getattr(rows, name)[:used].clone() for name in rows.columns}

@@ -1,1 +1,1 @@
-"""The table of rows: what lies where, what changed, and who may look."""
+"""Table of rows: storage of rows by slot, change tracking, journal and locks."""

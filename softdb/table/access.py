@@ -1,4 +1,7 @@
-"""Access to a table: many readers or one writer, each of whom finds every earlier write applied and accounted for."""
+"""Access to a table by many readers or one writer.
+
+Before a reader or writer proceeds, every earlier write is applied and processed.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,35 @@ import torch
 
 from softdb.errors import ReadOnlyError
 from softdb.table.overwrites import (
-    check_lent_buffers,
+    check_substituted_buffers,
     compare_versions,
     follow_overwrites,
     is_unchanged,
-    warn_of_started,
+    warn_of_zero_start,
 )
 from softdb.table.table import Table
 from softdb.transforms import is_active, suspend_transforms
 
 __all__ = ["Access", "Preparation"]
 
-# A read tries so many times to find no write to follow, before it keeps writers out.
+# Attempts of a read under the shared lock. When other threads write all the time, it then takes the exclusive lock.
 READ_ATTEMPTS = 3
 
 T = TypeVar("T")
 
 
 class Preparation(Protocol):
-    """What a read needs besides a table that is up to date, as a search needs its index."""
+    """Work that must precede a read, such as updating the index before a search."""
 
     def is_done(self) -> bool:
-        """Whether nothing is to be prepared, while the table is read."""
+        """Return whether there is nothing to prepare; called under the shared lock."""
 
     def run(self) -> None:
-        """Prepare, while no other thread reads or writes."""
+        """Prepare the read; called under the exclusive lock."""
 
 
 class Access:
-    """Lets callers read one version of a table, or write to it.
+    """Synchronized access to a table for reads and writes.
 
     Args:
         table: The table.
@@ -49,107 +52,118 @@ class Access:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let no other thread read or write until the block ends; follow what is written in it by others."""
+        """Hold the exclusive lock; process writes of other code before and after."""
         with self._table.rows.access.writing():
-            self.catch_up()
+            self.follow_writes()
             try:
                 yield
             finally:
-                self.catch_up()
+                self.follow_writes()
 
     @contextmanager
     def exclusive(self, *, loads: bool = False) -> Iterator[None]:
-        """Let no other thread read or write until the block ends.
+        """Hold the exclusive lock until the block ends.
 
         Args:
-            loads: Whether the block replaces all rows, and may find that something else has overwritten them.
+            loads: Whether the block replaces all rows. Writes by other code are then ignored.
         """
         self._table.check_not_wrapped()
         with self._table.rows.access.writing(), torch.inference_mode(False):
             if loads:
                 self._recover()
             else:
-                self.catch_up()
+                self.follow_writes()
             yield
 
     @contextmanager
     def changing(self, name: str, *, allows_meta: bool = False, loads: bool = False) -> Iterator[None]:
-        """As `exclusive`, for the method ``name`` of a store, which changes rows."""
+        """Hold the exclusive lock for a method of a store that changes rows.
+
+        Args:
+            name: The name of the method, for error messages.
+            allows_meta: Whether the tensors may be on the meta device.
+            loads: As for `exclusive`.
+        """
         with self.exclusive(loads=loads):
             if not allows_meta:
                 self._table.check_not_meta()
             if self._table.files is not None:
                 raise ReadOnlyError(
-                    f"{name}: expected a store in memory, but its rows lie in the files of a snapshot, which are not "
-                    "written to; call store.materialize() first"
+                    f"{name}: expected a store in memory, got one whose rows are memory-mapped snapshot files, "
+                    "which are read-only; call store.materialize() first"
                 )
-            self._table.check_own()
+            self._table.check_not_substituted()
             yield
 
     def reading(self, action: Callable[[], T], preparation: Preparation | None = None) -> T:
-        """Return what ``action`` finds in one version of the rows, once ``preparation`` is done."""
+        """Run ``action`` on one version of the rows and return its result.
+
+        Args:
+            action: The function to run under the lock.
+            preparation: Work that must be done before; None for nothing.
+        """
         if is_active():
             self._table.check_not_wrapped()
             with suspend_transforms():
                 return self.reading(action, preparation)
         access = self._table.rows.access
         if access.is_read and not access.is_written:
-            return action()  # within a read, whose version counts
+            return action()  # A nested read uses the version of the outer one.
         for _ in range(READ_ATTEMPTS):
             with access.reading():
                 if self._is_current() and (preparation is None or preparation.is_done()):
                     return action()
             with access.writing():
                 self._prepare(preparation)
-        with access.writing():  # other threads write all the time
+        with access.writing():  # Other threads write all the time.
             self._prepare(preparation)
             return action()
 
-    def catch_up(self) -> None:
-        """Apply a write that broke off, and follow what was written in place."""
+    def follow_writes(self) -> None:
+        """Finish an interrupted write, and process writes to tensors by other code."""
         if is_active():
             self._table.check_not_wrapped()
-            with suspend_transforms():
-                self.catch_up()
+            with outside_of_transforms():
+                self.follow_writes()
             return
         self._recover()
-        self._follow_writes()
+        self._follow_tensor_writes()
 
     def _prepare(self, preparation: Preparation | None) -> None:
-        self.catch_up()
+        self.follow_writes()
         if preparation is not None:
             preparation.run()
 
     def _is_current(self) -> bool:
-        """Whether there is nothing to catch up with."""
+        """Return whether no write remains to be applied or processed."""
         table = self._table
-        return table.journal.is_empty and (is_unchanged(table.rows, table.tensors()) or table.only_lends())
+        return table.journal.is_empty and (is_unchanged(table.rows, table.tensors()) or table.has_only_substitutes())
 
     def _recover(self) -> None:
-        """Apply a write that broke off."""
+        """Finish an interrupted write."""
         if self._table.journal.recover():
-            self._table.rows.layout += 1  # whatever was derived from the rows meanwhile may be wrong
+            self._table.rows.layout += 1  # Data derived from a partly applied write may be wrong.
 
-    def _follow_writes(self) -> None:
-        """Follow what something else has written to keys, values and the buffers of the rows, or put in their place.
+    def _follow_tensor_writes(self) -> None:
+        """Process writes by other code to keys, values and row buffers.
 
-        torch counts in-place writes, unless they are done through ``.data``, by numpy or by a fused optimiser: for
-        those there are `SoftKVStore.touch` and the hooks of optimisers.
+        torch's version counters reveal in-place writes, except through ``.data``, by numpy or by fused optimizers.
+        `SoftKVStore.touch` and the optimizer hooks report the exceptions.
 
         Raises:
-            ForeignWriteError: What is there now does not describe rows.
+            ForeignWriteError: The buffers do not describe valid rows.
         """
         table, tensors = self._table, self._table.tensors()
         if is_unchanged(table.rows, tensors):
             return
         written, replaced = compare_versions(table.rows, tensors)
-        check_lent_buffers(table.rows, replaced - tensors.keys())
+        check_substituted_buffers(table.rows, replaced - tensors.keys())
         for name in written & tensors.keys():
             table.check_size(name, tensors[name])
         if written - tensors.keys():
             self._follow_overwrites(written - tensors.keys())
         if written & tensors.keys():
-            table.rows.mark_moved(keys="keys" in written)
+            table.rows.mark_updated(keys="keys" in written)
         if written:
             table.record_versions(replaced)
 
@@ -157,7 +171,7 @@ class Access:
         table, rows = self._table, self._table.rows
         found = follow_overwrites(rows, written)
         if found.rows_differ:
-            rows.average.remember_again(rows.ids, rows.generation, rows.id_check)
-            table.clear((rows.ids < 0).nonzero().squeeze(-1))  # of what remains of the average of a row that is gone
-        if len(found.started):
-            warn_of_started(len(found.started))
+            rows.average.refresh_recorded(rows.ids, rows.generation, rows.id_check)
+            table.clear((rows.ids < 0).nonzero().squeeze(-1))  # The averages of removed rows must not remain.
+        if len(found.zero_started):
+            warn_of_zero_start(len(found.zero_started))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from softdb.table.slot_rows import SlotRows
 from softdb.table.slots import NO_SLOTS
 from softdb.transforms import is_active
 
@@ -25,7 +26,7 @@ STEP_NUMBERS = 3
 
 
 class Tensors(Protocol):
-    """Keys, values, rows and settings: of a `Table`."""
+    """Keys, values, row storage and settings of a `Table`."""
 
     rows: Any
     config: Any
@@ -52,7 +53,7 @@ class MixedRows(NamedTuple):
     """
 
     ids: Tensor = NO_SLOTS
-    started: int = 0
+    zero_started: int = 0
 
 
 class _Version(NamedTuple):
@@ -96,7 +97,7 @@ class _Sample(NamedTuple):
 class SourceWatch:
     """Watch for averages of keys and values alone, which mix two rows where one takes the slot of another.
 
-    Such an average (of ``parameters()`` or of a ``state_dict()``) begins as a deep copy and is updated in place::
+    Such an average (of ``parameters()`` or of a ``state_dict()``) starts as a deep copy and is updated in place::
 
         average += rate * (source - average)        # slot by slot, 0 < rate < 1
 

@@ -1,4 +1,4 @@
-"""Averages of two tables, row by row."""
+"""Averages of two tables by row id."""
 
 from __future__ import annotations
 
@@ -9,57 +9,60 @@ import torch
 
 from softdb.errors import ArgumentError, ReadOnlyError
 from softdb.table.growth import change_columns
-from softdb.table.journal import WRITTEN, Growth
+from softdb.table.journal import WRITE_OUTCOME, Growth
 from softdb.table.table import Table
 
 __all__ = ["prepare_average"]
 
-# As many rows are averaged at a time.
+# Rows that are averaged at a time.
 CHUNK_ROWS = 2**14
-# The settings that a store and its average have in common.
-COMMON = ("key_dim", "value_dim", "metric", "capacity", "fields", "evict")
+# Settings that a store and its average must share.
+SHARED_SETTINGS = ("key_dim", "value_dim", "metric", "capacity", "fields", "evict")
 
 
 def prepare_average(average: Table, model: Table, decay: float) -> Callable[[], None]:
-    """Check and compute an average by id, laid out as the model's, while neither is written to.
+    """Compute an average by id, with the slots of the model.
 
-    Rows of the model alone are in it as they are, and those of the average alone are not::
+    Equal to, for every row that both have::
 
         average[id] = decay * average[id] + (1 - decay) * model[id]
 
+    Rows that only the model has are copied. Rows that only the average has are dropped. The caller holds the locks of
+    both tables; neither is changed.
+
     Args:
         average: The average so far.
-        model: The table that is averaged.
-        decay: The share of the average so far.
+        model: The table to average.
+        decay: The weight of the average so far.
 
     Returns:
-        A function that lets ``average`` hold the new average.
+        A function that installs the new average in ``average``.
 
     Raises:
-        ArgumentError: The tables have other settings.
-        ReadOnlyError: The rows of the average lie in files.
-        GrowthError: The average cannot have another size now.
+        ArgumentError: The tables have different settings.
+        ReadOnlyError: The rows of the average are memory-mapped files.
+        GrowthError: The storage of the average cannot be resized now.
     """
-    for name in COMMON:
+    for name in SHARED_SETTINGS:
         mine, theirs = getattr(average.config, name), getattr(model.config, name)
         if mine != theirs:
             raise ArgumentError(
-                f"average: expected a store with {name}={theirs!r}, as the model's, got {mine!r}; begin with "
+                f"average: expected a store with {name}={theirs!r}, as the model's, got {mine!r}; start from "
                 "copy.deepcopy(model)"
             )
     if average.config.track_usage != model.config.track_usage:
-        raise ArgumentError("average: expected a store with the model's track_usage; begin with copy.deepcopy")
+        raise ArgumentError("average: expected a store with the model's track_usage; start from copy.deepcopy(model)")
     if average.files is not None:
         raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
     for table in (average, model):
         table.check_not_meta()
-        table.check_own()
+        table.check_not_substituted()
     if model.rows.capacity != average.rows.capacity:
         average.check_growth(model.rows.capacity, loaded=True)
-    averaged = _averaged_by_id(average, model, decay)
+    averaged = _average_by_id(average, model, decay)
     layout = average.rows.layout + (not torch.equal(average.rows.ids, averaged.buffers["ids"]))
     install = functools.partial(_install, average, averaged, layout)
-    return lambda: average.journal.commit(install, WRITTEN)
+    return lambda: average.journal.commit(install, WRITE_OUTCOME)
 
 
 def _install(average: Table, averaged: Growth, layout: int) -> None:
@@ -69,16 +72,16 @@ def _install(average: Table, averaged: Growth, layout: int) -> None:
     rows.layout = layout
     average.record_versions()
     if average.config.trainable:
-        rows.average.remember(rows.tenants, is_updated=True)
+        rows.average.record(rows.slot_rows, is_updated=True)
 
 
-def _averaged_by_id(average: Table, model: Table, decay: float) -> Growth:
+def _average_by_id(average: Table, model: Table, decay: float) -> Growth:
     rows, theirs = average.rows, model.rows
     live = theirs.live_slots()
     slots, mine = live.cpu(), rows.slots.find(theirs.ids[live].cpu())
     known = mine >= 0
     slots, mine = slots[known], mine[known]
-    # Another generation of the same slot is another row under an old id.
+    # Another generation of the same slot is a new row that reuses an id.
     generation, before = theirs.generation.cpu()[slots], rows.generation.cpu()[mine]
     same = (generation == before) | (slots != mine)
     averages, device, source = {}, rows.ids.device, model.tensors()

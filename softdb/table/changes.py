@@ -1,4 +1,4 @@
-"""What has changed: slots, by version; and tensors that something else may write to, by the counters of torch."""
+"""Change log of slots by version, and states of tensors by version counter."""
 
 from __future__ import annotations
 
@@ -13,42 +13,48 @@ __all__ = ["ChangeLog", "TensorState", "state_of", "version_of"]
 
 
 class TensorState(NamedTuple):
-    """What changes when torch writes to a table; by reference, since another table may get the number of a dead one."""
+    """Identity, address and version counter of a tensor.
 
-    table: weakref.ref[Tensor]
-    place: int
+    The tensor is held by weak reference, not by ``id()``: Python reuses the ids of freed objects.
+    """
+
+    tensor: weakref.ref[Tensor]
+    data_ptr: int
     version: int
 
     def equals(self, other: TensorState | None) -> bool:
-        """Whether it is that of the same table, not written to in between."""
-        return other is not None and self.table() is other.table() is not None and self[1:] == other[1:]
+        """Return whether both states are of the same tensor, with no write in between."""
+        return other is not None and self.tensor() is other.tensor() is not None and self[1:] == other[1:]
 
 
-def state_of(table: Tensor) -> TensorState:
+def state_of(tensor: Tensor) -> TensorState:
     """Return the present state of a tensor."""
-    return TensorState(weakref.ref(table), table.data_ptr(), version_of(table))
+    return TensorState(weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
 
 
-def version_of(table: Tensor) -> int:
-    """Return how often torch has counted a write to ``table``; it counts none to inference tensors."""
-    return 0 if table.is_inference() else table._version
+def version_of(tensor: Tensor) -> int:
+    """Return torch's version counter of a tensor; 0 for an inference tensor."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
-# The log names at most this share of the slots, or as many.
-LOGGED_SHARE, LOGGED_SLOTS = 1 / 8, 4096
+# The log holds at most this fraction of the slots, but always up to this number of slots.
+MAX_LOGGED_FRACTION, MIN_LOGGED_SLOTS = 1 / 8, 4096
 
 
 class ChangeLog:
-    """Which slots changed at the latest versions, so that a small change is found without a look at every slot."""
+    """Log of recently changed slots, which avoids a scan of all slots."""
 
     def __init__(self) -> None:
-        # Versions, slots, whether their keys changed, and how many slots all entries so far have named.
+        # One entry per change: version, slots, whether keys changed, and the number of slots in all entries up to here.
         self._entries: deque[tuple[int, Tensor, bool, int]] = deque()
-        self._complete_since = 0  # every later change is in it
+        self._complete_since = 0  # The log contains every change after this version.
 
     def record(self, version: int, slots: Tensor, keys: bool, *, rows: int) -> None:
-        """Add a change to a table of so many ``rows``, unless it is there; forget the oldest where they are many."""
-        entries, limit = self._entries, max(LOGGED_SLOTS, int(LOGGED_SHARE * rows))
+        """Append a change to the log, unless its version is recorded already.
+
+        The oldest entries are dropped when the log exceeds its limit for a table of ``rows`` rows.
+        """
+        entries, limit = self._entries, max(MIN_LOGGED_SLOTS, int(MAX_LOGGED_FRACTION * rows))
         if not entries or entries[-1][0] != version:
             entries.append((version, slots, keys, len(slots) + (entries[-1][3] if entries else 0)))
         while entries[-1][3] - entries[0][3] + len(entries[0][1]) > limit:
@@ -58,7 +64,15 @@ class ChangeLog:
                 return
 
     def since(self, version: int, *, keys: bool) -> Tensor | None:
-        """Return the slots changed after ``version``, ascending, each once; None if that has been forgotten."""
+        """Return the slots changed after ``version``, ascending and unique.
+
+        Args:
+            version: The version of the table.
+            keys: Whether to return only slots whose keys changed.
+
+        Returns:
+            (m,) int64 on the CPU; None if the log no longer covers these changes.
+        """
         if version < self._complete_since:
             return None
         recent = []

@@ -1,4 +1,4 @@
-"""`StoreConfig`: what a store is made with and keeps for good."""
+"""`StoreConfig`: the settings that a store is created with and never changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Evict = Literal["lru", "oldest"]
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """The arguments of `softdb.SoftKVStore` by which its tensors and its index are laid out, checked once."""
+    """Checked arguments of `softdb.SoftKVStore` that define its tensors and index."""
 
     key_dim: int
     value_dim: int
@@ -44,9 +44,9 @@ class StoreConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.evict is not None and self.capacity is None:
-            raise ArgumentError(f"evict: expected a capacity beside {self.evict!r}, got none; pass capacity=...")
+            raise ArgumentError(f"evict={self.evict!r}: expected a capacity, got None; pass capacity=...")
 
     @property
     def widths(self) -> dict[str, int]:
-        """The widths of keys and values."""
+        """Widths of keys and values, by name."""
         return {"keys": self.key_dim, "values": self.value_dim}

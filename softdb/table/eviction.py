@@ -1,4 +1,4 @@
-"""The eviction clock: in which order rows make room for others."""
+"""Eviction clock: the order in which rows are evicted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 __all__ = ["CLOCK_COLUMNS", "EvictionClock", "QueueSampling"]
 
-# The buffer that holds the clock's reading for each row, by the rule: the row with the lowest is evicted first.
+# Buffer that holds each row's clock reading, by eviction rule. Rows with the lowest readings are evicted first.
 CLOCK_COLUMNS = {"lru": "used_at", "oldest": "added_at"}
 
 
 @dataclass(frozen=True)
 class QueueSampling:
-    """How many rows an eviction queue holds.
+    """Size of an eviction queue.
 
     Attributes:
-        share: The share of the rows, those with the lowest readings.
-        rows: The readings of about so many rows are sorted to find that share.
+        share: Fraction of the rows to queue: the rows with the lowest readings.
+        rows: Approximate number of rows whose readings are sorted to find that quantile.
     """
 
     share: float = 1 / 8
@@ -27,13 +27,14 @@ class QueueSampling:
 
 
 class EvictionClock:
-    """Counts uses or additions of rows, and queues the rows whose last one is longest ago.
+    """Counter of uses or additions of rows, with a queue of the rows to evict next.
 
     Args:
-        rule: "lru", "oldest", or None where nothing is evicted.
+        rule: "lru", "oldest", or None for no eviction.
 
     Attributes:
-        now: Above the reading of every row.
+        column: Name of the buffer with the readings; None for no eviction.
+        now: Next reading, above that of every row.
     """
 
     sampling = QueueSampling()
@@ -41,29 +42,33 @@ class EvictionClock:
     def __init__(self, rule: str | None) -> None:
         self.column = None if rule is None else CLOCK_COLUMNS[rule]
         self.now = 0
-        self._queue: tuple[Tensor, Tensor] | None = None  # slots and readings when queued, the first to go first
+        self._queue: tuple[Tensor, Tensor] | None = (
+            None  # Slots and their readings when queued, in the order of eviction.
+        )
 
     def restart(self, readings: Tensor | None) -> None:
-        """Continue above ``readings``, with no queue."""
+        """Restart the clock above ``readings``, with an empty queue."""
         self._queue = None
         if readings is not None:
             self.now = int(readings.max()) + 1 if len(readings) else 0
 
-    def rows_to_evict(self, readings: Tensor, ids: Tensor, count: int, spared: Tensor) -> Tensor:  # (used,), (used,)
-        """Return the slots of the ``count`` rows to evict, of equals the lowest; ``spared`` slots stay.
+    def rows_to_evict(self, readings: Tensor, ids: Tensor, count: int, protected: Tensor) -> Tensor:  # (used,), (used,)
+        """Return the slots of the ``count`` rows with the lowest readings.
 
-        There must be as many. Looks at every slot only once in a while: whatever happens to a row gives it a later
-        reading than all in the queue have, or frees its slot, so that only the front of the queue is compared.
+        Ties go to the lowest slot. ``protected`` slots are not returned. At least ``count`` other rows must exist.
+
+        Most calls compare only the front of the queue: a use or an addition of a row gives it a higher reading than all
+        queued ones, and a deletion frees its slot. All slots are scanned only when the queue runs short.
         """
-        spared = spared.to(ids.device)
-        chosen = self._take(readings, ids, count, spared)
+        protected = protected.to(ids.device)
+        chosen = self._take(readings, ids, count, protected)
         while chosen is None:
-            self._fill_queue(readings, ids, count + len(spared))
-            chosen = self._take(readings, ids, count, spared)
+            self._fill_queue(readings, ids, count + len(protected))
+            chosen = self._take(readings, ids, count, protected)
         return chosen
 
     def _fill_queue(self, readings: Tensor, ids: Tensor, least: int) -> None:
-        """Queue the rows with the lowest readings, ``least`` of them or more."""
+        """Queue at least ``least`` rows with the lowest readings."""
         sampling = self.sampling
         sample = readings[:: max(1, len(readings) // sampling.rows)].sort().values
         low = readings <= sample[int(sampling.share * len(sample))]
@@ -73,21 +78,25 @@ class EvictionClock:
         readings, order = readings[slots].sort(stable=True)
         self._queue = slots[order], readings
 
-    def _take(self, readings: Tensor, ids: Tensor, count: int, spared: Tensor) -> Tensor | None:
-        """Return the first ``count`` rows that are still queued and not ``spared``; None if there are fewer."""
+    def _take(self, readings: Tensor, ids: Tensor, count: int, protected: Tensor) -> Tensor | None:
+        """Return the first ``count`` queued rows that are valid and not ``protected``.
+
+        Returns:
+            Their slots; None if the queue has fewer such rows.
+        """
         if self._queue is None:
             return None
         queue, queued_readings = self._queue
-        width = 2 * (count + len(spared))
+        width = 2 * (count + len(protected))
         while True:
             front = queue[:width]
             queued = (readings[front] == queued_readings[:width]) & (ids[front] >= 0)
-            chosen = (queued & ~torch.isin(front, spared)).nonzero().squeeze(-1)[:count]
+            chosen = (queued & ~torch.isin(front, protected)).nonzero().squeeze(-1)[:count]
             if len(chosen) == count or width >= len(queue):
                 break
             width *= 4
         if len(chosen) < count:
             return None
-        gone = int(queued.nonzero()[0])
-        self._queue = queue[gone:], queued_readings[gone:]
+        first = int(queued.nonzero()[0])
+        self._queue = queue[first:], queued_readings[first:]
         return front[chosen]

@@ -1,4 +1,4 @@
-"""Integer fields that rows carry."""
+"""Integer fields of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["RowView", "check_field_names", "check_fields"]
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of fields, if they can be that."""
+    """Return the field names as a tuple, once they are valid and unique."""
     if isinstance(fields, str) or not isinstance(fields, Iterable):
         raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
     names = tuple(fields)
@@ -29,7 +29,17 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_fields(fields: Sequence[str], given: object, count: int, *, complete: bool) -> dict[str, Tensor]:
-    """Return ``given`` as int64 columns of ``count`` entries; with ``complete`` every field must be there."""
+    """Check field columns and convert them to int64.
+
+    Args:
+        fields: The names of the fields of the store.
+        given: A mapping from field name to column.
+        count: The number of rows.
+        complete: Whether every field must be given.
+
+    Returns:
+        Columns of shape () or (count,), by name.
+    """
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
@@ -45,7 +55,7 @@ def check_fields(fields: Sequence[str], given: object, count: int, *, complete: 
 
 
 def check_column(name: str, column: object, count: int) -> Tensor:
-    """Return a column as int64 numbers of shape () or (count,)."""
+    """Convert a column to an int64 tensor of shape () or (count,)."""
     try:
         values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
         values = values.cpu()
@@ -66,7 +76,7 @@ def check_column(name: str, column: object, count: int) -> Tensor:
 
 
 class RowView(dict[str, Tensor]):
-    """Columns of some rows by name."""
+    """Columns of selected rows, by name."""
 
     def __missing__(self, name: str) -> Tensor:
         known = ", ".join(map(repr, self))

@@ -1,4 +1,4 @@
-"""Hooks of optimisers: which rows a step has moved."""
+"""Optimizer hooks that record which rows a step has updated."""
 
 from __future__ import annotations
 
@@ -19,34 +19,39 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import GrowthError
 from softdb.table.changes import TensorState, state_of
-from softdb.table.gradients import coalesced
+from softdb.table.gradients import coalesce
 from softdb.table.storage import RowStorage
 
-__all__ = ["note_move", "note_write", "of", "trust", "unwatched", "watch"]
+__all__ = ["pause_watching", "record_update", "record_write", "register_row_optimizer", "table_of", "watch"]
 
 
-# Which tables' rows a Parameter holds, and what of them: "keys" or "values". Several stores may share a Parameter.
-# Written tensors' version counters do not betray fused optimisers, whose step hooks do fire; the hooks are registered
-# with the first trainable table.
+# The tables of each Parameter, by weak reference, and whether it holds their "keys" or "values". Several stores may
+# share a Parameter. Optimizer hooks are needed because fused optimizers do not increment version counters; the hooks
+# are registered with the first trainable table.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Handles of the hooks that keep the gradients of Parameters coalesced.
+_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-
-_coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()  # The hooks of Parameters whose gradients are kept coalesced
-
-
+# Whether the optimizer hooks are registered.
 _hooked = False
 
-
-# Optimisers, beside torch's own, that move only the rows of a row-sparse gradient, and whose state grows with the rows.
+# Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
 _row_optimizers: set[type[torch.optim.Optimizer]] = set()
 
+# Updates of steps in progress, by optimizer. They are recorded before the step, which may free the gradients.
+_pending_updates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Update]] = weakref.WeakKeyDictionary()
 
-# What the steps under way will move, by optimiser: a gradient may be gone when the step has ended.
-_moving: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Move]] = weakref.WeakKeyDictionary()
 
+class _Update(NamedTuple):
+    """Update of a Parameter by an optimizer step.
 
-class _Move(NamedTuple):
-    """A Parameter that a step moves: whose rows it holds, which of them a trusted optimiser moves (None: all)."""
+    Attributes:
+        parameter: The Parameter.
+        table: A table whose rows the Parameter holds.
+        name: "keys" or "values".
+        slots: The updated slots; None for all.
+        state: State of the Parameter at the time of recording.
+    """
 
     parameter: nn.Parameter
     table: RowStorage
@@ -55,41 +60,58 @@ class _Move(NamedTuple):
     state: TensorState
 
 
-def of(parameter: Tensor) -> RowStorage | None:
-    """The table whose keys or values ``parameter`` holds; the first of several."""
+def table_of(parameter: Tensor) -> RowStorage | None:
+    """Return the first table whose keys or values ``parameter`` holds, if any."""
     return next((table for table, _ in _owners(parameter)), None)
 
 
 def _owners(parameter: Tensor) -> Iterator[tuple[RowStorage, str]]:
-    """Yield the tables whose rows ``parameter`` holds, and what of them."""
+    """Yield each table whose rows ``parameter`` holds, with "keys" or "values"."""
     for reference, name in _tables.get(parameter, ()):
         table = reference()
         if table is not None:
             yield table, name
 
 
-def note_move(parameter: Tensor, slots: Tensor | None) -> None:
-    """Have the tables of ``parameter`` note that the rows at ``slots``, or all, have been moved."""
+def record_update(parameter: Tensor, slots: Tensor | None) -> None:
+    """Record an update of a Parameter in its tables.
+
+    Args:
+        parameter: The Parameter that was updated.
+        slots: The updated slots; None for all.
+    """
     for table, name in _owners(parameter):
         with table.access.writing():
-            table.mark_moved(slots, keys=name == "keys")
+            table.mark_updated(slots, keys=name == "keys")
 
 
-def note_write(tensor: Tensor, writer: RowStorage, name: str) -> None:
-    """Have the other tables whose rows ``tensor`` holds note that a store has written to it as its ``name``."""
+def record_write(tensor: Tensor, writer: RowStorage, name: str) -> None:
+    """Record a write of one table to a shared tensor in the other tables.
+
+    Args:
+        tensor: The tensor that was written to.
+        writer: The table that wrote to it.
+        name: "keys" or "values", as which the writer holds the tensor.
+    """
     for table, what in list(_owners(tensor)):
         if table is not writer or what != name:
-            table.mark_moved(keys=what == "keys")
+            table.mark_updated(keys=what == "keys")
 
 
-def trust(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Take the word of an optimiser class that it follows growth and notes by itself which rows it moves."""
+def register_row_optimizer(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Register an optimizer class that resizes its state and records its updates."""
     _row_optimizers.add(kind)
     return kind
 
 
 def watch(parameter: Tensor, table: RowStorage, name: str) -> None:
-    """Have ``table`` note every step, and write of another store, to ``parameter``: its "keys" or its "values"."""
+    """Record optimizer steps and writes of other stores to ``parameter`` in ``table``.
+
+    Args:
+        parameter: The keys or values of the table.
+        table: The table.
+        name: "keys" or "values".
+    """
     global _hooked
     if parameter.requires_grad and parameter not in _coalescing:
         _coalescing[parameter] = parameter.register_post_accumulate_grad_hook(_keep_coalesced)
@@ -106,8 +128,11 @@ def watch(parameter: Tensor, table: RowStorage, name: str) -> None:
 
 
 @contextmanager
-def unwatched(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Keep no weak reference to ``parameters`` meanwhile: torch refuses to swap tensors that have one."""
+def pause_watching(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Drop weak references to ``parameters`` within the block.
+
+    torch refuses to swap tensors that have weak references.
+    """
     watching = [(parameter, _tables.pop(parameter, None)) for parameter in parameters]
     for parameter, _ in watching:
         hook = _coalescing.pop(parameter, None)
@@ -124,32 +149,35 @@ def unwatched(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _keep_coalesced(parameter: Tensor) -> None:
-    """Say again that a sparse gradient is coalesced: on its way to ``.grad`` it forgets, and its reader would sort."""
+    """Restore the flag "coalesced" of a sparse gradient, which accumulation drops.
+
+    Without the flag, the next reader would sort the gradient.
+    """
     gradient = parameter.grad
     if gradient is not None and gradient.layout == torch.sparse_coo:
-        whole = coalesced(gradient)
+        whole = coalesce(gradient)
         if whole is not gradient:
             parameter.grad = whole
 
 
-def _moved_by(optimizer: torch.optim.Optimizer) -> Iterator[_Move]:
+def _find_updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             owners = list(_owners(parameter))
             if owners and parameter.grad is not None:
-                sparse = parameter.grad.layout == torch.sparse_coo and _moves_no_other_row(optimizer, group)
+                sparse = parameter.grad.layout == torch.sparse_coo and _updates_only_named_rows(optimizer, group)
                 slots = parameter.grad._indices()[0].clone() if sparse else None
                 for table, name in owners:
-                    yield _Move(parameter, table, name, slots, state_of(parameter))
+                    yield _Update(parameter, table, name, slots, state_of(parameter))
 
 
-def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a step leaves every row alone that a sparse gradient does not name."""
+def _updates_only_named_rows(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Return whether a step updates only the rows that a sparse gradient contains."""
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    everybodys = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-    hooks: list[object] = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
+    global_hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    hooks: list[object] = [hook for hooks in (*own, *global_hooks) for hook in hooks.values()]
     if any(hook not in (_before_step, _after_step) for hook in hooks):
-        return False  # they may write to anything
+        return False  # Hooks of other code may write to any row.
     kind = type(optimizer)
     if kind is torch.optim.SGD:
         return bool(group["momentum"] == 0)
@@ -157,42 +185,43 @@ def _moves_no_other_row(optimizer: torch.optim.Optimizer, group: dict[str, Any])
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moves = list(_moved_by(optimizer))
+    moves = list(_find_updates(optimizer))
     if not isinstance(optimizer, tuple(_row_optimizers)):
         for move in moves:
             _check_state(move.parameter, optimizer.state.get(move.parameter, {}))
-    _moving[optimizer] = moves
+    _pending_updates[optimizer] = moves
 
 
 def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
     for name, state in states.items():
-        # A fused step over a state of the old size would read and write past its end. Other states have shapes of
-        # their own; Adafactor's, of one row for all, looks like one of these.
+        # A fused step would access a state of the old size out of bounds. Only states with one entry per row are
+        # checked; Adafactor's "col_var" is excluded by name, because its shape is similar.
         if not isinstance(state, Tensor) or state.dim() != parameter.dim() or name == "col_var":
             continue
         if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
             grown = len(parameter) > len(state)
-            remedy = "call store.reserve() before building an optimiser, or build" if grown else "build"
+            remedy = "call store.reserve() before building an optimizer, or build" if grown else "build"
             raise GrowthError(
-                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimiser's "
+                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimizer's "
                 f"{name!r} has shape {tuple(state.shape)}: {remedy} a new one; softdb.optim.RowAdam follows "
                 f"{'growth' if grown else 'such changes'}"
             )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    noted = type(optimizer) in _row_optimizers and _moves_no_other_row(optimizer, {})  # by the optimiser itself
-    before = {(id(move.parameter), id(move.table), move.name): move for move in _moving.pop(optimizer, [])}
-    # A closure may have made the gradients.
-    after = {(id(move.parameter), id(move.table), move.name): move for move in _moved_by(optimizer)}
+    noted = type(optimizer) in _row_optimizers and _updates_only_named_rows(
+        optimizer, {}
+    )  # The optimizer records its updates itself.
+    before = {(id(move.parameter), id(move.table), move.name): move for move in _pending_updates.pop(optimizer, [])}
+    # Updates are determined again, since a closure may have computed the gradients during the step.
+    after = {(id(move.parameter), id(move.table), move.name): move for move in _find_updates(optimizer)}
     for number, move in (before | after).items():
         if not noted:
-            # Only what was there on both sides of the step, or came with it, is known to be what the step used.
+            # Without a gradient after the step, all rows count as updated: which rows the step used is unknown.
             first, last = before.get(number, move).slots, after[number].slots if number in after else None
             if first is not None and last is not None and not torch.equal(first, last):
                 last = torch.cat([first, last]).unique()
             with move.table.access.writing():
-                move.table.mark_moved(None if first is None else last, keys=move.name == "keys")
-        move.table.average.source = None  # a copy that is trained is no average
+                move.table.mark_updated(None if first is None else last, keys=move.name == "keys")
         if number in before:
             move.table.recorded.record_step(move.name, before[number].state, move.parameter)

@@ -1,42 +1,57 @@
-"""The check of ids: numbers beside them that no average or mixture of two stores' buffers fits."""
+"""Checksum of ids, which reveals averaged or mixed row buffers.
+
+An average of the buffers of two stores, or a mixture of both, does not match the checksum.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["AVERAGED", "CHECK_SIZE", "NO_CHECK", "PATTERN", "hash_rows", "id_check_of", "same_hash"]
+__all__ = [
+    "AVERAGED_IDS",
+    "CHECK_PATTERN",
+    "CHECK_SIZE",
+    "INVALID_CHECK",
+    "compute_id_check",
+    "hash_rows",
+    "is_same_hash",
+]
 
-# The numbers are below this: a float32 holds them, so that averaging equal checks leaves them as they are.
-MASK, NO_CHECK = 2**20 - 1, -1
-# An average of two equal integers may be another one, by rounding: about one in three, for many decays. With so many
-# numbers it is noticed.
+# All numbers are at most this mask. float32 represents them exactly, so that an average of equal checksums does not
+# change them.
+HASH_MASK, INVALID_CHECK = 2**20 - 1, -1
+# Length of the checksum. Rounding changes an average of two equal integers in about one of three cases, for many decay
+# rates; over this length, such a change is practically certain to occur.
 CHECK_SIZE = 64
-PATTERN = 1_000_003 + 40_503 * torch.arange(CHECK_SIZE, device="cpu")
-AVERAGED = (
-    "rows.ids: expected the ids of rows, got numbers that something else has averaged or overwritten (an average with "
+CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(CHECK_SIZE, device="cpu")
+AVERAGED_IDS = (
+    "rows.ids: expected the ids of rows, got numbers that other code has averaged or overwritten (an average with "
     "use_buffers=True or of a state_dict, or one that mixes two rows); average by id with "
     "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
 )
 
 
-def id_check_of(id_hash: int, writes: int) -> Tensor:  # -> (CHECK_SIZE,)
-    """Return the check of ids with a hash: the number of writes, and numbers derived from it and the hash."""
-    writes &= MASK
-    mixed = (writes * 0x9E3779B1 ^ (id_hash & MASK) * 0x85EBCA6B) & 0xFFFFFFFF
+def compute_id_check(id_hash: int, writes: int) -> Tensor:  # -> (CHECK_SIZE,)
+    """Compute the checksum of ids from their hash.
+
+    Its first number is the number of writes; the others depend on the number of writes and the hash.
+    """
+    writes &= HASH_MASK
+    mixed = (writes * 0x9E3779B1 ^ (id_hash & HASH_MASK) * 0x85EBCA6B) & 0xFFFFFFFF
     mixed = (mixed ^ (mixed >> 15)) * 0xC2B2AE35 & 0xFFFFFFFF
-    check = PATTERN + ((mixed ^ (mixed >> 13)) & MASK)
+    check = CHECK_PATTERN + ((mixed ^ (mixed >> 13)) & HASH_MASK)
     check[0] = writes
     return check
 
 
 def hash_rows(slots: Tensor, ids: Tensor) -> int:  # (m,), (m,) on one device
-    """Sum up the hashes of rows' slots and ids."""
+    """Sum the hashes of the pairs of slot and id."""
     mixed = slots * -7046029254386353131 + ids * -4417276706812531889
     mixed = (mixed ^ (mixed >> 31)) * -7723592293110705685
-    return int(((mixed ^ (mixed >> 29)) & MASK).sum())
+    return int(((mixed ^ (mixed >> 29)) & HASH_MASK).sum())
 
 
-def same_hash(one: int, other: int) -> bool:
-    """Whether two sums of hashes agree in what the check keeps of them."""
-    return one & MASK == other & MASK
+def is_same_hash(one: int, other: int) -> bool:
+    """Return whether two hashes agree in the bits that the checksum uses."""
+    return one & HASH_MASK == other & HASH_MASK

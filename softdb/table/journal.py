@@ -1,8 +1,8 @@
-"""Writes: what a call asks for, what that does to the table, and the journal that keeps it until it is done.
+"""Write batches, write plans, and the journal that makes writes atomic.
 
-A `WriteBatch` is what a caller passed, checked. A `WritePlan` says what becomes of it, slot by slot and number by
-number, so that it may be applied again from the start: by the `Journal`, at once where something breaks off, or at the
-next use of the store.
+A `WriteBatch` holds the checked arguments of a call. A `WritePlan` holds the slots and counters after the write, so
+that it can be applied repeatedly with the same result. The `Journal` applies a plan again after an interruption: at
+once, or at the next use of the store.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from torch import Tensor
 from softdb.errors import UnfinishedWriteError
 from softdb.table.slots import NO_SLOTS, FreeSlots
 
-__all__ = ["RESIZED", "WRITTEN", "Growth", "Journal", "Outcome", "WriteBatch", "WritePlan"]
+__all__ = ["RESIZE_OUTCOME", "WRITE_OUTCOME", "Growth", "Journal", "Outcome", "WriteBatch", "WritePlan"]
 
 
 @dataclass(frozen=True, eq=False)
 class WriteBatch:
-    """What one call writes.
+    """Checked arguments of a write.
 
     Attributes:
-        ids: Of the rows that come, (m,).
-        slots: Of rows that are there, and are written, (n,).
-        leaving: The slots of rows that go.
-        keys: Of the rows at ``slots``, and of those that come, (n + m, key_dim); None to leave them.
-        values: The same, (n + m, value_dim).
-        fields: Columns of them.
-        afresh: Whether the rows at ``slots`` begin as other rows.
+        ids: Ids of the rows to insert, (m,).
+        slots: Slots of the rows to overwrite, (n,).
+        removed_slots: Slots of the rows to remove.
+        keys: Keys of the overwritten rows, then of the inserted ones, (n + m, key_dim); None to keep them.
+        values: Values in the same order, (n + m, value_dim); None to keep them.
+        fields: Field columns in the same order, by name.
+        new_generation: Whether the overwritten rows get a new generation, as new rows do.
     """
 
     ids: Tensor = NO_SLOTS
     slots: Tensor = NO_SLOTS
-    leaving: Tensor = NO_SLOTS
+    removed_slots: Tensor = NO_SLOTS
     keys: Tensor | None = None
     values: Tensor | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    afresh: bool = False
+    new_generation: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """Tensors with room for more rows, or fewer."""
+    """Resized tensors of a table, by name, which are not yet installed."""
 
     buffers: dict[str, Tensor]
     tables: dict[str, Tensor]
@@ -53,31 +53,31 @@ class Growth:
 
 @dataclass(frozen=True, eq=False)
 class WritePlan:
-    """What a batch does to the table. Every number is the one that holds afterwards.
+    """Result of a batch. Every number is the one after the write.
 
     Attributes:
-        batch: What is written.
-        placed: The slots of the rows that come.
-        written: The slots of the rows that keys, values and fields are for.
-        gone: The ids of the rows that go.
-        fresh: Slots that hold another row than before.
-        generation: Of those slots.
-        changed: All slots that change.
-        keys_change: Whether their keys do, or whether they hold a row.
+        batch: The batch.
+        inserted_slots: Slots of the inserted rows, (m,).
+        written_slots: Slots of the overwritten rows, then of the inserted ones, (n + m,).
+        removed_ids: Ids of the removed rows.
+        reset_slots: Slots that get a new generation.
+        generation: Generations of ``reset_slots``.
+        changed_slots: All slots that change.
+        keys_change: Whether keys change, or rows are inserted or removed.
         free: The free slots.
-        used_at: The eviction clock of the written rows; None where uses are not recorded.
-        added_at: The eviction clock of the rows that come, each its own; None where additions are not recorded.
-        clock: The eviction clock afterwards.
-        next_id, id_hash, writes, version: As `softdb.table.storage.RowStorage` keeps them.
+        used_at: Clock reading of the written rows; None if uses are not recorded.
+        added_at: Clock readings of the inserted rows, (m,); None if additions are not recorded.
+        clock: Next reading of the eviction clock.
+        next_id, id_hash, writes, version: As in `softdb.table.storage.RowStorage`.
     """
 
     batch: WriteBatch
-    placed: Tensor
-    written: Tensor
-    gone: Tensor
-    fresh: Tensor
+    inserted_slots: Tensor
+    written_slots: Tensor
+    removed_ids: Tensor
+    reset_slots: Tensor
     generation: Tensor
-    changed: Tensor
+    changed_slots: Tensor
     keys_change: bool
     free: FreeSlots
     used_at: int | None
@@ -90,31 +90,36 @@ class WritePlan:
 
 
 class Outcome(NamedTuple):
-    """What has come of a write that broke off, in words: ``done`` if it was applied again, else ``pending``."""
+    """Messages about an interrupted write.
 
-    done: str
+    Attributes:
+        completed: Message after the write was applied again.
+        pending: Message while the write remains in the journal.
+    """
+
+    completed: str
     pending: str
 
 
-WRITTEN = Outcome(
+WRITE_OUTCOME = Outcome(
     "the write has been completed",
     "it is recorded: the next use of the store completes it, so do not repeat the call, and until then leave the "
     "tensors that were passed to it as they are",
 )
-RESIZED = Outcome(
+RESIZE_OUTCOME = Outcome(
     "the storage has been resized, and nothing else was written",
     "the next use of the store resizes the storage; nothing else was written",
 )
 
 
 class Journal:
-    """Keeps a write from the moment when it is decided until it has been applied."""
+    """Holder of the write in progress, until it has been applied."""
 
     def __init__(self) -> None:
         self._pending: Callable[[], None] | None = None
 
     def __reduce__(self) -> tuple[type[Journal], tuple[()]]:
-        return Journal, ()  # a copy has nothing to apply
+        return Journal, ()  # A copy starts with no pending write.
 
     @property
     def is_empty(self) -> bool:
@@ -122,7 +127,7 @@ class Journal:
         return self._pending is None
 
     def recover(self) -> bool:
-        """Apply a write that broke off; return whether there was one."""
+        """Finish an interrupted write; return whether there was one."""
         if self._pending is None:
             return False
         self._pending()
@@ -130,14 +135,14 @@ class Journal:
         return True
 
     def commit(self, apply: Callable[[], None], outcome: Outcome) -> None:
-        """Apply a write.
+        """Apply a write, and once more from the start if it is interrupted.
 
         Args:
-            apply: What is done again from the start where an interrupt or a shortage of memory breaks it off.
-            outcome: What to say then.
+            apply: The function that applies the write; running it again gives the same result.
+            outcome: The messages for an interruption.
 
         Raises:
-            UnfinishedWriteError: It broke off twice, and waits for the next use of the store.
+            UnfinishedWriteError: The write failed twice; the next use of the store finishes it.
         """
         try:
             self._pending = apply
@@ -146,16 +151,16 @@ class Journal:
             self._apply_again(error, outcome)
 
     def _apply_again(self, error: BaseException, outcome: Outcome) -> None:
-        """Apply the write that ``error`` broke off; an interrupt is raised again when that is done."""
-        said = outcome.done
+        """Finish the write that ``error`` interrupted, and raise the interrupt again."""
+        said = outcome.completed
         try:
             self.recover()
         except BaseException as again:
             said = outcome.pending
             if not isinstance(again, Exception):
                 error = again
-            elif outcome is RESIZED and isinstance(error, Exception):
-                raise error from again  # a storage that grows at the next use is nothing that a caller could notice
+            elif outcome is RESIZE_OUTCOME and isinstance(error, Exception):
+                raise error from again  # Callers do not notice that the storage is resized only at the next use.
             elif isinstance(error, Exception):
                 raise UnfinishedWriteError(f"expected to write at once, got {error!r}; {said}") from error
         if not isinstance(error, Exception):

@@ -1,8 +1,8 @@
-"""Who may look at the rows while somebody writes: many readers, or one writer.
+"""Shared lock of a table: many readers or one writer.
 
-Each thread that reads has a lock of its own, which costs next to nothing as long as nobody writes; who writes takes all
-of them. They are Python's own reentrant locks, taken by ``with`` and by nothing else: wherever an interrupt comes, each
-is either held by somebody who will let it go, or free.
+Each reader thread has its own lock, so that readers do not contend; a writer acquires the locks of all readers. The
+locks are reentrant locks of Python, acquired only by ``with``. At any interrupt, each lock is therefore either free or
+released when its block ends.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ __all__ = ["SharedLock"]
 
 
 class SharedLock:
-    """Held by any number of threads for reading, or by one for writing; both may be nested, in this order or the other.
+    """Reentrant readers-writer lock.
 
-    A thread that reads and wants to write waits for the other readers, and for who writes already: beside another that
-    wants to write, both would wait for ever.
+    Reading and writing may be nested in either order. A reader that starts to write waits for the other readers and for
+    the present writer. Two readers that start to write at the same time deadlock.
 
     Attributes:
-        alone: Held for a moment by readers, one at a time, for what little they write.
+        counter_lock: Exclusive lock for the counters that readers write.
     """
 
     def __init__(self) -> None:
-        self._begin()
+        self._initialize()
         _shared_locks.add(self)
 
-    def _begin(self) -> None:
+    def _initialize(self) -> None:
         self._own = threading.local()
-        self._gate: Any = threading.RLock()  # who writes holds it, so that nobody begins to read
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()  # of the threads that are alive
-        self.alone = threading.RLock()  # a signal's handler may save while its thread counts
+        self._gate: Any = threading.RLock()  # Held by the writer; readers acquire it before they start.
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()  # The locks of all live threads.
+        self.counter_lock = threading.RLock()  # Reentrant, since a signal handler may save while its thread counts.
 
     @property
     def is_read(self) -> bool:
-        """Whether this thread holds it."""
+        """Whether this thread holds the lock for reading or writing."""
         return bool(self._lock_of_this_thread()._is_owned())
 
     @property
     def is_written(self) -> bool:
-        """Whether this thread holds it for writing."""
+        """Whether this thread holds the lock for writing."""
         return bool(self._gate._is_owned())
 
     def reading(self) -> Any:
-        """Hold it for reading, by ``with``."""
+        """Return a context manager that holds the lock for reading."""
         lock = self._lock_of_this_thread()
         if not lock._is_owned():
-            with self._gate:  # the others may read for ever, by turns
+            with self._gate:  # A waiting writer goes first, which prevents its starvation.
                 pass
         return lock
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold it for writing."""
+        """Hold the lock for writing."""
         if self._gate._is_owned():
             yield
             return
@@ -81,7 +81,7 @@ class SharedLock:
         return lock
 
     def __reduce__(self) -> Any:
-        return SharedLock, ()  # a copy is held by nobody
+        return SharedLock, ()  # A copy is unlocked.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedLock:
         return SharedLock()
@@ -93,7 +93,7 @@ def _all_of(locks: Sequence[Any]) -> Iterator[None]:
     if middle == 0:
         with locks[0]:
             yield
-    else:  # by halves: there may be more threads than calls within each other
+    else:  # Nesting by halves keeps the recursion depth logarithmic in the number of threads.
         with _all_of(locks[:middle]), _all_of(locks[middle:]):
             yield
 
@@ -102,9 +102,9 @@ _shared_locks: weakref.WeakSet[SharedLock] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """Let go, in a forked child, of what threads held that it does not have."""
+    """Reset all locks in a forked child, which has only one thread."""
     for lock in list(_shared_locks):
-        lock._begin()
+        lock._initialize()
 
 
 run_in_forked_children(_after_fork)

@@ -1,4 +1,4 @@
-"""Copies of rows, and of their counters."""
+"""Copies of rows and of their usage counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Rows", "contains", "copy_rows", "copy_usage"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows as `SoftKVStore.get` returns them: copies, in the order asked for.
+    """Copies of rows, in the requested order, as `SoftKVStore.get` returns them.
 
     Attributes:
         keys: (m, key_dim).
@@ -30,7 +30,7 @@ class Rows:
 
 
 def contains(rows: RowStorage, id: object) -> bool:
-    """Whether ``id`` is a whole number that names a row."""
+    """Return whether ``id`` is an integer that is the id of a row."""
     if isinstance(id, Tensor) and id.numel() == 1:
         id = id.item()
     if isinstance(id, bool) or not hasattr(id, "__index__"):
@@ -40,18 +40,18 @@ def contains(rows: RowStorage, id: object) -> bool:
 
 
 def copy_rows(table: Table, ids: Tensor) -> Rows:  # (m,) int64
-    """Copy the rows ``ids``, in that order."""
+    """Copy the rows with the given ids, in the same order."""
     slots = table.rows.slots.slots_of("ids", ids).to(table.keys.device)
-    table.check_whole()
+    table.check_not_sharded()
     row = table.rows.view(slots)
     fields = {name: row[name] for name in table.rows.fields}
     return Rows(table.keys.detach()[slots], table.values.detach()[slots], fields)
 
 
 def copy_usage(rows: RowStorage) -> Usage:
-    """Copy the counters of the rows, in slot order."""
+    """Copy the usage counters of all rows, in slot order."""
     if rows.ids.is_meta:
         return Usage(rows.reads.new_empty(len(rows)), rows.weight.new_empty(len(rows)))
     slots = rows.live_slots()
-    with rows.access.alone:
+    with rows.access.counter_lock:
         return Usage(rows.reads[slots], rows.weight[slots])

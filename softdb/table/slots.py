@@ -1,4 +1,4 @@
-"""Slots: which row lies in which, and which are free."""
+"""Map from ids to slots, and the free slots."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from softdb._checks import list_ids
 from softdb.errors import UnknownIdError
 
-__all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "place_of", "resized"]
+__all__ = ["NO_SLOTS", "FreeSlots", "SlotTable", "resize", "slots_to_index"]
 
 NO_SLOTS = torch.empty(0, dtype=torch.int64, device="cpu")
-# As many slots that were freed lately are kept apart, so that one more does not cost a look at all.
-RECENT = 1024
+# Maximum number of recently freed slots in a separate list. A small deletion copies only this list.
+MAX_RECENT_SLOTS = 1024
 
 
-def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
-    """A copy of ``tensor`` with ``capacity`` rows: cut, or filled up with ``fill``."""
+def resize(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
+    """Copy ``tensor`` to ``capacity`` rows, truncated or padded with ``fill``."""
     kept = min(len(tensor), capacity)
     larger = tensor.new_empty(capacity, *tensor.shape[1:])
     larger[:kept] = tensor[:kept]
@@ -28,14 +28,14 @@ def resized(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FreeSlots:
-    """The slots below ``used`` without a row: holes that later rows fill, the lowest first.
+    """Immutable set of free slots, of which the lowest are filled first.
 
-    It never changes: taking and freeing slots makes another, which shares memory with this one.
+    Taking and freeing slots returns another set, which shares memory with this one.
 
     Attributes:
-        used: No slot from here on has ever held a row.
-        holes: (m,) ascending int64.
-        recent: A few more of them, ascending.
+        used: Lowest slot above all that have ever held a row.
+        holes: Free slots below ``used``, (m,) int64, ascending.
+        recent: Further free slots below ``used``, freed recently, ascending.
     """
 
     used: int = 0
@@ -43,17 +43,21 @@ class FreeSlots:
     recent: Tensor = NO_SLOTS
 
     @classmethod
-    def of(cls, there: Tensor) -> FreeSlots:  # (capacity,) bool, on the CPU
-        """Return the free slots of a table whose rows lie where ``there`` says."""
-        live = there.nonzero().squeeze(-1)
+    def from_mask(cls, occupied: Tensor) -> FreeSlots:  # (capacity,) bool, on the CPU
+        """Create the set of slots that are not ``occupied``."""
+        live = occupied.nonzero().squeeze(-1)
         used = int(live[-1]) + 1 if len(live) else 0
-        return cls(used, (~there[:used]).nonzero().squeeze(-1))
+        return cls(used, (~occupied[:used]).nonzero().squeeze(-1))
 
     def __len__(self) -> int:
         return len(self.holes) + len(self.recent)
 
     def take(self, count: int) -> tuple[Tensor, FreeSlots]:
-        """Return the ``count`` lowest free slots, ascending, and what is free without them."""
+        """Take the ``count`` lowest free slots.
+
+        Returns:
+            The slots, ascending, and the set of the remaining free slots.
+        """
         if len(self) == 0:
             return torch.arange(self.used, self.used + count, device="cpu"), FreeSlots(self.used + count)
         slots, holes, recent = self.holes[:count], self.holes, self.recent
@@ -70,33 +74,33 @@ class FreeSlots:
         return slots, FreeSlots(self.used + fresh, holes, recent)
 
     def free(self, slots: Tensor) -> FreeSlots:
-        """Return what is free with ``slots``, each given once."""
+        """Return the set of free slots with ``slots`` added; each must be given once."""
         if len(slots) == 0:
             return self
         recent = torch.cat([self.recent, slots]).sort().values
-        if len(recent) <= RECENT:
+        if len(recent) <= MAX_RECENT_SLOTS:
             return FreeSlots(self.used, self.holes, recent)
         return FreeSlots(self.used, torch.cat([self.holes, recent]).sort().values)
 
     def all(self) -> Tensor:
-        """Return every hole, ascending."""
+        """Return all free slots below ``used``, ascending."""
         return torch.cat([self.holes, self.recent]).sort().values
 
 
 class SlotTable:
-    """The map from id to slot.
+    """Map from id to slot.
 
-    Ids that are small beside the number of rows, as assigned ones are, index an array: eight bytes each, and a
-    million are found in a millisecond. The others live in a dict. Entering ids and forgetting them may be repeated.
+    Ids that are small relative to the number of rows, as assigned ids are, index an array of eight bytes per id, which
+    finds a million ids in about a millisecond. A dict holds the other ids. Putting and removing ids are idempotent.
     """
 
     def __init__(self) -> None:
-        # Together, so that both change at once.
+        # One tuple, so that array and dict are replaced together.
         self._map: tuple[Tensor, dict[int, int]] = (NO_SLOTS, {})
 
     @classmethod
-    def of(cls, ids: Tensor, slots: Tensor) -> SlotTable:
-        """Return the map of ``ids`` to ``slots``."""
+    def from_ids(cls, ids: Tensor, slots: Tensor) -> SlotTable:
+        """Create the map from ``ids`` to ``slots``."""
         table = cls()
         table.widen(ids, 0)
         table.put(ids, slots)
@@ -104,12 +108,12 @@ class SlotTable:
 
     @property
     def entries(self) -> int:
-        """How many different ids there are."""
+        """Number of ids in the map."""
         array, others = self._map
         return int((array >= 0).sum()) + len(others)
 
-    def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,), -1 where unknown
-        """Return the slots of ids."""
+    def find(self, ids: Tensor) -> Tensor:  # (m,) -> (m,)
+        """Return the slots of ids, -1 for unknown ids."""
         array, others = self._map
         small = ids < len(array)
         if small.all():
@@ -121,7 +125,15 @@ class SlotTable:
         return slots
 
     def slots_of(self, name: str, ids: Tensor) -> Tensor:  # (m,) -> (m,)
-        """Return the slots of ids; an id without a row is an error that names the argument ``name``."""
+        """Return the slots of ids, which must all be known.
+
+        Args:
+            name: The name of the argument, for the error message.
+            ids: The ids.
+
+        Raises:
+            UnknownIdError: An id has no row.
+        """
         slots = self.find(ids)
         missing = ids[slots < 0]
         if len(missing):
@@ -129,7 +141,7 @@ class SlotTable:
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:
-        """Enter ids, for which there is room: see `widen`."""
+        """Map ``ids`` to ``slots``; call `widen` before."""
         array, others = self._map
         small = ids < len(array)
         if small.all():
@@ -139,7 +151,7 @@ class SlotTable:
             others.update(zip(ids[~small].tolist(), slots[~small].tolist(), strict=True))
 
     def remove(self, ids: Tensor) -> None:
-        """Forget ids."""
+        """Remove ids, if present."""
         array, others = self._map
         small = ids < len(array)
         array[ids[small]] = -1
@@ -147,7 +159,12 @@ class SlotTable:
             others.pop(number, None)
 
     def widen(self, ids: Tensor, rows: int) -> None:
-        """Let the array reach the largest of new ``ids`` that keeps it within a few entries for each of ``rows``."""
+        """Widen the array for new ``ids``, up to about four entries per row.
+
+        Args:
+            ids: Ids to put next.
+            rows: The present number of rows.
+        """
         array, others = self._map
         limit = 4 * (rows + len(ids)) + 1024
         largest = int(ids.max()) if len(ids) else -1
@@ -157,7 +174,7 @@ class SlotTable:
         if largest < len(array):
             return
         size = min(limit, max(largest + 1, 2 * len(array)))
-        array = resized(array, size, fill=-1)
+        array = resize(array, size, fill=-1)
         moving = [number for number in others if number < size]
         if moving:
             array[torch.tensor(moving, device="cpu")] = torch.tensor(
@@ -167,8 +184,8 @@ class SlotTable:
         self._map = (array, others)
 
 
-def place_of(slots: Tensor) -> slice | Tensor:
-    """``slots`` as an index, by a slice where they follow each other."""
+def slots_to_index(slots: Tensor) -> slice | Tensor:
+    """Convert slots to an index: a slice if they are consecutive."""
     count = len(slots)
     if count == 0:
         return slots

@@ -1,4 +1,4 @@
-"""The tensors that make up a store, in a snapshot or a ``state_dict``."""
+"""Checks of the tensors in a snapshot or ``state_dict``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["check_state"]
 
 
 def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str, int]) -> None:
-    """Raise unless tensors have the types and shapes of a store's with so many slots.
+    """Raise unless tensors have the dtypes and shapes of a store's tensors.
 
     Args:
         state: By name: "keys", "values" and the "rows." buffers.
-        capacity: How many slots there are.
-        widths: Of keys and values.
+        capacity: The number of slots.
+        widths: The widths of keys and values, by name.
     """
     for name, tensor in sorted(state.items(), key=lambda item: item[0] != "rows.ids"):
         shape: tuple[int, ...] = () if name == "rows.next_id" else (capacity,)
@@ -31,4 +31,6 @@ def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str,
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
     if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:
-        raise ArgumentError("state_dict['rows.ids']: expected ids from 0 on, and -1 where there is no row")
+        raise ArgumentError(
+            "state_dict['rows.ids']: expected ids of at least 0, and -1 at free slots, got a lower number"
+        )

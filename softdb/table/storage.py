@@ -1,11 +1,10 @@
-"""`RowStorage`: which row lies in which slot, and what changed when.
+"""`RowStorage`: ids, fields and versions of rows by slot.
 
-A *slot* is a row's place in the tensors. Slots never move, since optimiser state and gradients are laid out by slot;
-a deleted row leaves a hole that a later row fills, lowest slot first. Ids are the user's names for rows: an int64
-each, assigned in order and never twice.
+A *slot* is a row's position in the tensors. A row never changes its slot, since optimizer state and gradients are laid
+out by slot. A deleted row leaves a free slot; new rows fill the lowest free slots. An *id* is the public int64 number
+of a row. Ids are assigned in ascending order; no id is assigned twice.
 
-`RowStorage` calls nothing that depends on it. An index or an open read keeps the ``version`` that it saw and asks what
-changed since.
+An index or an open read records the ``version`` that it used, and later queries the changes since.
 """
 
 from __future__ import annotations
@@ -21,64 +20,67 @@ from softdb.table.average_watch import AverageWatch
 from softdb.table.changes import ChangeLog
 from softdb.table.eviction import CLOCK_COLUMNS, EvictionClock
 from softdb.table.fields import RowView, check_field_names
-from softdb.table.id_check import CHECK_SIZE, hash_rows, id_check_of
+from softdb.table.id_check import CHECK_SIZE, compute_id_check, hash_rows
 from softdb.table.journal import WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
+from softdb.table.slot_rows import SlotRows
 from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable
-from softdb.table.tenants import Tenants
 from softdb.table.usage import keep_sum_dtype, reset_counters
 from softdb.table.versions import RecordedVersions
 
 __all__ = ["CHANGE_COLUMNS", "RowStorage"]
 
-# The buffers that say at which version a slot changed: of no state_dict.
+# Buffers with the version of the last change of each slot. They are not part of a state_dict.
 CHANGE_COLUMNS = ("changed_at", "keys_changed_at", "keys_written_at")
-# A conversion that changes these numbers keeps no others.
-PROBE = (7, 13, 2**40 + 1)
+# Values that reveal whether a conversion by `torch.nn.Module._apply` keeps the contents of tensors.
+PROBE_VALUES = (7, 13, 2**40 + 1)
 
 
 class RowStorage(nn.Module):
-    """Ids, fields, generations and change versions of the rows of a table, by slot.
+    """Ids, fields, generations and versions of the rows of a table, by slot.
 
     Args:
-        fields: Names of the integer fields that every row carries.
-        device: Where the buffers lie: with the keys and values that they describe.
+        fields: Names of the integer fields of every row.
+        device: The device of the buffers, which is that of keys and values.
         capacity: The number of slots.
-        evict: Which rows are evicted first: those whose last use ("lru") or whose addition ("oldest") is longest ago.
-            Without it neither is recorded.
-        track_usage: Whether reads are counted, row by row.
+        evict: "lru" evicts the least recently used rows first, "oldest" the rows added first. With None, no clock
+            readings are recorded.
+        track_usage: Whether to count the reads of each row.
 
     Attributes:
-        access: The lock that callers hold: to look at rows for reading, else for writing.
+        access: The lock that callers hold for reading or writing.
         version: Counter of changes.
-        moved_at, keys_moved_at: The version at which every row, every key, last changed at once.
-        layout: Counter of the times that rows were given other slots, or other tensors, all at once.
-        columns: The names of the buffers that are saved with an entry for every slot, besides ``ids``.
-        optional: The names of the columns that a state to be loaded may lack: clocks and counters.
-        saved: The names of all buffers that are saved.
-        watched: The names of the buffers from which something is derived.
-        recorded: The versions of the tensors whose writes are accounted for.
-        average: What averages by place do to a copy.
+        all_changed_at: Version at which all rows last changed at once.
+        all_keys_changed_at: Version at which all keys last changed at once.
+        layout: Counter of the changes of the assignment of rows to slots, or of the tensors, as a whole.
+        columns: Names of the saved buffers with an entry per slot, except ``ids``.
+        optional: Names of the columns that a loaded state may lack: clock readings and usage counters.
+        saved: Names of all saved buffers.
+        watched: Names of the buffers whose contents other attributes are derived from.
+        recorded: Versions of the tensors up to which all writes are processed.
+        average: Detector of rows that slot-wise averages mix.
         clock: The eviction clock.
-        free: The slots without a row.
+        free: The free slots.
         slots: The map from ids to slots.
-        first_new_id: The id of the next row that is added without one.
-        expected_check: What ``id_check`` holds.
-        was_emptied: Whether the last conversion kept no numbers.
+        first_new_id: The next id to assign.
+        id_hash: Hash of all pairs of slot and id.
+        writes: Counter of writes by the store.
+        expected_check: Copy of ``id_check`` on the CPU.
+        was_emptied: Whether the last conversion discarded the contents of the buffers.
     """
 
     ids: Tensor  # (capacity,) int64, -1 at a free slot
     next_id: Tensor  # () int64
-    generation: Tensor  # (capacity,) int64: the number of rows a slot has held; optimisers reset the state of new ones
-    changed_at: Tensor  # (capacity,) int64: the version at which a slot last changed in any way
-    keys_changed_at: Tensor  # (capacity,) int64: the same for its key, or whether it holds a row
-    keys_written_at: Tensor  # (capacity,) int64: the same, but not by an optimiser
-    id_check: Tensor  # (64,) int64: from hashes of slots and ids and the number of writes, which no average of two fits
-    # With an option each, and no part of a version: a read is no write.
-    used_at: Tensor  # (capacity,) int64: the clock when a row was last used; rows used together share one reading
-    added_at: Tensor  # (capacity,) int64: the clock when it was added, each its own
-    reads: Tensor  # (capacity,) int64: the number of queries that reported the row
-    weight: Tensor  # (capacity,) float64: the sum of its weights there
+    generation: Tensor  # (capacity,) int64: number of rows the slot has held; optimizers reset the state of new rows
+    changed_at: Tensor  # (capacity,) int64: version of the last change of the slot
+    keys_changed_at: Tensor  # (capacity,) int64: version of the last change of its key or occupancy
+    keys_written_at: Tensor  # (capacity,) int64: as keys_changed_at, without changes by optimizers
+    id_check: Tensor  # (CHECK_SIZE,) int64: checksum of slots and ids; averaged or mixed buffers do not match it
+    # Optional buffers. Reads change them without a new version.
+    used_at: Tensor  # (capacity,) int64: clock reading of the last use; rows used together share a reading
+    added_at: Tensor  # (capacity,) int64: clock reading of the addition, unique per row
+    reads: Tensor  # (capacity,) int64: number of queries that reported the row
+    weight: Tensor  # (capacity,) float64: sum of its weights in these reads
 
     def __init__(
         self,
@@ -98,7 +100,8 @@ class RowStorage(nn.Module):
         self.columns = ("generation", *(f"field_{name}" for name in self.fields), *self.optional)
         self.saved = ("ids", "next_id", *self.columns)
         self.watched = ("ids", "next_id", "generation", "id_check", *clocks)
-        fields_first = sorted(self.saved[1:], key=lambda name: not name.startswith("field_"))  # as state dicts had them
+        # The order of the keys of a state_dict, for compatibility.
+        fields_first = sorted(self.saved[1:], key=lambda name: not name.startswith("field_"))
         for name in ("ids", *fields_first, *CHANGE_COLUMNS):
             dtype = torch.float64 if name == "weight" else torch.int64
             shape = () if name == "next_id" else (capacity,)
@@ -107,14 +110,14 @@ class RowStorage(nn.Module):
         id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=device)
         self.register_buffer("id_check", id_check, persistent=False)
         self.access = SharedLock()
-        self.version = self.moved_at = self.keys_moved_at = self.layout = 0
+        self.version = self.all_changed_at = self.all_keys_changed_at = self.layout = 0
         self.first_new_id = self.id_hash = self.writes = 0
         self.was_emptied = False
-        self._begin()
+        self._reset_derived()
         self._write_id_check()
 
-    def _begin(self, *, is_average: bool = False) -> None:
-        """Derive nothing yet from the buffers."""
+    def _reset_derived(self, *, is_average: bool = False) -> None:
+        """Initialize the attributes that are derived from the buffers."""
         self.clock = EvictionClock(self.evict)
         self.recorded = RecordedVersions()
         self.average = AverageWatch(is_updated=is_average)
@@ -128,36 +131,40 @@ class RowStorage(nn.Module):
 
     @property
     def capacity(self) -> int:
-        """The number of slots."""
+        """Number of slots."""
         return len(self.ids)
 
     @property
     def used(self) -> int:
-        """The slot from which on none has ever held a row."""
+        """Lowest slot above all that have ever held a row."""
         return self.free.used
 
     @property
-    def tenants(self) -> Tenants:
-        """A copy of which rows lie in the slots."""
-        return Tenants.of(self.ids, self.generation, self.id_check)
+    def slot_rows(self) -> SlotRows:
+        """Copy of the ids and generations of all slots."""
+        return SlotRows.copy_from(self.ids, self.generation, self.id_check)
 
     @property
     def counts_reads(self) -> bool:
-        """Whether reads are recorded, by a clock or by counters."""
+        """Whether reads are recorded by a clock or by usage counters."""
         return self.evict == "lru" or self.track_usage
 
     def __len__(self) -> int:
         return self.used - len(self.free)
 
     def ids_at(self, slots: Tensor) -> Tensor:
-        """Return the ids at ``slots``, -1 where the slot is -1."""
+        """Return the ids at ``slots``, -1 for slot -1."""
         if self.capacity == 0:
             return torch.full_like(slots, -1)
-        ids = self.ids.index_select(0, slots.clamp(min=0).flatten()).view_as(slots)  # faster than by [...]
+        ids = self.ids.index_select(0, slots.clamp(min=0).flatten()).view_as(slots)  # This is faster than indexing.
         return ids.masked_fill_(slots < 0, -1)
 
-    def live(self) -> Tensor | None:
-        """Return which slots below ``used`` hold a row, (used,) bool, or None where all do. Do not write to it."""
+    def live_mask(self) -> Tensor | None:
+        """Return which slots below ``used`` hold a row.
+
+        Returns:
+            (used,) bool, which must not be written to; None if all slots hold a row.
+        """
         version, mask = self._live
         if version != self.version:
             mask = self.ids[: self.used] >= 0 if len(self.free) else None
@@ -165,16 +172,16 @@ class RowStorage(nn.Module):
         return mask
 
     def live_slots(self) -> Tensor:
-        """Return the slots that hold a row, ascending. Do not write to it."""
+        """Return the slots that hold a row, ascending. Do not write to the result."""
         known = self._live_slots
         if known is None or known[0] != self.version:
-            mask = self.live()
+            mask = self.live_mask()
             slots = torch.arange(self.used, device=self.ids.device) if mask is None else mask.nonzero().squeeze(-1)
             self._live_slots = known = (self.version, slots)
         return known[1]
 
     def view(self, slots: slice | Tensor) -> Mapping[str, Tensor]:
-        """Return the rows at ``slots`` as a filter sees them: id and fields by name, id -1 at slot -1."""
+        """Return ids and fields of the rows at ``slots`` by name; the id at slot -1 is -1."""
         ids = self.ids[slots] if isinstance(slots, slice) else self.ids_at(slots)
         places = slots if isinstance(slots, slice) else slots.clamp(min=0)
         return RowView({"id": ids} | {name: getattr(self, f"field_{name}")[places] for name in self.fields})
@@ -182,8 +189,13 @@ class RowStorage(nn.Module):
     # -- what changed ----------------------------------------------------------------------------------------
 
     def changed_since(self, version: int, *, keys: bool = False) -> Tensor:
-        """Return the slots that changed after ``version``, ascending; with ``keys`` only those whose key did."""
-        if (self.keys_moved_at if keys else self.moved_at) > version:
+        """Return the slots that changed after ``version``, ascending.
+
+        Args:
+            version: A version of the table.
+            keys: Whether to return only slots whose key or occupancy changed.
+        """
+        if (self.all_keys_changed_at if keys else self.all_changed_at) > version:
             return torch.arange(self.used, device=self.ids.device)
         recent = self._changes.since(version, keys=keys)
         if recent is not None:
@@ -191,154 +203,166 @@ class RowStorage(nn.Module):
         changed_at = self.keys_changed_at if keys else self.changed_at
         return (changed_at[: self.used] > version).nonzero().squeeze(-1)
 
-    def mark_changed(self, slots: Tensor, *, keys: bool = True) -> None:
-        """Record that the rows at ``slots`` were written; without ``keys``, only values or fields."""
+    def mark_written(self, slots: Tensor, *, keys: bool = True) -> None:
+        """Record a write of the store to the rows at ``slots``.
+
+        Args:
+            slots: The slots.
+            keys: Whether keys were written, besides values or fields.
+        """
         if len(slots):
-            self.mark_moved(slots, keys=keys)
+            self.mark_updated(slots, keys=keys)
             self.writes += 1
             self._write_id_check()
             if keys:
-                self.own("keys_written_at")[slots.to(self.ids.device)] = self.version
+                self.writable_buffer("keys_written_at")[slots.to(self.ids.device)] = self.version
 
-    def mark_moved(self, slots: Tensor | None = None, *, keys: bool = True) -> None:
-        """Record that an optimiser, or something else, may have moved the rows at ``slots``, or all of them.
+    def mark_updated(self, slots: Tensor | None = None, *, keys: bool = True) -> None:
+        """Record an update of rows by an optimizer or other code.
 
-        Without ``keys``, only their values.
+        Args:
+            slots: The slots; None for all rows.
+            keys: Whether keys may have changed, besides values.
         """
         if slots is not None and len(slots) == 0:
             return
         self.version += 1
         if slots is None:
-            self.moved_at = self.version
+            self.all_changed_at = self.version
             if keys:
-                self.keys_moved_at = self.version
+                self.all_keys_changed_at = self.version
             return
         slots = slots.to(self.ids.device)
-        self.own("changed_at")[slots] = self.version
+        self.writable_buffer("changed_at")[slots] = self.version
         if keys:
-            self.own("keys_changed_at")[slots] = self.version
+            self.writable_buffer("keys_changed_at")[slots] = self.version
         self._changes.record(self.version, slots, keys, rows=self.used)
 
-    def own(self, name: str) -> Tensor:
-        """Return a buffer to write to, by a view whose writes torch does not count."""
+    def writable_buffer(self, name: str) -> Tensor:
+        """Return a view of a buffer whose writes do not increment its version counter."""
         buffer = self._buffers[name]
         if buffer is None:
             raise ForeignWriteError(f"rows.{name}: expected a buffer, got None")
         return buffer.data
 
-    # -- writing: callers have checked their arguments -------------------------------------------------------
+    # -- writing: arguments are checked by the callers -------------------------------------------------------
 
     def plan(self, batch: WriteBatch) -> WritePlan:
-        """Work out what a batch does, and change nothing."""
-        incoming, leaving, device = len(batch.ids), batch.leaving, self.ids.device
-        placed, gone, free, id_hash = NO_SLOTS, NO_SLOTS, self.free, self.id_hash
-        if len(leaving):
-            gone = self.ids[leaving.to(device)].cpu()
-            free, id_hash = free.free(leaving), id_hash - hash_rows(leaving, gone)
-        if incoming:
-            placed, free = free.take(incoming)
-            id_hash += hash_rows(placed, batch.ids)
-        written = torch.cat([batch.slots, placed]) if incoming else batch.slots
-        fresh = torch.cat([batch.slots, placed]) if batch.afresh else placed
-        changed = torch.cat([leaving, written]).unique() if len(leaving) else written
-        is_use = len(written) > 0 and (batch.keys is not None or batch.values is not None)
+        """Compute the result of a batch without changing the table."""
+        inserted, removed_slots, device = len(batch.ids), batch.removed_slots, self.ids.device
+        inserted_slots, removed_ids, free, id_hash = NO_SLOTS, NO_SLOTS, self.free, self.id_hash
+        if len(removed_slots):
+            removed_ids = self.ids[removed_slots.to(device)].cpu()
+            free, id_hash = free.free(removed_slots), id_hash - hash_rows(removed_slots, removed_ids)
+        if inserted:
+            inserted_slots, free = free.take(inserted)
+            id_hash += hash_rows(inserted_slots, batch.ids)
+        written_slots = torch.cat([batch.slots, inserted_slots]) if inserted else batch.slots
+        reset_slots = torch.cat([batch.slots, inserted_slots]) if batch.new_generation else inserted_slots
+        changed_slots = torch.cat([removed_slots, written_slots]).unique() if len(removed_slots) else written_slots
+        is_use = len(written_slots) > 0 and (batch.keys is not None or batch.values is not None)
         reading = self.clock.now if self.evict == "lru" and is_use else None
         added_at = None
-        if self.evict == "oldest" and incoming:
-            added_at = torch.arange(self.clock.now, self.clock.now + incoming, device=device)
+        if self.evict == "oldest" and inserted:
+            added_at = torch.arange(self.clock.now, self.clock.now + inserted, device=device)
         return WritePlan(
             batch=batch,
-            placed=placed,
-            written=written,
-            gone=gone,
-            fresh=fresh,
-            generation=self.generation[fresh.to(device)] + 1,
-            changed=changed,
-            keys_change=batch.keys is not None or incoming > 0 or len(leaving) > 0,
+            inserted_slots=inserted_slots,
+            written_slots=written_slots,
+            removed_ids=removed_ids,
+            reset_slots=reset_slots,
+            generation=self.generation[reset_slots.to(device)] + 1,
+            changed_slots=changed_slots,
+            keys_change=batch.keys is not None or inserted > 0 or len(removed_slots) > 0,
             free=free,
             used_at=reading,
             added_at=added_at,
-            clock=self.clock.now + (reading is not None) + (0 if added_at is None else incoming),
-            next_id=max(self.first_new_id, int(batch.ids.max()) + 1) if incoming else self.first_new_id,
+            clock=self.clock.now + (reading is not None) + (0 if added_at is None else inserted),
+            next_id=max(self.first_new_id, int(batch.ids.max()) + 1) if inserted else self.first_new_id,
             id_hash=id_hash,
-            writes=self.writes + (len(changed) > 0),
-            version=self.version + (len(changed) > 0),
+            writes=self.writes + (len(changed_slots) > 0),
+            version=self.version + (len(changed_slots) > 0),
         )
 
     def apply_plan(self, plan: WritePlan) -> None:
-        """Apply a plan: once or again, to the same end."""
+        """Apply a plan; repeated calls give the same result."""
         batch, device = plan.batch, self.ids.device
-        if len(plan.changed) == 0:
+        if len(plan.changed_slots) == 0:
             return
-        ids, fresh, written = self.own("ids"), plan.fresh.to(device), plan.written.to(device)
-        if len(batch.leaving):
-            self.slots.remove(plan.gone)
-            # Not where others come: what is there at any time may be read by a signal's handler.
-            ids[batch.leaving[~torch.isin(batch.leaving, plan.placed)].to(device)] = -1
-        if len(plan.placed):
-            self.slots.put(batch.ids, plan.placed)
-            ids[plan.placed.to(device)] = batch.ids.to(device)
+        ids, reset, written = self.writable_buffer("ids"), plan.reset_slots.to(device), plan.written_slots.to(device)
+        if len(batch.removed_slots):
+            self.slots.remove(plan.removed_ids)
+            # Slots that are reused at once keep their id until it is replaced: a signal handler may read in between.
+            ids[batch.removed_slots[~torch.isin(batch.removed_slots, plan.inserted_slots)].to(device)] = -1
+        if len(plan.inserted_slots):
+            self.slots.put(batch.ids, plan.inserted_slots)
+            ids[plan.inserted_slots.to(device)] = batch.ids.to(device)
         self.free = plan.free
-        if len(fresh):
-            self.own("generation")[fresh] = plan.generation
-            self.reset_usage(fresh)
-        if len(fresh) or len(batch.leaving):
-            self.average.forget()
+        if len(reset):
+            self.writable_buffer("generation")[reset] = plan.generation
+            self.reset_usage(reset)
+        if len(reset) or len(batch.removed_slots):
+            self.average.reset()
         if plan.added_at is not None:
-            self.own("added_at")[plan.placed.to(device)] = plan.added_at
+            self.writable_buffer("added_at")[plan.inserted_slots.to(device)] = plan.added_at
         if plan.used_at is not None:
-            self.own("used_at")[written] = plan.used_at
+            self.writable_buffer("used_at")[written] = plan.used_at
         for name, column in batch.fields.items():
-            self.own(f"field_{name}")[written] = column.to(device)
+            self.writable_buffer(f"field_{name}")[written] = column.to(device)
         self.clock.now = max(self.clock.now, plan.clock)
         self.first_new_id = plan.next_id
-        self.own("next_id").fill_(plan.next_id)
+        self.writable_buffer("next_id").fill_(plan.next_id)
         self.id_hash, self.writes = plan.id_hash, plan.writes
         self._write_id_check()
         self.version = max(self.version, plan.version)
-        changed = plan.changed.to(device)
-        self.own("changed_at")[changed] = plan.version
+        changed = plan.changed_slots.to(device)
+        self.writable_buffer("changed_at")[changed] = plan.version
         if plan.keys_change:
-            self.own("keys_changed_at")[changed] = plan.version
-            self.own("keys_written_at")[changed] = plan.version
+            self.writable_buffer("keys_changed_at")[changed] = plan.version
+            self.writable_buffer("keys_written_at")[changed] = plan.version
         self._changes.record(self.version, changed, plan.keys_change, rows=self.used)
 
     def derive(self) -> None:
-        """Derive everything from the buffers: after other ones were loaded, copied or unpickled."""
+        """Derive all other state from the buffers, after they were loaded or copied."""
         self._changes = ChangeLog()
         self.layout += 1
-        if self.ids.is_meta:  # which names no rows
+        if self.ids.is_meta:  # Meta tensors contain no ids.
             self.slots, self.free = SlotTable(), FreeSlots()
             self.clock.restart(None)
-            self.mark_moved()
+            self.mark_updated()
             return
         ids = self.ids.cpu()
-        there = ids >= 0
-        live = there.nonzero().squeeze(-1)
+        occupied = ids >= 0
+        live = occupied.nonzero().squeeze(-1)
         ids = ids[live]
-        self.free = FreeSlots.of(there)
-        self.slots = SlotTable.of(ids, live)
+        self.free = FreeSlots.from_mask(occupied)
+        self.slots = SlotTable.from_ids(ids, live)
         self.derive_counters(live, ids)
 
     def derive_counters(self, live: Tensor, ids: Tensor) -> None:
-        """Derive next id, check and clock from the buffers; the rows at ``live`` slots have ``ids``."""
+        """Derive next id, checksum and clock from the buffers.
+
+        Args:
+            live: The slots that hold a row.
+            ids: Their ids.
+        """
         self.first_new_id = max(int(self.next_id), int(ids.max()) + 1 if len(ids) else 0)
-        self.own("next_id").fill_(self.first_new_id)
+        self.writable_buffer("next_id").fill_(self.first_new_id)
         self.id_hash = hash_rows(live, ids)
         if self.clock.column is not None:
             self.clock.restart(getattr(self, self.clock.column))
         self._changes = ChangeLog()
         self._write_id_check()
-        self.mark_moved()
+        self.mark_updated()
 
     def reset_usage(self, slots: slice | Tensor) -> None:
-        """Count the reads of ``slots`` from 0."""
+        """Reset the usage counters of ``slots`` to zero."""
         if self.track_usage:
-            reset_counters(self.own("reads"), self.own("weight"), slots)
+            reset_counters(self.writable_buffer("reads"), self.writable_buffer("weight"), slots)
 
     def _write_id_check(self) -> None:
-        self.expected_check = id_check_of(self.id_hash, self.writes)
-        self.own("id_check").copy_(self.expected_check)
+        self.expected_check = compute_id_check(self.id_hash, self.writes)
+        self.writable_buffer("id_check").copy_(self.expected_check)
 
     # -- module conventions ----------------------------------------------------------------------------------
 
@@ -349,25 +373,25 @@ class RowStorage(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None:
             self.weight = keep_sum_dtype(weight, self.weight)
-        probe = torch.tensor(PROBE, device=device)
+        probe = torch.tensor(PROBE_VALUES, device=device)
         kept = fn(probe)
         is_emptying = not kept.is_meta and (probe.is_meta or not torch.equal(kept.cpu(), probe.cpu()))
         self.was_emptied = not self.ids.is_meta and is_emptying
-        if self.was_emptied:  # ``to_empty`` leaves numbers that mean nothing
+        if self.was_emptied:  # `to_empty` leaves the buffers uninitialized.
             for name in (*CHANGE_COLUMNS, *self.columns, "next_id"):
-                self.own(name).zero_()
-            self.own("ids").fill_(-1)
+                self.writable_buffer(name).zero_()
+            self.writable_buffer("ids").fill_(-1)
             self.derive()
         elif self.ids.device != device:
             self.clock.restart(None)
             self.layout += 1
-            self.mark_moved()
-        # The buffers may be others, whose writes are counted from 0.
-        self.average.remember_again(self.ids, self.generation, self.id_check)
+            self.mark_updated()
+        # The version counters of new buffers start from 0.
+        self.average.refresh_recorded(self.ids, self.generation, self.id_check)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Do nothing: the store loads its rows and these together, or neither."""
+        """Do nothing: the store loads rows and buffers together, or neither."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -379,7 +403,7 @@ class RowStorage(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         is_average = state.pop("is_average", False)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._begin(is_average=is_average)
+        self._reset_derived(is_average=is_average)
         self.derive()
         if is_average:
-            self.average.remember(self.tenants, is_updated=True)
+            self.average.record(self.slot_rows, is_updated=True)

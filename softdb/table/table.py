@@ -1,4 +1,4 @@
-"""`Table`: the keys and values of a module, slot by slot, and `RowStorage`, which says what rows they are."""
+"""`Table`: the keys and values of a module with their `RowStorage`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from softdb._checks import check_not_meta
 from softdb.errors import ForeignWriteError, GrowthError, TransformError
 from softdb.processes import is_distributed
 from softdb.table.config import StoreConfig
-from softdb.table.gradients import coalesced, is_sharded, resized_gradient, row_sparse
-from softdb.table.growth import resized_buffers
-from softdb.table.hooks import note_write, watch
+from softdb.table.gradients import coalesce, is_sharded, make_row_sparse, resize_gradient
+from softdb.table.growth import resize_buffers
+from softdb.table.hooks import record_write, watch
 from softdb.table.journal import Growth, Journal, WritePlan
-from softdb.table.overwrites import check_lent_buffers, compare_versions, record_versions
-from softdb.table.slots import place_of, resized
+from softdb.table.overwrites import check_substituted_buffers, compare_versions, record_versions
+from softdb.table.slots import resize, slots_to_index
 from softdb.table.storage import RowStorage
 from softdb.transforms import is_wrapped
 
@@ -28,33 +28,32 @@ __all__ = ["FileRows", "Table"]
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows that lie in the files of a snapshot, and are not written to.
+    """Marker of rows that are memory-mapped, read-only files of a snapshot.
 
     Attributes:
-        frozen: The names of the tables that get no gradient once they are materialized.
+        frozen: Names of the tensors that require no gradient after `SoftKVStore.materialize`.
     """
 
     frozen: tuple[str, ...] = ()
 
 
 class Table:
-    """The rows of a module: its ``keys`` and ``values``, (capacity, width), in slot order, and what rows they are.
+    """Rows of a module: ``keys`` and ``values``, (capacity, width), and their storage.
 
-    The module owns both tensors, so that torch finds them; the table refers to it weakly, so that nothing keeps a store
-    alive that is no longer used.
+    The module owns both tensors, so that torch finds them. The table holds a weak reference to the module, so that it
+    does not keep an unused store alive.
 
     Args:
-        module: What has ``keys`` and ``values``.
+        module: The module with the tensors ``keys`` and ``values``.
         rows: Ids, fields and versions of the rows.
         config: The settings of the store.
-        open_reads: The reads that wait for their backward: true while there are any.
+        open_reads: The reads that wait for their backward; true while there are any.
 
     Attributes:
-        journal: Where a write is kept until it is applied.
-        files: Where the rows lie, if in the files of a snapshot.
-        has_warned_of_writes: Whether the store has warned of keys that were written to unnoticed.
-        is_sharded: Whether FSDP2 has put shards in the place of the tensors, which it exchanges for whole ones in a
-            forward.
+        journal: The write in progress, until it is applied.
+        files: Set if the rows are files of a snapshot; else None.
+        has_warned_of_writes: Whether the store has warned about unreported writes to keys.
+        is_sharded: Whether FSDP2 has replaced the tensors by shards, which it gathers in a forward.
     """
 
     def __init__(self, module: nn.Module, rows: RowStorage, config: StoreConfig, open_reads: object) -> None:
@@ -65,7 +64,7 @@ class Table:
         self.attach(module)
 
     def attach(self, module: nn.Module) -> None:
-        """Take the tensors of ``module`` from now on: after a copy."""
+        """Use the tensors of ``module``, after the table was copied."""
         self._module = weakref.ref(module)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +74,7 @@ class Table:
 
     @property
     def module(self) -> Any:
-        """The module that owns the tensors."""
+        """Module that owns the tensors."""
         module = self._module()
         if module is None:
             raise ReferenceError("store: expected a store that is still in use; keep a reference to it")
@@ -83,13 +82,13 @@ class Table:
 
     @property
     def keys(self) -> Tensor:
-        """The keys, or the tensor that lies in their place."""
+        """Keys, or the tensor substituted for them."""
         keys: Tensor = self.module.keys
         return keys
 
     @property
     def values(self) -> Tensor:
-        """The values, or the tensor that lies in their place."""
+        """Values, or the tensor substituted for them."""
         values: Tensor = self.module.values
         return values
 
@@ -99,57 +98,63 @@ class Table:
         return {"keys": module.keys, "values": module.values}
 
     def shape_of(self, name: str) -> tuple[int, int]:
-        """Return the shape that keys or values must have."""
+        """Return the required shape of keys or values."""
         return self.rows.capacity, self.config.widths[name]
 
-    def lent(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return those of ``tensors`` that are not the store's own: of functional_call, FSDP2 or pruning."""
-        recorded, tensors = self.rows.recorded, self.tensors() if tensors is None else tensors
-        return {name: tensor for name, tensor in tensors.items() if recorded.own(name) is not tensor}
+    def substituted_tensors(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the ``tensors`` that are not the store's own, by name.
 
-    def only_lends(self) -> bool:
-        """Whether tensors are lent in the place of the store's own, and there is nothing else to follow."""
+        `torch.func.functional_call`, FSDP2 and pruning substitute other tensors for keys and values.
+        """
+        recorded, tensors = self.rows.recorded, self.tensors() if tensors is None else tensors
+        return {name: tensor for name, tensor in tensors.items() if recorded.tensor(name) is not tensor}
+
+    def has_only_substitutes(self) -> bool:
+        """Return whether substituted tensors are the only change since the last record."""
         written, replaced = compare_versions(self.rows, self.tensors())
         if written or not replaced:
             return False
-        check_lent_buffers(self.rows, replaced - {"keys", "values"})
+        check_substituted_buffers(self.rows, replaced - {"keys", "values"})
         return True
 
-    def record_versions(self, lent: frozenset[str] = frozenset()) -> None:
-        """Record that every write so far to the store's own tensors is accounted for, and watch for others."""
+    def record_versions(self, substituted: frozenset[str] = frozenset()) -> None:
+        """Record every write so far as processed, and watch the store's own tensors.
+
+        The records of ``substituted`` names are kept as they are.
+        """
         module = self.module
         own = {**module._parameters, **module._buffers}
-        tables = {name: own.get(name) for name in ("keys", "values") if name not in lent}
-        record_versions(self.rows, {name: table for name, table in tables.items() if table is not None}, lent)
+        tables = {name: own.get(name) for name in ("keys", "values") if name not in substituted}
+        record_versions(self.rows, {name: table for name, table in tables.items() if table is not None}, substituted)
         for name, table in self.tensors().items():
-            if self.rows.recorded.is_own(name, table):  # not while torch.func lends another tensor
+            if self.rows.recorded.is_own(name, table):  # torch.func may substitute another tensor.
                 watch(table, self.rows, name)
 
     # -- checks ----------------------------------------------------------------------------------------------
 
     def check_not_meta(self) -> None:
-        """Raise if there are no numbers to read or write."""
-        for tensor in (self.keys, self.rows.ids):  # functional_call may lend keys to a store that has no rows
+        """Raise if keys or row buffers are meta tensors."""
+        for tensor in (self.keys, self.rows.ids):  # functional_call may substitute the keys of a meta store.
             check_not_meta("store", tensor, "load_state_dict() or add(), or reset_parameters() of its layer")
 
     def check_not_wrapped(self) -> None:
-        """Raise if a transform of torch.func lends keys or values."""
+        """Raise if a transform of torch.func has wrapped keys or values."""
         if is_wrapped(self.keys, self.values):
             raise TransformError(
-                "keys, values: expected the store's own tensors, got some that a transform of torch.func wraps and "
-                "functional_call lends; within functional_call only read the store"
+                "keys, values: expected the store's own tensors, got tensors that a transform of torch.func wraps and "
+                "functional_call substitutes; within functional_call only read the store"
             )
 
-    def check_own(self) -> None:
-        """Raise if other tensors are in the place of the store's own: what is written would be lost with them."""
-        for name in self.lent():
+    def check_not_substituted(self) -> None:
+        """Raise if keys or values are substituted, since writes to them would be lost."""
+        for name in self.substituted_tensors():
             raise ForeignWriteError(
-                f"{name}: expected the store's own tensor to write to, got another one in its place (of "
-                "torch.func.functional_call, fully_shard or pruning); write before, or remove it"
+                f"{name}: expected the store's own tensor to write to, got a substituted one (by "
+                "torch.func.functional_call, fully_shard or pruning); write before it is substituted, or remove it"
             )
 
-    def check_whole(self) -> None:
-        """Raise if FSDP2 has left this process a part of the rows only."""
+    def check_not_sharded(self) -> None:
+        """Raise if this process holds only a shard of the rows, as with FSDP2."""
         for name, table in self.tensors().items():
             if is_sharded(table):
                 raise ForeignWriteError(
@@ -158,7 +163,7 @@ class Table:
                 )
 
     def check_size(self, name: str, table: Tensor) -> None:
-        """Raise unless a tensor has as many slots as there are rows' buffers for."""
+        """Raise unless a tensor has the number of slots of the row buffers."""
         shape = self.shape_of(name)
         if tuple(table.shape) != shape:
             raise ForeignWriteError(
@@ -169,16 +174,19 @@ class Table:
     # -- writing ---------------------------------------------------------------------------------------------
 
     def apply(self, plan: WritePlan) -> None:
-        """Apply a plan to rows, keys, values and gradients: once or again, to the same end."""
+        """Apply a plan to rows, keys, values and gradients.
+
+        Repeated calls give the same result.
+        """
         batch = plan.batch
         self.rows.apply_plan(plan)
-        if len(batch.leaving):
-            self._drop_gradients(batch.leaving)
-            # A hidden row has weight 0, and 0 times NaN is NaN: whatever training left there must not linger.
-            self.clear(batch.leaving[~torch.isin(batch.leaving, plan.placed)])
-        if batch.afresh:
+        if len(batch.removed_slots):
+            self._drop_gradients(batch.removed_slots)
+            # Free slots are read with weight 0, and 0 * NaN is NaN: they must not contain NaN from training.
+            self.clear(batch.removed_slots[~torch.isin(batch.removed_slots, plan.inserted_slots)])
+        if batch.new_generation:
             self._drop_gradients(batch.slots)
-        self._put(plan.written, {"keys": batch.keys, "values": batch.values})
+        self._put(plan.written_slots, {"keys": batch.keys, "values": batch.values})
 
     def clear(self, slots: Tensor) -> None:
         """Write zeros to the keys and values at ``slots``."""
@@ -186,10 +194,10 @@ class Table:
         self._put(slots, {"keys": zero, "values": zero})
 
     def _put(self, slots: Tensor, contents: Mapping[str, Tensor | None]) -> None:
-        """Write keys, values or both at ``slots``; other stores that share the tensors take note.
+        """Write keys, values or both at ``slots``, and record the write in other stores.
 
-        Through ``.data``: torch counts no version up, so that a read of other rows may still go backward. Reads of
-        these rows know by their staleness check.
+        Writes go through ``.data``, which leaves version counters unchanged, so that open reads of other rows can run
+        backward. Open reads of the written rows fail their staleness check.
         """
         if len(slots) == 0:
             return
@@ -198,12 +206,12 @@ class Table:
             if content is not None:
                 tensor = getattr(self.module, name)
                 table = tensor.data
-                place = place_of(slots.to(table.device)) if place is None else place
+                place = slots_to_index(slots.to(table.device)) if place is None else place
                 table[place] = content.to(table.dtype)
-                note_write(tensor, self.rows, name)
+                record_write(tensor, self.rows, name)
 
     def _drop_gradients(self, slots: Tensor) -> None:
-        """Drop what ``.grad`` holds for rows that are gone: the next row in their slot is another one."""
+        """Drop the gradients at ``slots``, whose rows are removed or replaced."""
         for table in self.tensors().values():
             gradient = table.grad
             if gradient is None or len(slots) == 0:
@@ -211,35 +219,45 @@ class Table:
             if gradient.layout == torch.strided:
                 gradient.detach()[slots.to(gradient.device)] = 0.0
                 continue
-            gradient = coalesced(gradient.detach())
+            gradient = coalesce(gradient.detach())
             there = gradient.indices()[0]
             kept = ~torch.isin(there, slots.to(gradient.device))
             if not bool(kept.all()):
-                table.grad = row_sparse(there[kept], gradient.values()[kept], gradient.shape)
+                table.grad = make_row_sparse(there[kept], gradient.values()[kept], gradient.shape)
 
     # -- storage ---------------------------------------------------------------------------------------------
 
-    def growth_to(self, needed: int, *, exactly: bool = False) -> Growth | None:
-        """Return storage for ``needed`` slots, at least doubled unless ``exactly``; None if there is room.
+    def prepare_growth(self, needed: int, *, exactly: bool = False) -> Growth | None:
+        """Allocate storage for ``needed`` slots, if the present storage is smaller.
+
+        Args:
+            needed: The number of slots.
+            exactly: Whether to allocate exactly this number; else the capacity at least doubles.
+
+        Returns:
+            The larger tensors; None if the storage has room.
 
         Raises:
-            GrowthError: The storage cannot grow now, or never.
+            GrowthError: The storage cannot grow.
         """
         capacity = self.rows.capacity
         if needed <= capacity:
             return None
         self.check_growth(needed, asked=exactly)
-        return self.resized(needed if exactly else max(needed, 2 * capacity))
+        return self.prepare_resize(needed if exactly else max(needed, 2 * capacity))
 
-    def resized(self, capacity: int) -> Growth:
-        """Return all tensors with another capacity, before any of them is set: memory may run out in between."""
-        buffers, tables = resized_buffers(self.rows, capacity), self.tensors()
-        larger = {name: resized(table.data, capacity) for name, table in tables.items()}
-        gradients = {name: resized_gradient(table.grad, capacity) for name, table in tables.items()}
+    def prepare_resize(self, capacity: int) -> Growth:
+        """Copy all tensors to another capacity.
+
+        `install` puts them into use once all are allocated, so that a failed allocation changes nothing.
+        """
+        buffers, tables = resize_buffers(self.rows, capacity), self.tensors()
+        larger = {name: resize(table.data, capacity) for name, table in tables.items()}
+        gradients = {name: resize_gradient(table.grad, capacity) for name, table in tables.items()}
         return Growth(buffers, larger, gradients)
 
     def install(self, growth: Growth) -> None:
-        """Use tensors of another size: as often as need be."""
+        """Replace the tensors by resized ones; repeated calls give the same result."""
         for name, buffer in growth.buffers.items():
             setattr(self.rows, name, buffer)
         for name, table in growth.tables.items():
@@ -250,7 +268,13 @@ class Table:
         self.record_versions()
 
     def check_growth(self, needed: int, *, asked: bool = False, loaded: bool = False) -> None:
-        """Raise unless the storage may hold ``needed`` rows: ``asked`` for by `reserve`, or ``loaded`` from a state."""
+        """Raise unless the storage may be resized to ``needed`` rows.
+
+        Args:
+            needed: The number of rows.
+            asked: Whether `SoftKVStore.reserve` requested the size.
+            loaded: Whether a loaded state requires the size.
+        """
         config, capacity = self.config, self.rows.capacity
         if config.capacity is not None:
             raise GrowthError(
@@ -259,18 +283,18 @@ class Table:
             )
         if not config.trainable:
             return
-        if needed < capacity:  # as only a state that is loaded can be
+        if needed < capacity:  # Only a loaded state can be smaller.
             change, remedy = "shrink", ""
         else:
-            exact = "" if loaded else " or more"  # a state that is loaded has room for so many rows, and no others
-            change, remedy = "grow", f"call store.reserve({needed}){exact} beforehand, or "
+            exact = "" if loaded else " or more"  # A loaded state requires exactly this capacity.
+            change, remedy = "grow", f"call store.reserve({needed}){exact} before, or "
         change = f"the storage must {change} from {capacity} to {needed} rows"
         if self.open_reads:
             raise GrowthError(
                 f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
                 f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
-        # `reserve` is called before wrapping, and an empty store is not wrapped.
+        # `reserve` is called before DistributedDataParallel wraps the store; an empty store is not wrapped.
         if not asked and capacity > 0 and is_distributed():
             raise GrowthError(
                 f"{change}, which DistributedDataParallel cannot follow: "
@@ -279,10 +303,11 @@ class Table:
 
 
 def swap_storage(parameter: Tensor, table: Tensor, gradient: Tensor | None) -> None:
-    """Let a Parameter hold another tensor, of another size, and stay the same object: optimisers keep it.
+    """Replace the storage of a Parameter by a tensor of another size.
 
-    A graph of the past, still referenced somewhere, holds the node that adds up this Parameter's gradient, made for the
-    old size. torch makes a new one only when the dtype changes: it does, shortly.
+    The Parameter remains the same object, so that optimizers still refer to it. A graph that is still referenced may
+    hold its AccumulateGrad node, which expects gradients of the old size. torch creates a new node only when the dtype
+    changes, so the dtype changes temporarily.
     """
     parameter.grad = None
     parameter.data = table.new_empty(0, dtype=torch.float32 if table.dtype != torch.float32 else torch.half)

@@ -1,4 +1,4 @@
-"""How rows are used: counters of reads, and of the weights that rows had there."""
+"""Usage counters of rows: number of reads and sum of weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ __all__ = ["Usage", "check_tracking", "count_reads", "keep_sum_dtype", "new_coun
 
 @dataclass(frozen=True, eq=False)
 class Usage:
-    """How the rows have been read, as `SoftKVStore.usage` returns it: copies, in the order of ``store.ids``.
+    """Copies of the usage counters, in the order of ``store.ids``.
+
+    `SoftKVStore.usage` returns them.
 
     Attributes:
-        reads: (n,) int64: the number of queries that reported the row: how many times its id stood in ``read.ids``, or
-            it had weight in an exact read without ``k``.
-        weight: (n,) float64: the sum of its weights there.
+        reads: (n,) int64: number of queries that read the row. These are queries with its id in ``read.ids``, and
+            queries of exact reads without ``k`` in which its weight was not 0.
+        weight: (n,) float64: sum of the row's weights in these reads.
     """
 
     reads: Tensor
@@ -27,10 +29,10 @@ class Usage:
 
 
 def new_counters(rows: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-    """Create counters of zero.
+    """Create counters that are zero.
 
     Returns:
-        How often each row was read, (rows,) int64, and the sum of its weights, (rows,) float64.
+        Number of reads of each row, (rows,) int64, and sum of its weights, (rows,) float64.
     """
     reads = torch.zeros(rows, dtype=torch.int64, device=device)
     return reads, torch.zeros(rows, dtype=torch.float64, device=device)
@@ -38,7 +40,7 @@ def new_counters(rows: int, device: torch.device | str | None = None) -> tuple[T
 
 @torch.no_grad()
 def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor) -> None:
-    """Add one read of each of ``slots``, and its weight, to the counters in place.
+    """Add one read per slot, and its weight, to the counters in place.
 
     Equal to::
 
@@ -49,7 +51,7 @@ def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor) -
     Args:
         reads: (n,) int64.
         weight: (n,) float64.
-        slots: Rows that reads report, of any shape; a row counts as often as it is named. No padding.
+        slots: Slots of the reported rows, of any shape, without padding. Repeated slots count repeatedly.
         weights: Their weights, of the same shape.
     """
     slots = slots.flatten()
@@ -64,17 +66,17 @@ def reset_counters(reads: Tensor, weight: Tensor, slots: slice | Tensor = slice(
 
 
 def keep_sum_dtype(before: Tensor, converted: Tensor) -> Tensor:
-    """Return a converted sum of weights in its former dtype.
+    """Convert a sum of weights back to its former dtype, on its present device.
 
-    `torch.nn.Module.half` and the like convert every floating-point buffer, but a sum over many reads would stop
-    rising in a narrow dtype.
+    `torch.nn.Module.half` and similar methods convert every floating-point buffer, but a sum in a narrow dtype stops
+    growing once its terms are below its precision.
     """
     return converted if converted.dtype == before.dtype else before.to(converted.device)
 
 
 def check_tracking(track_usage: bool, owner: str) -> None:
-    """Raise `NotApplicableError` unless ``owner``, a "store" or "layer", tracks usage."""
+    """Raise `NotApplicableError` unless a "store" or "layer" tracks usage."""
     if not track_usage:
         raise NotApplicableError(
-            f"track_usage: expected True to know how rows are used, got False; make the {owner} with track_usage=True"
+            f"track_usage: expected True to read usage counters, got False; create the {owner} with track_usage=True"
         )

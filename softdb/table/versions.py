@@ -1,4 +1,4 @@
-"""Recorded tensor versions: which writes to tensors are accounted for, and which something else has made."""
+"""Recorded versions of tensors, which reveal writes by code outside of softdb."""
 
 from __future__ import annotations
 
@@ -16,61 +16,70 @@ Tensors = Mapping[str, Tensor | None]
 
 
 class Differences(NamedTuple):
-    """Names of tensors that something else has written to, and of those that another tensor replaces."""
+    """Names of tensors that other code has written to, or replaced by other tensors."""
 
     written: frozenset[str]
     replaced: frozenset[str]
 
 
 class RecordedVersions:
-    """The state of tensors, by name, at which every write to them is accounted for."""
+    """Recorded states of tensors, by name.
+
+    Softdb has processed every write to a tensor up to its recorded state.
+    """
 
     def __init__(self) -> None:
         self._recorded: dict[str, TensorState] = {}
 
-    def record(self, tensors: Mapping[str, Tensor], lent: frozenset[str] = frozenset()) -> None:
-        """Record the present state of ``tensors``, and keep that of the tensors that ``lent`` ones replace."""
-        kept = {name: state for name, state in self._recorded.items() if name in lent}
-        self._recorded = kept | {name: state_of(tensor) for name, tensor in tensors.items() if name not in lent}
+    def record(self, tensors: Mapping[str, Tensor], substituted: frozenset[str] = frozenset()) -> None:
+        """Record the present state of ``tensors``; keep that of ``substituted`` names."""
+        kept = {name: state for name, state in self._recorded.items() if name in substituted}
+        self._recorded = kept | {name: state_of(tensor) for name, tensor in tensors.items() if name not in substituted}
 
-    def record_step(self, name: str, before: TensorState, table: Tensor) -> None:
-        """Record that an optimiser's step from state ``before`` on is accounted for, if it was the only write."""
+    def record_step(self, name: str, before: TensorState, tensor: Tensor) -> None:
+        """Record an optimizer step as processed, if no other write preceded it.
+
+        Args:
+            name: The name of the tensor.
+            before: The state of the tensor before the step.
+            tensor: The tensor after the step.
+        """
         if before.equals(self._recorded.get(name)):
-            self._recorded[name] = state_of(table)
+            self._recorded[name] = state_of(tensor)
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Keep no weak reference to tensors meanwhile; the caller records them again."""
+    def suspend(self) -> Iterator[None]:
+        """Drop all weak references to tensors; the caller records the tensors again."""
         self._recorded = {}
         yield
 
-    def own(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> Tensor | None:
         """Return the tensor recorded under ``name``, if it still exists."""
         recorded = self._recorded.get(name)
-        return None if recorded is None else recorded.table()
+        return None if recorded is None else recorded.tensor()
 
     def is_own(self, name: str, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is the one recorded under ``name``, not another in its place."""
-        return self.own(name) is tensor
+        """Return whether ``tensor`` is the one recorded under ``name``, not a substitute."""
+        return self.tensor(name) is tensor
 
     def are_current(self, tables: Tensors, buffers: Tensors, count: int) -> bool:
-        """Whether ``count`` tensors are recorded, and none is written to or replaced since."""
-        for name, (reference, place, version) in self._recorded.items():
+        """Return whether ``count`` tensors are recorded, and all are unchanged since."""
+        for name, (reference, data_ptr, version) in self._recorded.items():
             tensor = tables.get(name)
             if tensor is None:
                 tensor = buffers.get(name)
-            if tensor is None or reference() is not tensor or tensor.data_ptr() != place:
+            if tensor is None or reference() is not tensor or tensor.data_ptr() != data_ptr:
                 return False
             if version != version_of(tensor):
                 return False
         return len(self._recorded) == count
 
     def compare(self, tensors: Mapping[str, Tensor]) -> Differences:
-        """Return what something else has done to ``tensors`` since they were recorded."""
+        """Return which ``tensors`` were written to or replaced since they were recorded."""
         written, replaced = set[str](), set[str]()
         for name, tensor in tensors.items():
             recorded = self._recorded.get(name)
-            if recorded is None or recorded.table() is not tensor:
+            if recorded is None or recorded.tensor() is not tensor:
                 replaced.add(name)
             elif not state_of(tensor).equals(recorded):
                 written.add(name)

@@ -1,7 +1,7 @@
-"""`Writer`: from the arguments of a write to the rows, in six steps.
+"""`Writer`: the methods of a store that write rows.
 
-A call is checked and becomes a `WriteBatch`; a `WritePlan` says what the batch does, slot by slot; the journal keeps
-the plan until it has been applied.
+A method checks its arguments and makes a `WriteBatch`. A `WritePlan` holds the resulting slots and counters. The
+journal holds the plan until it has been applied.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from softdb._checks import check_finite, check_float_tensor, check_ids, check_po
 from softdb.errors import ArgumentError, DuplicateIdError, ShapeError
 from softdb.table.access import Access
 from softdb.table.fields import check_fields
-from softdb.table.journal import RESIZED, WRITTEN, Growth, WriteBatch
-from softdb.table.slots import NO_SLOTS, place_of
+from softdb.table.journal import RESIZE_OUTCOME, WRITE_OUTCOME, Growth, WriteBatch
+from softdb.table.slots import NO_SLOTS, slots_to_index
 from softdb.table.table import Table
 
 __all__ = ["Fields", "Ids", "Writer"]
@@ -24,15 +24,16 @@ __all__ = ["Fields", "Ids", "Writer"]
 Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
+# Largest id, so that the next id still fits int64.
 MAX_ID = 2**63 - 2
 
 
 class Writer:
-    """Writes rows of a table, as the methods of `softdb.SoftKVStore` with the same names say.
+    """Implementation of the methods of `softdb.SoftKVStore` that write rows.
 
     Args:
         table: The table.
-        access: How it is reached.
+        access: The access to the table, with its locks.
     """
 
     def __init__(self, table: Table, access: Access) -> None:
@@ -50,9 +51,11 @@ class Writer:
                 check_count(new, len(keys))
                 self._check_new(new)
             columns = check_fields(rows.fields, fields, len(keys), complete=True)
-            added = new.to(self._table.keys.device)  # now: afterwards an error would not say that the rows are there
-            leaving, growth = self._make_room(new)
-            self._write(WriteBatch(new, NO_SLOTS, leaving, *stored, columns), growth)
+            added = new.to(
+                self._table.keys.device
+            )  # Copy before the write: an error after it would hide that the rows exist.
+            removed_slots, growth = self._make_room(new)
+            self._write(WriteBatch(new, NO_SLOTS, removed_slots, *stored, columns), growth)
             return added
 
     def put(self, ids: Ids, keys: Tensor, values: Tensor, fields: Fields | None) -> None:
@@ -65,18 +68,20 @@ class Writer:
             columns = check_fields(rows.fields, fields, len(given), complete=True)
             slots = rows.slots.find(given)
             self._check_new(given[slots < 0])
-            # Those that are replaced come first, and the new ones after them.
+            # A batch holds replaced rows first, then new ones.
             order = (slots < 0).to(torch.int8).argsort(stable=True)
             slots, given = slots[order], given[order]
-            there = place_of(order.to(stored_keys.device))
+            index = slots_to_index(order.to(stored_keys.device))
             replaced = slots[slots >= 0]
             new = given[len(replaced) :]
-            leaving, growth = self._make_room(new, replaced)
+            removed_slots, growth = self._make_room(new, replaced)
             columns = {name: column if column.dim() == 0 else column[order] for name, column in columns.items()}
-            self._write(WriteBatch(new, replaced, leaving, stored_keys[there], stored_values[there], columns), growth)
+            self._write(
+                WriteBatch(new, replaced, removed_slots, stored_keys[index], stored_values[index], columns), growth
+            )
 
     def update(self, ids: Ids, keys: Tensor | None, values: Tensor | None, fields: Fields | None) -> None:
-        """Change parts of rows."""
+        """Change keys, values or fields of existing rows."""
         with self._access.changing("update"):
             given = check_ids("ids", ids)
             stored_keys = None if keys is None else self._check_table("keys", keys)
@@ -91,43 +96,43 @@ class Writer:
             self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, fields=columns))
 
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
-        """Replace the content of rows that are not read any more."""
+        """Replace keys and values of unused rows, and start a new generation of them."""
         with self._access.changing("revive"):
             given = check_ids("ids", ids)
             stored_keys, stored_values = self._check_rows(keys, values)
             check_count(given, len(keys))
             slots = self._table.rows.slots.slots_of("ids", given)
-            self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, afresh=True))
+            self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, new_generation=True))
 
     def delete(self, ids: Ids) -> None:
         """Remove rows."""
         with self._access.changing("delete"):
             given = check_ids("ids", ids)
-            self._write(WriteBatch(leaving=self._table.rows.slots.slots_of("ids", given)))
+            self._write(WriteBatch(removed_slots=self._table.rows.slots.slots_of("ids", given)))
 
     def touch(self, ids: Ids) -> None:
-        """Record that the caller wrote to the tensors of rows."""
+        """Record that the caller has written to the tensors of rows."""
         with self._access.changing("touch"):
             given = check_ids("ids", ids, repeats=True)
             check_vector("ids", given)
             slots = self._table.rows.slots.slots_of("ids", given).unique()
-            self._table.journal.commit(lambda: self._table.rows.mark_changed(slots), WRITTEN)
+            self._table.journal.commit(lambda: self._table.rows.mark_written(slots), WRITE_OUTCOME)
 
     def reserve(self, n: int) -> None:
-        """Make room for ``n`` rows in all."""
+        """Allocate storage for ``n`` rows in total."""
         with self._access.changing("reserve", allows_meta=True):
-            growth = self._table.growth_to(check_positive("n", n), exactly=True)
+            growth = self._table.prepare_growth(check_positive("n", n), exactly=True)
             if growth is not None:
-                self._table.journal.commit(lambda: self._table.install(growth), RESIZED)
+                self._table.journal.commit(lambda: self._table.install(growth), RESIZE_OUTCOME)
 
     def materialize(self) -> None:
-        """Copy rows that lie in the files of a snapshot into memory."""
+        """Copy memory-mapped rows of a snapshot into memory."""
         table = self._table
         with self._access.exclusive():
             if table.files is None:
                 return
-            growth = table.resized(table.config.capacity or table.rows.capacity)
-            self._table.journal.commit(lambda: table.install(growth), RESIZED)
+            growth = table.prepare_resize(table.config.capacity or table.rows.capacity)
+            self._table.journal.commit(lambda: table.install(growth), RESIZE_OUTCOME)
             for name, tensor in table.tensors().items():
                 tensor.requires_grad_(table.config.trainable and name not in table.files.frozen)
             table.files = None
@@ -136,44 +141,49 @@ class Writer:
     # -- steps -----------------------------------------------------------------------------------------------
 
     def _write(self, batch: WriteBatch, growth: Growth | None = None) -> None:
-        """Plan a batch and apply the plan; where that breaks off, it is applied again at once.
+        """Plan a batch and apply the plan through the journal.
 
-        Growth is a write of its own, before: where it breaks off, no rows come.
+        Growth is a separate write before it: if growth is interrupted, no rows are inserted.
         """
         if growth is not None:
-            self._table.journal.commit(lambda: self._table.install(growth), RESIZED)
+            self._table.journal.commit(lambda: self._table.install(growth), RESIZE_OUTCOME)
         plan = self._table.rows.plan(batch)
-        self._table.journal.commit(lambda: self._table.apply(plan), WRITTEN)
+        self._table.journal.commit(lambda: self._table.apply(plan), WRITE_OUTCOME)
 
     def _make_room(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:
-        """Return what makes room for ``new`` ids: slots whose rows are evicted, in a full store, and growth.
+        """Make room for new rows: choose rows to evict, or allocate larger storage.
 
-        The rows in the slots ``replaced`` come in the same call, and stay.
+        Args:
+            new: The ids of the new rows.
+            replaced: Slots that the same call writes to, which are not evicted.
+
+        Returns:
+            The slots to evict, and the larger tensors or None.
         """
         rows, config = self._table.rows, self._table.config
-        count, together = len(new), len(new) + len(replaced)
-        if config.capacity is not None and together > config.capacity:
+        count, total = len(new), len(new) + len(replaced)
+        if config.capacity is not None and total > config.capacity:
             raise ArgumentError(
-                f"keys: expected at most {config.capacity} rows, the store's capacity, got {together}; write fewer at "
+                f"keys: expected at most {config.capacity} rows, the store's capacity, got {total}; write fewer at "
                 "a time, or make the store with a larger capacity"
             )
         rows.slots.widen(new, len(rows))
         needed = rows.used + max(0, count - len(rows.free))
         if rows.clock.column is None or needed <= rows.capacity:
-            return NO_SLOTS, self._table.growth_to(needed)
+            return NO_SLOTS, self._table.prepare_growth(needed)
         readings = getattr(rows, rows.clock.column)[: rows.used]
         excess = needed - rows.capacity
         return rows.clock.rows_to_evict(readings, rows.ids[: rows.used], excess, replaced).cpu(), None
 
     def _new_ids(self, count: int) -> Tensor:
-        """Return the next ``count`` ids; they are taken only once the rows are there."""
+        """Return the next ``count`` ids, which stay available until the rows are inserted."""
         first = self._table.rows.first_new_id
         if first + count - 1 > MAX_ID:
             raise ArgumentError(f"ids: the ids up to {MAX_ID} are used up; give ids of deleted rows explicitly")
         return torch.arange(first, first + count, device="cpu")
 
     def _check_new(self, ids: Tensor) -> None:
-        """Raise if one of ``ids`` names a row already, or is too large to be one."""
+        """Raise if one of ``ids`` exists already or is too large."""
         taken = ids[self._table.rows.slots.find(ids) >= 0]
         if len(taken):
             raise DuplicateIdError(f"ids: expected ids that are not in the store, got existing {list_ids(taken)}")
@@ -187,7 +197,7 @@ class Writer:
         return stored_keys, stored_values
 
     def _check_table(self, name: str, given: Tensor) -> Tensor:
-        """Return ``given`` keys or values in the dtype they are stored in, if they are finite in it."""
+        """Check keys or values and convert them to the dtype of the store."""
         tensors = self._table.tensors()
         table = tensors[name]
         check_float_tensor(name, given, (None, table.shape[-1]), table.device)

@@ -29,7 +29,7 @@ from softdb.index.search import Candidates
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.scoring.metrics import centre_of, prepare_query
-from softdb.table.gradients import row_sparse
+from softdb.table.gradients import make_row_sparse
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
 
@@ -639,7 +639,7 @@ def test_the_tolerance_is_robust_to_outliers_and_clusters(distribution: str, met
     assert hits() > 0.7
     moving = torch.arange(100, 164)
     gradient = keys[moving] - query
-    store.keys.grad = row_sparse(moving, gradient, keys.shape)
+    store.keys.grad = make_row_sparse(moving, gradient, keys.shape)
     torch.optim.SGD([store.keys], lr=1.0).step()
     assert hits() > 0.7
     if metric == "l2":

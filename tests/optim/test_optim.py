@@ -556,7 +556,7 @@ def test_only_the_rows_of_the_gradient_count_as_moved() -> None:
     store.read(torch.ones(4), "topk", k=1)  # here the store looks for writes
     second.values.sum().backward()
     optimizer.step()
-    assert store.rows.moved_at == 0 or store.rows.moved_at < store.rows.version - 1
+    assert store.rows.all_changed_at == 0 or store.rows.all_changed_at < store.rows.version - 1
 
     third = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
     optimizer.step()  # moves the second's rows again

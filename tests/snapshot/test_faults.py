@@ -352,9 +352,9 @@ CHANGES: dict[str, Callable[[SoftKVStore], object]] = {
 STEPS: tuple[tuple[Any, str], ...] = (
     (SlotTable, "remove"),
     (SlotTable, "put"),
-    (RowStorage, "own"),
+    (RowStorage, "writable_buffer"),
     (RowStorage, "reset_usage"),
-    (RowStorage, "mark_changed"),
+    (RowStorage, "mark_written"),
     (RowStorage, "apply_plan"),
     (RowStorage, "derive"),
     (ChangeLog, "record"),

@@ -189,7 +189,7 @@ SHORTAGES = {
 
 @pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
 @pytest.mark.parametrize(
-    "place", ["softdb.snapshot.contents.resized", "torch.zeros", "softdb.table.slots.SlotTable.put"]
+    "place", ["softdb.snapshot.contents.resize", "torch.zeros", "softdb.table.slots.SlotTable.put"]
 )
 def test_a_load_without_memory_is_not_reported_as_corruption(
     shortage: Exception, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

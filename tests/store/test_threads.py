@@ -615,7 +615,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
         "add": lambda store: store.add(torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
         "put": lambda store: store.put(range(90), torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
     }
-    resized = softdb.table.slots.resized
+    resized = softdb.table.slots.resize
     for number in range(1, 40):
         store = table(**KINDS[kind])
         if kind == "trainable":
@@ -631,7 +631,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
 
         with monkeypatch.context() as patch:
             for module in (softdb.table.growth, softdb.table.slots, softdb.table.table, softdb.table.gradients):
-                patch.setattr(module, "resized", short)
+                patch.setattr(module, "resize", short)
             try:
                 growing[name](store)
                 break

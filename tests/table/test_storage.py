@@ -10,7 +10,7 @@ import torch
 
 import softdb
 from softdb.reading.staleness import StalenessCheck
-from softdb.table.growth import resized_buffers
+from softdb.table.growth import resize_buffers
 from softdb.table.hooks import watch
 from softdb.table.journal import WriteBatch
 from softdb.table.slots import SlotTable
@@ -25,7 +25,7 @@ def table_of(count: int) -> RowStorage:
 
 
 def resize(rows: RowStorage, capacity: int) -> None:
-    for name, buffer in resized_buffers(rows, capacity).items():
+    for name, buffer in resize_buffers(rows, capacity).items():
         setattr(rows, name, buffer)
 
 
@@ -42,7 +42,7 @@ def place(rows: RowStorage, ids: torch.Tensor) -> list[int]:
 
 
 def remove(rows: RowStorage, ids: list[int]) -> None:
-    rows.apply_plan(rows.plan(WriteBatch(leaving=rows.slots.find(torch.tensor(ids)))))
+    rows.apply_plan(rows.plan(WriteBatch(removed_slots=rows.slots.find(torch.tensor(ids)))))
 
 
 def enter(slots: SlotTable, ids: torch.Tensor, places: torch.Tensor, rows: int) -> None:
@@ -72,21 +72,21 @@ def test_holes_are_filled_lowest_first() -> None:
     assert place(rows, torch.tensor([20, 21])) == [2, 5]
     remove(rows, [0])
     assert place(rows, torch.tensor([22, 23])) == [0, 7]
-    assert rows.live() is None
+    assert rows.live_mask() is None
 
 
 def test_changes_since_a_version() -> None:
     rows = table_of(10)
     start = rows.version
-    rows.mark_changed(torch.tensor([4, 2]))
+    rows.mark_written(torch.tensor([4, 2]))
     middle = rows.version
     remove(rows, [9])
     assert rows.changed_since(start).tolist() == [2, 4, 9]
     assert rows.changed_since(middle).tolist() == [9]
     assert rows.changed_since(rows.version).tolist() == []
-    rows.mark_changed(torch.tensor([], dtype=torch.int64))
+    rows.mark_written(torch.tensor([], dtype=torch.int64))
     assert rows.version == middle + 1
-    rows.mark_moved()
+    rows.mark_updated()
     assert rows.changed_since(middle).tolist() == list(range(10))
 
 
@@ -101,9 +101,9 @@ def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
     resize(rows, 20)
     place(rows, torch.tensor([51]))
     if used is not None:
-        rows.mark_changed(torch.tensor([6]))
+        rows.mark_written(torch.tensor([6]))
     snapshot.check()
-    rows.mark_changed(torch.tensor([3]))
+    rows.mark_written(torch.tensor([3]))
     with pytest.raises(softdb.StaleReadError, match="slots 3"):
         snapshot.check()
 
@@ -119,8 +119,8 @@ def test_optimisers_are_seen_without_keeping_anything_alive() -> None:
     assert rows.version == before
     parameter.grad = torch.ones(3)
     optimiser.step()
-    assert rows.moved_at == rows.version == before + 1
-    assert rows.keys_moved_at < rows.version
+    assert rows.all_changed_at == rows.version == before + 1
+    assert rows.all_keys_changed_at < rows.version
     del rows
     gc.collect()
     optimiser.step()

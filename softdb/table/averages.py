@@ -44,10 +44,10 @@ def prepare_average(average: Table, model: Table, decay: float) -> Callable[[], 
         GrowthError: The storage of the average cannot be resized now.
     """
     for name in SHARED_SETTINGS:
-        mine, theirs = getattr(average.config, name), getattr(model.config, name)
-        if mine != theirs:
+        found, expected = getattr(average.config, name), getattr(model.config, name)
+        if found != expected:
             raise ArgumentError(
-                f"average: expected a store with {name}={theirs!r}, as the model's, got {mine!r}; start from "
+                f"average: expected a store with {name}={expected!r}, as the model's, got {found!r}; start from "
                 "copy.deepcopy(model)"
             )
     if average.config.track_usage != model.config.track_usage:
@@ -76,23 +76,24 @@ def _install(average: Table, averaged: Growth, layout: int) -> None:
 
 
 def _average_by_id(average: Table, model: Table, decay: float) -> Growth:
-    rows, theirs = average.rows, model.rows
-    live = theirs.live_slots()
-    slots, mine = live.cpu(), rows.slots.find(theirs.ids[live].cpu())
-    known = mine >= 0
-    slots, mine = slots[known], mine[known]
+    rows, model_rows = average.rows, model.rows
+    live = model_rows.live_slots()
+    model_slots, average_slots = live.cpu(), rows.slots.find(model_rows.ids[live].cpu())
+    known = average_slots >= 0
+    model_slots, average_slots = model_slots[known], average_slots[known]
     # Another generation of the same slot is a new row that reuses an id.
-    generation, before = theirs.generation.cpu()[slots], rows.generation.cpu()[mine]
-    same = (generation == before) | (slots != mine)
+    generation, before = model_rows.generation.cpu()[model_slots], rows.generation.cpu()[average_slots]
+    same = (generation == before) | (model_slots != average_slots)
     averages, device, source = {}, rows.ids.device, model.tensors()
     for name, table in average.tensors().items():
         present = source[name].detach()
         averaged = present.to(table.device, table.dtype, copy=True)
         wide = torch.promote_types(table.dtype, torch.float32)
-        for to, of in zip(slots[same].split(CHUNK_ROWS), mine[same].split(CHUNK_ROWS), strict=True):
-            now = present[to.to(present.device)].to(table.device, wide)
-            then = table.detach()[of.to(table.device)].to(wide)
-            averaged[to.to(table.device)] = torch.lerp(now, then, decay).to(table.dtype)
+        chunks = zip(model_slots[same].split(CHUNK_ROWS), average_slots[same].split(CHUNK_ROWS), strict=True)
+        for target, old in chunks:
+            new_values = present[target.to(present.device)].to(table.device, wide)
+            old_values = table.detach()[old.to(table.device)].to(wide)
+            averaged[target.to(table.device)] = torch.lerp(new_values, old_values, decay).to(table.dtype)
         averages[name] = averaged
-    buffers = {name: getattr(theirs, name).to(device, copy=True) for name in theirs.saved}
-    return Growth(buffers | change_columns(theirs.capacity, device), averages, dict.fromkeys(averages))
+    buffers = {name: getattr(model_rows, name).to(device, copy=True) for name in model_rows.saved}
+    return Growth(buffers | change_columns(model_rows.capacity, device), averages, dict.fromkeys(averages))

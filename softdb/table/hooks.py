@@ -59,6 +59,11 @@ class _Update(NamedTuple):
     slots: Tensor | None
     state: TensorState
 
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """Hashable identity of Parameter, table and name."""
+        return id(self.parameter), id(self.table), self.name
+
 
 def table_of(parameter: Tensor) -> RowStorage | None:
     """Return the first table whose keys or values ``parameter`` holds, if any."""
@@ -185,11 +190,11 @@ def _updates_only_named_rows(optimizer: torch.optim.Optimizer, group: dict[str, 
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    moves = list(_find_updates(optimizer))
+    updates = list(_find_updates(optimizer))
     if not isinstance(optimizer, tuple(_row_optimizers)):
-        for move in moves:
-            _check_state(move.parameter, optimizer.state.get(move.parameter, {}))
-    _pending_updates[optimizer] = moves
+        for update in updates:
+            _check_state(update.parameter, optimizer.state.get(update.parameter, {}))
+    _pending_updates[optimizer] = updates
 
 
 def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
@@ -209,19 +214,18 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    noted = type(optimizer) in _row_optimizers and _updates_only_named_rows(
-        optimizer, {}
-    )  # The optimizer records its updates itself.
-    before = {(id(move.parameter), id(move.table), move.name): move for move in _pending_updates.pop(optimizer, [])}
+    # Registered row optimizers record their updates themselves.
+    is_recorded = type(optimizer) in _row_optimizers and _updates_only_named_rows(optimizer, {})
+    before = {update.key: update for update in _pending_updates.pop(optimizer, [])}
     # Updates are determined again, since a closure may have computed the gradients during the step.
-    after = {(id(move.parameter), id(move.table), move.name): move for move in _find_updates(optimizer)}
-    for number, move in (before | after).items():
-        if not noted:
+    after = {update.key: update for update in _find_updates(optimizer)}
+    for key, update in (before | after).items():
+        if not is_recorded:
             # Without a gradient after the step, all rows count as updated: which rows the step used is unknown.
-            first, last = before.get(number, move).slots, after[number].slots if number in after else None
+            first, last = before.get(key, update).slots, after[key].slots if key in after else None
             if first is not None and last is not None and not torch.equal(first, last):
                 last = torch.cat([first, last]).unique()
-            with move.table.access.writing():
-                move.table.mark_updated(None if first is None else last, keys=move.name == "keys")
-        if number in before:
-            move.table.recorded.record_step(move.name, before[number].state, move.parameter)
+            with update.table.access.writing():
+                update.table.mark_updated(None if first is None else last, keys=update.name == "keys")
+        if key in before:
+            update.table.recorded.record_step(update.name, before[key].state, update.parameter)

@@ -103,8 +103,8 @@ class Outcome(NamedTuple):
 
 WRITE_OUTCOME = Outcome(
     "the write has been completed",
-    "it is recorded: the next use of the store completes it, so do not repeat the call, and until then leave the "
-    "tensors that were passed to it as they are",
+    "the journal holds it, and the next use of the store completes it; do not repeat the call, and until then do not "
+    "modify the tensors that were passed to it",
 )
 RESIZE_OUTCOME = Outcome(
     "the storage has been resized, and nothing else was written",
@@ -152,17 +152,17 @@ class Journal:
 
     def _apply_again(self, error: BaseException, outcome: Outcome) -> None:
         """Finish the write that ``error`` interrupted, and raise the interrupt again."""
-        said = outcome.completed
+        message = outcome.completed
         try:
             self.recover()
         except BaseException as again:
-            said = outcome.pending
+            message = outcome.pending
             if not isinstance(again, Exception):
                 error = again
             elif outcome is RESIZE_OUTCOME and isinstance(error, Exception):
                 raise error from again  # Callers do not notice that the storage is resized only at the next use.
             elif isinstance(error, Exception):
-                raise UnfinishedWriteError(f"expected to write at once, got {error!r}; {said}") from error
+                raise UnfinishedWriteError(f"write: expected it to complete, got {error!r}; {message}") from error
         if not isinstance(error, Exception):
-            error.args = error.args or (said,)
+            error.args = error.args or (message,)
             raise error

@@ -243,7 +243,7 @@ class Table:
         capacity = self.rows.capacity
         if needed <= capacity:
             return None
-        self.check_growth(needed, asked=exactly)
+        self.check_growth(needed, reserved=exactly)
         return self.prepare_resize(needed if exactly else max(needed, 2 * capacity))
 
     def prepare_resize(self, capacity: int) -> Growth:
@@ -267,12 +267,12 @@ class Table:
                 self.module._buffers[name] = table
         self.record_versions()
 
-    def check_growth(self, needed: int, *, asked: bool = False, loaded: bool = False) -> None:
+    def check_growth(self, needed: int, *, reserved: bool = False, loaded: bool = False) -> None:
         """Raise unless the storage may be resized to ``needed`` rows.
 
         Args:
             needed: The number of rows.
-            asked: Whether `SoftKVStore.reserve` requested the size.
+            reserved: Whether `SoftKVStore.reserve` requested the size.
             loaded: Whether a loaded state requires the size.
         """
         config, capacity = self.config, self.rows.capacity
@@ -295,7 +295,7 @@ class Table:
                 f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before DistributedDataParallel wraps the store; an empty store is not wrapped.
-        if not asked and capacity > 0 and is_distributed():
+        if not reserved and capacity > 0 and is_distributed():
             raise GrowthError(
                 f"{change}, which DistributedDataParallel cannot follow: "
                 f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"

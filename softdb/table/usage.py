@@ -78,5 +78,5 @@ def check_tracking(track_usage: bool, owner: str) -> None:
     """Raise `NotApplicableError` unless a "store" or "layer" tracks usage."""
     if not track_usage:
         raise NotApplicableError(
-            f"track_usage: expected True to read usage counters, got False; create the {owner} with track_usage=True"
+            f"track_usage: expected True to read usage counters, got False; make the {owner} with track_usage=True"
         )

@@ -1235,7 +1235,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     [
         "default_ddp_leaves_each_process_its_rows",
         "ddp_begins_with_the_rows_of_rank_0",
-        "row_sparse_gradients_go_through_ddp_and_nobody_else_sees_an_embedding",
+        "ddp_reduces_row_sparse_gradients_without_visible_embeddings",
         "default_ddp_leaves_each_process_its_counters",
         "row_optimizers_refuse_shards",
         "zero_redundancy_optimizer",

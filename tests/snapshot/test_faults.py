@@ -153,7 +153,7 @@ def test_a_missing_fsync_is_detected_by_simulated_power_failures(tmp_path: Path)
                 return step.kind == "fsync" and len(seen) == number + 1
 
             report = Report("")
-            faults.power_failures(report, folder, place=place, lost=lost, again=10**9, patient=False)
+            faults.power_failures(report, folder, place=place, lost=lost, again=10**9, stop_at_first=True)
             assert report.violations, f"{syncs[number]} is of no use in a save to {place}"
 
 
@@ -167,11 +167,11 @@ def holding(path: Path) -> tuple[Any, Any]:
     def hold() -> None:
         with snapshot.lock_directory(path, 0.0):
             ready.set()
-            go.wait(faults.PATIENCE)
+            go.wait(faults.CHILD_TIMEOUT_SECONDS)
 
     child = FORK.Process(target=hold, daemon=True)
     child.start()
-    assert ready.wait(faults.PATIENCE)
+    assert ready.wait(faults.CHILD_TIMEOUT_SECONDS)
     return child, go
 
 
@@ -194,9 +194,9 @@ def test_a_save_waits_for_another_save(tmp_path: Path) -> None:
     child, go = holding(tmp_path)
     timer = threading.Timer(0.2, go.set)
     timer.start()
-    make(2.0).save(tmp_path, timeout=faults.PATIENCE)
+    make(2.0).save(tmp_path, timeout=faults.CHILD_TIMEOUT_SECONDS)
     timer.join()
-    assert faults.ends(child) == 0
+    assert faults.join_or_kill(child) == 0
     assert which(tmp_path, OLD_NEW) == "new"
 
 
@@ -206,13 +206,13 @@ def test_concurrent_first_saves_run_one_after_the_other(tmp_path: Path) -> None:
         barrier = FORK.Barrier(2)
 
         def saving(store: SoftKVStore, path: Path = path, barrier: Any = barrier) -> None:
-            barrier.wait(faults.PATIENCE)
-            store.save(path, timeout=faults.PATIENCE)
+            barrier.wait(faults.CHILD_TIMEOUT_SECONDS)
+            store.save(path, timeout=faults.CHILD_TIMEOUT_SECONDS)
 
         children = [FORK.Process(target=saving, args=(store,), daemon=True) for store in OLD_NEW.values()]
         for child in children:
             child.start()
-        assert [faults.ends(child) for child in children] == [0, 0]
+        assert [faults.join_or_kill(child) for child in children] == [0, 0]
         assert which(path, OLD_NEW) in ("old", "new")
         assert names(path) == names_of_one(path)
 

@@ -36,11 +36,11 @@ def holds(campaign: Callable[..., Any], folder: Path, least: int, **options: Any
 
 
 def test_a_cut_file_is_an_error_that_names_it_and_its_tensor(tmp_path: Path) -> None:
-    holds(damage.cuts, tmp_path, 700, every=53)
+    holds(damage.truncate_files, tmp_path, 700, every=53)
 
 
 def test_a_flipped_bit_is_an_error_that_names_the_file_and_its_tensor(tmp_path: Path) -> None:
-    holds(damage.flipped_bits, tmp_path, 500, every=47, sampled=13)
+    holds(damage.flip_bits, tmp_path, 500, every=47, sampled=13)
 
 
 def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
@@ -191,5 +191,5 @@ def test_loading_changed_files_returns_the_store_or_a_known_error(tmp_path: Path
     def harmless(recipe: Any) -> None:
         assert fuzz.violations(recipe, tmp_path) == []
 
-    with faults.no_waiting():
+    with faults.skip_fsync():
         harmless()

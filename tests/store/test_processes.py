@@ -1,4 +1,4 @@
-"""A store in other processes: forked, spawned, as a DataLoader's worker, saved by one and loaded by another, killed."""
+"""Stores in other processes: forked and spawned children, DataLoader workers, checkpoints, killed runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = multiprocessing.get_all_start_methods()
 
 
 def start(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
-    """A process of its own, with the tests and softdb to import, and so many threads for each product."""
+    """Start Python in a process that can import the tests and softdb, with a number of OpenMP threads."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", *arguments]
@@ -33,7 +33,7 @@ def start(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 600.0) -> list[str]:
-    """Wait for a process that is to end with ``code``, and return the lines it printed. None outlives its test."""
+    """Wait for a process, check its exit code, and return the lines it printed; kill it after a timeout."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 600.0
 
 # -- children that read what their parent reads ------------------------------------------------------------------------
 
-# A child that hangs would hang forever: the limits are long, so that they hold on a busy machine too.
+# The time limits end a hung child. They are long, so that a busy machine does not exceed them.
 CHILDREN = """
 import sys
 
@@ -61,11 +61,11 @@ import faiss
 def reads(store, query):
     faiss.cvar.indexIVF_stats.reset()
     best = store.read(query, "topk", k=5)
-    assert faiss.cvar.indexIVF_stats.nq >= len(query)  # not exact, as it would be if that were cheaper
+    assert faiss.cvar.indexIVF_stats.nq >= len(query)  # the index was searched, not all rows
     return best.ids, best.values, store.read(query).values
 
 def child(store, query, connection):
-    connection.send("begun")
+    connection.send("started")
     connection.send([tensor.tolist() for tensor in reads(store, query)])
 
 if __name__ == "__main__":
@@ -75,43 +75,43 @@ if __name__ == "__main__":
     store = softdb.SoftKVStore(16, 4, metric="cosine", index=softdb.IndexConfig("IVF64,Flat", recall=1.0))
     store.add(keys, torch.randn(6400, 4))
     query = centres.repeat(3, 1) + torch.randn(192, 16)
-    wanted = reads(store, query)
+    expected = reads(store, query)
     children = []
     for method in methods:
         context = multiprocessing.get_context(method)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=child, args=(store, query, theirs), daemon=True)
+        parent_end, child_end = context.Pipe()
+        process = context.Process(target=child, args=(store, query, child_end), daemon=True)
         process.start()
-        children.append((method, process, ours))
+        children.append((method, process, parent_end))
     for method, process, connection in children:
-        assert connection.poll(300), f"{method}: no beginning"
-        assert connection.recv() == "begun"
+        assert connection.poll(300), f"{method}: did not start"
+        assert connection.recv() == "started"
         if not connection.poll(100):
             process.kill()
             raise SystemExit(f"{method}: the child hangs")
         ids, best, exact = map(torch.tensor, connection.recv())
-        assert torch.equal(ids, wanted[0]), method
-        assert torch.allclose(best, wanted[1], atol=1e-5), method
-        assert torch.allclose(exact, wanted[2], atol=1e-5), method
+        assert torch.equal(ids, expected[0]), method
+        assert torch.allclose(best, expected[1], atol=1e-5), method
+        assert torch.allclose(exact, expected[2], atol=1e-5), method
         process.join(100)
         assert process.exitcode == 0, method
         print(method)
     again = store.read(query, "topk", k=5)
-    assert torch.equal(again.ids, wanted[0])
-    assert torch.allclose(store(query), wanted[2], atol=1e-5)
+    assert torch.equal(again.ids, expected[0])
+    assert torch.allclose(store(query), expected[2], atol=1e-5)
 """
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("first", ["torch", "faiss"])
-def test_a_child_reads_what_its_parent_has_read(first: str, threads: int, tmp_path: Path) -> None:
-    """However it is started, whichever library was imported first, and whether they have threads."""
+def test_a_child_process_reads_the_same_as_its_parent(first: str, threads: int, tmp_path: Path) -> None:
+    """Test all start methods, both import orders of torch and faiss, and one or two threads."""
     program = tmp_path / "children.py"
     program.write_text(CHILDREN)
     assert finish(start(str(program), first, *METHODS, threads=threads)) == METHODS
 
 
-# How many threads torch has in a child, and what the child reads after its parent has done one of these.
+# Prints the number of threads of torch in a forked child, after the parent did the named action.
 THREADS = """
 import os, signal, sys
 import torch
@@ -133,16 +133,16 @@ before = {
     "layer": lambda: ProductKeyMemory(16, 64**2)(torch.randn(400, 16)),
 }
 before[sys.argv[1]]()
-ours, theirs = os.pipe()
+parent_end, child_end = os.pipe()
 child = os.fork()
 if child == 0:
-    signal.alarm(100)  # nobody waits for it longer
+    signal.alarm(100)  # the parent waits no longer
     threads = torch.get_num_threads()
     assert read().values.isfinite().all()
-    os.write(theirs, str(threads).encode())
+    os.write(child_end, str(threads).encode())
     os._exit(0)
-os.close(theirs)
-print(os.read(ours, 10).decode())
+os.close(child_end)
+print(os.read(parent_end, 10).decode())
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -152,11 +152,11 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     ("parent", "threads"), [("import", 2), ("store", 1), ("soft_read", 1), ("topk_read", 1), ("layer", 1)]
 )
 def test_a_forked_child_has_one_thread_if_its_parent_has_used_softdb(parent: str, threads: int) -> None:
-    """A child of a program that only imports softdb keeps its threads; others would hang with more than one."""
+    """A child keeps its threads if its parent only imported softdb; otherwise several threads would hang."""
     assert finish(start("-c", THREADS, parent, threads=2)) == [str(threads)]
 
 
-APART = """
+SEPARATE = """
 import multiprocessing
 import torch
 from softdb import SoftKVStore
@@ -167,7 +167,7 @@ class Named(SoftKVStore):
 
 
 def child(store, connection):
-    connection.send("begun")
+    connection.send("started")
     connection.recv()
     connection.send((len(store), store(torch.ones(1, 4)).tolist()))
     store.values.fill_(7.0)
@@ -182,32 +182,32 @@ if __name__ == "__main__":
             ids = store.add(torch.eye(4), torch.ones(4, 2))
             if shared:
                 store.share_memory()
-            ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=child, args=(store, theirs), daemon=True)
+            parent_end, child_end = multiprocessing.get_context("spawn").Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=child, args=(store, child_end), daemon=True)
             process.start()
-            assert ours.poll(300) and ours.recv() == "begun"
+            assert parent_end.poll(300) and parent_end.recv() == "started"
             store.update(ids, values=torch.full((4, 2), 5.0))
-            ours.send("go")
-            assert ours.poll(100)
-            count, answer = ours.recv()
+            parent_end.send("go")
+            assert parent_end.poll(100)
+            count, answer = parent_end.recv()
             assert count == 4
             assert answer == [[5.0, 5.0] if shared else [1.0, 1.0]], answer
-            assert ours.recv() == "written"
+            assert parent_end.recv() == "written"
             assert bool((store.values == (7.0 if shared else 5.0)).all())
-            ours.send("end")
+            parent_end.send("end")
             process.join(100)
             assert process.exitcode == 0
 """
 
 
 def test_a_store_sent_to_a_process_is_a_copy_unless_its_memory_is_shared(tmp_path: Path) -> None:
-    program = tmp_path / "apart.py"
-    program.write_text(APART)
+    program = tmp_path / "separate.py"
+    program.write_text(SEPARATE)
     finish(start(str(program)))
 
 
 class Answers(torch.utils.data.Dataset[Tensor]):
-    """What a store answers to each of many queries."""
+    """Dataset of the reads of a store, one per query."""
 
     def __init__(self, store: SoftKVStore, queries: Tensor) -> None:
         self.store, self.queries = store, queries
@@ -221,38 +221,38 @@ class Answers(torch.utils.data.Dataset[Tensor]):
 
 
 def load_by_workers() -> None:
-    """Read by workers of a DataLoader, which fork or spawn after a search, what this process reads by itself."""
+    """Compare reads by DataLoader workers, started after a search, with reads in this process."""
     torch.manual_seed(0)
     centres = 9 * torch.randn(64, 16)
     store = SoftKVStore(16, 4, metric="cosine", index="IVF64,Flat")
     store.add(centres.repeat(50, 1) + torch.randn(3200, 16), torch.randn(3200, 4))
     dataset = Answers(store, centres[:40] + torch.randn(40, 16))
-    wanted = torch.cat([store.read(dataset.queries, "topk", k=5).values, store(dataset.queries)], 1)
+    expected = torch.cat([store.read(dataset.queries, "topk", k=5).values, store(dataset.queries)], 1)
     assert store.index_stats().builds == 1
     for method in METHODS:
         loader = torch.utils.data.DataLoader(
             dataset, batch_size=8, num_workers=2, multiprocessing_context=method, timeout=300
         )
-        assert torch.allclose(torch.cat(list(loader)), wanted, atol=1e-5), method
+        assert torch.allclose(torch.cat(list(loader)), expected, atol=1e-5), method
         print(method)
 
 
-def test_workers_of_a_data_loader_read_a_store() -> None:
+def test_data_loader_workers_read_a_store() -> None:
     assert finish(start("-c", "import test_processes as t; t.load_by_workers()", threads=2)) == METHODS
 
 
-# -- checkpoints that torch writes -------------------------------------------------------------------------------------
+# -- checkpoints of torch ----------------------------------------------------------------------------------------------
 
 
-def memory(**options: Any) -> SoftKVStore:
-    """A store to load into."""
+def empty(**options: Any) -> SoftKVStore:
+    """Create an empty store."""
     return SoftKVStore(8, 3, fields=("time",), **options)
 
 
 def filled(**options: Any) -> tuple[SoftKVStore, Tensor]:
-    """A store of 20 rows whose highest id is gone, with more room than rows, and queries."""
+    """Create a store of 20 rows, without its highest id and with free slots, and queries."""
     generator = torch.Generator().manual_seed(0)
-    store = memory(**options)
+    store = empty(**options)
     for time in range(3):
         rows = torch.randn(7, 11, generator=generator)
         store.add(rows[:, :8], rows[:, 8:], fields={"time": time})
@@ -260,15 +260,15 @@ def filled(**options: Any) -> tuple[SoftKVStore, Tensor]:
     return store, torch.randn(5, 8, generator=generator)
 
 
-def goes_on_as(store: SoftKVStore, loaded: SoftKVStore, query: Tensor) -> None:
-    """The same rows and answers, and ids that keep rising."""
+def check_equal(store: SoftKVStore, loaded: SoftKVStore, query: Tensor) -> None:
+    """Check that both stores have the same rows, give the same reads and assign the same next id."""
     assert torch.equal(loaded.ids, store.ids)
     assert torch.equal(loaded.get(store.ids).fields["time"], store.get(store.ids).fields["time"])
     for how in ({"k": 4}, {"mode": "topk", "k": 4}, {"mode": "hard"}, {"where": lambda row: row["time"] > 0}):
-        mine, other = store.read(query, **how), loaded.read(query, **how)
-        assert torch.equal(mine.values, other.values)
-        assert mine.ids is None or torch.equal(mine.ids, other.ids)
-    assert [one.add(query[:1], query[:1, :3], fields={"time": 9}).item() for one in (store, loaded)] == [21, 21]
+        expected, found = store.read(query, **how), loaded.read(query, **how)
+        assert torch.equal(expected.values, found.values)
+        assert expected.ids is None or torch.equal(expected.ids, found.ids)
+    assert [each.add(query[:1], query[:1, :3], fields={"time": 9}).item() for each in (store, loaded)] == [21, 21]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -280,51 +280,51 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_torch_saves_the_state_and_loads_it_without_pickled_code(
+def test_a_state_dict_can_be_saved_and_loaded_with_weights_only(
     options: dict[str, Any], rows: int, tmp_path: Path
 ) -> None:
     store, query = filled(**options)
     torch.save(store.state_dict(), tmp_path / "store.pt")
-    loaded = memory(**options)
+    loaded = empty(**options)
     if rows:
         loaded.add(torch.ones(rows, 8), torch.ones(rows, 3), fields={"time": 0})
     loaded.load_state_dict(torch.load(tmp_path / "store.pt", weights_only=True))
-    goes_on_as(store, loaded, query)
+    check_equal(store, loaded, query)
 
 
-def into_a_store_with_room(path: Path, options: dict[str, Any]) -> SoftKVStore:
-    """What is loaded goes into tensors that are there: `reserve` makes them as large as the saved ones."""
-    loaded = memory(**options)
+def load_in_place(path: Path, options: dict[str, Any]) -> SoftKVStore:
+    """Load in place, into a store that `reserve` has grown to the saved size."""
+    loaded = empty(**options)
     if loaded.capacity is None:
         loaded.reserve(dcp.FileSystemReader(path).read_metadata().state_dict_metadata["store.keys"].size[0])
     dcp.load({"store": loaded}, checkpoint_id=path)
     return loaded
 
 
-def into_tensors_of_its_own(path: Path, options: dict[str, Any]) -> SoftKVStore:
-    """Or into new tensors, of which a store of any size takes its state."""
+def load_into_new_tensors(path: Path, options: dict[str, Any]) -> SoftKVStore:
+    """Load into new tensors, then into a store of another size by `load_state_dict`."""
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in saved.items()}
     dcp.load(state, checkpoint_id=path)
-    loaded = memory(**options)
+    loaded = empty(**options)
     loaded.load_state_dict({name.removeprefix("store."): tensor for name, tensor in state.items()})
     return loaded
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
-@pytest.mark.parametrize("load", [into_a_store_with_room, into_tensors_of_its_own])
+@pytest.mark.parametrize("load", [load_in_place, load_into_new_tensors])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_distributed_checkpoint_of_a_store(
+def test_a_store_can_be_saved_and_loaded_by_distributed_checkpoint(
     options: dict[str, Any], load: Callable[[Path, dict[str, Any]], SoftKVStore], tmp_path: Path
 ) -> None:
     store, query = filled(**options)
     dcp.save({"store": store}, storage_writer=dcp.FileSystemWriter(tmp_path))
-    goes_on_as(store, load(tmp_path, options), query)
+    check_equal(store, load(tmp_path, options), query)
 
 
-# -- a run that is killed and resumed ----------------------------------------------------------------------------------
+# -- killed and resumed training ---------------------------------------------------------------------------------------
 
-STEPS, EVERY = 24, 4
+STEPS, STEPS_PER_CHECKPOINT = 24, 4
 
 
 def new_run() -> tuple[SoftKVStore, nn.Module]:
@@ -339,7 +339,7 @@ def new_run() -> tuple[SoftKVStore, nn.Module]:
 
 
 def save_run(folder: Path, step: int, store: SoftKVStore, rest: dict[str, Any], *, kill: bool = False) -> None:
-    """A path of its own for each step. What is written last says that the step is whole."""
+    """Save a step to its own directory; the file written last marks it as complete."""
     path = folder / f"step-{step:06}"
     path.mkdir(parents=True, exist_ok=True)
     store.save(path / "store")
@@ -350,15 +350,15 @@ def save_run(folder: Path, step: int, store: SoftKVStore, rest: dict[str, Any], 
 
 
 def load_run(folder: Path) -> tuple[SoftKVStore, dict[str, Any]] | None:
-    """The latest step that is whole."""
-    whole = sorted(folder.glob("step-*/rest.pt"))
-    if not whole:
+    """Load the latest complete step."""
+    complete = sorted(folder.glob("step-*/rest.pt"))
+    if not complete:
         return None
-    return SoftKVStore.load(whole[-1].parent / "store"), torch.load(whole[-1], weights_only=True)
+    return SoftKVStore.load(complete[-1].parent / "store"), torch.load(complete[-1], weights_only=True)
 
 
 def train(folder: str, kill_at: int = -1, kill: str = "") -> None:
-    """Train from the latest checkpoint on, print each loss to the last bit, and be killed at a step if told so."""
+    """Train from the latest checkpoint, print each loss exactly, and optionally kill this process at a step."""
     torch.set_num_threads(1)
     store, encoder = new_run()
     resumed = load_run(Path(folder))
@@ -382,27 +382,27 @@ def train(folder: str, kill_at: int = -1, kill: str = "") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         slow.step()
         fast.step()
-        if step % 3 == 2:  # rows come and go
+        if step % 3 == 2:  # replaces some rows
             store.delete(store.ids[:4])
             store.add(torch.randn(7, 8, generator=generator), torch.zeros(7, 2))
         print(step, loss.item().hex(), int(store.ids.max()), flush=True)
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % STEPS_PER_CHECKPOINT == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             save_run(Path(folder), step + 1, store, state, kill=step == kill_at)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on this system")
-def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path: Path) -> None:
-    """Wherever it was killed: within a step, or when the store was saved and the rest of the checkpoint was not."""
+def test_a_killed_run_resumes_with_identical_losses(tmp_path: Path) -> None:
+    """Kill the run within a step, and between the two files of a checkpoint."""
 
     def run(folder: str, *arguments: object) -> subprocess.Popen[str]:
         given = ", ".join(map(repr, (str(tmp_path / folder), *arguments)))
         return start("-c", f"import test_processes as t; t.train({given})")
 
     both = run("whole"), run("killed", 9, "within a step")
-    wanted, before = finish(both[0]), finish(both[1], -signal.SIGKILL)
-    assert [line.split()[0] for line in wanted] == [str(step) for step in range(STEPS)]
-    assert before == wanted[:9]
-    assert finish(run("killed", 15, "between two files"), -signal.SIGKILL) == wanted[8:16]
+    expected, before = finish(both[0]), finish(both[1], -signal.SIGKILL)
+    assert [line.split()[0] for line in expected] == [str(step) for step in range(STEPS)]
+    assert before == expected[:9]
+    assert finish(run("killed", 15, "between two files"), -signal.SIGKILL) == expected[8:16]
     assert (tmp_path / "killed" / "step-000016" / "store").exists()
-    assert finish(run("killed")) == wanted[12:]  # from the last step of which both files were there
+    assert finish(run("killed")) == expected[12:]  # from the last complete checkpoint

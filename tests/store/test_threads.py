@@ -1,4 +1,4 @@
-"""Many readers beside one writer, and writes that break off."""
+"""Concurrent readers and writers, interrupted writes, failed builds and memory shortage."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from softdb.table.locks import SharedLock
 # -- the lock --------------------------------------------------------------------------------------------
 
 
-def test_readers_read_together_and_a_writer_writes_alone() -> None:
+def test_readers_share_the_lock_and_a_writer_excludes_them() -> None:
     lock, together = SharedLock(), threading.Barrier(3, timeout=30)
     inside, seen = [0], []
 
     def read() -> None:
         with lock.reading():
-            together.wait()  # all three are in
+            together.wait()  # until all three hold the lock
         for _ in range(300):
             with lock.reading():
                 seen.append(inside[0])
@@ -53,7 +53,7 @@ def test_readers_read_together_and_a_writer_writes_alone() -> None:
     assert not any(seen)
 
 
-def test_more_threads_may_read_than_calls_may_be_nested() -> None:
+def test_a_writer_can_lock_more_readers_than_the_recursion_limit() -> None:
     lock, done = SharedLock(), threading.Event()
     count = sys.getrecursionlimit() + 1
     together = threading.Barrier(count + 1, timeout=60)
@@ -79,12 +79,12 @@ def test_more_threads_may_read_than_calls_may_be_nested() -> None:
             thread.join()
 
 
-def test_holding_may_be_nested() -> None:
+def test_the_lock_is_reentrant() -> None:
     lock = SharedLock()
     with lock.writing(), lock.reading(), lock.writing(), lock.reading():
         assert lock.is_read
         assert lock.is_written
-    with lock.reading(), lock.writing():  # nobody else reads
+    with lock.reading(), lock.writing():  # no other thread reads
         pass
     assert not lock.is_read
     assert not lock.is_written
@@ -94,27 +94,27 @@ def test_holding_may_be_nested() -> None:
     assert held.wait(30)
 
 
-def test_a_nested_read_does_not_wait_for_a_writer_who_waits_for_it() -> None:
-    lock, reading, wants = SharedLock(), threading.Event(), threading.Event()
+def test_a_nested_read_does_not_deadlock_with_a_waiting_writer() -> None:
+    lock, reading, wants_to_write = SharedLock(), threading.Event(), threading.Event()
 
     def read() -> None:
         with lock.reading():
             reading.set()
-            assert wants.wait(30)
+            assert wants_to_write.wait(30)
             time.sleep(0.05)  # until the writer holds the gate
             with lock.reading():
                 pass
 
     def write() -> None:
         assert reading.wait(30)
-        wants.set()
+        wants_to_write.set()
         with lock.writing():
             pass
 
     run_together([read, write])
 
 
-def test_a_copy_is_held_by_nobody() -> None:
+def test_a_copy_of_a_held_lock_is_free() -> None:
     lock = SharedLock()
     with lock.writing():
         copied = copy.deepcopy(lock)
@@ -123,7 +123,7 @@ def test_a_copy_is_held_by_nobody() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_is_not_kept_waiting_by_threads_that_it_does_not_have() -> None:
+def test_a_forked_child_does_not_inherit_locks_of_other_threads() -> None:
     store, _ = small_store()
     held, done = threading.Event(), threading.Event()
 
@@ -147,7 +147,7 @@ def test_a_forked_child_is_not_kept_waiting_by_threads_that_it_does_not_have() -
 
 
 class SlowMask:
-    """Stands for a mask whose entries take long to count."""
+    """Mask whose sum blocks until `done` is set."""
 
     def __init__(self) -> None:
         self.counting, self.done = threading.Event(), threading.Event()
@@ -160,7 +160,7 @@ class SlowMask:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_reads_though_a_thread_was_in_the_middle_of_a_read() -> None:
+def test_a_forked_child_can_read_while_a_parent_thread_reads() -> None:
     store, mask = SoftKVStore(WIDTH, 2), SlowMask()
     store.add(torch.ones(9, WIDTH), torch.ones(9, 2))
     selection: Any = Selection(1, shared=mask)  # type: ignore[arg-type]
@@ -179,11 +179,11 @@ def test_a_forked_child_reads_though_a_thread_was_in_the_middle_of_a_read() -> N
     assert status == 0
 
 
-# -- many readers and a writer ---------------------------------------------------------------------------
+# -- concurrent readers and a writer ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"factory": "HNSW8"}, {"factory": "Flat"}])
-def test_each_answer_is_that_of_one_version(options: dict[str, Any]) -> None:
+def test_each_read_sees_exactly_one_version(options: dict[str, Any]) -> None:
     report = Report("race")
     race(report, None, seconds=2.0, **options)
     assert report.violations == []
@@ -195,7 +195,7 @@ def small_store(**options: Any) -> tuple[SoftKVStore, Tensor]:
     return store, store.add(keys, keys[:, :2])
 
 
-def test_a_block_of_writes_is_seen_at_once() -> None:
+def test_a_block_of_writes_is_atomic_for_readers() -> None:
     store, ids = small_store()
     stop = threading.Event()
 
@@ -212,14 +212,14 @@ def test_a_block_of_writes_is_seen_at_once() -> None:
     def read() -> None:
         while not stop.is_set():
             answer = store.read(torch.ones(1, WIDTH), k=2)
-            assert torch.allclose(answer.values, answer.values.round(), atol=1e-4)  # all rows hold the same number
+            assert torch.allclose(answer.values, answer.values.round(), atol=1e-4)  # all rows hold the same value
 
     with store.writing():
         store.values.fill_(0.0)
     run_together([write, read, read])
 
 
-def test_counts_of_readers_add_up() -> None:
+def test_usage_counts_of_concurrent_readers_are_complete() -> None:
     store, _ = small_store(track_usage=True)
 
     def read() -> None:
@@ -231,7 +231,7 @@ def test_counts_of_readers_add_up() -> None:
     assert float(store.usage.weight.sum()) == pytest.approx(4 * 20 * 256, rel=1e-4)
 
 
-def test_a_copy_beside_a_writer_is_of_one_version() -> None:
+def test_a_copy_during_writes_contains_one_version() -> None:
     store = SoftKVStore(4, 1)
     store.add(torch.zeros(20, 4), torch.zeros(20, 1))
     done = threading.Event()
@@ -259,7 +259,7 @@ def test_a_copy_beside_a_writer_is_of_one_version() -> None:
     run_together([write, check])
 
 
-def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path) -> None:
+def test_a_save_during_reads_and_writes_contains_one_version(tmp_path: Path) -> None:
     store, ids = small_store(track_usage=True)
     stop = threading.Event()
 
@@ -285,7 +285,7 @@ def test_what_is_saved_beside_readers_and_a_writer_is_one_version(tmp_path: Path
     run_together([write, read, save])
 
 
-def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path) -> None:
+def test_a_save_during_unreported_writes_can_be_loaded(tmp_path: Path) -> None:
     store = SoftKVStore(64, 64)
     store.add(torch.zeros(20_000, 64), torch.zeros(20_000, 64))
     stop = threading.Event()
@@ -301,14 +301,14 @@ def test_a_save_beside_writes_that_nobody_announced_can_be_loaded(tmp_path: Path
         try:
             for _ in range(5):
                 store.save(tmp_path)
-                SoftKVStore.load(tmp_path)  # of many times, perhaps, but as its hashes say
+                SoftKVStore.load(tmp_path)  # may mix several writes, but must match its hashes
         finally:
             stop.set()
 
     run_together([write, save])
 
 
-def test_who_waits_to_save_keeps_nobody_from_writing(tmp_path: Path) -> None:
+def test_a_save_that_waits_for_the_directory_lock_does_not_block_writes(tmp_path: Path) -> None:
     store, ids = small_store()
     waiting = threading.Thread(target=lambda: store.save(tmp_path, timeout=60))
     with snapshot.lock_directory(tmp_path, 0.0):
@@ -321,7 +321,7 @@ def test_who_waits_to_save_keeps_nobody_from_writing(tmp_path: Path) -> None:
     assert bool((SoftKVStore.load(tmp_path).values == 1).all())
 
 
-# -- builds that fail ------------------------------------------------------------------------------------
+# -- failed builds ---------------------------------------------------------------------------------------
 
 
 def recall(store: SoftKVStore) -> float:
@@ -330,7 +330,7 @@ def recall(store: SoftKVStore) -> float:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no luck"), MemoryError("none left"), ValueError("odd")])
-def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_background_build_is_reported(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = small_store(index=IndexConfig("IVF8,Flat", background=True))
 
     def fail(*args: object) -> object:
@@ -341,7 +341,7 @@ def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatc
         assert recall(store) == 1.0
         with pytest.raises(IndexBuildError, match=str(failure)):
             store.refresh(wait=True)
-    store.refresh()  # once is enough
+    store.refresh()  # the error is raised only once
     assert str(failure) in (store.index_stats().error or "")
     assert recall(store) == 1.0
     store.build_index()
@@ -350,27 +350,27 @@ def test_a_failed_build_in_the_background_is_told(failure: Exception, monkeypatc
     assert recall(store) > 0.8
 
 
-def test_a_failed_build_is_an_error_of_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, _ = small_store(index="IVF8(PQ4x5),Flat")  # whose 8 centroids are too few to train a PQ with
+def test_build_index_raises_if_the_build_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = small_store(index="IVF8(PQ4x5),Flat")  # training 32 PQ centroids needs more than 8 points
     assert recall(store) == 1.0
     with pytest.raises(IndexBuildError, match="training"):
         store.build_index()
     assert recall(store) == 1.0
 
 
-def test_a_build_that_fails_beside_an_old_base_leaves_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rebuild_falls_back_to_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     store, ids = small_store(index=IndexConfig("IVF8,Flat", background=True, garbage=0.1))
     store.build_index()
     with monkeypatch.context() as patch:
         patch.setattr("softdb.index.builder.build_base", lambda plan: 1 / 0)
         store.delete(ids[:200])
-        assert recall(store) > 0.8  # begins to build
+        assert recall(store) > 0.8  # starts a background build
         with pytest.raises(IndexBuildError, match="ZeroDivisionError"):
             store.refresh(wait=True)
     assert recall(store) == 1.0
 
 
-# -- writes that break off -------------------------------------------------------------------------------
+# -- interrupted writes ----------------------------------------------------------------------------------
 
 WRITES: dict[str, Callable[[SoftKVStore], object]] = {
     "add": lambda store: store.add(torch.ones(9, 4), torch.ones(9, 2), fields={"time": 9}),
@@ -385,9 +385,10 @@ WRITES: dict[str, Callable[[SoftKVStore], object]] = {
     "read": lambda store: store.read(torch.ones(2, 4), "topk", k=2),
     "materialize": lambda store: store.materialize(),
 }
-ELSEWHERE = ("reserve", "build_index", "refresh", "read", "materialize")  # as much at stake in any kind of store
-# At so many lines of each.
-POINTS = 16
+# Operations whose interruption does not depend on the eviction rule.
+EVICTION_INDEPENDENT = ("reserve", "build_index", "refresh", "read", "materialize")
+# Number of lines of each write at which it is interrupted.
+INTERRUPTED_LINES = 16
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "trainable": {"trainable": True},
@@ -395,7 +396,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lru": {"capacity": 18, "evict": "lru"},
     "graph": {"index": IndexConfig("HNSW8", garbage=1.0)},
 }
-USUAL = ("plain", "trainable", "graph")
+KINDS_WITHOUT_EVICTION = ("plain", "trainable", "graph")
 
 
 def table(like: SoftKVStore | None = None, rows: int = 16, **options: Any) -> SoftKVStore:
@@ -411,7 +412,7 @@ def table(like: SoftKVStore | None = None, rows: int = 16, **options: Any) -> So
 
 
 def contents(store: SoftKVStore) -> tuple[dict[int, list[float]], int]:
-    """The rows by id, and the next id."""
+    """Return the rows by id, and the next id."""
     rows, ids = store.get(store.ids), store.ids.tolist()
     numbers = torch.cat([rows.keys, rows.values, rows.fields["time"].unsqueeze(-1).float()], dim=-1)
     return dict(zip(ids, numbers.tolist(), strict=True)), int(store.rows.next_id)
@@ -422,7 +423,7 @@ def interrupt() -> None:
 
 
 class Interrupts:
-    """Raises, or does something else, at the n-th line of softdb that the thread comes to."""
+    """Tracer that calls `act`, which raises by default, at the n-th executed line of softdb."""
 
     def __init__(self, at: int | None, act: Callable[[], None] = interrupt) -> None:
         self.count, self.at, self.act = 0, at, act
@@ -449,15 +450,20 @@ class Interrupts:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in WRITES for kind in KINDS if (kind in USUAL if name in ELSEWHERE else kind != "graph")],
+    [
+        (name, kind)
+        for name in WRITES
+        for kind in KINDS
+        if (kind in KINDS_WITHOUT_EVICTION if name in EVICTION_INDEPENDENT else kind != "graph")
+    ],
 )
-def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, kind: str) -> None:
+def test_an_interrupt_at_any_line_leaves_a_write_complete_or_undone(name: str, kind: str) -> None:
     write = WRITES[name]
     original = table(**KINDS[kind])
     copied = copy.deepcopy
     if name == "refresh":
 
-        def copied(store: SoftKVStore) -> SoftKVStore:  # with an index, which copies do not take along
+        def copied(store: SoftKVStore) -> SoftKVStore:  # copies contain no index, so build one
             store = copy.deepcopy(store)
             store.build_index()
             store.update([4, 7, 9], torch.ones(3, 4))
@@ -471,7 +477,7 @@ def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, ki
     with counter.on():
         write(tried)
     assert counter.count > 10
-    step = max(1, counter.count // POINTS)
+    step = max(1, counter.count // INTERRUPTED_LINES)
     outcomes = set()
     for at in range(1 + len(name) % step, counter.count + 1, step):
         store = copied(original)
@@ -482,7 +488,7 @@ def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, ki
                 write(store)
         except KeyboardInterrupt:
             pass
-        else:  # some lines are not passed again
+        else:  # the write had fewer lines this time
             assert interrupts.count < at
         found = contents(store)
         store._check()
@@ -491,22 +497,22 @@ def test_an_interrupt_at_any_line_leaves_all_of_a_write_or_nothing(name: str, ki
         store.add(torch.zeros(1, 4), torch.zeros(1, 2), fields={"time": 0})
         store.delete(store.ids[:1])
         store._check()
-        if name in ELSEWHERE:
+        if name in EVICTION_INDEPENDENT:
             assert recall_of(store) >= (0.8 if kind == "graph" else 1.0)
     if name in ("add", "delete", "update"):
-        assert outcomes == {True, False}  # some came before, some after the point of no return
+        assert outcomes == {True, False}  # interrupts before and after the commit
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in WRITES if name not in ELSEWHERE])
-def test_a_signal_handler_may_save_in_the_middle_of_a_write(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in WRITES if name not in EVICTION_INDEPENDENT])
+def test_a_signal_handler_can_save_during_a_write(name: str, kind: str, tmp_path: Path) -> None:
     write = WRITES[name]
     original = table(**KINDS[kind])
     whole = copy.deepcopy(original)
     counter = Interrupts(None)
     with counter.on():
         write(whole)
-    step = max(1, counter.count // (2 * POINTS))
+    step = max(1, counter.count // (2 * INTERRUPTED_LINES))
     for at in range(1 + len(name) % step, counter.count, step):
         store = copy.deepcopy(original)
         before = contents(store)
@@ -522,7 +528,7 @@ def test_a_signal_handler_may_save_in_the_middle_of_a_write(name: str, kind: str
         assert contents(SoftKVStore.load(tmp_path)) in (before, contents(whole))
 
 
-def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
+def test_a_signal_handler_can_search_during_a_search() -> None:
     queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
 
     def search(store: SoftKVStore) -> list[list[int]]:
@@ -536,8 +542,8 @@ def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
         original.update(torch.arange(2, 12), torch.ones(10, 4))
         counter, tried = Interrupts(None), copy.deepcopy(original)
         with counter.on():
-            wanted = search(tried)
-        for at in range(1, counter.count, max(1, counter.count // (8 * POINTS))):
+            expected = search(tried)
+        for at in range(1, counter.count, max(1, counter.count // (8 * INTERRUPTED_LINES))):
             store, found = copy.deepcopy(original), list[list[list[int]]]()
 
             def handle(store: SoftKVStore = store, found: list[list[list[int]]] = found) -> None:
@@ -545,7 +551,7 @@ def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
 
             with Interrupts(at, handle).on():
                 found.append(search(store))
-            assert found == [wanted, wanted]
+            assert found == [expected, expected]
             store._check()
             assert recall_of(store) == 1.0
 
@@ -553,13 +559,13 @@ def test_a_signal_handler_may_search_in_the_middle_of_a_search() -> None:
 
 
 def recall_of(store: SoftKVStore) -> float:
-    """Of reads through whatever index there is: two lists, both of them visited."""
+    """Measure the recall of reads through the present index; all of its lists are visited."""
     queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
     return store.audit(queries, k=1).mean_recall
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was just opened
-def test_an_interrupted_save_leaves_a_snapshot(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from a file that was just opened
+def test_an_interrupted_save_leaves_a_valid_snapshot(tmp_path: Path) -> None:
     store = table()
     store.save(tmp_path)
     counter = Interrupts(None)
@@ -575,19 +581,19 @@ def test_an_interrupted_save_leaves_a_snapshot(tmp_path: Path) -> None:
     assert len({file.name.rpartition("-")[2] for file in tmp_path.glob("*.safetensors")}) == 1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Ctrl-C within a hook of gc
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Ctrl-C within a gc callback
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
-def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
+def test_ctrl_c_at_random_times_leaves_a_consistent_store() -> None:
     store = table()
     chance = random.Random(0)
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have set it to ignore
     interrupted, deadline = 0, time.monotonic() + 20
     try:
         while interrupted < 100 and time.monotonic() < deadline:
             try:
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 2e-3))
-                for _ in range(1000):  # Python may lose it, where it comes while an object is taken down
+                for _ in range(1000):  # Python drops an interrupt that arrives in a finalizer
                     ids = store.add(torch.ones(5, 4), torch.ones(5, 2), fields={"time": 1})
                     store.read(torch.ones(1, 4), "topk", k=1)
                     store.delete(ids[:4])
@@ -609,13 +615,15 @@ def test_ctrl_c_at_random_moments_leaves_a_whole_store() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "trainable"])
 @pytest.mark.parametrize("name", ["add", "put", "reserve", "load_state_dict"])
-def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_allocations_in_growth_leave_the_store_unchanged(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     growing: dict[str, Callable[[SoftKVStore], object]] = {
         **WRITES,
         "add": lambda store: store.add(torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
         "put": lambda store: store.put(range(90), torch.ones(90, 4), torch.ones(90, 2), fields={"time": 9}),
     }
-    resized = softdb.table.slots.resize
+    resize = softdb.table.slots.resize
     for number in range(1, 40):
         store = table(**KINDS[kind])
         if kind == "trainable":
@@ -623,15 +631,15 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
         before, gradient = contents(store), store.keys.grad
         calls = [0]
 
-        def short(*args: Any, number: int = number, calls: list[int] = calls, **options: Any) -> Tensor:
+        def fail_once(*args: Any, number: int = number, calls: list[int] = calls, **options: Any) -> Tensor:
             calls[0] += 1
             if calls[0] == number:
                 raise MemoryError("none left")
-            return resized(*args, **options)
+            return resize(*args, **options)
 
         with monkeypatch.context() as patch:
             for module in (softdb.table.growth, softdb.table.slots, softdb.table.table, softdb.table.gradients):
-                patch.setattr(module, "resize", short)
+                patch.setattr(module, "resize", fail_once)
             try:
                 growing[name](store)
                 break
@@ -639,7 +647,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
                 pass
         found = contents(store)
         store._check()
-        if name == "load_state_dict" and found != before:  # the last numbers are derived from what is loaded
+        if name == "load_state_dict" and found != before:  # the load was committed before the failure
             assert found == contents(table(rows=7))
             continue
         assert found == before
@@ -649,7 +657,7 @@ def test_no_memory_to_grow_leaves_the_store_as_it_was(name: str, kind: str, monk
     assert number > 5
 
 
-LITTLE_MEMORY = """
+FILL_MEMORY = """
 import resource, sys
 import torch
 from softdb import SoftKVStore
@@ -673,9 +681,9 @@ while True:
 assert before == (len(store), int(store.rows.next_id), store.rows.version, store.rows.capacity), before
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 store._check()
-wanted = torch.arange(added).repeat_interleave(20_000).float() + 1
-wanted[:20_000] = 1
-assert torch.equal(store.values[:len(store), 5].detach(), wanted)
+expected = torch.arange(added).repeat_interleave(20_000).float() + 1
+expected[:20_000] = 1
+assert torch.equal(store.values[:len(store), 5].detach(), expected)
 assert store.add(rows, rows)[0] == before[1]
 store._check()
 print("enough", added)
@@ -684,9 +692,9 @@ print("enough", added)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["plain", "trainable"])
-def test_a_store_that_memory_is_too_small_for_stays_as_it_was(kind: str) -> None:
+def test_a_store_is_unchanged_when_memory_runs_out(kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LITTLE_MEMORY, kind], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", FILL_MEMORY, kind], capture_output=True, text=True, timeout=120, check=False
     )
     check_exit(done)
     assert done.stdout.startswith("enough ")

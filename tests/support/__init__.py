@@ -1,1 +1,1 @@
-"""What several test modules share: contracts, oracles, fault injection, programs of other processes."""
+"""Shared test code: read contract, reference implementation, fault injection, subprocesses."""

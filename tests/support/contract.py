@@ -1,7 +1,7 @@
-"""One contract that every way of reading keeps, against the float64 reference.
+"""Contract tests that every kind of read must pass, against the float64 reference.
 
-A test class inherits `ReadContract` and says how to read a `Problem`; everything a user may rely on is then asked of
-it: values, log-sum-exp and gradients over metrics, shapes and score scales, filters, ties, and nothing to read.
+A test class inherits `ReadContract` and defines how to read a `Problem`. The contract tests values, log-sum-exp and
+gradients over metrics, shapes and score scales, as well as filters, ties and empty reads.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from support import reference
 
 METRICS = ["dot", "scaled_dot", "cosine", "l2"]
 
-# What the dispatcher of exact reads may choose, at sizes that the reference can follow: elements and queries of a
-# tile, the rows that one product sums up, whether tiles lie with their rows first, and the largest score that goes
-# without a shift.
+# Tilings that exact reads may use, scaled down to sizes that the reference can compute: elements and queries of a tile,
+# rows per summed product, whether tiles have their rows first, and the largest score that needs no shift.
 DISPATCH = {
     "tiny tiles": (64, 2, 1024, False, 40.0),
     "small tiles, rows first": (512, 3, 1024, True, 40.0),
@@ -40,8 +39,8 @@ DISPATCH = {
 
 
 def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
-    """Have every exact read go as `DISPATCH` says."""
-    elements, queries, sum_rows, transposed, unshifted = DISPATCH[choice]
+    """Make every exact read use a tiling of `DISPATCH`."""
+    elements, queries, sum_rows, tall, unshifted = DISPATCH[choice]
     tiling = Tiling(
         max_dense_scores=0,
         tile_elements=elements,
@@ -54,14 +53,15 @@ def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
 
 
 def force_tiling(tiling: Tiling, patch: pytest.MonkeyPatch) -> None:
-    """Have every backend work with these sizes."""
+    """Make every backend use a tiling."""
     patch.setattr(Tiling, "for_device", lambda device: tiling)
 
 
 class RoundingNoise(TorchDispatchMode):
-    """Add up to ±2 units in the last place to every product, by the shapes and strides of its operands.
+    """Dispatch mode that adds noise of up to ±2 units in the last place to every matrix product.
 
-    So do processors whose matrix products round differently for another shape or memory layout, though less.
+    The noise depends on the shapes and strides of the operands. It exaggerates processors whose matrix products round
+    differently for other shapes or memory layouts.
     """
 
     products = frozenset(
@@ -83,7 +83,7 @@ class RoundingNoise(TorchDispatchMode):
 
 @dataclass
 class Problem:
-    """A query batch, the rows, and how they meet. The tensors are leaves that want gradients."""
+    """Queries, rows and the options of a read. The tensors are leaves that require gradients."""
 
     query: Tensor  # (B, d)
     keys: Tensor  # (N, d)
@@ -105,7 +105,7 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Problem:
-        """Random rows whose scores are of the size of ``scale``."""
+        """Create random queries and rows whose scores have the magnitude ``scale``."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -145,11 +145,13 @@ class Problem:
         )
 
 
-def outcome(values: Tensor, lse: Tensor, leaves: dict[str, Tensor], weigh: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Values, log-sum-exp and the gradients of a weighted sum of both."""
-    loss = (values * weigh[0].to(values.dtype)).sum()
+def outcome(
+    values: Tensor, lse: Tensor, leaves: dict[str, Tensor], weights: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Return values, log-sum-exp, and the gradients of a weighted sum of both."""
+    loss = (values * weights[0].to(values.dtype)).sum()
     finite = lse > -math.inf
-    loss = loss + (lse[finite] * weigh[1].to(lse.dtype)[finite]).sum()
+    loss = loss + (lse[finite] * weights[1].to(lse.dtype)[finite]).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     result = {"values": values.detach(), "lse": lse.detach()}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
@@ -158,48 +160,52 @@ def outcome(values: Tensor, lse: Tensor, leaves: dict[str, Tensor], weigh: tuple
     return result
 
 
-def largest_error(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach(), wanted.detach()
-    same = found == wanted  # -inf where -inf is wanted
-    return float((found.double() - wanted.double()).masked_fill(same, 0.0).abs().max()) if found.numel() else 0.0
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
+    same = found == expected  # covers -inf, whose difference is NaN
+    return float((found.double() - expected.double()).masked_fill(same, 0.0).abs().max()) if found.numel() else 0.0
 
 
 class ReadContract:
-    """What every read keeps. A subclass defines `read`, and what it cannot do."""
+    """Base class of contract tests. A subclass defines `read`, and overrides what it does not support."""
 
     gradients: tuple[str, ...] = ("query", "keys", "values", "temperature")
-    rounding: Callable[[], AbstractContextManager[Any]] = nullcontext  # how products round while softdb reads
+    rounding: Callable[[], AbstractContextManager[Any]] = nullcontext  # context of reads by softdb
 
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
-        """The read of ``problem``, and its leaves by name: the tensors whose ``.grad`` a user would look at."""
+        """Read ``problem``; return the read, and the tensors that receive gradients, by name."""
         raise NotImplementedError
 
     # -- agreement with the reference ------------------------------------------------------------------------
 
     def check(self, problem: Problem, scale: float = 1.0) -> None:
-        """Values, lse and gradients agree: to 1e-10 in float64, else as well as the float32 three lines do."""
+        """Compare values, lse and gradients with the reference.
+
+        The relative tolerance is 1e-10 in float64. In other dtypes it is 1e-5, or twice the error of the naive formula
+        if that is larger.
+        """
         generator = torch.Generator().manual_seed(1)
         queries, width = len(problem.query), problem.values.shape[-1]
-        weigh = (torch.randn(queries, width, generator=generator), torch.randn(queries, generator=generator))
+        weights = (torch.randn(queries, width, generator=generator), torch.randn(queries, generator=generator))
 
         def run(reader: Callable[[Problem], tuple[Tensor, Tensor, dict[str, Tensor]]], p: Problem) -> dict[str, Tensor]:
             values, lse, leaves = reader(p)
-            wanted = {name: leaf for name, leaf in leaves.items() if name in self.gradients}
-            return outcome(values, lse, wanted, weigh)
+            expected = {name: leaf for name, leaf in leaves.items() if name in self.gradients}
+            return outcome(values, lse, expected, weights)
 
         def naive(p: Problem) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             answer = p.answer()
             return answer.values, answer.lse, p.leaves
 
-        def ours(p: Problem) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def softdb_read(p: Problem) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             read, leaves = self.read(p)
             return read.values, read.lse, leaves
 
-        wanted = run(naive, problem.to(torch.float64))
+        expected = run(naive, problem.to(torch.float64))
         plain = run(naive, problem)
         with self.rounding():
-            found = run(ours, problem)
-        for name, tensor in wanted.items():
+            found = run(softdb_read, problem)
+        for name, tensor in expected.items():
             finite = tensor[tensor.isfinite()]
             size = max(1.0, scale, float(finite.abs().max()) if finite.numel() else 0.0)
             if problem.query.dtype == torch.float64:
@@ -242,11 +248,11 @@ class ReadContract:
         side = torch.where(torch.arange(200) % 2 == 0, 300.0, -300.0)[:, None]
         self.check(replace(problem, query=problem.query + 300, keys=problem.keys + side).to(torch.float32))
 
-    def test_a_temperature_for_each_query(self) -> None:
+    def test_temperature_can_differ_by_query(self) -> None:
         problem = Problem.random()
         self.check(replace(problem, temperature=torch.linspace(0.1, 3, 5)).to(torch.float32))
 
-    def test_cosine_scores_a_zero_vector_0(self) -> None:
+    def test_cosine_score_of_a_zero_vector_is_0(self) -> None:
         problem = Problem.random(rows=9, metric="cosine")
         keys = problem.keys.detach().clone()
         keys[4] = 0
@@ -293,7 +299,7 @@ class ReadContract:
             grad = leaves[name].grad
             assert grad is None or grad.to_dense().isfinite().all()
 
-    def test_no_query_sees_anything(self) -> None:
+    def test_reads_without_any_visible_row_are_zero(self) -> None:
         problem = replace(Problem.random(), visible=torch.zeros(5, 123, dtype=torch.bool))
         read, leaves = self.read(problem)
         assert (read.values == 0).all()
@@ -304,9 +310,9 @@ class ReadContract:
             grad = leaves[name].grad
             assert grad is None or (grad.to_dense() == 0).all()
 
-    # -- nothing there ---------------------------------------------------------------------------------------
+    # -- empty reads -----------------------------------------------------------------------------------------
 
-    def test_no_rows(self) -> None:
+    def test_a_read_of_no_rows_is_zero(self) -> None:
         problem = Problem.random(rows=0)
         read, _ = self.read(problem)
         assert read.values.shape == (5, 3)
@@ -315,7 +321,7 @@ class ReadContract:
         assert (read.mass == 0).all()
         read.values.sum().backward()
 
-    def test_no_queries(self) -> None:
+    def test_a_read_without_queries_is_empty(self) -> None:
         problem = Problem.random(queries=0)
         read, _ = self.read(problem)
         assert read.values.shape == (0, 3)
@@ -343,7 +349,7 @@ class ReadContract:
         mean = problem.values.mean(0).expand(5, 3)
         assert torch.allclose(read.values.float(), mean, atol=1e-3)
 
-    def test_autocast_lowers_only_the_answer(self) -> None:
+    def test_autocast_changes_only_the_dtype_of_values(self) -> None:
         problem = Problem.random(rows=300, key_dim=32)
         plain, _ = self.read(problem)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,7 +1,7 @@
-"""Faults of processes, disks and files: what the tests and ``scripts/faults`` do to snapshots.
+"""Fault injection for snapshots: killed processes, failing disks, power failures.
 
-A campaign does one kind of harm many times and notes in a `Report` what came of it. Whatever is not allowed is a
-violation; nothing else about an outcome is an error of the campaign.
+The tests and ``scripts/faults`` run it. A campaign injects one kind of fault many times and counts the outcomes in a
+`Report`. An outcome that is not allowed is a violation.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from softdb.snapshot import writer
 
 Arguments, Returned = ParamSpec("Arguments"), TypeVar("Returned")
 FORK = multiprocessing.get_context("fork")
-# No child of a campaign takes longer; one that does is a violation.
-PATIENCE = 60.0
-# As many bytes are written at a time, that small files are of several parts, too.
-PART = 1024
+# Time limit of a child process; exceeding it is a violation.
+CHILD_TIMEOUT_SECONDS = 60.0
+# Bytes per write. It is small, so that small files are written in several parts too.
+WRITE_BYTES = 1024
 
 
 @dataclass
 class Report:
-    """What came of a campaign."""
+    """Outcomes and violations of a campaign."""
 
     name: str
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -54,13 +54,13 @@ class Report:
         return sum(self.outcomes.values())
 
     def note(self, outcome: str, allowed: Iterable[str], what: str) -> bool:
-        """Count an outcome; whether it is one of those that are allowed."""
-        fine = outcome in allowed
-        if not fine:
+        """Count an outcome; return whether it is allowed."""
+        is_allowed = outcome in allowed
+        if not is_allowed:
             self.violations.append(f"{what}: {outcome}, not {' or '.join(allowed)}")
         self.outcomes[outcome if len(outcome) < 40 else outcome[:36] + " ..."] += 1
         self.progress(self)
-        return fine
+        return is_allowed
 
     def check(self, condition: bool, what: str) -> None:
         if not condition:
@@ -71,7 +71,7 @@ class Report:
 
 
 def make(number: float = 1.0, rows: int = 12, width: int = 4, **options: Any) -> SoftKVStore:
-    """A store that ``number`` tells from others; their files are of the same sizes."""
+    """Create a store with values equal to ``number``; file sizes do not depend on it."""
     generator = torch.Generator().manual_seed(0)
     store = SoftKVStore(width, 3, fields=("time",), **options)
     keys = torch.randn(rows, width, generator=generator)
@@ -80,7 +80,7 @@ def make(number: float = 1.0, rows: int = 12, width: int = 4, **options: Any) ->
 
 
 def contents(store: SoftKVStore) -> dict[str, Any]:
-    """All that there is to know of a store; two with equal contents are equal."""
+    """Return the complete contents of a store, for comparison."""
     used = store.rows.used
     found: dict[str, Any] = {"options": store.extra_repr(), "index": asdict(store._index.config)}
     for name, tensor in store.state_dict().items():
@@ -90,7 +90,7 @@ def contents(store: SoftKVStore) -> dict[str, Any]:
 
 
 def which(path: Path, stores: Mapping[str, SoftKVStore]) -> str:
-    """Which of the stores is in the directory; or "corrupt", "missing", or what else came of loading it."""
+    """Load a directory; return the name of the equal store, or "corrupt", "missing" or another error."""
     try:
         found = contents(SoftKVStore.load(path))
     except CorruptSnapshotError:
@@ -99,11 +99,11 @@ def which(path: Path, stores: Mapping[str, SoftKVStore]) -> str:
         return "missing"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return next((name for name, store in stores.items() if contents(store) == found), "a store of nobody's")
+    return next((name for name, store in stores.items() if contents(store) == found), "an unknown store")
 
 
 def content_of(path: Path) -> dict[str, bytes]:
-    """The bytes of every regular file in a directory, unless it is huge, and what others are."""
+    """Return the bytes of regular files in a directory, and mode and size of huge and other files."""
     found = {}
     for file in sorted(path.iterdir()):
         state = file.lstat()
@@ -117,13 +117,13 @@ def names(path: Path) -> list[str]:
 
 
 def names_of_one(path: Path) -> list[str]:
-    """What belongs to the snapshot in the directory."""
+    """Return the names of the files of the snapshot in a directory."""
     listed = json.loads((path / "manifest.json").read_bytes())["snapshot"]["tensors"]
     return sorted([".lock", "manifest.json", *(one["file"] for one in listed)])
 
 
 def fill(path: Path, content: Mapping[str, bytes] | None) -> None:
-    """Make the directory hold these files and no other; None for no directory."""
+    """Make a directory contain exactly these files; None removes the directory."""
     if content is None:
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -138,7 +138,7 @@ def fill(path: Path, content: Mapping[str, bytes] | None) -> None:
 
 
 def save_again(path: Path, report: Report, what: str) -> None:
-    """Whatever has happened, the next save works, is loaded, and leaves nothing behind."""
+    """Check that the next save succeeds, can be loaded, and leaves no other files."""
     third = make(3.0)
     try:
         third.save(path)
@@ -154,25 +154,25 @@ def save_again(path: Path, report: Report, what: str) -> None:
 
 
 class Step(NamedTuple):
-    """One operation on files."""
+    """Operation on a file or directory."""
 
     kind: str  # "mkdir", "create", "open", "write", "fsync", "rename" or "unlink"
     path: Path
     content: bytes = b""
     target: Path | None = None
-    start: int = 0  # where in the file the content goes
+    start: int = 0  # offset of the content in the file
 
     def __str__(self) -> str:
         return f"{self.kind} {self.path.name}"
 
 
-# Is told of a step before it is taken, and may raise, or end the process. Of a write it may return how many bytes are
-# written: the system may always write fewer.
+# Callback before a step, which may raise or end the process. For a write, it may return the number of bytes to write,
+# since the system may write fewer than requested.
 Before = Callable[[Step], "int | None"]
 
 
 class _Hooks:
-    """Stand between `softdb.snapshot` and the system, for ``root``, what is in it, and what it is in."""
+    """Wrappers of the system calls of `softdb.snapshot` for ``root``, its files and its parent."""
 
     def __init__(self, root: Path, before: Before, after: Callable[[Step], None], lost: Callable[[Step], bool]) -> None:
         self.root, self.before, self.after, self.lost = root, before, after, lost
@@ -206,11 +206,11 @@ class _Hooks:
         return file
 
     def hooked_write(self, descriptor: int, content: Any, start: int) -> int:
-        step = Step("write", self.paths[descriptor], bytes(content[:PART]), start=start)
+        step = Step("write", self.paths[descriptor], bytes(content[:WRITE_BYTES]), start=start)
         if self.lost(step):
             return len(step.content)
         limit = self.before(step)
-        written: int = self.pwrite(descriptor, step.content[: PART if limit is None else limit], start)
+        written: int = self.pwrite(descriptor, step.content[: WRITE_BYTES if limit is None else limit], start)
         self.after(step._replace(content=step.content[:written]))
         return written
 
@@ -226,7 +226,7 @@ class _Hooks:
 
     def hooked_mkdir(self, path: Any, mode: int = 0o777, **options: Any) -> None:
         if os.path.exists(path):
-            self.mkdir(path, mode, **options)  # is no step: it fails
+            self.mkdir(path, mode, **options)  # fails, so it is not a step
         self.around(Step("mkdir", Path(path)), lambda: self.mkdir(path, mode, **options))
 
 
@@ -237,22 +237,22 @@ def hooks(
     after: Callable[[Step], None] = lambda step: None,
     lost: Callable[[Step], bool] = lambda step: False,
 ) -> Iterator[None]:
-    """Tell of every operation on files that a save does; ``lost`` ones are left out as if nobody had asked for them."""
-    made = _Hooks(root, before, after, lost)
+    """Call ``before`` and ``after`` around each file operation of a save; skip ``lost`` ones."""
+    wrappers = _Hooks(root, before, after, lost)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(writer, "open", made.hooked_file, create=True))
+        stack.enter_context(mock.patch.object(writer, "open", wrappers.hooked_file, create=True))
         for name, function in {
-            "open": made.hooked_open,
-            "pwrite": made.hooked_write,
-            "fsync": made.hooked_fsync,
-            "replace": made.hooked_rename,
-            "rename": made.hooked_rename,
-            "unlink": made.hooked_unlink,
-            "remove": made.hooked_unlink,
-            "mkdir": made.hooked_mkdir,
+            "open": wrappers.hooked_open,
+            "pwrite": wrappers.hooked_write,
+            "fsync": wrappers.hooked_fsync,
+            "replace": wrappers.hooked_rename,
+            "rename": wrappers.hooked_rename,
+            "unlink": wrappers.hooked_unlink,
+            "remove": wrappers.hooked_unlink,
+            "mkdir": wrappers.hooked_mkdir,
         }.items():
             stack.enter_context(mock.patch.object(os, name, function))
-        if sys.version_info < (3, 11):  # whose pathlib has got hold of the functions themselves
+        if sys.version_info < (3, 11):  # its pathlib holds references to the functions
             stack.enter_context(mock.patch.object(Path, "unlink", lambda path: os.unlink(path)))
             stack.enter_context(mock.patch.object(Path, "mkdir", _mkdir))
         yield
@@ -267,7 +267,7 @@ def _mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool 
 
 
 def record(path: Path, store: SoftKVStore, lost: Callable[[Step], bool] = lambda step: False) -> list[Step]:
-    """Save, and list the operations."""
+    """Save a store; return its file operations."""
     steps: list[Step] = []
     with hooks(path, after=steps.append, lost=lost):
         store.save(path)
@@ -275,12 +275,12 @@ def record(path: Path, store: SoftKVStore, lost: Callable[[Step], bool] = lambda
 
 
 def swap_of(steps: Sequence[Step]) -> int:
-    """At which step the old snapshot gives way to the new one."""
+    """Return the number of the step that replaces the old manifest by the new one."""
     return next(number for number, step in enumerate(steps) if step.kind == "rename")
 
 
 def start(folder: Path, name: str = "store") -> tuple[Path, dict[str, bytes], dict[str, SoftKVStore], list[Step]]:
-    """A path with a snapshot, its files, the old store and the new one, and what a save of the new one does."""
+    """Save an old store; return path, files, old and new store, and the steps of a save of the new one."""
     path, stores = folder / name, {"old": make(1.0), "new": make(2.0)}
     fill(path, None)
     stores["old"].save(path)
@@ -290,12 +290,12 @@ def start(folder: Path, name: str = "store") -> tuple[Path, dict[str, bytes], di
     return path, before, stores, steps
 
 
-# -- processes that are killed ---------------------------------------------------------------------------
+# -- killed processes ------------------------------------------------------------------------------------
 
 
-def ends(child: Any) -> int | None:
-    """The exit code of a child; None if it does not end by itself."""
-    child.join(PATIENCE)
+def join_or_kill(child: Any) -> int | None:
+    """Return the exit code of a child; kill it after a timeout and return None."""
+    child.join(CHILD_TIMEOUT_SECONDS)
     if child.exitcode is None:
         child.kill()
         child.join()
@@ -303,29 +303,29 @@ def ends(child: Any) -> int | None:
     return int(child.exitcode)
 
 
-def _at_once(descriptor: int) -> None:
-    """In the place of fsync."""
+def _skip(descriptor: int) -> None:
+    """Do nothing, instead of fsync."""
 
 
-def no_waiting() -> Any:
-    """While it lasts, fsync does nothing."""
-    return mock.patch.object(os, "fsync", _at_once)
+def skip_fsync() -> Any:
+    """Return a context manager within which fsync does nothing."""
+    return mock.patch.object(os, "fsync", _skip)
 
 
-def unsynced(campaign: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-    """A campaign for which it is no matter what is on the disk and what in the system's memory, but fsync is slow."""
+def skips_fsync(campaign: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """Decorate a campaign that runs without fsync, which is slow and does not affect its outcomes."""
 
     @functools.wraps(campaign)
-    def quick(*args: Arguments.args, **options: Arguments.kwargs) -> Returned:
-        with no_waiting():
+    def without_fsync(*args: Arguments.args, **options: Arguments.kwargs) -> Returned:
+        with skip_fsync():
             return campaign(*args, **options)
 
-    return quick
+    return without_fsync
 
 
-@unsynced
+@skips_fsync
 def kills_at_every_step(report: Report, folder: Path, *, every: int = 1) -> None:
-    """End the process that saves before each operation, and in the middle of each write."""
+    """Kill a saving process before each operation, and in the middle of each write."""
     path, before, stores, steps = start(folder)
     swap = swap_of(steps)
     cases = [(number, False) for number in range(len(steps))]
@@ -350,15 +350,15 @@ def kills_at_every_step(report: Report, folder: Path, *, every: int = 1) -> None
         child = FORK.Process(target=saving, daemon=True)
         child.start()
         what = f"killed {'in' if halfway else 'before'} step {number}, {steps[number]}"
-        report.check(ends(child) == -signal.SIGKILL, f"{what}: the child ended by {child.exitcode}")
+        report.check(join_or_kill(child) == -signal.SIGKILL, f"{what}: the child ended by {child.exitcode}")
         report.note(which(path, stores), ["old" if number <= swap else "new"], what)
         save_again(path, report, what)
 
 
 class Saver:
-    """A process that saves store after store to one path, and says which it begins and which it has done.
+    """Process that saves stores repeatedly to one path, and reports when a save starts and ends.
 
-    The stores have ``rows`` rows of 64 numbers, and the number of the save in all their values.
+    The stores have ``rows`` rows with keys of width 64. All their values are the number of the save.
     """
 
     def __init__(self, path: Path, rows: int, first: int = 0) -> None:
@@ -380,11 +380,11 @@ class Saver:
         for number in itertools.count(self.done + 1):
             store.values.fill_(float(number))
             os.write(writer, struct.pack("<?q", False, number))
-            store.save(self.path, timeout=PATIENCE)
+            store.save(self.path, timeout=CHILD_TIMEOUT_SECONDS)
             os.write(writer, struct.pack("<?q", True, number))
 
     def listen(self) -> None:
-        """Learn what it has said so far."""
+        """Process the reports of the child so far."""
         size = struct.calcsize("<?q")
         while True:
             try:
@@ -397,8 +397,8 @@ class Saver:
             self.begun, self.done = (self.begun, number) if done else (number, self.done)
 
     def wait(self, number: int) -> bool:
-        """Until it has saved ``number`` times; whether it has."""
-        end = time.monotonic() + PATIENCE
+        """Wait until save ``number`` is complete; return whether it is."""
+        end = time.monotonic() + CHILD_TIMEOUT_SECONDS
         while self.done < number and time.monotonic() < end and self.process.is_alive():
             self.listen()
             time.sleep(0.001)
@@ -411,7 +411,7 @@ class Saver:
         os.close(self._reader)
 
     def number_of(self, loaded: SoftKVStore) -> int | None:
-        """Which save this is; None if it is no whole one."""
+        """Return the number of the save that a store comes from; None if it is inconsistent."""
         number = int(loaded.values[0, 0])
         whole = torch.equal(loaded.keys, self.keys) and bool((loaded.values == number).all())
         whole = (
@@ -421,7 +421,7 @@ class Saver:
 
 
 def random_kills(report: Report, folder: Path, *, kills: int, seed: int, rows: int = 20_000) -> None:
-    """End a process that saves some megabytes, at any moment."""
+    """Kill a process that saves some megabytes, at random times."""
     chance, path, last, lasts = random.Random(seed), folder / "store", 0, 0.05
     fill(path, None)
     for number in range(kills):
@@ -432,7 +432,7 @@ def random_kills(report: Report, folder: Path, *, kills: int, seed: int, rows: i
             saver.kill()
             return
         began = time.monotonic()
-        if number % 20 == 0 and saver.wait(last + 2):  # how long a save takes here
+        if number % 20 == 0 and saver.wait(last + 2):  # measures the duration of a save
             lasts = time.monotonic() - began
         time.sleep(chance.uniform(0.0, 2.0 * lasts))
         saver.kill()
@@ -453,17 +453,17 @@ def random_kills(report: Report, folder: Path, *, kills: int, seed: int, rows: i
             report.check(names(path) == names_of_one(path), f"{what}: the next save leaves {names(path)}")
 
 
-# -- disks that fail -------------------------------------------------------------------------------------
+# -- failing disks ---------------------------------------------------------------------------------------
 
 
-@unsynced
+@skips_fsync
 def errors_at_every_step(report: Report, folder: Path, *, codes: Sequence[int], sticky: bool) -> None:
-    """Let each operation fail, once, or with all that follow; the codes take turns."""
+    """Let each operation fail, alone or with all later ones, with alternating error codes."""
     path, before, stores, steps = start(folder)
     swap, new = swap_of(steps), contents(stores["new"])
     for number in range(len(steps)):
         code = codes[number % len(codes)]
-        what = f"{errno.errorcode[code]} at step {number}, {steps[number]}{', and ever after' if sticky else ''}"
+        what = f"{errno.errorcode[code]} at step {number}, {steps[number]}{', and all later steps' if sticky else ''}"
         seen = itertools.count()
 
         def fail(step: Step, number: int = number, code: int = code, seen: Iterator[int] = seen) -> None:
@@ -480,7 +480,7 @@ def errors_at_every_step(report: Report, folder: Path, *, codes: Sequence[int], 
             said = f"error {error.errno}"
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-        # Old files are opened to say that the system need not remember them: it may decline.
+        # Old files are opened only to advise the system to drop its cache, which may fail without effect.
         declined = steps[number].kind == "open" and steps[number].path.suffix == ".safetensors" and not sticky
         harmless = declined or steps[number].kind == "unlink"
         report.check(said == ("saved" if harmless else f"error {code}"), f"{what}: {said}")
@@ -492,17 +492,17 @@ def errors_at_every_step(report: Report, folder: Path, *, codes: Sequence[int], 
         save_again(path, report, what)
 
 
-# -- power that fails ------------------------------------------------------------------------------------
+# -- power failures --------------------------------------------------------------------------------------
 
 
 class _Inode:
-    """A file's bytes, whatever its name, and how many of them are durable."""
+    """Bytes of a file, independent of its name, and the number of durable ones."""
 
     def __init__(self, content: bytes, durable: int) -> None:
         self.content, self.durable = content, durable
 
     def versions(self, chance: random.Random) -> list[bytes]:
-        """What may be left of it: all, what is durable, zeros for the rest, or a part of it."""
+        """Return possible contents after a power failure: complete, only durable, zero-padded, or cut."""
         if self.durable == len(self.content):
             return [self.content]
         kept, left = self.content[: self.durable], len(self.content) - self.durable
@@ -512,70 +512,70 @@ class _Inode:
 
 
 class _Entry(NamedTuple):
-    """A change to a directory: the name ``gone`` goes, and the name ``come`` leads to the inode."""
+    """Change to a directory: ``removed`` is unlinked, and ``added`` links to the inode."""
 
-    gone: str | None
-    come: str | None
+    removed: str | None
+    added: str | None
     inode: _Inode | None
 
 
 def states_after(
     before: Mapping[str, bytes] | None, steps: Sequence[Step], root: Path, chance: random.Random, subsets: int = 6
 ) -> Iterator[dict[str, bytes] | None]:
-    """The directories that a power failure after these steps may leave; None for no directory.
+    """Yield the directories that a power failure after these steps may leave; None for no directory.
 
-    The data of a file last once it is synced, its name once the directory is. Until then any of the changes may have
-    come to the disk, and the others not.
+    The data of a file are durable once the file is synced; its name is durable once the directory is synced. Until
+    then, any subset of the changes may have reached the disk.
     """
-    there = {name: _Inode(content, len(content)) for name, content in (before or {}).items()}
-    lasting, pending = dict(there), list[_Entry]()
-    made = before is not None
+    present = {name: _Inode(content, len(content)) for name, content in (before or {}).items()}
+    lasting, pending = dict(present), list[_Entry]()
+    is_durable = before is not None
     for step in steps:
         name = step.path.name
         if step.kind == "create":
-            there[name] = _Inode(b"", 0)
-            pending.append(_Entry(None, name, there[name]))
+            present[name] = _Inode(b"", 0)
+            pending.append(_Entry(None, name, present[name]))
         elif step.kind == "write":
-            content, end = there[name].content.ljust(step.start, b"\0"), step.start + len(step.content)
-            there[name].content = content[: step.start] + step.content + content[end:]
+            content, end = present[name].content.ljust(step.start, b"\0"), step.start + len(step.content)
+            present[name].content = content[: step.start] + step.content + content[end:]
         elif step.kind == "fsync" and step.path == root.parent:
-            made = True
+            is_durable = True
         elif step.kind == "fsync" and step.path == root:
-            lasting, pending = dict(there), []
+            lasting, pending = dict(present), []
         elif step.kind == "fsync":
-            there[name].durable = len(there[name].content)
+            present[name].durable = len(present[name].content)
         elif step.kind == "unlink":
-            there.pop(name)
+            present.pop(name)
             pending.append(_Entry(name, None, None))
         elif step.kind == "rename" and step.target is not None:
-            there[step.target.name] = there.pop(name)
-            pending.append(_Entry(name, step.target.name, there[step.target.name]))
-    if not made:
+            present[step.target.name] = present.pop(name)
+            pending.append(_Entry(name, step.target.name, present[step.target.name]))
+    if not is_durable:
         yield None
     numbers = range(len(pending))
     chosen = [set[int](), set(numbers), *({number} for number in numbers), *(set(numbers) - {n} for n in numbers)]
-    chosen += [set(range(number)) for number in numbers]  # in order, as a journal has them
+    chosen += [set(range(number)) for number in numbers]  # prefixes, as a journaling file system leaves
     chosen += [{number for number in numbers if chance.random() < 0.5} for _ in range(subsets if pending else 0)]
     for subset in {frozenset(one) for one in chosen}:
         listed = dict(lasting)
         for number in sorted(subset):
-            gone, come, inode = pending[number]
-            if gone is not None:
-                listed.pop(gone, None)
-            if come is not None and inode is not None:
-                listed[come] = inode
+            removed, added, inode = pending[number]
+            if removed is not None:
+                listed.pop(removed, None)
+            if added is not None and inode is not None:
+                listed[added] = inode
         versions = {name: inode.versions(chance) for name, inode in sorted(listed.items())}
-        for number in range(5):  # all files alike
+        for number in range(5):  # the same kind of content for all files
             yield {name: options[min(number, len(options) - 1)] for name, options in versions.items()}
         unsure = [name for name, options in versions.items() if len(options) > 1]
-        for name in unsure if len(unsure) > 1 else ():  # one alone
+        for name in unsure if len(unsure) > 1 else ():  # only one file differs
             for option in versions[name][1:]:
                 yield {other: options[0] for other, options in versions.items()} | {name: option}
         for _ in range(subsets if len(unsure) > 1 else 0):
             yield {name: chance.choice(options) for name, options in versions.items()}
 
 
-@unsynced
+@skips_fsync
 def power_failures(
     report: Report,
     folder: Path,
@@ -585,30 +585,41 @@ def power_failures(
     seed: int = 0,
     again: int = 1,
     subsets: int = 6,
-    patient: bool = True,
+    stop_at_first: bool = False,
 ) -> list[Step]:
-    """Cut the power after each operation of a save to a ``place`` with "a snapshot", "nothing", or "a directory".
+    """Simulate a power failure after each operation of a save.
 
-    Such a directory is empty, and nobody has made its name durable. Each state of the disk is loaded: it is the old
-    store until the manifest is swapped, then the old or the new one, and the new one once the save has returned.
-    ``lost`` operations are left out of the save, which shows what they are good for. In one of ``again`` states there
-    is saved once more. Unless ``patient``, ends with the first violation.
+    Each possible state of the disk is loaded. It must be the old store before the manifest is swapped, the old or the
+    new store after the swap, and the new store once the save has returned.
+
+    Args:
+        report: The report.
+        folder: An empty folder.
+        place: The content of the path: "a snapshot", "nothing", or "a directory", which is empty and not durable.
+        lost: Which operations to skip, to test that they are necessary.
+        seed: The seed of the sampled states.
+        again: The interval of states after which the store is saved again.
+        subsets: The number of random states per step.
+        stop_at_first: Whether to return at the first violation.
+
+    Returns:
+        The steps of the save.
     """
     chance = random.Random(seed)
     work = folder / "disk"
     work.mkdir()
     path, before, stores, _ = start(work)
-    there = before if place == "a snapshot" else None
-    fill(path, there if place != "a directory" else {})
+    initial = before if place == "a snapshot" else None
+    fill(path, initial if place != "a directory" else {})
     steps = record(path, stores["new"], lost)
     after = content_of(path)
-    complete = any(state == after for state in states_after(there, steps, path, random.Random(0)))
-    report.check(complete, f"the operations that were seen do not explain the directory {names(path)}")
-    swap, old = swap_of(steps), "missing" if there is None else "old"
+    complete = any(state == after for state in states_after(initial, steps, path, random.Random(0)))
+    report.check(complete, f"the recorded operations do not explain the directory {names(path)}")
+    swap, old = swap_of(steps), "missing" if initial is None else "old"
     tried: set[tuple[Any, ...]] = set()
     for count in reversed(range(len(steps) + 1)):
         allowed = ["new"] if count == len(steps) else [old, "new"] if count > swap else [old]
-        for state in states_after(there, steps[:count], path, chance, subsets):
+        for state in states_after(initial, steps[:count], path, chance, subsets):
             key = (*allowed, None if state is None else tuple(sorted(state.items())))
             if key in tried:
                 continue
@@ -620,7 +631,7 @@ def power_failures(
             )
             if len(tried) % again == 0:
                 save_again(path, report, what)
-            if report.violations and not patient:
+            if report.violations and stop_at_first:
                 return steps
     return steps
 
@@ -628,8 +639,8 @@ def power_failures(
 # -- several processes -----------------------------------------------------------------------------------
 
 
-def loads_beside_saves(report: Report, folder: Path, *, seconds: float, rows: int = 500) -> None:
-    """Load again and again while another process saves: each is a whole store, and none goes back in time."""
+def load_during_saves(report: Report, folder: Path, *, seconds: float, rows: int = 500) -> None:
+    """Load repeatedly while another process saves: each load is consistent, and not older than the last save."""
     path = folder / "store"
     saver = Saver(path, rows)
     try:
@@ -645,7 +656,7 @@ def loads_beside_saves(report: Report, folder: Path, *, seconds: float, rows: in
                 outcome = "a whole store" if whole else f"store {found} of {least} to {saver.begun}"
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"
-            report.note(outcome, ["a whole store"], "a load beside saves")
-        report.check(saver.done > 1, "the other process did not save meanwhile")
+            report.note(outcome, ["a whole store"], "a load during saves")
+        report.check(saver.done > 1, "the other process did not save during the loads")
     finally:
         saver.kill()

@@ -1,7 +1,7 @@
-"""Recipes of harm to the files of a snapshot, and what may come of them.
+"""Fuzzing of snapshot files by random recipes.
 
-A recipe is the number of a store and a list of changes to its files, all of plain numbers, bytes and text: what one
-finds can be written down here, in `SEEDS`.
+A recipe is the number of a store and a list of changes to its files. It consists of plain numbers, bytes and text, so
+that a failing recipe can be added to `SEEDS`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from softdb import NonFiniteError, SoftKVStore, snapshot
 from support import faults
-from support.damage import MANIFEST, examination, hash_of, header_of, outcome_of, signed
+from support.damage import MANIFEST, examination, hash_of, header_of, outcome_of, sign_text
 from support.faults import Report, content_of, contents, fill, make
 
-# The number of a store, and changes: a kind and what it needs to know.
+# The number of a store, and changes: each a kind and its arguments.
 Recipe = tuple[int, list[tuple[Any, ...]]]
 STORES: list[dict[str, Any]] = [
     {"rows": 5},
@@ -32,10 +32,10 @@ STORES: list[dict[str, Any]] = [
     {"rows": 0, "dtype": torch.bfloat16, "metric": "cosine"},
 ]
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
-# Files of no more bytes are made to fit what the manifest says.
-LARGEST = 2**14
+# Maximum size of a file that is rewritten to match the manifest.
+MAX_FITTED_BYTES = 2**14
 
-# What has been found to matter, or might.
+# Recipes that are always tried: former failures and edge cases.
 SEEDS: list[Recipe] = [
     (0, []),
     (0, [("set", (2, 0, 3), [0, 2**62, 2**62]), ("fit", 0, 0)]),
@@ -47,9 +47,9 @@ SEEDS: list[Recipe] = [
     (0, [("set", (2, 2, 3), [5, 1]), ("fit", 2, 0)]),
     (0, [("set", (2, 2, 2), "F32"), ("fit", 2, 255)]),
     (0, [("set", (2, 0, 3), [5, 4]), ("fit", 0, 255)]),  # NaN
-    (0, [("set", (2, 2, 3), [5]), ("fit", 2, 0)]),  # ids that are alike
+    (0, [("set", (2, 2, 3), [5]), ("fit", 2, 0)]),  # equal ids
     (0, [("set", (2, 2, 3), [5]), ("fit", 2, 255)]),  # no rows
-    (0, [("set", (2, 5, 3), []), ("fit", 5, 127)]),  # ids that are used up
+    (0, [("set", (2, 5, 3), []), ("fit", 5, 127)]),  # exhausted ids
     (1, [("set", (1, 6), 10**400)]),
     (1, [("set", (1, 6), 2**62)]),
     (1, [("set", (1, 6), 5)]),
@@ -75,24 +75,24 @@ SEEDS: list[Recipe] = [
 
 @functools.cache
 def original(number: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The files of a store, and what is in it."""
+    """Return the files of a store, and its contents."""
     store = make(1.0, **STORES[number])
     with tempfile.TemporaryDirectory() as folder:
         store.save(folder)
         return content_of(Path(folder)), contents(store)
 
 
-def applied(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
-    """The files, and whether somebody has signed another manifest."""
+def apply_recipe(recipe: Recipe) -> tuple[dict[str, bytes], bool]:
+    """Apply a recipe; return the files, and whether the manifest was changed and signed."""
     number, changes = recipe
     files, signs = dict(original(number)[0]), False
     for kind, *how in changes:
         if kind in ("set", "drop", "double", "text", "fit"):
             body = body_in(files)
             if body is not None:
-                signs = changed_body(files, body, kind, how) or signs
+                signs = change_body(files, body, kind, how) or signs
         else:
-            changed_files(files, kind, how)
+            change_files(files, kind, how)
     return files, signs
 
 
@@ -103,7 +103,7 @@ def body_in(files: dict[str, bytes]) -> Any:
         return None
 
 
-def changed_files(files: dict[str, bytes], kind: str, how: list[Any]) -> None:
+def change_files(files: dict[str, bytes], kind: str, how: list[Any]) -> None:
     listed = sorted(set(files) - {".lock"})
     if not listed:
         return
@@ -128,17 +128,17 @@ def changed_files(files: dict[str, bytes], kind: str, how: list[Any]) -> None:
             files[name] = content[:place] + content[place + how[2] :]
 
 
-def changed_body(files: dict[str, bytes], body: Any, kind: str, how: list[Any]) -> bool:
-    """Change what the manifest says, and sign it; whether it was changed."""
+def change_body(files: dict[str, bytes], body: Any, kind: str, how: list[Any]) -> bool:
+    """Change the body of the manifest and sign it; return whether it was changed."""
     if kind == "text":
         text = json.dumps(body).encode()
         place = how[0] % (len(text) + 1)
-        files[MANIFEST] = signed(text[:place] + how[1] + text[place:])
+        files[MANIFEST] = sign_text(text[:place] + how[1] + text[place:])
         return True
     if kind == "fit":
-        return fitted(files, body, *how)
+        return fit_file(files, body, *how)
     parent, key, value = None, None, body
-    for step in how[0]:  # the keys in their order, around the end
+    for step in how[0]:  # each step is a position, modulo the length
         if not isinstance(value, (dict, list)) or not value:
             break
         parent, key = value, list(value)[step % len(value)] if isinstance(value, dict) else step % len(value)
@@ -156,33 +156,33 @@ def changed_body(files: dict[str, bytes], body: Any, kind: str, how: list[Any]) 
         parent.insert(key, value)
     else:
         return False
-    files[MANIFEST] = signed(json.dumps(body))
+    files[MANIFEST] = sign_text(json.dumps(body))
     return True
 
 
-def fitted(files: dict[str, bytes], body: Any, index: int, byte: int) -> bool:
-    """Make the file of a tensor fit what the manifest says of it, filled with a byte."""
+def fit_file(files: dict[str, bytes], body: Any, index: int, byte: int) -> bool:
+    """Rewrite the file of a tensor to match its manifest entry, filled with a byte."""
     try:
         entry = body["tensors"][index % len(body["tensors"])]
         size = math.prod(entry["shape"]) * SIZES[entry["dtype"]]
-        if not 0 <= size <= LARGEST or not isinstance(entry["file"], str) or "/" in entry["file"]:
+        if not 0 <= size <= MAX_FITTED_BYTES or not isinstance(entry["file"], str) or "/" in entry["file"]:
             return False
         header = header_of(entry["name"], {n: entry[n] for n in ("dtype", "shape")} | {"data_offsets": [0, size]})
         files[entry["file"]] = header + bytes([byte]) * size
         entry["blake2b"] = hash_of(header, bytes([byte]) * size)
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         return False
-    files[MANIFEST] = signed(json.dumps(body))
+    files[MANIFEST] = sign_text(json.dumps(body))
     return True
 
 
 def violations(recipe: Recipe, folder: Path) -> list[str]:
-    """What comes of a recipe that may not come of it."""
-    files, signs = applied(recipe)
+    """Return the violations that a recipe causes."""
+    files, signs = apply_recipe(recipe)
     path, found = folder / "fuzzed", []
     try:
         fill(path, files)
-    except (OSError, ValueError):  # no such file name
+    except (OSError, ValueError):  # the file name is invalid
         return []
     loaded: list[SoftKVStore] = []
     read, message = outcome_of(lambda: snapshot.read_snapshot(path))
@@ -208,29 +208,29 @@ def violations(recipe: Recipe, folder: Path) -> list[str]:
     if content_of(path) != files:
         found.append("the directory has changed")
     if loaded and not signs and contents(loaded[0]) != original(recipe[0])[1]:
-        found.append("a store that nobody saved")
-    if loaded and signs:  # whoever signs may describe another store, but it has to be a good one
+        found.append("loaded another store than the saved one")
+    if loaded and signs:  # a signed manifest may describe another store, which must be valid
         found += [f"what was loaded: {problem}" for problem in problems(loaded[0], folder / "again")]
     return found
 
 
 def problems(store: SoftKVStore, path: Path) -> list[str]:
-    """What is wrong with a store that was loaded."""
+    """Return the problems of a loaded store."""
     try:
         store.save(path)
         same = contents(SoftKVStore.load(path)) == contents(store)
         if len(store.ids) != len(store) or len(store.ids.unique()) != len(store):
-            return ["ids that are not the rows'"]
-        with suppress(NonFiniteError):  # a store whose training diverged is loaded, too
+            return ["ids do not match the rows"]
+        with suppress(NonFiniteError):  # non-finite keys may be loaded
             store.read(torch.zeros(1, store.key_dim, dtype=store.keys.dtype))
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
-    return [] if same else ["saved and loaded again, it is another one"]
+    return [] if same else ["differs after saving and loading again"]
 
 
-# -- making them up ----------------------------------------------------------------------------------------
+# -- random recipes ----------------------------------------------------------------------------------------
 
-# Between these, memory would be taken in earnest: a store of a capacity has room for it at once.
+# Capacities in between would allocate much memory, since a store allocates its capacity at once.
 NUMBERS = st.integers(-3, 40) | st.sampled_from([2**44, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400])
 WORDS = [
     *("keys", "values", "rows.ids", "rows.next_id", "rows.field_time", "rows.reads", "time", "", "../x", "a\0b"),
@@ -240,7 +240,7 @@ WORDS = [
 
 
 def values() -> st.SearchStrategy[Any]:
-    """What JSON can hold."""
+    """Return a strategy for JSON values."""
     leaves = NUMBERS | st.booleans() | st.none() | st.sampled_from(WORDS) | st.text(max_size=5) | st.floats()
     shapes = st.lists(NUMBERS, max_size=4)
     return leaves | shapes | st.recursive(leaves, _nested, max_leaves=6)
@@ -253,10 +253,10 @@ def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def recipes() -> st.SearchStrategy[Recipe]:
-    """Recipes of a few changes."""
+    """Return a strategy for recipes of a few changes."""
     number, place = st.integers(0, 12), st.integers(0, 5000)
     anywhere = st.lists(number, max_size=4).map(tuple)
-    # The entries of tensors, and the settings, are what most depends on.
+    # Tensor entries and settings are changed most often, since most checks concern them.
     entry = st.tuples(st.just(2), number, st.integers(0, 4))
     setting = st.tuples(st.just(1), number)
     where = anywhere | entry | setting
@@ -280,9 +280,9 @@ def recipes() -> st.SearchStrategy[Recipe]:
 
 
 def fuzz(report: Report, folder: Path, *, seconds: float, first: int = 0, batch: int = 500) -> None:
-    """Try recipes for so long: those of `SEEDS`, and whatever Hypothesis makes up, ``batch`` after batch."""
+    """Try the recipes of `SEEDS`, then batches of random recipes until the time is over."""
 
-    def tried(recipe: Recipe) -> list[str]:
+    def try_recipe(recipe: Recipe) -> list[str]:
         found = violations(recipe, folder)
         outcome = outcome_of(lambda: SoftKVStore.load(folder / "fuzzed"))[0]
         report.outcomes[outcome if outcome in ("fine", "corrupt", "newer", "missing") else "another error"] += 1
@@ -290,7 +290,7 @@ def fuzz(report: Report, folder: Path, *, seconds: float, first: int = 0, batch:
         return found
 
     for recipe in SEEDS:
-        report.violations.extend(f"{recipe!r}: {found}" for found in tried(recipe))
+        report.violations.extend(f"{recipe!r}: {found}" for found in try_recipe(recipe))
     end = time.monotonic() + seconds
     number = first
     while time.monotonic() < end:
@@ -307,12 +307,12 @@ def fuzz(report: Report, folder: Path, *, seconds: float, first: int = 0, batch:
         )
         @given(recipes())
         def harmless(recipe: Recipe) -> None:
-            found = tried(recipe)
+            found = try_recipe(recipe)
             if found:
                 raise AssertionError(f"{recipe!r}: {found}")
 
         try:
-            with faults.no_waiting():
+            with faults.skip_fsync():
                 harmless()
         except Exception as error:
             if str(error) not in report.violations:

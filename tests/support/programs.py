@@ -1,4 +1,4 @@
-"""Programs that tests run in processes of their own."""
+"""Programs that tests run in subprocesses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_exit(done: subprocess.CompletedProcess[str], code: int = 0) -> None:
     )
 
 
-def run_ranks(program: Path, meeting: Path) -> list[str]:
-    """Run ``program`` as two processes that meet at a file, to their end; return what each printed."""
+def run_ranks(program: Path, rendezvous: Path) -> list[str]:
+    """Run ``program`` as two ranks with a file rendezvous; return the output of each rank."""
     environment = {
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
@@ -29,7 +29,7 @@ def run_ranks(program: Path, meeting: Path) -> list[str]:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(meeting)],
+            [sys.executable, str(program), str(rank), str(rendezvous)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -38,15 +38,15 @@ def run_ranks(program: Path, meeting: Path) -> list[str]:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=300) for rank in ranks]
+        outputs = [rank.communicate(timeout=300) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    for rank, (out, err) in zip(ranks, said, strict=True):
+    for rank, (out, err) in zip(ranks, outputs, strict=True):
         check_exit(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
-    # Gloo of torch 2.8 says there that it is connected.
-    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+    # Gloo of torch 2.8 prints to stdout that it is connected.
+    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in outputs]
 
 
 def _describe(code: int) -> str:

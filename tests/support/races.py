@@ -1,4 +1,4 @@
-"""Many readers beside one writer, as a campaign: for the tests, and at length for ``scripts/faults``."""
+"""Race of many readers with one writer: briefly in the tests, longer in ``scripts/faults``."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from support.faults import Report
 WIDTH = 8
 
 
-def run_together(works: list[Callable[[], object]]) -> None:
-    """Each in a thread of its own, to their ends; raises what one of them raised."""
+def run_together(functions: list[Callable[[], object]]) -> None:
+    """Run each function in its own thread; raise the first exception of any."""
     failures: list[BaseException] = []
 
-    def guarded(work: Callable[[], object]) -> None:
+    def run(function: Callable[[], object]) -> None:
         try:
-            work()
+            function()
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -40,7 +40,7 @@ def run_together(works: list[Callable[[], object]]) -> None:
 
 
 class Version(NamedTuple):
-    """The rows as they were at some time."""
+    """Rows of one version of the store."""
 
     ids: Tensor
     keys: Tensor
@@ -48,7 +48,7 @@ class Version(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a reader was told, and between which versions."""
+    """Result of a read, with the versions of the store before and after it."""
 
     mode: str
     query: Tensor
@@ -58,7 +58,10 @@ class Answer(NamedTuple):
     last: int
 
     def fits(self, version: Version) -> bool:
-        """Whether it is what a float64 oracle says of these rows: for approximate reads, of those reported."""
+        """Return whether the result is right for these rows, in float64.
+
+        For top-k and hard reads, the values are compared for the reported rows.
+        """
         scores = self.query.double() @ version.keys.T / WIDTH**0.5
         if self.mode != "exact":
             place = {number: column for column, number in enumerate(version.ids.tolist())}
@@ -77,42 +80,42 @@ class Answer(NamedTuple):
 def race(
     report: Report, folder: object, *, seconds: float, readers: int = 4, factory: str = "IVF16,Flat", **options: Any
 ) -> None:
-    """Let readers read what a writer writes: each answer is that of a version of the store."""
+    """Run readers and a writer; check that each answer is right for one version of the store."""
     config = IndexConfig(factory, recall=0.5, **options)
     store = SoftKVStore(WIDTH, 2, trainable=True, index=config)
-    optimiser = RowAdam(store.parameters(), lr=0.05)
+    optimizer = RowAdam(store.parameters(), lr=0.05)
     history: dict[int, Version] = {}
     answers: list[Answer] = []
     stop = time.monotonic() + seconds
     generator = torch.Generator().manual_seed(0)
 
-    def made(count: int) -> tuple[Tensor, Tensor]:
+    def random_rows(count: int) -> tuple[Tensor, Tensor]:
         return torch.randn(count, WIDTH, generator=generator), torch.randn(count, 2, generator=generator)
 
     def step() -> None:
-        store.read(made(4)[0], "topk", k=3).values.sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        store.read(random_rows(4)[0], "topk", k=3).values.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def some(count: int) -> Tensor:
+    def random_ids(count: int) -> Tensor:
         ids = store.ids
         return ids[torch.randperm(len(ids), generator=generator)[:count]]
 
     writes: list[Callable[[], object]] = [
-        lambda: store.add(*made(20)),
-        lambda: store.add(*made(1)),
-        lambda: store.delete(some(25 if len(store) > 150 else 1)),
-        lambda: store.update(some(len(store)), values=made(len(store))[1]),
-        lambda: store.update(some(60), *made(60)),
-        lambda: store.put(torch.cat([some(5), store.ids.max() + torch.arange(1, 6)]), *made(10)),
-        lambda: store.revive(some(5), *made(5)),
+        lambda: store.add(*random_rows(20)),
+        lambda: store.add(*random_rows(1)),
+        lambda: store.delete(random_ids(25 if len(store) > 150 else 1)),
+        lambda: store.update(random_ids(len(store)), values=random_rows(len(store))[1]),
+        lambda: store.update(random_ids(60), *random_rows(60)),
+        lambda: store.put(torch.cat([random_ids(5), store.ids.max() + torch.arange(1, 6)]), *random_rows(10)),
+        lambda: store.revive(random_ids(5), *random_rows(5)),
         step,
         store.refresh,
         store.build_index,
     ]
     chance = random.Random(0)
 
-    def note() -> None:
+    def record_version() -> None:
         rows = store.get(store.ids)
         history[store.rows.version] = Version(store.ids, rows.keys.double(), rows.values.double())
 
@@ -121,9 +124,9 @@ def race(
             with store.writing():
                 write_one = writes[chance.randrange(len(writes))]
                 if len(store) > 600:
-                    store.delete(some(200))
+                    store.delete(random_ids(200))
                 write_one()
-                note()
+                record_version()
             time.sleep(0.001 * chance.random())
 
     def read(number: int) -> None:
@@ -138,13 +141,15 @@ def race(
             assert found.ids is not None
             answers.append(Answer(mode, query, found.ids, found.values, first, store.rows.version))
 
-    store.add(*made(300))
-    note()
+    store.add(*random_rows(300))
+    record_version()
     run_together([write, *(lambda number=number: read(number) for number in range(readers))])  # type: ignore[misc]
     report.check(len(history) > 20 and len(answers) > 100, f"{len(history)} versions, {len(answers)} answers")
     for answer in answers:
-        # A version lasts until the next: the one that a reader saw first may have begun long before.
-        begun = max((version for version in history if version <= answer.first), default=0)
-        possible = [history[version] for version in history if begun <= version <= answer.last]
+        # The version that a reader saw may have been recorded long before the read.
+        oldest = max((version for version in history if version <= answer.first), default=0)
+        possible = [history[version] for version in history if oldest <= version <= answer.last]
         right = any(answer.fits(version) for version in possible)
-        report.note("right" if right else "of no version", ["right"], f"{answer.mode}, {answer.first} to {answer.last}")
+        report.note(
+            "right" if right else "matches no version", ["right"], f"{answer.mode}, {answer.first} to {answer.last}"
+        )

@@ -1,7 +1,7 @@
-"""Stores in two processes under torch.distributed: a program for `test_frameworks`, which reads what it prints.
+"""Scenarios of stores in two processes under torch.distributed, for `test_frameworks`.
 
-Run as ``python ranks.py RANK MEETING_FILE``. Prints a line of JSON for each scenario: its name and "passed", or the
-error.
+Run as ``python ranks.py RANK RENDEZVOUS_FILE``. Prints a line of JSON for each scenario: its name, and "passed" or the
+traceback.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def default_ddp_leaves_each_process_its_rows(rank: int) -> None:
         for mode, k in (("exact", None), ("exact", 2), ("topk", 3)):
             x = normal(5, 4, seed=rank)
             answer = wrapped(x, mode=mode, k=k)
-            alone = model.store.read(model.linear(x), mode=mode, k=k).values
-            torch.testing.assert_close(answer, alone)
+            direct = model.store.read(model.linear(x), mode=mode, k=k).values
+            torch.testing.assert_close(answer, direct)
         model.store._check()
         after = model.store.get(model.store.ids)
         assert torch.equal(model.store.ids, ids_before), "ids"
@@ -102,7 +102,7 @@ def ddp_begins_with_the_rows_of_rank_0(rank: int) -> None:
 
 
 @scenario
-def row_sparse_gradients_go_through_ddp_and_nobody_else_sees_an_embedding(rank: int) -> None:
+def ddp_reduces_row_sparse_gradients_without_visible_embeddings(rank: int) -> None:
     model = Model(sparse_grad=True)
     wrapped = DistributedDataParallel(model)
     for root in (model, wrapped):
@@ -144,17 +144,17 @@ def row_optimizers_refuse_shards(rank: int) -> None:
 def zero_redundancy_optimizer(rank: int) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model, alone = Model(), Model()
+    model, single = Model(), Model()
     wrapped = DistributedDataParallel(model)
     optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.AdamW, lr=0.1)
-    plain = torch.optim.AdamW(alone.parameters(), lr=0.1)
+    plain = torch.optim.AdamW(single.parameters(), lr=0.1)
     for step in range(3):
         x = normal(8, 4, seed=step)
-        for net, each, part in ((wrapped, optimizer, slice(4 * rank, 4 * rank + 4)), (alone, plain, slice(None))):
+        for net, each, part in ((wrapped, optimizer, slice(4 * rank, 4 * rank + 4)), (single, plain, slice(None))):
             each.zero_grad()
             net(x[part], mode="topk", k=4).square().mean().backward()
             each.step()
-    torch.testing.assert_close(model.store.keys, alone.store.keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.store.keys, single.store.keys, atol=1e-4, rtol=1e-4)
     assert model.store.audit(normal(8, 4), k=4).mean_recall == 1.0
     model.store._check()
 
@@ -164,18 +164,18 @@ def fsdp2_with_dense_gradients(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for mode, k in (("exact", None), ("exact", 3), ("topk", 3), ("hard", None)):
-        model, alone = Model(), Model()
+        model, single = Model(), Model()
         fully_shard(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        plain = torch.optim.AdamW(alone.parameters(), lr=0.1)
+        plain = torch.optim.AdamW(single.parameters(), lr=0.1)
         for step in range(3):
             x = normal(8, 4, seed=step)
-            for net, each, part in ((model, optimizer, slice(4 * rank, 4 * rank + 4)), (alone, plain, slice(None))):
+            for net, each, part in ((model, optimizer, slice(4 * rank, 4 * rank + 4)), (single, plain, slice(None))):
                 each.zero_grad()
                 net(x[part], mode=mode, k=k).square().mean().backward()
                 each.step()
         keys = model.store.keys
-        torch.testing.assert_close(keys.full_tensor(), alone.store.keys.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(keys.full_tensor(), single.store.keys.detach(), atol=1e-4, rtol=1e-4)
         with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):
             model.store.read(normal(2, 4))
         with pytest.raises(softdb.ForeignWriteError, match="fully_shard"):
@@ -208,7 +208,7 @@ def fsdp2_refuses_sparse_gradients(rank: int) -> None:
 
     model = Model(sparse_grad=True)
     fully_shard(model)
-    model(normal(2, 4)).sum().backward()  # exact reads have dense ones
+    model(normal(2, 4)).sum().backward()  # gradients of exact reads are dense
     with pytest.raises(softdb.ArgumentError, match=r"sparse_grad=False.*ignored_params"):
         model(normal(2, 4), mode="topk", k=2).sum().backward()
 
@@ -247,7 +247,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank = int(sys.argv[1])
     distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-    warnings.simplefilter("ignore")  # of torch's own
+    warnings.simplefilter("ignore")  # from torch itself
     for each in SCENARIOS:
         try:
             each(rank)

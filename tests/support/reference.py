@@ -1,4 +1,4 @@
-"""What a read is, in float64 and plain enough to be believed by reading."""
+"""Reference implementation of exact reads, for float64 inputs; simple rather than fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def scores(query: Tensor, keys: Tensor, metric: str, temperature: float | Tensor = 1.0) -> Tensor:
-    """(..., B, d), (..., N, d) -> (..., B, N)"""
+    """Compute scores: (..., B, d), (..., N, d) -> (..., B, N)."""
     if metric == "l2":
         raw = -(query.unsqueeze(-2) - keys.unsqueeze(-3)).square().sum(-1)
     elif metric == "cosine":
@@ -27,7 +27,7 @@ def scores(query: Tensor, keys: Tensor, metric: str, temperature: float | Tensor
 class Answer:
     values: Tensor
     lse: Tensor
-    weights: Tensor  # (..., B, N): all rows, in their order
+    weights: Tensor  # (..., B, N), of all rows, in row order
     scores: Tensor  # (..., B, N)
 
 
@@ -40,7 +40,10 @@ def read(
     temperature: float | Tensor = 1.0,
     visible: Tensor | None = None,
 ) -> Answer:
-    """The exact read; (B, N) bool `visible` says which query may see which row, and where it may see none gives 0."""
+    """Compute the exact read.
+
+    ``visible``, (B, N) bool, selects the rows of each query. The values of a query without visible rows are 0.
+    """
     found = scores(query, keys, metric, temperature)
     if visible is not None:
         found = found.masked_fill(~visible, -math.inf)
@@ -52,7 +55,7 @@ def read(
 
 
 def best(found: Tensor, k: int) -> Tensor:
-    """The k best columns of each row, best first, ties to the lowest; -1 where the score is -inf."""
+    """Return the k best columns of each row, best first; ties go to the lowest column, -1 is padding."""
     order = found.sort(dim=-1, descending=True, stable=True)
     columns = order.indices.masked_fill(order.values == -math.inf, -1)[..., :k]
     return F.pad(columns, (0, k - columns.shape[-1]), value=-1)

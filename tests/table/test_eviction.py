@@ -1,4 +1,4 @@
-"""Memories of a fixed size: which rows go, how rows are used, and rows that begin anew."""
+"""Stores of fixed capacity: evicted rows, usage counters, and revived rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVICTIONS = ["lru", "oldest"]
 
 
 def rows_of(count: int, start: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Keys and values that tell which row they are."""
+    """Return keys and values that contain the number of their row."""
     numbers = start + torch.arange(float(count))[:, None]
     return torch.cat([numbers, torch.ones(count, 1)], dim=-1), numbers
 
@@ -36,8 +36,8 @@ def full(evict: str | None, capacity: int = 4, **options: object) -> SoftKVStore
 # -- a store against plain Python ------------------------------------------------------------------------
 
 
-class Memory:
-    """What a store with ``evict`` must be: a list of slots, and ids in the order in which they are to go."""
+class Model:
+    """Plain Python model of a store with ``evict``: a list of slots, and the ids in eviction order."""
 
     def __init__(self, capacity: int, evict: str) -> None:
         self.slots: list[int | None] = [None] * capacity
@@ -97,7 +97,7 @@ class Memory:
 
 def through_state_dict(store: SoftKVStore) -> SoftKVStore:
     other = SoftKVStore(2, 1, capacity=store.capacity, evict=store.evict, track_usage=True, trainable=store.trainable)
-    if len(store) % 2:  # whatever it was before
+    if len(store) % 2:  # the previous content of the other store must not matter
         other.add(*rows_of(store.capacity))
         other.read(torch.ones(3, 2), "topk", k=2)
     file = io.BytesIO()
@@ -119,43 +119,43 @@ COPIES = [
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("evict", EVICTIONS)
 @pytest.mark.parametrize("capacity", [1, 7, 40])
-def test_the_rows_that_go_are_those_of_plain_python(
+def test_evicted_rows_match_a_plain_python_model(
     evict: str, capacity: int, trainable: bool, queue_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EvictionClock, "sampling", QueueSampling(share=queue_share, rows=10))
     chance = random.Random(capacity)
     torch.manual_seed(capacity)
     store = SoftKVStore(2, 1, capacity=capacity, evict=evict, track_usage=True, trainable=trainable)  # type: ignore[arg-type]
-    memory = Memory(capacity, evict)
+    model = Model(capacity, evict)
     for _ in range(250):
-        some = chance.sample(sorted(memory.rows), chance.randint(0, min(5, len(memory.rows))))
+        some = chance.sample(sorted(model.rows), chance.randint(0, min(5, len(model.rows))))
         count = chance.randint(0, min(5, capacity))
         keys, values = torch.randn(count, 2), torch.randn(count, 1)
         action = chance.choice(["add", "add", "put", "update", "delete", "read", "read", "read", "revive", "copy"])
         if action == "add":
             ids = store.add(keys, values).tolist()
-            assert ids == list(range(memory.next, memory.next + count))
-            memory.put(ids, keys, values)
+            assert ids == list(range(model.next, model.next + count))
+            model.put(ids, keys, values)
         elif action == "put":
             ids = (some + chance.sample(range(10**6, 10**6 + 99), count) if chance.random() < 0.2 else some)[:count]
-            ids += [memory.next + 1 + number for number in range(count - len(ids))]
+            ids += [model.next + 1 + number for number in range(count - len(ids))]
             ids = list(dict.fromkeys(ids))
             store.put(ids, keys[: len(ids)], values[: len(ids)])
-            memory.put(ids, keys[: len(ids)], values[: len(ids)])
+            model.put(ids, keys[: len(ids)], values[: len(ids)])
         elif action == "delete" and chance.random() < 0.5:
             store.delete(some)
             for number in some:
-                memory.delete(number)
+                model.delete(number)
         elif action in ("update", "revive"):
             keys, values = torch.randn(len(some), 2), torch.randn(len(some), 1)
             if action == "revive":
                 store.revive(some, keys, values)
                 for number in some:
-                    memory.forget(number)
+                    model.forget(number)
             else:
                 store.update(some, values=values)
                 store.update(some, keys=keys)
-            memory.write(some, keys, values)
+            model.write(some, keys, values)
         elif action == "read":
             shape = chance.choice([(2,), (3, 2), (0, 2)])
             how = chance.choice([{"k": 3}, {}, {"mode": "topk", "k": 2}, {"mode": "topk", "k": 50}, {"mode": "hard"}])
@@ -163,20 +163,20 @@ def test_the_rows_that_go_are_those_of_plain_python(
             with chance.choice([torch.enable_grad, torch.no_grad, torch.inference_mode])():
                 read = store.read(torch.randn(shape, requires_grad=True), where=where, **how)  # type: ignore[arg-type]
             if read.ids is not None:
-                memory.read(read.ids.flatten().tolist(), read.weights.flatten().tolist())
+                model.read(read.ids.flatten().tolist(), read.weights.flatten().tolist())
         elif action == "copy":
             store = chance.choice(COPIES)(store)
-        memory.check(store)
+        model.check(store)
     assert store.rows.capacity == capacity
 
 
 @pytest.mark.parametrize("used", [3, 50], ids=["half-filled", "filled"])
 @pytest.mark.parametrize("evict", EVICTIONS)
-def test_a_loaded_store_goes_on_as_the_saved_one(evict: str, used: int) -> None:
+def test_a_loaded_store_evicts_and_reads_like_the_saved_one(evict: str, used: int) -> None:
     torch.manual_seed(0)
     store = SoftKVStore(2, 1, capacity=20, evict=evict, track_usage=True)  # type: ignore[arg-type]
 
-    def go_on(store: SoftKVStore, seed: int, steps: int) -> list[object]:
+    def run(store: SoftKVStore, seed: int, steps: int) -> list[object]:
         generator = torch.Generator().manual_seed(seed)
         seen: list[object] = []
         for _ in range(steps):
@@ -186,45 +186,45 @@ def test_a_loaded_store_goes_on_as_the_saved_one(evict: str, used: int) -> None:
             seen.append([tensor.tolist() for tensor in (store.ids, read.ids, read.values, usage.reads, usage.weight)])
         return seen
 
-    go_on(store, 0, used)
+    run(store, 0, used)
     other = SoftKVStore(2, 1, capacity=20, evict=evict, track_usage=True)  # type: ignore[arg-type]
     other.load_state_dict(store.state_dict())
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, store.state_dict()[name])
-    assert go_on(store, 1, 30) == go_on(other, 1, 30)
+    assert run(store, 1, 30) == run(other, 1, 30)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, store.state_dict()[name])
 
 
-# -- which rows go ---------------------------------------------------------------------------------------
+# -- which rows are evicted ------------------------------------------------------------------------------
 
 
-def test_the_oldest_go_in_the_order_in_which_they_came() -> None:
+def test_the_oldest_rows_are_evicted_in_insertion_order() -> None:
     store = full("oldest")
     store.update([0], keys=torch.ones(1, 2))
     store.put([1], *rows_of(1))
     store.read(torch.ones(1, 2), "topk", k=1, where=torch.tensor([2]))
-    gone = []
+    evicted = []
     for number in range(4):
         before = set(store.ids.tolist())
         assert store.add(*rows_of(1)).tolist() == [4 + number]
-        gone += before - set(store.ids.tolist())
-    assert gone == [0, 1, 2, 3]
+        evicted += before - set(store.ids.tolist())
+    assert evicted == [0, 1, 2, 3]
     store.put([30, 20, 10], *rows_of(3))  # into slots 0, 1, 2, in the order given
     store.delete([7])
     store.add(*rows_of(3), ids=[50, 60, 70])
     assert sorted(store.ids.tolist()) == [10, 50, 60, 70]
 
 
-def test_the_least_recently_used_go() -> None:
+def test_the_least_recently_used_rows_are_evicted() -> None:
     store = full("lru")
     query = torch.tensor([[1.0, 0.0]])
     assert store.read(query, "hard").ids.tolist() == [[3]]
-    store.read(query)  # names no rows, so is no use
+    store.read(query)  # reports no rows, so it is not a use
     store.update([0], values=torch.ones(1, 1))
     store.add(*rows_of(2))
     assert sorted(store.ids.tolist()) == [0, 3, 4, 5]
-    store.read(query, "topk", k=9, where=torch.tensor([3]))  # and padding, which is nobody
+    store.read(query, "topk", k=9, where=torch.tensor([3]))  # row 3 and padding
     store.add(*rows_of(1))
     assert sorted(store.ids.tolist()) == [3, 4, 5, 6]
     store.touch([4])
@@ -232,7 +232,7 @@ def test_the_least_recently_used_go() -> None:
     assert sorted(store.ids.tolist()) == [3, 5, 6, 7]
 
 
-def test_a_change_of_fields_is_no_use() -> None:
+def test_an_update_of_fields_is_not_a_use() -> None:
     store = SoftKVStore(2, 1, fields=("time",), capacity=2, evict="lru")
     store.add(*rows_of(1), fields={"time": 0})
     store.add(*rows_of(1), fields={"time": 0})
@@ -255,7 +255,7 @@ def test_rows_of_one_call_do_not_evict_each_other(evict: str) -> None:
     assert len(store) == 4
 
 
-def test_holes_are_filled_before_rows_go() -> None:
+def test_free_slots_are_filled_before_rows_are_evicted() -> None:
     store = full("lru", capacity=6)
     store.delete([1, 4])
     store.add(*rows_of(2))
@@ -266,32 +266,32 @@ def test_holes_are_filled_before_rows_go() -> None:
 
 
 @pytest.mark.parametrize("evict", [None, *EVICTIONS])
-def test_storage_is_laid_out_once(evict: str | None) -> None:
+def test_storage_of_a_fixed_capacity_is_allocated_once(evict: str | None) -> None:
     store = SoftKVStore(2, 1, capacity=4, evict=evict, trainable=True)  # type: ignore[arg-type]
     keys, data = store.keys, store.keys.data_ptr()
     assert keys.shape == (4, 2)
     assert len(store) == 0
     assert (store.read(torch.ones(1, 2), k=2).ids == -1).all()
     store.reserve(4)
-    optimiser = torch.optim.Adam(store.parameters())
+    optimizer = torch.optim.Adam(store.parameters())
     for _ in range(4 if evict is None else 9):
         store.add(*rows_of(1))
         store.read(torch.ones(1, 2)).values.sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert store.keys is keys
     assert keys.data_ptr() == data
     assert len(store) == 4
 
 
-def test_a_large_memory_looks_at_every_row_only_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_store_rarely_scans_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     store = full("lru", capacity=4000)
-    looks = 0
+    scans = 0
     fill_queue = EvictionClock._fill_queue
 
     def counted(clock: EvictionClock, readings: torch.Tensor, ids: torch.Tensor, least: int) -> None:
-        nonlocal looks
-        looks += 1
+        nonlocal scans
+        scans += 1
         fill_queue(clock, readings, ids, least)
 
     monkeypatch.setattr(EvictionClock, "_fill_queue", counted)
@@ -300,15 +300,15 @@ def test_a_large_memory_looks_at_every_row_only_once_in_a_while(monkeypatch: pyt
         store.read(torch.randn(8, 2), "topk", k=4)
         assert store.get([4000 + 10 * step]).values.item() == 0
     assert len(store) == 4000
-    assert 0 < looks < 10
+    assert 0 < scans < 10
 
 
-# -- what becomes of an evicted row ----------------------------------------------------------------------
+# -- effects of eviction ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("evict", EVICTIONS)
-def test_a_read_of_an_evicted_row_cannot_go_backward(evict: str, trainable: bool) -> None:
+def test_backward_raises_after_a_row_that_was_read_is_evicted(evict: str, trainable: bool) -> None:
     store = full(evict, trainable=trainable)
     query = torch.ones(1, 2, requires_grad=True)
     stale = store.read(query, where=torch.tensor([0, 1]))
@@ -321,7 +321,7 @@ def test_a_read_of_an_evicted_row_cannot_go_backward(evict: str, trainable: bool
 
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 4}], ids=["dense", "sparse"])
 @pytest.mark.parametrize("write", ["add", "revive"])
-def test_gradients_of_a_row_that_is_gone_are_dropped(how: dict[str, object], write: str) -> None:
+def test_gradients_of_evicted_and_revived_rows_are_dropped(how: dict[str, object], write: str) -> None:
     store = full("oldest", trainable=True)
     store.read(torch.randn(3, 2), **how).values.square().sum().backward()  # type: ignore[arg-type]
     before = store.values.grad.to_dense().clone()
@@ -415,7 +415,7 @@ def test_errors_change_nothing(evict, write, error: type[Exception], message: st
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(evict="lru"), softdb.ArgumentError, "evict: expected a capacity beside 'lru', got none; pass capacity="),
+        (dict(evict="lru"), softdb.ArgumentError, "evict='lru': expected a capacity, got None; pass capacity="),
         (
             dict(capacity=3, evict="random"),
             softdb.ArgumentError,
@@ -430,15 +430,15 @@ def test_bad_options(options: dict[str, object], error: type[Exception], message
         SoftKVStore(2, 1, **options)  # type: ignore[arg-type]
 
 
-def test_a_store_without_these_options_saves_what_it_always_did() -> None:
-    wanted = {"keys", "values", "rows.ids", "rows.next_id", "rows.generation"}
-    assert set(SoftKVStore(2, 1).state_dict()) == wanted
-    assert set(SoftKVStore(2, 1, capacity=3).state_dict()) == wanted
-    assert set(SoftKVStore(2, 1, capacity=3, evict="lru").state_dict()) == wanted | {"rows.used_at"}
-    assert set(SoftKVStore(2, 1, track_usage=True).state_dict()) == wanted | {"rows.reads", "rows.weight"}
+def test_optional_buffers_are_saved_only_with_their_option() -> None:
+    expected = {"keys", "values", "rows.ids", "rows.next_id", "rows.generation"}
+    assert set(SoftKVStore(2, 1).state_dict()) == expected
+    assert set(SoftKVStore(2, 1, capacity=3).state_dict()) == expected
+    assert set(SoftKVStore(2, 1, capacity=3, evict="lru").state_dict()) == expected | {"rows.used_at"}
+    assert set(SoftKVStore(2, 1, track_usage=True).state_dict()) == expected | {"rows.reads", "rows.weight"}
 
 
-def test_what_does_not_fit_is_not_loaded() -> None:
+def test_a_state_of_another_capacity_or_eviction_rule_is_rejected() -> None:
     store = full("lru")
     with pytest.raises(softdb.ShapeError, match=r"state_dict\['rows.ids'\]: expected shape \(4,\), got \(5,\)"):
         store.load_state_dict(full("lru", capacity=5).state_dict())
@@ -454,7 +454,7 @@ def test_what_does_not_fit_is_not_loaded() -> None:
     assert len(ordinary) == 7
 
 
-def test_repr_says_what_the_memory_is() -> None:
+def test_repr_shows_capacity_and_eviction_rule() -> None:
     assert "capacity=4, evict='lru', trainable=False" in repr(full("lru"))
     assert "capacity" not in SoftKVStore(2, 1).extra_repr()
 
@@ -462,9 +462,9 @@ def test_repr_says_what_the_memory_is() -> None:
 # -- usage -----------------------------------------------------------------------------------------------
 
 
-def test_usage_counts_the_rows_that_reads_name() -> None:
+def test_usage_counts_the_rows_that_reads_report() -> None:
     store = SoftKVStore(2, 1, track_usage=True, trainable=True)
-    store.read(torch.ones(3, 2), "topk", k=2)  # of nothing
+    store.read(torch.ones(3, 2), "topk", k=2)  # the store is empty
     store.add(*rows_of(5))
     store.delete([1])
     query = torch.randn(6, 2)
@@ -484,9 +484,9 @@ def test_usage_counts_the_rows_that_reads_name() -> None:
     assert usage.weight.dtype == torch.float64
     assert not usage.weight.requires_grad
     usage.reads.zero_()
-    assert store.usage.reads.sum() == reads.sum()  # a copy
+    assert store.usage.reads.sum() == reads.sum()  # usage is a copy
     del read
-    store.add(*rows_of(20))  # grows, and fills the hole
+    store.add(*rows_of(20))  # grows the storage, and fills the free slot
     assert store.usage.reads[:5].tolist() == [reads[0], 0, *reads[2:]]
     store.to(torch.bfloat16)
     assert store.usage.weight.dtype == torch.float64
@@ -526,7 +526,7 @@ def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) 
     assert 0 < int((usage.reads > 0).sum()) < 59
 
 
-def test_exact_softmax_reads_without_k_count_for_none() -> None:
+def test_exact_softmax_reads_without_k_are_not_counted() -> None:
     store = full("lru", track_usage=True)
     store.read(torch.ones(3, 2))
     assert store.usage.reads.tolist() == [0] * 4
@@ -538,19 +538,19 @@ def test_exact_softmax_reads_without_k_count_for_none() -> None:
 def test_rows_with_weight_in_an_exact_read_are_evicted_last(normalizer: str) -> None:
     store = full("lru", trainable=True)
     query = torch.tensor([[-9.0, 0.0]], requires_grad=True)
-    store.read(query, normalizer=normalizer).values.sum().backward()  # of row 0 alone
+    store.read(query, normalizer=normalizer).values.sum().backward()  # only row 0 has weight
     store.add(*rows_of(1))
     assert store.ids.tolist() == [0, 4, 2, 3]
 
 
-def test_usage_that_nobody_asked_for() -> None:
+def test_usage_requires_track_usage() -> None:
     store = SoftKVStore(2, 1)
     for ask in (lambda: store.usage, store.reset_usage):
         with pytest.raises(softdb.ArgumentError, match="make the store with track_usage=True"):
             ask()
 
 
-def test_counting_leaves_gradients_alone() -> None:
+def test_counting_reads_does_not_change_gradients() -> None:
     torch.manual_seed(0)
     stores = [SoftKVStore(2, 1, trainable=True, capacity=9, **options) for options in ({}, {"evict": "lru"})]  # type: ignore[arg-type]
     stores.append(SoftKVStore(2, 1, trainable=True, capacity=9, evict="lru", track_usage=True))
@@ -560,15 +560,15 @@ def test_counting_leaves_gradients_alone() -> None:
     for store in stores:
         store.add(*table)
         read = store.read(query, "topk", k=3)
-        store.read(query, "topk", k=2)  # counted between a read and its backward
+        store.read(query, "topk", k=2)  # this read is counted between another read and its backward
         (read.values.sum() + read.weights.square().sum() + read.lse.sum()).backward()
         answers.append([query.grad.clone(), store.keys.grad.to_dense(), store.values.grad.to_dense()])
         query.grad = None
     for answer in answers[1:]:
-        assert all(torch.equal(mine, wanted) for mine, wanted in zip(answer, answers[0], strict=True))
+        assert all(torch.equal(found, expected) for found, expected in zip(answer, answers[0], strict=True))
 
 
-def test_reads_are_no_writes() -> None:
+def test_reads_do_not_change_the_version() -> None:
     store = full("lru", track_usage=True, trainable=True)
     version = store.rows.version
     first = store.read(torch.ones(1, 2), "topk", k=2)
@@ -577,7 +577,7 @@ def test_reads_are_no_writes() -> None:
     first.values.sum().backward()
 
 
-def test_checkpointed_reads_count_as_often_as_they_are_made() -> None:
+def test_reads_recomputed_by_checkpointing_are_counted_again() -> None:
     store = full("lru", track_usage=True, trainable=True)
     query = torch.ones(3, 2, requires_grad=True)
     values = torch.utils.checkpoint.checkpoint(
@@ -589,7 +589,7 @@ def test_checkpointed_reads_count_as_often_as_they_are_made() -> None:
     assert store.usage.weight.sum().item() == pytest.approx(6)
 
 
-def test_a_memory_filled_and_read_in_inference_mode() -> None:
+def test_a_store_filled_and_read_in_inference_mode() -> None:
     with torch.inference_mode():
         store = full("lru", track_usage=True)
         store.read(torch.ones(2, 2), "topk", k=2)
@@ -605,7 +605,7 @@ def test_a_memory_filled_and_read_in_inference_mode() -> None:
 # -- revive ----------------------------------------------------------------------------------------------
 
 
-def test_revived_rows_keep_their_ids_and_begin_anew() -> None:
+def test_revived_rows_keep_ids_and_fields_and_make_reads_stale() -> None:
     store = SoftKVStore(2, 1, fields=("time",), track_usage=True, trainable=True)
     store.add(*rows_of(4), ids=[5, 6, 7, 8], fields={"time": [1, 2, 3, 4]})
     query = torch.ones(1, 2)
@@ -625,10 +625,10 @@ def test_revived_rows_keep_their_ids_and_begin_anew() -> None:
     assert store.rows.version == before
 
 
-@pytest.mark.parametrize(("evict", "gone"), [("lru", 1), ("oldest", 0)])
-def test_a_revived_row_is_used_but_no_younger(evict: str, gone: int) -> None:
+@pytest.mark.parametrize(("evict", "evicted"), [("lru", 1), ("oldest", 0)])
+def test_revive_counts_as_a_use_but_not_as_an_addition(evict: str, evicted: int) -> None:
     store = full(evict)
     store.revive([0], *rows_of(1))
     store.add(*rows_of(1))
-    assert gone not in store
+    assert evicted not in store
     assert len(store) == 4

@@ -1,4 +1,4 @@
-"""The books: ids, slots, versions."""
+"""Row storage: ids, slots, versions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from softdb.table.slots import SlotTable
 from softdb.table.storage import RowStorage
 
 
-def table_of(count: int) -> RowStorage:
+def storage_of(count: int) -> RowStorage:
     rows = RowStorage(())
     resize(rows, count)
-    place(rows, new_ids(rows, count))
+    insert(rows, new_ids(rows, count))
     return rows
 
 
@@ -33,11 +33,11 @@ def new_ids(rows: RowStorage, count: int) -> torch.Tensor:
     return torch.arange(rows.first_new_id, rows.first_new_id + count)
 
 
-def place(rows: RowStorage, ids: torch.Tensor) -> list[int]:
+def insert(rows: RowStorage, ids: torch.Tensor) -> list[int]:
     rows.slots.widen(ids, len(rows))
     plan = rows.plan(WriteBatch(ids))
     rows.apply_plan(plan)
-    found: list[int] = plan.placed.tolist()
+    found: list[int] = plan.inserted_slots.tolist()
     return found
 
 
@@ -45,38 +45,38 @@ def remove(rows: RowStorage, ids: list[int]) -> None:
     rows.apply_plan(rows.plan(WriteBatch(removed_slots=rows.slots.find(torch.tensor(ids)))))
 
 
-def enter(slots: SlotTable, ids: torch.Tensor, places: torch.Tensor, rows: int) -> None:
-    slots.widen(ids, rows)
-    slots.put(ids, places)
+def put(table: SlotTable, ids: torch.Tensor, slots: torch.Tensor, rows: int) -> None:
+    table.widen(ids, rows)
+    table.put(ids, slots)
 
 
 def test_slot_table_keeps_small_ids_in_an_array_and_large_ones_in_a_dict() -> None:
     slots = SlotTable()
     large = torch.tensor([10**12, 5000, 10**15])
-    enter(slots, large, torch.tensor([0, 1, 2]), rows=0)
-    enter(slots, torch.arange(3000), torch.arange(3, 3003), rows=3)
+    put(slots, large, torch.tensor([0, 1, 2]), rows=0)
+    put(slots, torch.arange(3000), torch.arange(3, 3003), rows=3)
     assert slots.find(large).tolist() == [0, 1, 2]
     assert slots.find(torch.tensor([0, 2999, 3000, 4999, 5001, 10**14])).tolist() == [3, 3002, -1, -1, -1, -1]
-    enter(slots, torch.tensor([6000]), torch.tensor([3003]), rows=3003)
+    put(slots, torch.tensor([6000]), torch.tensor([3003]), rows=3003)
     assert slots.find(torch.tensor([5000, 6000])).tolist() == [1, 3003]
     array, others = slots._map
-    assert len(others) == 2  # 5000 moved over as the rows grew many
+    assert len(others) == 2  # id 5000 moved to the array when the number of rows grew
     assert len(array) < 20_000
     slots.remove(torch.tensor([10**12, 7, 5000]))
     assert slots.find(torch.tensor([10**12, 7, 5000, 8])).tolist() == [-1, -1, -1, 11]
 
 
-def test_holes_are_filled_lowest_first() -> None:
-    rows = table_of(10)
+def test_free_slots_are_filled_lowest_first() -> None:
+    rows = storage_of(10)
     remove(rows, [7, 2, 5])
-    assert place(rows, torch.tensor([20, 21])) == [2, 5]
+    assert insert(rows, torch.tensor([20, 21])) == [2, 5]
     remove(rows, [0])
-    assert place(rows, torch.tensor([22, 23])) == [0, 7]
+    assert insert(rows, torch.tensor([22, 23])) == [0, 7]
     assert rows.live_mask() is None
 
 
-def test_changes_since_a_version() -> None:
-    rows = table_of(10)
+def test_changed_since_returns_the_slots_changed_after_a_version() -> None:
+    rows = storage_of(10)
     start = rows.version
     rows.mark_written(torch.tensor([4, 2]))
     middle = rows.version
@@ -93,43 +93,43 @@ def test_changes_since_a_version() -> None:
 @pytest.mark.parametrize(
     "used", [None, torch.tensor([[1, -1], [3, 1]]), torch.arange(10) < 4], ids=["all", "some", "mask"]
 )
-def test_a_snapshot_minds_the_rows_it_used(used: torch.Tensor | None) -> None:
-    rows = table_of(10)
+def test_a_staleness_check_raises_only_for_rows_that_were_used(used: torch.Tensor | None) -> None:
+    rows = storage_of(10)
     remove(rows, [8])
-    snapshot = StalenessCheck(rows, used)
-    place(rows, torch.tensor([50]))  # into the hole
+    check = StalenessCheck(rows, used)
+    insert(rows, torch.tensor([50]))  # into the free slot
     resize(rows, 20)
-    place(rows, torch.tensor([51]))
+    insert(rows, torch.tensor([51]))
     if used is not None:
         rows.mark_written(torch.tensor([6]))
-    snapshot.check()
+    check.check()
     rows.mark_written(torch.tensor([3]))
     with pytest.raises(softdb.StaleReadError, match="slots 3"):
-        snapshot.check()
+        check.check()
 
 
-def test_optimisers_are_seen_without_keeping_anything_alive() -> None:
-    rows, parameter = table_of(3), torch.nn.Parameter(torch.ones(3))
+def test_optimizer_steps_are_recorded_and_tables_can_be_freed() -> None:
+    rows, parameter = storage_of(3), torch.nn.Parameter(torch.ones(3))
     watch(parameter, rows, "values")
     other = torch.nn.Parameter(torch.ones(3))
-    optimiser = torch.optim.SGD([parameter, other], lr=0.1)
+    optimizer = torch.optim.SGD([parameter, other], lr=0.1)
     before = rows.version
     other.grad = torch.ones(3)
-    optimiser.step()
+    optimizer.step()
     assert rows.version == before
     parameter.grad = torch.ones(3)
-    optimiser.step()
+    optimizer.step()
     assert rows.all_changed_at == rows.version == before + 1
     assert rows.all_keys_changed_at < rows.version
     del rows
     gc.collect()
-    optimiser.step()
+    optimizer.step()
 
 
-def test_a_copy_draws_up_its_own_books() -> None:
-    rows = table_of(5)
+def test_a_copy_assigns_ids_independently() -> None:
+    rows = storage_of(5)
     remove(rows, [1])
     copied = copy.deepcopy(rows)
-    place(copied, new_ids(copied, 1))
+    insert(copied, new_ids(copied, 1))
     assert copied.slots.find(torch.tensor([5])).tolist() == [1]
     assert rows.slots.find(torch.tensor([5])).tolist() == [-1]

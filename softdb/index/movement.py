@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softdb.index.faiss_parts import compute_distances, to_vectors
-from softdb.table.slots import resized
+from softdb.table.slots import resize
 
 __all__ = ["KeyMovement"]
 
@@ -67,8 +67,8 @@ class KeyMovement:
 
     def resize(self, capacity: int) -> None:
         """Allocate more slots."""
-        self.copy = None if self.copy is None else resized(self.copy, capacity)
-        self._drift = None if self._drift is None else resized(self._drift, capacity)
+        self.copy = None if self.copy is None else resize(self.copy, capacity)
+        self._drift = None if self._drift is None else resize(self._drift, capacity)
 
     def find_moved_slots(self, slots: Tensor, keys: Tensor, metric: str, tolerance: float) -> Tensor:
         """Find ``slots`` whose key has moved by more than ``tolerance``."""

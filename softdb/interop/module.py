@@ -97,7 +97,7 @@ def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], ob
     """
     module, rows = table.module, table.rows
     if not module.keys.is_meta:
-        check_own_ids(rows)
+        check_ids_unchanged(rows)
     # Try the conversion on empty tensors, so that an error leaves the store unchanged.
     check_dtype(fn(module.keys.detach().new_empty(0)).dtype)
     id_dtype = fn(rows.ids.new_empty(0)).dtype
@@ -111,7 +111,7 @@ def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], ob
         module.keys.data.zero_()
         module.values.data.zero_()
     if before != (module.keys.data_ptr(), module.values.data_ptr()):  # otherwise nothing was converted
-        rows.mark_moved()
+        rows.mark_updated()
         rows.layout += 1
     table.record_versions()
 

@@ -75,7 +75,7 @@ def load_state(
         if growth is not None:
             table.install(growth)
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        with unwatched(own), rows.recorded.suspended():  # torch may swap the tensors
+        with pause_watching(own), rows.recorded.suspend():  # torch may swap the tensors
             try:
                 module._load_state_dict_pre_hooks = none
                 load_tensors(state_dict, prefix, *others)
@@ -162,6 +162,6 @@ def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args:
             setattr(rows, name, column)
         rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
     if is_average:  # It most likely continues to be one.
-        rows.average.remember(rows.tenants, is_updated=True)
+        rows.average.record(rows.slot_rows, is_updated=True)
     rows.average.source = None if source is None else source.restart(rows.ids, rows.generation)
     rows.derive()

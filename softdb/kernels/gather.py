@@ -71,7 +71,7 @@ class _GatherRows(torch.autograd.Function):
         rows, inverse = index.unique
         grad = grads[0][~index.is_padding] if index.has_padding else grads[0].flatten(0, -2)
         summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, inverse, grad)
-        return row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
+        return make_row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
 
 
 def _gather(table: Tensor, index: GatherIndex, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)

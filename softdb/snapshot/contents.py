@@ -46,7 +46,7 @@ def collect_contents(table: Table, index: IndexConfig) -> tuple[dict[str, Tensor
     used = rows.used
     table.check_not_sharded()
     tensors = {name: tensor.detach()[:used] for name, tensor in table.tensors().items()}
-    with rows.access.alone:  # Readers in other threads may count reads.
+    with rows.access.counter_lock:  # Readers in other threads may count reads.
         tensors |= {f"rows.{name}": getattr(rows, name)[:used].clone() for name in rows.columns}
     tensors |= {"rows.ids": rows.ids[:used], "rows.next_id": rows.next_id}
     description = {name: getattr(store, name) for name in SAVED_SETTINGS if name != "track_usage"}
@@ -124,7 +124,7 @@ def install_tensors(table: Table, tensors: Mapping[str, Tensor], *, mapped: bool
     if tensors["values"].dtype != table.values.dtype:
         raise ValueError(f"values of {tensors['values'].dtype}")
     fitted = {
-        name: (tensor if tensor.dim() == 0 or capacity == used else resized(tensor, capacity, _fill_value(name)))
+        name: (tensor if tensor.dim() == 0 or capacity == used else resize(tensor, capacity, _fill_value(name)))
         for name, tensor in tensors.items()
     }
     here = {name: tensor.to(table.keys.device) for name, tensor in fitted.items()}

@@ -123,7 +123,7 @@ class Access:
         """Finish an interrupted write, and process writes to tensors by other code."""
         if is_active():
             self._table.check_not_wrapped()
-            with outside_of_transforms():
+            with suspend_transforms():
                 self.follow_writes()
             return
         self._recover()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from softdb.table.slot_rows import SlotRows
 from softdb.table.slots import NO_SLOTS
 from softdb.transforms import is_active
 
@@ -49,7 +48,7 @@ class MixedRows(NamedTuple):
 
     Attributes:
         ids: Ids of rows that are mixed with the row that was in their slot before.
-        started: Number of rows whose average began with zeros.
+        zero_started: Number of rows whose average began with zeros.
     """
 
     ids: Tensor = NO_SLOTS

@@ -46,7 +46,7 @@ class AverageWatch:
         """Start to watch a deep copy of ``source``, which holds ``slot_rows``."""
         if source.config.trainable:  # Otherwise keys and values are buffers, which averages copy.
             self.record(slot_rows, is_updated=source.rows.average.is_updated)
-        self.source = SourceWatch(source, slot_rows)
+        self.source = SourceWatch(source)
 
     def record(self, slot_rows: SlotRows, *, is_updated: bool = False) -> None:
         """Record which row each slot holds."""

@@ -160,12 +160,13 @@ def observe_listing(table: Tensors) -> None:
     if rows.average.source is None:
         return
     found = rows.average.source.observe(table)
-    if found.zero_started:
-        warn_of_zero_start(found.zero_started)
     if len(found.ids):
         rows.average.mixed = torch.cat([rows.average.mixed, found.ids])
         rows.writable_buffer("id_check").fill_(INVALID_CHECK)  # Later uses of the average raise too.
-        raise _mixed_rows(found.ids)
+    if len(rows.average.source.mixed):
+        raise _mixed_rows(rows.average.source.mixed)
+    if found.zero_started:
+        warn_of_zero_start(found.zero_started)
 
 
 def _mixed_rows(ids: Tensor) -> ForeignWriteError:

@@ -473,7 +473,7 @@ def test_norm_outliers_are_found_for_distant_queries(factory: str, monkeypatch: 
     longest = torch.randperm(4000, generator=generator)[:200].sort().values
     found = []
     for step in range(40):
-        store.keys.grad = row_sparse(longest, -store.keys.detach()[longest], store.keys.shape)
+        store.keys.grad = make_row_sparse(longest, -store.keys.detach()[longest], store.keys.shape)
         optimizer.step()
         some = torch.arange(100 * step, 100 * step + 100)
         store.update(some, keys=store.keys.detach()[some])

@@ -40,7 +40,7 @@ DISPATCH = {
 
 def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
     """Make every exact read use a tiling of `DISPATCH`."""
-    elements, queries, sum_rows, tall, unshifted = DISPATCH[choice]
+    elements, queries, sum_rows, transposed, unshifted = DISPATCH[choice]
     tiling = Tiling(
         max_dense_scores=0,
         tile_elements=elements,

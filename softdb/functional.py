@@ -42,7 +42,15 @@ from softdb.reading.tables import Tables
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import GumbelNoise, noise_for
 from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
-from softdb.scoring.normalizers import SPARSE, check_normalizer, is_hard, softmax, straight_through
+from softdb.scoring.normalizers import (
+    SPARSE_NORMALIZERS,
+    check_normalizer,
+    is_hard,
+    is_random,
+    is_sparse,
+    softmax,
+    straight_through,
+)
 from softdb.transforms import (
     Answer,
     Operands,
@@ -130,7 +138,7 @@ def soft_read(
     if is_active():
         options = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
         # vmap may want another draw for each sample.
-        if normalizer == "gumbel" or is_wrapped(query, keys, values, temperature, mask):
+        if is_random(normalizer) or is_wrapped(query, keys, values, temperature, mask):
             return _soft_read_under_transform(query, keys, values, temperature, mask, options)
         with suspend_transforms():
             return soft_read(query, keys, values, temperature=temperature, mask=mask, **options)
@@ -221,7 +229,7 @@ def topk_read(
     if is_active() or is_forward_mode():
         options = {"metric": metric, "normalizer": normalizer, "generator": generator}
         tensors = query, keys, values, candidates, temperature
-        if normalizer == "gumbel" or is_forward_mode() or is_wrapped(*tensors):
+        if is_random(normalizer) or is_forward_mode() or is_wrapped(*tensors):
             return _topk_read_under_transform(query, keys, values, candidates, temperature, **options)
         with suspend_transforms():
             return topk_read(query, keys, values, candidates, temperature=temperature, **options)
@@ -300,7 +308,7 @@ def _soft_read_under_transform(
         )
         return answer_of(read, leaves)
 
-    random = "queries" if options["normalizer"] == "gumbel" else ""
+    random = "queries" if is_random(options["normalizer"]) else ""
     operands = [query, keys, values, divisor, mask]
     return read_of(*read_opaquely(run, _fold_samples, operands, random=random, generator=options["generator"]))
 
@@ -347,7 +355,7 @@ def _topk_read_under_transform(
     temperature = _check_temperature_shape(temperature, (*batch, height), query.device)
     if candidates.dim() == 0 or not is_broadcastable(candidates.shape[:-1], (*batch, height)):
         _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, height), 1, query.device)
-    if normalizer == "gumbel":
+    if is_random(normalizer):
         check_randomness()
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
@@ -359,8 +367,8 @@ def _topk_read_under_transform(
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
         spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
-        scores = score_rows(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
-        if normalizer == "gumbel":
+        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
+        if is_random(normalizer):
             device = "cpu" if generator is None else generator.device
             noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))
             numbers = enumerate_queries(range(len(rows) // max(1, fold.groups)), range(fold.groups), rows.device)
@@ -375,8 +383,8 @@ def _topk_read_under_transform(
         rows, scores = rows.gather(-1, order), scores.gather(-1, order)
         places, missing = places.gather(-1, order), missing.gather(-1, order)
         weights, lse = softmax(scores)
-        if normalizer in SPARSE:
-            weights = SPARSE[normalizer](scores)
+        if is_sparse(normalizer):
+            weights = SPARSE_NORMALIZERS[normalizer](scores)
         gathered = _gather_all(tables.values, places, missing, dtype)  # (M, k, dv)
         blend = weighted_sum(weights, gathered)
         if is_hard(normalizer):

@@ -33,7 +33,7 @@ from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
 from softdb.reading.counting import deferring, note_read
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
-from softdb.scoring.normalizers import SPARSE, in_eval_mode
+from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.storage import RowStorage
 from softdb.transforms import disable_compile, is_active, is_exporting, is_traced
 
@@ -124,7 +124,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     mode, k, normalizer = options["mode"], options["k"], options["normalizer"]
     where, exclude, temperature = options["where"], options["exclude"], options["temperature"]
     if not store.training:
-        normalizer = in_eval_mode(normalizer)
+        normalizer = get_eval_normalizer(normalizer)
     chosen = store.temperature if temperature is None else temperature
     fits = (
         isinstance(query, Tensor)

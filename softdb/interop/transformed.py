@@ -39,7 +39,7 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     if callable(options["where"]):
         options["where"] = forbid_wrapped_tensors(options["where"])
     random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
-    if normalizer == "gumbel" and store.training:
+    if is_random(normalizer) and store.training:
         random = "queries"
     names = [name for name in ("temperature", "where", "exclude") if isinstance(options[name], Tensor)]
     given = [options[name] if name in names else None for name in ("temperature", "where", "exclude")]

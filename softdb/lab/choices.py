@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from softdb._checks import check_above_zero, check_choice
 from softdb.errors import ArgumentError, DtypeError
 from softdb.reading.result import Read
+from softdb.scoring.normalizers import is_random
 
 __all__ = ["Readable", "check_draws", "chosen_of", "given_list", "progress", "temperatures_of"]
 
@@ -50,10 +51,11 @@ def chosen_of(name: str, values: Iterable[str], choices: Sequence[str]) -> list[
 
 def check_draws(store: Any, normalizers: Sequence[str]) -> None:
     """Raise where what is called a draw would be the best row."""
-    if "gumbel" in normalizers and not getattr(store, "training", True):
+    drawn = [name for name in normalizers if is_random(name)]
+    if drawn and not getattr(store, "training", True):
         raise ArgumentError(
-            "store: expected one in training mode, since 'gumbel' draws nothing in eval mode; call store.train(), or "
-            "leave it out of normalizers"
+            f"store: expected one in training mode, since {drawn[0]!r} draws nothing in eval mode; call store.train(), "
+            "or leave it out of normalizers"
         )
 
 

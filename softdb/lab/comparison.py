@@ -21,7 +21,7 @@ from softdb.lab.choices import Readable, check_draws, chosen_of, given_list, pro
 from softdb.lab.plotting import cooling_axis, figure_of, shade
 from softdb.lab.tables import Columns, aligned
 from softdb.reading.result import Read
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE
+from softdb.scoring.normalizers import NORMALIZERS, is_hard, is_random, is_sparse
 
 __all__ = ["Comparison", "Setting", "compare"]
 
@@ -182,13 +182,10 @@ FIELDS = dataclasses.fields(Setting)
 ENDS = {"exact": "black", "hard": "#d55e00"}
 
 
-DASHES: dict[str, Any] = {
-    "softmax": "-",
-    "straight_through": ":",
-    "gumbel": "-.",
-    "sparsemax": "--",
-    "entmax15": (0, (5, 1, 1, 1, 1, 1)),
-}
+LINE_STYLES = ("-", ":", "-.", "--", (0, (5, 1, 1, 1, 1, 1)))
+
+
+DASHES: dict[str, Any] = dict(zip(NORMALIZERS, itertools.cycle(LINE_STYLES), strict=False))
 
 
 @torch.no_grad()
@@ -327,7 +324,7 @@ def _measured(
         options["normalizer"] = normalizer
     if k is not None:
         options["k"] = k
-    if normalizer == "gumbel":
+    if is_random(normalizer):
         options |= {"k": k or 1, "generator": generator}  # so that the row that was drawn is known
     reads: list[Read] = []
 
@@ -369,18 +366,18 @@ def _weighed(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each query: whether its heaviest row is the best of all, the mass of rows with weight, and the entropy."""
-    if mode == "exact" and normalizer == "straight_through":
+    if mode == "exact" and is_hard(normalizer) and not is_random(normalizer):
         held = (reference.best_score - reference.lse).exp().nan_to_num(0.0)
         return torch.ones_like(held), held, torch.zeros_like(held)
     agreement, mass, entropy = [], [], []
     places = torch.arange(len(reference.lse), device=reference.lse.device).split(BATCH)
     for batch, read, place in zip(batches, reads, places, strict=True):
-        if mode == "exact" and normalizer in SPARSE:
+        if mode == "exact" and is_sparse(normalizer):
             read = _whole_support(store, batch, options)
         if read.ids is None or read.weights is None or read.scores is None:
             raise DtypeError(f"store: expected a {mode} read to tell ids, weights and scores, got none")
         weights, scores = read.weights.double(), read.scores.double()
-        if normalizer == "gumbel":  # whose scores have noise
+        if is_random(normalizer):  # whose scores have noise
             scores = scores.new_full(scores.shape, -torch.inf)
             scores[:, 0] = _score_of(store, batch, read.ids[:, 0], reference.temperature)
         best_score = reference.best_score[place]

@@ -17,7 +17,7 @@ from softdb.errors import DtypeError
 from softdb.lab.choices import Readable, check_draws, chosen_of, progress, temperatures_of
 from softdb.lab.plotting import cooling_axis, figure_of, shade
 from softdb.lab.tables import Columns, aligned
-from softdb.scoring.normalizers import NORMALIZERS
+from softdb.scoring.normalizers import NORMALIZERS, is_random
 
 __all__ = ["Annealing", "Gradient", "anneal"]
 
@@ -164,7 +164,7 @@ def anneal(
     check_draws(store, names)
 
     def gradient(name: str, temperature: float) -> tuple[Tensor, float]:
-        options: dict[str, Any] = {"generator": generator} if name == "gumbel" else {}
+        options: dict[str, Any] = {"generator": generator} if is_random(name) else {}
         with torch.inference_mode(False), torch.enable_grad():
             leaf = queries.detach().clone().requires_grad_()
             result = loss(store.read(leaf, normalizer=name, temperature=temperature, **options).values)
@@ -178,7 +178,7 @@ def anneal(
         for temperature in cooling:
             soft, _ = gradient("softmax", temperature)
             for name in names:
-                drawn = [gradient(name, temperature) for _ in range(times if name == "gumbel" else 1)]
+                drawn = [gradient(name, temperature) for _ in range(times if is_random(name) else 1)]
                 rows.append(_compared(name, temperature, soft, drawn))
                 advance()
     return Annealing(tuple(rows), times)
@@ -194,7 +194,7 @@ def _compared(name: str, temperature: float, soft: Tensor, drawn: Sequence[tuple
         temperature=temperature,
         size=size,
         bias=_ratio(float((mean - soft).norm()), norm),
-        deviation=math.nan if name == "gumbel" and len(drawn) < 2 else _ratio(spread, norm),
+        deviation=math.nan if is_random(name) and len(drawn) < 2 else _ratio(spread, norm),
         cosine=_ratio(float(mean @ soft), size * norm),
         loss=sum(loss for _, loss in drawn) / len(drawn),
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from softdb.scoring.normalizers import NORMALIZERS
 
 __all__ = ["DASHES", "MODES", "Setting", "figures", "measured_table"]
 
@@ -15,16 +18,10 @@ MOST_TICKS = 6
 MODES = ("exact", "topk", "hard")
 
 
-DASHES = {
-    "softmax": "solid",
-    "straight_through": "dash",
-    "gumbel": "dot",
-    "sparsemax": "dashdot",
-    "entmax15": "longdash",
-}
-
-
 DRAWN_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
+
+
+DASHES = dict(zip(NORMALIZERS, itertools.cycle(DRAWN_DASHES), strict=False))
 
 
 HARD_COLOUR, EXACT_COLOUR, NEUTRAL_COLOUR = "#d55e00", "#000000", "#56616d"

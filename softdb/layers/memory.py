@@ -18,6 +18,7 @@ from softdb.filters import Where
 from softdb.layers.queries import Queries, QueryNorm, output_of, reset_output, stack_reads
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.result import Read
+from softdb.scoring.normalizers import reports_rows
 from softdb.store import SoftKVStore
 
 __all__ = ["MemoryLayer"]
@@ -130,7 +131,7 @@ class MemoryLayer(ModuleWithProperties):
         self.k = ReadOptions(mode, k, normalizer=normalizer).k
         if store is not None:
             self._check_store(store, rows, shared, store_options)
-        if mode == "exact" and self.k is None and normalizer == "softmax":
+        if mode == "exact" and self.k is None and not reports_rows(normalizer):
             _check_untracked(store, store_options)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.queries = Queries(self.dim, self.heads, self.key_dim, query_norm, **made)

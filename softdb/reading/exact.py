@@ -17,7 +17,7 @@ from softdb.kernels.spec import BestRows, ReadSpec
 from softdb.reading.result import Read, share_of
 from softdb.reading.tables import Tables, choose, one_hot_first
 from softdb.reading.topk import read_candidates
-from softdb.scoring.normalizers import SPARSE, is_hard, straight_through
+from softdb.scoring.normalizers import SPARSE_NORMALIZERS, is_hard, is_sparse, straight_through
 
 __all__ = ["read_exactly"]
 
@@ -35,8 +35,8 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     selection, groups = spec.selection, tables.groups
     height = len(query) // max(1, groups)
     if selection.hides_some and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, groups, height))
-    if normalizer in SPARSE:
+        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, groups, height))
+    if is_sparse(normalizer):
         return _read_support(query, tables, spec, k, normalizer)
     hard, exact_read = is_hard(normalizer), backend_for(query).exact_read
     values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
@@ -75,7 +75,7 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     reach = max(k or 1, min(FIRST_REACH, count))
     lse, scores, rows = _best_rows(query, tables, spec, reach)
     while True:
-        support = int((SPARSE[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
+        support = int((SPARSE_NORMALIZERS[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
         if support > most:
             raise ArgumentError(
                 f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "

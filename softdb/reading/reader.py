@@ -34,7 +34,7 @@ from softdb.reading.tail import TailCosts, add_tail, is_worth_trying, samples_fo
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import noise_for
 from softdb.scoring.metrics import Metric, centre_of, compute_dtype, prepare_query
-from softdb.scoring.normalizers import SPARSE, in_eval_mode
+from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
 from softdb.table.storage import RowStorage
@@ -121,8 +121,10 @@ class Reader:
         """
         table, store = self._table, self._table.module
         check_float_tensor("query", query, (-1, table.config.key_dim), store.keys.device)
-        if not store.training and in_eval_mode(options.normalizer) != options.normalizer:  # then nothing is drawn
-            options = replace(options, normalizer=in_eval_mode(options.normalizer), generator=None)
+        if (
+            not store.training and get_eval_normalizer(options.normalizer) != options.normalizer
+        ):  # then nothing is drawn
+            options = replace(options, normalizer=get_eval_normalizer(options.normalizer), generator=None)
 
         def read() -> Read:
             answer = self.answer(query, options, lent)
@@ -227,7 +229,7 @@ class Reader:
         """A read of the k best rows, with a sample of the others if that is asked for, and the slots that it used."""
         read, found = self._read_best(view, query, operand, spec, tables, options.k, options.normalizer)
         used = found.slots.flatten()
-        if options.normalizer in SPARSE:
+        if is_sparse(options.normalizer):
             read, more = self._find_support(view, read, query, operand, spec, tables, options.normalizer)
             used = torch.cat([used, *more])
         if options.tail_samples:

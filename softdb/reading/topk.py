@@ -10,7 +10,7 @@ from softdb.kernels.gather import GatherIndex, score_rows, weighted_sum
 from softdb.kernels.spec import ReadSpec, check_scores, enumerate_queries
 from softdb.reading.result import Read
 from softdb.reading.tables import Tables, choose, one_hot_first
-from softdb.scoring.normalizers import SPARSE, is_hard, softmax, straight_through
+from softdb.scoring.normalizers import SPARSE_NORMALIZERS, is_hard, is_sparse, softmax, straight_through
 
 __all__ = ["read_candidates"]
 
@@ -45,9 +45,9 @@ def read_candidates(
         numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
     weights, lse = softmax(scores)
-    check_scores(scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores)
-    if normalizer in SPARSE:
-        weights = SPARSE[normalizer](scores)
+    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
+    if is_sparse(normalizer):
+        weights = SPARSE_NORMALIZERS[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
     order = _best_first(scores.detach(), rows)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softdb.scoring.normalizers import is_random
+
 __all__ = ["GumbelNoise", "noise_for", "splitmix64"]
 
 
@@ -74,4 +76,4 @@ def mixed(numbers: Tensor) -> Tensor:
 
 def noise_for(normalizer: str, generator: torch.Generator | None) -> GumbelNoise | None:
     """The noise of a read, if its normalizer has any."""
-    return GumbelNoise.draw(generator) if normalizer == "gumbel" else None
+    return GumbelNoise.draw(generator) if is_random(normalizer) else None

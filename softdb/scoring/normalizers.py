@@ -1,20 +1,25 @@
-"""From scores to weights.
+"""Normalizers: functions from scores to weights.
 
-======================  ==========================================================================
+======================  ==================================================================================
 softmax                 exp(score) / sum of exp(score)
-sparsemax               max(score - t, 0), t such that they sum to 1: 0 for all but the best rows
-entmax15                max(score / 2 - t, 0) ** 2, likewise: between softmax and sparsemax
-straight_through        forward: 1 for the best row, 0 for the rest; backward: that of softmax
-gumbel                  straight_through, of scores with noise: a row drawn by its softmax weight
-======================  ==========================================================================
+sparsemax               max(score - t, 0), where t makes the weights sum to 1
+entmax15                max(score / 2 - t, 0) ** 2, where t makes the weights sum to 1
+straight_through        forward: 1 for the best row and 0 for the others; backward: gradient of softmax
+gumbel                  straight_through of scores plus Gumbel noise: samples a row by its softmax weight
+======================  ==================================================================================
 
-As dropout, gumbel is for training: a store in eval mode reads by straight_through instead, and draws nothing. The
-functions of `softdb.functional` have no mode and always draw.
+sparsemax and entmax15 give weight 0 to all but the best rows. Like dropout, gumbel is active in training mode only: a
+store in eval mode reads with straight_through instead and draws no noise. The functions of `softdb.functional` have no
+mode and always draw noise.
+
+`REGISTRY` is the only list of normalizers. The argument checks, the read paths, the lab, the command line and the tests
+derive from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,51 +32,31 @@ from softdb.transforms import is_active, is_forward_mode
 
 __all__ = [
     "NORMALIZERS",
-    "SPARSE",
+    "REGISTRY",
+    "SPARSE_NORMALIZERS",
+    "Normalizer",
     "check_normalizer",
     "entmax15",
-    "in_eval_mode",
+    "get_eval_normalizer",
     "is_hard",
+    "is_random",
+    "is_sparse",
+    "reports_rows",
     "softmax",
     "sparsemax",
     "straight_through",
 ]
 
 
-NORMALIZERS = ("softmax", "straight_through", "gumbel", "sparsemax", "entmax15")
-
-
-def check_normalizer(name: str, generator: torch.Generator | None = None) -> None:
-    """Raise unless ``name`` is a normalizer that exists, and draws from a ``generator`` if there is one."""
-    check_choice("normalizer", name, NORMALIZERS)
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
-    if name != "gumbel":
-        raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
-    if torch._C._current_graph_task_id() != -1:  # within a backward
-        raise ArgumentError(
-            "generator: expected None under activation checkpointing, which repeats a read and would draw again; torch "
-            "repeats its own draws"
-        )
-
-
-def is_hard(name: str) -> bool:
-    """Whether forward gives one row weight 1, and backward has the gradient of a softmax."""
-    return name in ("straight_through", "gumbel")
-
-
-def in_eval_mode(name: str) -> str:
-    """Return the normalizer by which a module in eval mode reads: the same, but without noise."""
-    return "straight_through" if name == "gumbel" else name
+Weigh = Callable[[Tensor], Tensor]
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:  # (..., k) -> (..., k), (...,)
-    """``torch.softmax(scores, -1)`` and ``torch.logsumexp(scores, -1)``, defined where nothing is to be read.
+    """Compute softmax and log-sum-exp of the last dimension.
 
-    A score of -inf gets weight 0. Where every score is -inf the weights are 0 and the log-sum-exp is -inf; torch's
-    own would be NaN. Gradients are finite everywhere.
+    Equal to ``torch.softmax(scores, -1), torch.logsumexp(scores, -1)``, except where every score is -inf, or there is
+    none: the weights are 0 there and the log-sum-exp is -inf, where torch returns NaN. A score of -inf has weight 0.
+    Gradients are finite everywhere.
     """
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
@@ -96,14 +81,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """``hard`` forward, bit for bit; the gradient goes to ``soft`` (Bengio et al. 2013, arXiv 1308.3432)."""
+    """Return ``hard`` in forward; pass the gradient to ``soft`` in backward.
+
+    Forward returns the bits of ``hard`` unchanged, unlike ``soft + (hard - soft).detach()``.
+
+    Source: Bengio, Leonard & Courville 2013 (arXiv 1308.3432).
+    """
     function = _TransformableStraightThrough if is_active() or is_forward_mode() else _StraightThrough
     result: Tensor = function.apply(hard.detach(), soft)  # type: ignore[no-untyped-call]
     return result
 
 
 class _TransformableStraightThrough(torch.autograd.Function):
-    """`_StraightThrough` as transforms of torch.func need it, which costs some ten microseconds more a call."""
+    """`_StraightThrough` for transforms of torch.func, which is slower to call."""
 
     generate_vmap_rule = True
 
@@ -125,10 +115,10 @@ class _TransformableStraightThrough(torch.autograd.Function):
 
 
 def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
-    """The point of the probability simplex that is nearest to ``scores``: many of its weights are 0.
+    """Project scores onto the probability simplex, which gives many weights of 0.
 
-    Equal to ``(scores - t).clamp(min=0)`` with the t for which that sums to 1. t lies less than 1 below the largest
-    score. A score of -inf gets weight 0; where every score is -inf all weights are 0. Twice differentiable.
+    Equal to ``(scores - t).clamp(min=0)``, where the threshold t makes the weights sum to 1. t is less than 1 below
+    the largest score. A score of -inf has weight 0; where every score is -inf, all weights are 0. Twice differentiable.
 
     Source: Martins & Astudillo 2016 (arXiv 1602.02068), equations 2 and 14, algorithm 1.
 
@@ -138,15 +128,15 @@ def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> sparsemax(torch.tensor([2.0, 1.5, 0.0, -torch.inf]))
         tensor([0.7500, 0.2500, 0.0000, 0.0000])
     """
-    return _sparse(scores, _nearest, _steps)
+    return _sparse(scores, _project, _sparsemax_slopes, SPARSEMAX_FLOOR)
 
 
 def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
-    """Between `softmax` and `sparsemax`: weights fall off smoothly, and are 0 from some score on.
+    """Compute the 1.5-entmax of scores, which lies between `softmax` and `sparsemax`.
 
-    Equal to ``(scores / 2 - t).clamp(min=0) ** 2`` with the t for which that sums to 1: the 1.5-entmax. A score that
-    lies 2 or more below the largest has weight 0, as has one of -inf; where every score is -inf all weights are 0.
-    Twice differentiable.
+    Equal to ``(scores / 2 - t).clamp(min=0) ** 2``, where the threshold t makes the weights sum to 1. The weights fall
+    smoothly to 0. A score that is 2 or more below the largest has weight 0, and so has a score of -inf; where every
+    score is -inf, all weights are 0. Twice differentiable.
 
     Source: Peters, Niculae & Martins 2019 (arXiv 1905.05702), equation 7, algorithm 2.
 
@@ -156,86 +146,88 @@ def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
         >>> entmax15(torch.tensor([2.0, 2.0, -1.0, -torch.inf]))
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
-    return _sparse(scores, _smooth, _roots)
+    return _sparse(scores, _project_squared, _entmax15_slopes, ENTMAX15_FLOOR)
 
 
-SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"sparsemax": sparsemax, "entmax15": entmax15}
-
-
-# So far below the largest score weights are 0, to whatever the threshold is rounded: twice the larger reach.
-LOWEST = -4.0
-
-
-Weigh = Callable[[Tensor], Tensor]
+# Scores are clamped at this distance from the largest score, so that sums of squares stay finite. Weights are 0 from
+# -1 (sparsemax) and -2 (entmax15) on; the rest is a margin for the rounding of the threshold.
+SPARSEMAX_FLOOR, ENTMAX15_FLOOR = -4.0, -4.0
 
 
 class _Sparse(torch.autograd.Function):
-    """Weights ``f(score - t)`` that sum to 1, by a function of scores whose largest is 0, and by the slopes of f."""
+    """Weights ``f(score - t)`` that sum to 1, given ``weigh`` and the derivative of f.
+
+    ``weigh`` maps scores whose largest is 0 to weights. ``slopes`` maps weights to the values of f' there. Scores below
+    ``floor``, relative to the largest, are clamped to it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
-        weights = _weighed(scores, weigh)
+    def forward(ctx: Any, scores: Tensor, weigh: Weigh, slopes: Weigh, floor: float) -> Tensor:
+        weights = _weigh_shifted(scores, weigh, floor)
         ctx.slopes = slopes
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _through(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None
+        return _multiply_by_jacobian(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None, None
 
 
 class _TransformableSparse(torch.autograd.Function):
-    """`_Sparse` as transforms of torch.func need it."""
+    """`_Sparse` for transforms of torch.func."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
-        return _weighed(scores, weigh)
+    def forward(scores: Tensor, weigh: Weigh, slopes: Weigh, floor: float) -> Tensor:
+        return _weigh_shifted(scores, weigh, floor)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Weigh, Weigh], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Weigh, Weigh, float], output: Tensor) -> None:
         ctx.slopes = inputs[2]
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _through(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None
+        return _multiply_by_jacobian(grads[0], ctx.slopes(*ctx.saved_tensors)), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _through(tangents[0], ctx.slopes(*ctx.saved_tensors))  # the Jacobian is symmetric
+        return _multiply_by_jacobian(tangents[0], ctx.slopes(*ctx.saved_tensors))
 
 
-def _sparse(scores: Tensor, weigh: Weigh, slopes: Weigh) -> Tensor:
+def _sparse(scores: Tensor, weigh: Weigh, slopes: Weigh, floor: float) -> Tensor:
     function = _TransformableSparse if is_active() or is_forward_mode() else _Sparse
-    weights: Tensor = function.apply(scores, weigh, slopes)  # type: ignore[no-untyped-call]
+    weights: Tensor = function.apply(scores, weigh, slopes, floor)  # type: ignore[no-untyped-call]
     return weights
 
 
-def _weighed(scores: Tensor, weigh: Weigh) -> Tensor:
+def _weigh_shifted(scores: Tensor, weigh: Weigh, floor: float) -> Tensor:
+    """Apply ``weigh`` to scores relative to the largest score of each query."""
     if scores.shape[-1] == 0:
         return scores.clone()
     largest = scores.amax(-1, keepdim=True)
     empty = largest == -torch.inf
-    below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=LOWEST)
+    below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=floor)
     return weigh(below).masked_fill_(empty, 0.0)
 
 
-def _nearest(z: Tensor) -> Tensor:
+def _project(z: Tensor) -> Tensor:
+    """Compute the weights of sparsemax by algorithm 1 of Martins & Astudillo."""
     ordered = z.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
-    support = (_counts(z) * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # no NaN is to be an index
+    support = (_ranks(z) * ordered > excess).sum(-1, keepdim=True).clamp(min=1)  # NaN scores give a valid index
     return (z - excess.gather(-1, support - 1) / support).clamp(min=0)  # torch.vmap has no rule for clamp_
 
 
-def _steps(weights: Tensor) -> Tensor:
+def _sparsemax_slopes(weights: Tensor) -> Tensor:
     return (weights > 0).to(weights.dtype)
 
 
-def _smooth(z: Tensor) -> Tensor:
-    z, count = z / 2, _counts(z)
+def _project_squared(z: Tensor) -> Tensor:
+    """Compute the weights of 1.5-entmax by algorithm 2 of Peters, Niculae & Martins."""
+    z, count = z / 2, _ranks(z)
     ordered = z.sort(dim=-1, descending=True).values
     mean = ordered.cumsum(-1) / count
     scatter = count * (ordered.square().cumsum(-1) / count - mean.square())
@@ -244,17 +236,103 @@ def _smooth(z: Tensor) -> Tensor:
     return (z - thresholds.gather(-1, support - 1)).clamp(min=0).square()
 
 
-def _roots(weights: Tensor) -> Tensor:
+def _entmax15_slopes(weights: Tensor) -> Tensor:
     seen = weights > 0
-    return torch.where(seen, torch.where(seen, weights, 1.0).sqrt(), 0.0)  # a second derivative meets no root of 0
+    return torch.where(seen, torch.where(seen, weights, 1.0).sqrt(), 0.0)  # the root of 0 has no finite derivative
 
 
-def _counts(z: Tensor) -> Tensor:  # (..., k) -> (k,)
+def _ranks(z: Tensor) -> Tensor:  # (..., k) -> (k,)
     return torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
 
 
-def _through(gradient: Tensor, slopes: Tensor) -> Tensor:
-    """Of weights ``f(score - t)`` that sum to 1, back to the scores; ``slopes`` are those of f."""
+def _multiply_by_jacobian(vector: Tensor, slopes: Tensor) -> Tensor:
+    """Multiply by the Jacobian of weights ``f(score - t)`` that sum to 1.
+
+    The Jacobian is symmetric: the product is the vector-Jacobian product and the Jacobian-vector product.
+    """
     total = slopes.sum(-1, keepdim=True)
-    mean = (gradient * slopes).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
-    return slopes * (gradient - mean)
+    mean = (vector * slopes).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    return slopes * (vector - mean)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Properties of a normalizer.
+
+    Attributes:
+        weigh: Function from scores to weights, (..., k) -> (..., k), for a sparse normalizer: the weights sum to 1,
+            depend on the rows with weight only, and are 0 for all but the best rows. None: the weights are those of
+            `softmax`.
+        is_hard: Whether forward gives the best row weight 1 and backward is that of softmax.
+        is_random: Whether Gumbel noise is added to the scores.
+        eval_name: Name of the normalizer that a module in eval mode uses instead; None for itself.
+    """
+
+    weigh: Weigh | None = None
+    is_hard: bool = False
+    is_random: bool = False
+    eval_name: str | None = None
+
+
+REGISTRY: dict[str, Normalizer] = {
+    "softmax": Normalizer(),
+    "straight_through": Normalizer(is_hard=True),
+    "gumbel": Normalizer(is_hard=True, is_random=True, eval_name="straight_through"),
+    "sparsemax": Normalizer(weigh=sparsemax),
+    "entmax15": Normalizer(weigh=entmax15),
+}
+
+
+# Tuples, since their membership test accepts arguments of any type and torch.compile traces it.
+NORMALIZERS = tuple(REGISTRY)
+SPARSE_NORMALIZERS: dict[str, Weigh] = {
+    name: normalizer.weigh for name, normalizer in REGISTRY.items() if normalizer.weigh is not None
+}
+_SPARSE_NAMES = tuple(SPARSE_NORMALIZERS)
+_HARD_NAMES = tuple(name for name, normalizer in REGISTRY.items() if normalizer.is_hard)
+_RANDOM_NAMES = tuple(name for name, normalizer in REGISTRY.items() if normalizer.is_random)
+_EVAL_NAMES = tuple((name, item.eval_name) for name, item in REGISTRY.items() if item.eval_name is not None)
+
+
+def is_sparse(name: str) -> bool:
+    """Return whether a normalizer gives weight 0 to all but the best rows."""
+    return name in _SPARSE_NAMES
+
+
+def is_hard(name: str) -> bool:
+    """Return whether forward weighs one row, and backward is that of softmax."""
+    return name in _HARD_NAMES
+
+
+def is_random(name: str) -> bool:
+    """Return whether a normalizer adds noise to the scores."""
+    return name in _RANDOM_NAMES
+
+
+def reports_rows(name: str) -> bool:
+    """Return whether an exact read without ``k`` knows which rows have weight."""
+    return is_sparse(name) or is_hard(name)
+
+
+def get_eval_normalizer(name: str) -> str:
+    """Return the normalizer that a module in eval mode uses instead of ``name``."""
+    for own, replacement in _EVAL_NAMES:
+        if own == name:
+            return replacement
+    return name
+
+
+def check_normalizer(name: str, generator: torch.Generator | None = None) -> None:
+    """Raise unless the normalizer exists, and is random if it has a generator."""
+    check_choice("normalizer", name, NORMALIZERS)
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
+    if not is_random(name):
+        raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
+    if torch._C._current_graph_task_id() != -1:  # a backward is running
+        raise ArgumentError(
+            "generator: expected None under activation checkpointing, which repeats the read in backward and would "
+            "draw other noise; leave it out: torch restores the state of its own generator"
+        )

@@ -14,9 +14,9 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore
 from softdb.functional import Read, soft_read
+from softdb.scoring.normalizers import NORMALIZERS, is_random
 
 ROWS, BAD = 40, (3, 17, 39)
-NORMALIZERS = ["softmax", "straight_through", "gumbel", "sparsemax", "entmax15"]
 
 
 def problem_of(metric: str, rows: int = ROWS) -> Problem:
@@ -97,7 +97,7 @@ class Case:
     @property
     def is_random(self) -> bool:
         """Whether numbers are drawn for rows by their slots."""
-        return self.how.get("normalizer") == "gumbel" or self.how.get("tail_samples", ROWS) < ROWS
+        return is_random(self.how.get("normalizer", "softmax")) or self.how.get("tail_samples", ROWS) < ROWS
 
     def options(self) -> dict[str, Any]:
         shown = visible_rows()
@@ -262,7 +262,7 @@ def test_rows_that_a_mask_hides(
                 mask=mask,
                 k=k,
                 normalizer=normalizer,
-                generator=torch.Generator().manual_seed(3) if normalizer == "gumbel" else None,
+                generator=torch.Generator().manual_seed(3) if is_random(normalizer) else None,
             )
             results.append(outcome(read, leaves))
         assert_same(*results)

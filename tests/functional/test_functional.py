@@ -27,7 +27,7 @@ import softdb
 from softdb.functional import merge, soft_read, topk_read
 from softdb.kernels.tiling import Tiling
 from softdb.scoring.gumbel import GumbelNoise
-from softdb.scoring.normalizers import SPARSE
+from softdb.scoring.normalizers import SPARSE_NORMALIZERS
 
 
 def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:
@@ -370,11 +370,11 @@ def dense_read(problem: Problem, normalizer: str) -> tuple[Tensor, Tensor]:
     found = reference.scores(problem.query, problem.keys, problem.metric, problem.temperature)
     if problem.visible is not None:
         found = found.masked_fill(~problem.visible, -math.inf)
-    weights = SPARSE[normalizer](found)
+    weights = SPARSE_NORMALIZERS[normalizer](found)
     return weights @ problem.values, weights
 
 
-@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+@pytest.mark.parametrize("normalizer", sorted(SPARSE_NORMALIZERS))
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("rows", [1, 31, 123, 1000])
 @pytest.mark.parametrize("metric", METRICS)
@@ -405,17 +405,17 @@ def test_sparse_reads_equal_the_dense_ones(metric: str, rows: int, scale: float,
     assert some.lse[1] == -math.inf
 
 
-@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+@pytest.mark.parametrize("normalizer", sorted(SPARSE_NORMALIZERS))
 def test_sparse_reads_of_groups(normalizer: str) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 300, 8), torch.randn(2, 1, 300, 2)
-    weights = SPARSE[normalizer](3 * query @ keys.mT / math.sqrt(8))
+    weights = SPARSE_NORMALIZERS[normalizer](3 * query @ keys.mT / math.sqrt(8))
     read = soft_read(query, keys, values, temperature=1 / 3, normalizer=normalizer, k=2)
     assert largest_error(read.values, weights @ values) < 1e-5
     assert largest_error(read.weights, weights.topk(2).values) < 1e-5
 
 
-@pytest.mark.parametrize("normalizer", sorted(SPARSE))
+@pytest.mark.parametrize("normalizer", sorted(SPARSE_NORMALIZERS))
 def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force_tiling(Tiling(max_sparse_elements=10_500), monkeypatch)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows

@@ -22,6 +22,7 @@ from softdb.lab.page_explorer import PageSizes
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.layers.product_keys import ValueTable
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
+from softdb.scoring.normalizers import NORMALIZERS, is_random
 
 ROWS = 400
 
@@ -98,13 +99,10 @@ MODES: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "tail": {"mode": "topk", "k": 5, "tail_samples": 64},
     "tolerance": {"mode": "topk", "tolerance": 0.1},
-    "gumbel": {"normalizer": "gumbel"},
-    "gumbel topk": {"mode": "topk", "k": 5, "normalizer": "gumbel"},
+    **{name: {"normalizer": name} for name in NORMALIZERS},
+    **{f"{name} topk": {"mode": "topk", "k": 5, "normalizer": name} for name in NORMALIZERS},
+    "entmax15 k": {"normalizer": "entmax15", "k": 3},
     "gumbel generator": {"normalizer": "gumbel", "seed": 1},
-    "straight through": {"normalizer": "straight_through"},
-    "sparsemax": {"normalizer": "sparsemax"},
-    "entmax15": {"normalizer": "entmax15", "k": 3},
-    "sparsemax topk": {"mode": "topk", "k": 5, "normalizer": "sparsemax"},
     "temperature": {"temperature": torch.full((5,), 0.5)},
     "number": {"temperature": 0.5},
 }
@@ -191,8 +189,9 @@ def pure() -> list[Tensor]:
     gumbel = soft_read(query, keys, values, normalizer="gumbel", generator=torch.Generator("cpu").manual_seed(0))
     some = topk_read(query, keys, values, numbers(3, 1, -1).expand(2, 5, 3))
     found = [*members(merge(reads)), *members(gumbel), *members(some)]
-    for kind in ("sparsemax", "entmax15", "straight_through"):
-        found += members(soft_read(query, keys, values, mask=mask, normalizer=kind))
+    for kind in NORMALIZERS:
+        generator = torch.Generator("cpu").manual_seed(0) if is_random(kind) else None
+        found += members(soft_read(query, keys, values, mask=mask, normalizer=kind, generator=generator))
     return found
 
 

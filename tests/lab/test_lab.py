@@ -18,7 +18,7 @@ from softdb import SoftKVStore, lab
 from softdb.cli.demo import load_senses
 from softdb.lab.comparison import BATCH
 from softdb.scoring.gumbel import GumbelNoise
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, is_random, is_sparse
 
 ROWS, QUERIES, DIM, WIDTH = 60, 9, 6, 4
 
@@ -42,18 +42,18 @@ def make(metric: str = "scaled_dot", **options: object) -> tuple[SoftKVStore, Te
 def weights_of(scores: Tensor, mode: str, k: int | None, normalizer: str, noise: Tensor) -> Tensor:
     """One query's weights of all rows, by a plain rule."""
     # A sparse normalizer's candidates are doubled until they hold all that it gives weight.
-    few = k if mode == "topk" and normalizer not in SPARSE else 1 if mode == "hard" else None
+    few = k if mode == "topk" and not is_sparse(normalizer) else 1 if mode == "hard" else None
     rows = scores.sort(descending=True, stable=True).indices[:few]
     seen = torch.full_like(scores, -math.inf)
     seen[rows] = scores[rows]
     if mode == "hard":
         return torch.softmax(seen, 0)
-    if normalizer in SPARSE:
-        return SPARSE[normalizer](seen)
+    if is_sparse(normalizer):
+        return SPARSE_NORMALIZERS[normalizer](seen)
     if normalizer == "softmax":
         return torch.softmax(seen, 0)
     hard = torch.zeros_like(scores)
-    hard[(seen + (noise if normalizer == "gumbel" else 0.0)).argmax()] = 1.0
+    hard[(seen + (noise if is_random(normalizer) else 0.0)).argmax()] = 1.0
     return hard
 
 
@@ -78,7 +78,7 @@ def test_every_figure_is_that_of_a_plain_loop(metric: str) -> None:
     draws = torch.Generator().manual_seed(4)
     for row in found.settings:
         noise = torch.zeros(QUERIES, ROWS)
-        if row.normalizer == "gumbel":
+        if is_random(row.normalizer):
             noise = GumbelNoise.draw(draws).at(torch.arange(QUERIES), torch.arange(ROWS), torch.float64)
         apart = size = agreed = mass = entropy = effective = right = 0.0
         for query in range(QUERIES):
@@ -204,7 +204,7 @@ def test_extreme_temperatures(temperature: float) -> None:
     store.add(torch.randn(300, DIM), torch.randn(300, WIDTH))
     found = lab.compare(store, torch.randn(50, DIM), ks=(4,), temperatures=(temperature,), normalizers=NORMALIZERS)
     for row in found.settings:
-        if row.normalizer != "gumbel" or temperature < 1:
+        if not is_random(row.normalizer) or temperature < 1:
             assert row.agreement == 1, row
         if temperature < 1e-4:
             assert (row.mass, row.effective_rows) == (pytest.approx(1), pytest.approx(1)), row
@@ -335,9 +335,11 @@ def test_gradients_are_those_of_plain_reads() -> None:
         soft = through(torch.softmax(scores, -1))
         if row.normalizer == "entmax15":
             leaf = queries.clone().requires_grad_()
-            weights = SPARSE["entmax15"](reference.scores(leaf, store.keys[:ROWS], "scaled_dot") / row.temperature)
+            weights = SPARSE_NORMALIZERS["entmax15"](
+                reference.scores(leaf, store.keys[:ROWS], "scaled_dot") / row.temperature
+            )
             gradients = [torch.autograd.grad(loss(weights @ values), leaf)[0]]
-        elif row.normalizer == "gumbel":
+        elif is_random(row.normalizer):
             noises = [
                 GumbelNoise.draw(draws).at(torch.arange(QUERIES), torch.arange(ROWS), torch.float64) for _ in range(7)
             ]

@@ -31,6 +31,7 @@ from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.layers import context_state as context_state_module
 from softdb.layers.product_search import PairSearch
 from softdb.optim import RowAdam
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, reports_rows
 
 inductor = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -298,10 +299,7 @@ def test_usage_that_could_not_be_counted_is_refused() -> None:
         {"k": 3},
         {"mode": "topk", "k": 3},
         {"mode": "hard"},
-        {"normalizer": "sparsemax"},
-        {"normalizer": "entmax15"},
-        {"normalizer": "straight_through"},
-        {"normalizer": "gumbel"},
+        *({"normalizer": name} for name in NORMALIZERS if reports_rows(name)),
     ],
 )
 @pytest.mark.parametrize("shared", [True, False])
@@ -346,7 +344,7 @@ def test_a_layer_in_eval_mode_draws_nothing(options: dict[str, Any], compiled: b
     assert not torch.equal(drawn, again)
 
 
-@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("normalizer", SPARSE_NORMALIZERS)
 def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(normalizer: str) -> None:
     made: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
     layer = MemoryLayer(8, 40, mode="topk", k=2, **made)

@@ -11,7 +11,7 @@ from softdb import Read, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError
 from softdb.functional import merge, soft_read
 from softdb.scoring.gumbel import GumbelNoise
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE, check_normalizer, softmax, straight_through
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, check_normalizer, softmax, straight_through
 
 
 def test_softmax_is_torch_softmax() -> None:
@@ -57,7 +57,7 @@ def test_straight_through_passes_the_value_of_one_and_the_gradient_of_the_other(
 # -- sparse ----------------------------------------------------------------------------------------------
 
 
-SPARSE_NAMES = sorted(SPARSE)
+SPARSE_NAMES = sorted(SPARSE_NORMALIZERS)
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
@@ -74,7 +74,7 @@ def test_sparse_weights_are_those_of_the_entmax_package_over_a_thousand_cases(na
         temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         upstream = torch.randn(3, width, generator=generator, dtype=torch.float64)
         scores.requires_grad_()
-        found, wanted = SPARSE[name](scores / temperature), theirs(scores / temperature, dim=-1)
+        found, wanted = SPARSE_NORMALIZERS[name](scores / temperature), theirs(scores / temperature, dim=-1)
         assert torch.allclose(found, wanted, atol=1e-9, rtol=0)
         ours = torch.autograd.grad(found, (scores, temperature), upstream)
         others = torch.autograd.grad(wanted, (scores, temperature), upstream)
@@ -87,7 +87,7 @@ def test_sparse_weights_are_those_of_the_entmax_package_over_a_thousand_cases(na
 @pytest.mark.parametrize("name", SPARSE_NAMES)
 def test_sparse_weights_by_their_definition(name: str) -> None:
     scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    weights = SPARSE[name](scores)
+    weights = SPARSE_NORMALIZERS[name](scores)
     assert torch.allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))
     assert torch.equal(weights[1], torch.full((4,), 0.25, dtype=torch.float64))
     assert torch.equal(weights[2], torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
@@ -101,8 +101,8 @@ def test_sparse_weights_by_their_definition(name: str) -> None:
 def test_sparse_weights_have_exact_derivatives(name: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SPARSE[name], scores)
-    assert torch.autograd.gradgradcheck(SPARSE[name], scores)
+    assert torch.autograd.gradcheck(SPARSE_NORMALIZERS[name], scores)
+    assert torch.autograd.gradgradcheck(SPARSE_NORMALIZERS[name], scores)
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
@@ -112,15 +112,15 @@ def test_sparse_weights_where_rows_are_hidden_or_nothing_is_there(name: str, dty
     raw = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     hidden = torch.rand(3, 6) < 0.4
     hidden[1], hidden[:, 0] = True, torch.tensor([False, True, False])
-    weights = SPARSE[name](raw.masked_fill(hidden, -math.inf))
+    weights = SPARSE_NORMALIZERS[name](raw.masked_fill(hidden, -math.inf))
     assert (weights[hidden] == 0).all()
     for row in (0, 2):
-        assert torch.allclose(weights[row, ~hidden[row]], SPARSE[name](raw[row, ~hidden[row]]))
+        assert torch.allclose(weights[row, ~hidden[row]], SPARSE_NORMALIZERS[name](raw[row, ~hidden[row]]))
     weights.square().sum().backward()
     assert raw.grad.isfinite().all()
     assert (raw.grad[hidden] == 0).all()
-    assert SPARSE[name](torch.zeros(3, 0)).shape == (3, 0)
-    assert SPARSE[name](torch.zeros(0, 3)).shape == (0, 3)
+    assert SPARSE_NORMALIZERS[name](torch.zeros(3, 0)).shape == (3, 0)
+    assert SPARSE_NORMALIZERS[name](torch.zeros(0, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
@@ -129,9 +129,9 @@ def test_sparse_weights_sum_to_one_at_any_scale(name: str, size: float) -> None:
     torch.manual_seed(0)
     for width in (1, 7, 3000):
         scores = size * torch.randn(5, width)
-        weights = SPARSE[name](scores)
+        weights = SPARSE_NORMALIZERS[name](scores)
         assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-4)
-        wanted = SPARSE[name](scores.double()).float()
+        wanted = SPARSE_NORMALIZERS[name](scores.double()).float()
         assert torch.allclose(weights, wanted, atol=1e-4)
 
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import softdb
 from softdb import SoftKVStore
 from softdb.layers import MemoryLayer
-from softdb.scoring.normalizers import SPARSE
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, is_random
 from softdb.table.table import Table
 
 
@@ -198,7 +198,7 @@ def test_straight_through(mode: str) -> None:
     assert (hard.lse == soft.lse).all()
 
 
-@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "gumbel"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
     problem = Problem.random(rows=50, dtype=torch.float64)
     store = store_of(problem, trainable=True)
@@ -206,7 +206,7 @@ def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
     leaves = [problem.query, store.keys, store.values]
 
     def read(**how: object) -> tuple[softdb.Read, tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(1) if normalizer == "gumbel" else None
+        generator = torch.Generator().manual_seed(1) if is_random(normalizer) else None
         found = store.read(
             problem.query, normalizer=normalizer, generator=generator, where=lambda row: row["id"] != 9, **how
         )
@@ -229,7 +229,7 @@ def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
 def test_mass_is_one_if_the_candidates_hold_all_sparse_weight() -> None:
     problem = Problem.random(rows=2000)
     store = store_of(problem)
-    support = (SPARSE["sparsemax"](problem.answer().scores) > 0).sum(-1)
+    support = (SPARSE_NORMALIZERS["sparsemax"](problem.answer().scores) > 0).sum(-1)
     assert int(support.min()) < int(support.max())
     exact = store.read(problem.query, normalizer="sparsemax").values
     for k in (1, 2, int(support.max()), int(support.max()) + 1, 100):
@@ -244,7 +244,7 @@ def test_mass_is_one_if_the_candidates_hold_all_sparse_weight() -> None:
     assert wide.ids.shape[-1] == 1024
 
 
-@pytest.mark.parametrize("normalizer", SPARSE)
+@pytest.mark.parametrize("normalizer", SPARSE_NORMALIZERS)
 def test_candidates_are_doubled_until_they_hold_all_sparse_weight(normalizer: str) -> None:
     torch.manual_seed(0)
     index = softdb.IndexConfig("IVF32,Flat", recall=1.0)

@@ -16,6 +16,7 @@ import softdb
 from softdb import SoftKVStore
 from softdb.index.manager import IndexManager
 from softdb.index.policy import IndexPolicy
+from softdb.scoring.normalizers import NORMALIZERS, is_random, reports_rows
 from softdb.table.eviction import EvictionClock, QueueSampling
 
 EVICTIONS = ["lru", "oldest"]
@@ -497,7 +498,7 @@ def test_usage_counts_the_rows_that_reads_report() -> None:
     assert store.usage.reads.sum() == store.usage.weight.sum() == 0
 
 
-@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "straight_through", "gumbel"])
+@pytest.mark.parametrize("normalizer", filter(reports_rows, NORMALIZERS))
 def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) -> None:
     torch.manual_seed(0)
     store = SoftKVStore(2, 1, track_usage=True)
@@ -506,7 +507,7 @@ def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) 
     query = 8 * torch.randn(4, 5, 2)
 
     def read(**options: object) -> softdb.Read:
-        if normalizer == "gumbel":
+        if is_random(normalizer):
             options["generator"] = torch.Generator().manual_seed(1)
         return store.read(query, normalizer=normalizer, **options)  # type: ignore[arg-type]
 
@@ -534,7 +535,7 @@ def test_exact_softmax_reads_without_k_are_not_counted() -> None:
     assert store.ids.tolist() == [4, 1, 2, 3]
 
 
-@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15", "straight_through"])
+@pytest.mark.parametrize("normalizer", [name for name in NORMALIZERS if reports_rows(name) and not is_random(name)])
 def test_rows_with_weight_in_an_exact_read_are_evicted_last(normalizer: str) -> None:
     store = full("lru", trainable=True)
     query = torch.tensor([[-9.0, 0.0]], requires_grad=True)

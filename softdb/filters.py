@@ -1,8 +1,8 @@
-"""Which rows each query may see.
+"""Filters: the rows that each query may see.
 
-A `Selection` gathers everything that hides a row (the row is deleted, ``where`` refuses it, ``exclude`` names it, a
-mask covers it) behind two questions: what may be seen in this block of rows (`Selection.block`), and which of these
-candidates may be seen (`Selection.allows`). Neither makes a (B, N) mask.
+A `Selection` combines everything that hides a row: the row is deleted, ``where`` rejects it, ``exclude`` lists it, or a
+mask hides it. `Selection.block` gives the visible rows of a block, `Selection.is_visible` the visible candidates.
+Neither allocates a (B, N) mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softdb.attributes import lock_free_cached_property
 from softdb.errors import DeviceError, DtypeError, ShapeError
 from softdb.table.storage import RowStorage
 
-__all__ = ["Block", "Rule", "Selection", "Where", "places_in", "select"]
+__all__ = ["Block", "Rule", "Selection", "Where", "find_places", "select"]
 
 Rule = Callable[[Mapping[str, Tensor]], Tensor]
 Where = Tensor | Rule
@@ -27,13 +27,13 @@ Where = Tensor | Rule
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of a block that some query may see.
+    """Rows of a block, and the queries that may see them.
 
     Attributes:
-        start: The place of the first in the pass.
-        rows: Their slots: a slice, or a tensor (C,).
-        mask: Which query may see which of them, broadcastable to (G, B, C); None where all may see all.
-        hidden: Pairs (query numbers, columns) that may not be seen, beside what the mask hides; None where none.
+        start: Position of the first row in the pass over the selection.
+        rows: Slots of the rows: a slice, or a tensor (C,).
+        mask: True where a query may see a row, bool, broadcastable to (G, B, C); None where all queries see all rows.
+        hidden: Pairs (query numbers, columns) that are hidden in addition to the mask; None for no pairs.
     """
 
     start: int
@@ -42,21 +42,28 @@ class Block:
     hidden: tuple[Tensor, Tensor] | None
 
     @property
-    def hides(self) -> bool:
-        """Whether some query may not see some of the rows."""
+    def has_hidden(self) -> bool:
+        """Whether some row is hidden from some query."""
         return self.mask is not None or self.hidden is not None
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
     def slots(self, columns: Tensor) -> Tensor:
-        """The slots that these columns stand for."""
+        """Return the slots of columns of the block."""
         return columns + self.rows.start if isinstance(self.rows, slice) else self.rows[columns]
 
     def hide(self, scores: Tensor, groups: slice, queries: slice, value: float) -> None:  # (g, b, C)
-        """Write ``value`` over what `queries` of `groups` may not see."""
+        """Overwrite, in place, the scores of rows that a query may not see.
+
+        Args:
+            scores: Scores of ``queries`` of ``groups``, (g, b, C).
+            groups: Groups of queries.
+            queries: Queries of each group.
+            value: The number to write.
+        """
         if self.mask is not None:
             mask = self.mask
             if mask.dim() >= 2 and mask.shape[-2] != 1:
@@ -73,56 +80,60 @@ class Block:
             scores[:, query[inside] - queries.start, column[inside]] = value
 
     def fingerprint(self) -> Tensor:  # (B,) or (), int64
-        """A number that another mask is most unlikely to have, exact whatever the order of its sum."""
+        """Compute a hash of the visible slots of each query.
+
+        Backward compares it with the hash of forward, to detect a rule that returned another mask. Two different masks
+        are unlikely to have the same hash. It is a sum of integers, so the order of summation does not matter.
+        """
         mask, rows = self.mask, self.rows
         device = "cpu" if mask is None else mask.device
         slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        marks = slots * 2654435761 % 2**20 + 1  # whole numbers whose sums are exact
-        return (marks if mask is None else mask * marks).sum(-1)
+        slot_hashes = slots * 2654435761 % 2**20 + 1  # integers, so their sums are exact
+        return (slot_hashes if mask is None else mask * slot_hashes).sum(-1)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the rows in slots 0 … size−1 each of B queries may see.
+    """Rows in slots 0 ... size-1 that each of B queries may see.
 
     Attributes:
-        size: How many slots there are, hidden ones included.
-        shared: Slots that some query may see, (size,) bool; None for all.
-        visit: The slots worth looking at, ascending, where they are few beside ``size``; None for all.
-        mask: A mask given whole, broadcastable to (G, B, size).
-        rule: A rule on slots, (C,) or (B, C) -> bool broadcastable to (B, C).
-        excluded: Slots that a query may not see, (B, m), ascending; -1 is padding.
+        size: Number of slots, including hidden ones.
+        shared: True for slots that some query may see, (size,) bool; None for all slots.
+        visited: Slots that a pass visits, ascending, where few of the slots are visible; None for all slots.
+        mask: A mask for all rows, broadcastable to (G, B, size); None for no mask.
+        rule: A rule on slots, (C,) or (B, C) -> bool broadcastable to (B, C); None for no rule.
+        excluded: Slots that a query may not see, (B, m), ascending; -1 is padding. None for no such slots.
     """
 
     size: int
     shared: Tensor | None = None
-    visit: Tensor | None = None
+    visited: Tensor | None = None
     mask: Tensor | None = None
-    rule: _RuleOnSlots | _RuleForSome | None = None
+    rule: _RuleOnSlots | _RuleForQueries | None = None
     excluded: Tensor | None = None
 
     @property
     def count(self) -> int:
-        """How many rows a pass over this selection goes through."""
-        return self.size if self.visit is None else len(self.visit)
+        """Number of rows in a pass over the selection."""
+        return self.size if self.visited is None else len(self.visited)
 
     @lock_free_cached_property
     def shared_count(self) -> int:
-        """How many rows some query may see, as far as ``rule`` and ``excluded`` do not tell."""
-        if self.visit is not None:
-            return len(self.visit)
+        """Number of rows that ``shared`` and ``visited`` leave visible."""
+        if self.visited is not None:
+            return len(self.visited)
         return self.size if self.shared is None else int(self.shared.sum())
 
-    @lock_free_cached_property
-    def shows_some_to_all(self) -> bool:
-        """Whether it is known that every query sees some row."""
+    @kept_property
+    def is_never_empty(self) -> bool:
+        """Whether every query is known to see at least one row."""
         return self.is_shared and self.shared_count > 0
 
     @property
     def shared_slots(self) -> Tensor:
-        """The slots that `shared_count` counts, ascending."""
-        if self.visit is not None:
-            return self.visit
+        """Slots that `shared_count` counts, ascending."""
+        if self.visited is not None:
+            return self.visited
         return torch.arange(self.size, device="cpu") if self.shared is None else self.shared.nonzero().squeeze(-1)
 
     @property
@@ -131,15 +142,19 @@ class Selection:
         return self.mask is None and self.rule is None and self.excluded is None
 
     @property
-    def hides_some(self) -> bool:
-        """Whether a pass may go through rows that some query may not see."""
-        return not self.is_shared or (self.shared is not None and self.visit is None)
+    def has_hidden_rows(self) -> bool:
+        """Whether a pass may visit rows that some query may not see."""
+        return not self.is_shared or (self.shared is not None and self.visited is None)
 
     def block(self, start: int, stop: int) -> Block | None:
-        """What may be seen of the rows that come in places [start, stop) of a pass; None if nothing."""
-        rows = slice(start, stop) if self.visit is None else self.visit[start:stop]
+        """Return the visible rows at positions [start, stop) of a pass.
+
+        Returns:
+            The block, or None if ``shared`` hides all of its rows.
+        """
+        rows = slice(start, stop) if self.visited is None else self.visited[start:stop]
         masks = []
-        if self.shared is not None and self.visit is None:
+        if self.shared is not None and self.visited is None:
             part = self.shared[start:stop]
             seen = int(part.sum())
             if seen == 0:
@@ -147,31 +162,35 @@ class Selection:
             if seen < stop - start:
                 masks.append(part)
         if self.mask is not None:
-            # A mask of one column stands for every row.
+            # A mask with one column applies to every row.
             masks.append(self.mask if self.mask.shape[-1] == 1 else self.mask[..., rows])
         if self.rule is not None:
             masks.append(self.rule(rows))
         mask = None
         for part in masks:
             mask = part if mask is None else mask & part
-        return Block(start, rows, mask, self._hidden(rows))
+        return Block(start, rows, mask, self._find_hidden(rows))
 
-    def _hidden(self, rows: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+    def _find_hidden(self, rows: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Find the pairs (query, column) of a block that ``excluded`` hides."""
         if self.excluded is None:
             return None
         if isinstance(rows, slice):
             query, place = ((self.excluded >= rows.start) & (self.excluded < rows.stop)).nonzero(as_tuple=True)
             return (query, self.excluded[query, place] - rows.start) if len(query) else None
-        column = places_in(rows, self.excluded)
+        column = find_places(rows, self.excluded)
         query, place = (column >= 0).nonzero(as_tuple=True)
         return (query, column[query, place]) if len(query) else None
 
-    def among(self, slots: Tensor) -> Selection:  # (m,) ascending
-        """The same, with every slot outside ``slots`` hidden."""
-        return replace(self, visit=slots if self.shared is None else slots[self.shared[slots]])
+    def restrict_to(self, slots: Tensor) -> Selection:  # (m,) ascending
+        """Return a selection that also hides every slot outside of ``slots``."""
+        return replace(self, visited=slots if self.shared is None else slots[self.shared[slots]])
 
-    def allows(self, slots: Tensor) -> Tensor:  # (B, c) -> (B, c)
-        """Which candidates each query may see; -1 is never allowed. For selections without a whole mask."""
+    def is_visible(self, slots: Tensor) -> Tensor:  # (B, c) -> (B, c)
+        """Return which candidates each query may see; False for padding (-1).
+
+        ``mask`` is not evaluated: selections with candidates have none.
+        """
         allowed = slots >= 0
         if self.shared is not None:
             allowed &= self.shared[slots.clamp(min=0)]
@@ -183,14 +202,14 @@ class Selection:
         return allowed
 
     def take(self, queries: Tensor) -> Selection:  # (b,)
-        """The same for some of the queries."""
+        """Return the selection of some of the queries."""
         excluded = None if self.excluded is None else self.excluded[queries]
-        rule = None if self.rule is None else _RuleForSome(self.rule, queries)
+        rule = None if self.rule is None else _RuleForQueries(self.rule, queries)
         return replace(self, rule=rule, excluded=excluded)
 
 
-def places_in(slots: Tensor, numbers: Tensor) -> Tensor:  # (m,) ascending, (B, c) -> (B, c)
-    """Where ``numbers`` stand in ``slots``, -1 for those that do not."""
+def find_places(slots: Tensor, numbers: Tensor) -> Tensor:  # (m,) ascending, (B, c) -> (B, c)
+    """Find the positions of ``numbers`` in ``slots``; -1 if they are absent."""
     if len(slots) == 0:
         return torch.full_like(numbers, -1)
     places = torch.searchsorted(slots, numbers).clamp_(max=len(slots) - 1)
@@ -203,11 +222,18 @@ def select(
     where: Where | None,
     exclude: Tensor | None,
 ) -> Selection:
-    """What ``where`` and ``exclude`` leave visible of the live rows, for queries of leading shape ``queries``."""
+    """Select the live rows that ``where`` and ``exclude`` leave visible.
+
+    Args:
+        rows: The rows of a table.
+        queries: Leading shape of the query.
+        where: As for `softdb.SoftKVStore.read`.
+        exclude: As for `softdb.SoftKVStore.read`.
+    """
     batch = math.prod(queries)
     shared, rule = rows.live_mask(), None
     if isinstance(where, Tensor):
-        shared = _mask_of_tensor(rows, where)
+        shared = _mask_from_tensor(rows, where)
     elif callable(where):
         rule = _RuleOnSlots(rows, where, batch)
     elif where is not None:
@@ -215,17 +241,17 @@ def select(
             "where: expected a bool tensor in the order of store.ids, an int64 tensor of ids, or a callable "
             f"where(row) -> bool tensor, got {describe(where)}"
         )
-    excluded = None if exclude is None else _excluded_slots(rows, exclude, queries, batch)
+    excluded = None if exclude is None else _find_excluded_slots(rows, exclude, queries, batch)
     if excluded is not None and excluded.shape[1] == 0:
         excluded = None
     selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
     if shared is not None and 2 * selection.shared_count <= rows.used:
-        # Where most rows are hidden, collecting the others is cheaper than computing scores to hide.
-        return replace(selection, visit=shared.nonzero().squeeze(-1))
+        # If most rows are hidden, gathering the visible ones is cheaper than computing scores to hide.
+        return replace(selection, visited=shared.nonzero().squeeze(-1))
     return selection
 
 
-def _mask_of_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bool
+def _mask_from_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bool
     device = rows.ids.device
     if where.dtype == torch.bool:
         if where.shape != (len(rows),):
@@ -249,7 +275,7 @@ def _mask_of_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bo
 
 @dataclass(frozen=True)
 class _RuleOnSlots:
-    """A user's ``where`` callable, asked about slots."""
+    """Rule on slots that calls a user's ``where(row)``."""
 
     rows: RowStorage
     where: Rule
@@ -272,14 +298,18 @@ class _RuleOnSlots:
 
 
 @dataclass(frozen=True)
-class _RuleForSome:
-    """A rule for some of the queries: it is written for all of them, so it is asked for all and cut."""
+class _RuleForQueries:
+    """Rule for some of the queries.
 
-    rule: _RuleOnSlots | _RuleForSome
+    A user's rule broadcasts over all queries of the read, so it is evaluated for all of them and indexed afterwards.
+    """
+
+    rule: _RuleOnSlots | _RuleForQueries
     queries: Tensor
 
     @property
     def batch(self) -> int:
+        """Number of queries."""
         return len(self.queries)
 
     def __call__(self, slots: slice | Tensor) -> Tensor:
@@ -291,7 +321,9 @@ class _RuleForSome:
         return allowed[self.queries] if allowed.dim() == 2 and allowed.shape[0] != 1 else allowed
 
 
-def _excluded_slots(rows: RowStorage, exclude: Tensor, queries: tuple[int, ...], batch: int) -> Tensor:  # -> (B, m)
+def _find_excluded_slots(
+    rows: RowStorage, exclude: Tensor, queries: tuple[int, ...], batch: int
+) -> Tensor:  # -> (B, m)
     ids = check_ids("exclude", exclude, repeats=True, padding=True)
     if ids.dim() == 0 or tuple(ids.shape[:-1]) != queries:
         raise ShapeError(
@@ -301,5 +333,5 @@ def _excluded_slots(rows: RowStorage, exclude: Tensor, queries: tuple[int, ...],
     flat = ids.reshape(batch, ids.shape[-1])
     slots = torch.full_like(flat, -1)
     given = flat >= 0
-    slots[given] = rows.slots.find(flat[given])  # an id that is gone is hidden already
+    slots[given] = rows.slots.find(flat[given])  # an unknown id gives slot -1, since its row is hidden already
     return slots.sort(dim=-1).values.to(rows.ids.device)

@@ -1,4 +1,4 @@
-"""Reads as pure functions of tensors: `soft_read`, `topk_read`, and `merge` of what they return."""
+"""Reads as pure functions of tensors: `soft_read`, `topk_read` and `merge`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,21 @@ from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumer
 from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
 from softdb.reading.exact import read_exactly
-from softdb.reading.result import Read, answer_dtype, answer_of, best_of, finish, leaves_of, merge, read_of, transform
+from softdb.reading.result import (
+    Read,
+    answer_dtype,
+    cast_values,
+    keep_best,
+    make_answer,
+    make_leaves,
+    make_read,
+    merge,
+    transform,
+)
 from softdb.reading.tables import Tables
 from softdb.reading.topk import read_candidates
-from softdb.scoring.gumbel import GumbelNoise, noise_for
-from softdb.scoring.metrics import METRICS, Metric, centre_of, compute_dtype, prepare_query
+from softdb.scoring.gumbel import GumbelNoise, draw_noise
+from softdb.scoring.metrics import METRICS, Metric, compute_centre, compute_dtype, prepare_query
 from softdb.scoring.normalizers import (
     SPARSE_NORMALIZERS,
     check_normalizer,
@@ -88,39 +98,38 @@ def soft_read(
         scores = query @ keys.mT / sqrt(d) / temperature          # for the metric "scaled_dot"
         values = softmax(scores.masked_fill(~mask, -inf)) @ values
 
-    but no more than a few megabytes of the (B, N) scores and weights are held, forward or backward, a query that may
-    see no row gets zeros instead of NaN, and the log-sum-exp comes with it. Gradients reach every floating-point input.
-    There are no second derivatives: asking for one is a `SecondDerivativeError`. With a sparse normalizer, the rows
-    with weight are held, for every query its own.
+    without allocating the (B, N) scores and weights: forward and backward hold a few megabytes of them at a time. A
+    query that may see no row gets zeros instead of NaN, and the read includes the log-sum-exp. Gradients reach every
+    floating-point input. There are no second derivatives: they raise `SecondDerivativeError`. A sparse normalizer holds
+    the rows with weight, separately for each query.
 
-    `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` go through, nested as you like: vmap makes one read of all
-    samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export are a `TransformError`.
+    `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` work and can be nested: vmap makes one read of all samples.
+    Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
 
-    Batch dimensions broadcast: tensors of a multi-head layer, (batch, heads, n, d), are read as they are, and so are
-    keys that several heads share, (batch, 1, n, d).
+    Batch dimensions broadcast: the tensors of a multi-head layer, (batch, heads, n, d), need no reshaping, and neither
+    do keys that several heads share, (batch, 1, n, d).
 
     Args:
-        query: What is looked for, (*batch, B, d), floating point.
-        keys: What the rows advertise, (*batch, N, d).
-        values: What the rows deliver, (*batch, N, dv).
+        query: Queries, (*batch, B, d), floating point.
+        keys: Keys of the rows, (*batch, N, d).
+        values: Values of the rows, (*batch, N, dv).
         metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scoring.metrics`.
-        temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
-        mask: Which query may see which row, bool, broadcastable to (*batch, B, N); True: may be seen. A row that no
-            query may see takes no part, whatever it holds, NaN and infinity included.
-        k: How many of the best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
-        normalizer: "softmax"; "straight_through": the best row's value forward, the blend's gradient backward;
-            "gumbel": the same for scores with noise, so that a row is drawn by its weight, and ``scores`` and ``lse``
-            are those with noise; "sparsemax" or "entmax15": weights that are 0 for all but some of the best rows, which
-            are gathered. See `softdb.scoring.normalizers`.
-        generator: What "gumbel" draws from; torch's own if None.
+        temperature: Divisor of the scores: a number above 0, or a tensor broadcastable to (*batch, B).
+        mask: True where a query may see a row, bool, broadcastable to (*batch, B, N). A row that no query may see has
+            no effect, even if it holds NaN or infinity.
+        k: Number of best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
+        normalizer: "softmax"; "straight_through": forward gives the value of the best row, backward the gradient of the
+            blend; "gumbel": the same for scores plus Gumbel noise, which samples a row by its weight, and ``scores``
+            and ``lse`` include the noise; "sparsemax" or "entmax15": weights that are 0 for all but some of the best
+            rows, which are gathered. See `softdb.scoring.normalizers`.
+        generator: Generator of the noise of "gumbel"; None for torch's default generator.
 
     Returns:
         A `Read` whose ids are row numbers.
 
     Raises:
         ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is not as above.
-        TransformError: In forward mode, or where torch.export traces it; and for "gumbel" in a vmap whose
-            ``randomness`` is "error".
+        TransformError: In forward mode; under torch.export; for "gumbel" in a vmap whose ``randomness`` is "error".
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; computed as FlashAttention (arXiv 2205.14135).
 
@@ -134,10 +143,10 @@ def soft_read(
     """
     if torch.compiler.is_dynamo_compiling() or is_traced(query):
         options: dict[str, Any] = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
-        return _soft_read_outside(query, keys, values, temperature=temperature, mask=mask, **options)
+        return _soft_read_eagerly(query, keys, values, temperature=temperature, mask=mask, **options)
     if is_active():
         options = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
-        # vmap may want another draw for each sample.
+        # vmap with randomness="different" draws other noise for each sample.
         if is_random(normalizer) or is_wrapped(query, keys, values, temperature, mask):
             return _soft_read_under_transform(query, keys, values, temperature, mask, options)
         with suspend_transforms():
@@ -153,26 +162,26 @@ def soft_read(
     narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = centre_of(query, metric)
+        centre = compute_centre(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _Fold(batch, query.shape[-2], keys, values)
+        fold = _BatchFold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
-        noise = noise_for(normalizer, generator)
-        spec = ReadSpec(metric, centre, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
+        noise = draw_noise(normalizer, generator)
+        spec = ReadSpec(metric, centre, selection, dtype, narrow=narrow, noise=noise, tiling=tiling)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         height = fold.shared_size * query.shape[-2]
-        if not selection.shows_some_to_all:
-            check_finite("query", query)  # else scores tell
+        if not selection.is_never_empty:
+            check_finite("query", query)  # otherwise the check of the scores finds NaN
         try:
             read = read_exactly(fold.queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:
-            check_finite("query", query)  # it may be their fault: say so
-            check_finite("keys", keys if mask is None else zero_hidden_keys(tables.keys, spec, fold.groups, height))
+            check_finite("query", query)  # a more precise message than that of the scores
+            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, height))
             raise
     if not is_finite(read.values):
         check_finite("values", values)
-    read = best_of(read, k)
-    return finish(transform(read, fold.unfold) if batch else read, query)
+    read = keep_best(read, k)
+    return cast_values(transform(read, fold.unfold) if batch else read, query)
 
 
 def topk_read(
@@ -186,30 +195,30 @@ def topk_read(
     normalizer: str = "softmax",
     generator: torch.Generator | None = None,
 ) -> Read:
-    """Read, for each query, only its own candidate rows.
+    """Read only the candidate rows of each query.
 
     Equal to::
 
         scores = (query[..., None, :] * keys[candidates]).sum(-1) / sqrt(d) / temperature
         values = softmax(scores) @ values[candidates]
 
-    whatever found the candidates; scores come from the keys given here. Gradients reach every floating-point input,
-    twice differentiable, in reverse and in forward mode, and every transform of torch.func but ``functionalize`` goes
-    through. Holds the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
+    The candidates may come from any search: scores are computed from ``keys``. Gradients reach every floating-point
+    input and are twice differentiable, in reverse and in forward mode. Every transform of torch.func except
+    ``functionalize`` works. Allocates the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
 
     Args:
-        query: What is looked for, (*batch, B, d), floating point.
-        keys: What the rows advertise, (*batch, N, d).
-        values: What the rows deliver, (*batch, N, dv).
+        query: Queries, (*batch, B, d), floating point.
+        keys: Keys of the rows, (*batch, N, d).
+        values: Values of the rows, (*batch, N, dv).
         candidates: Row numbers, (*batch, B, k) int64, each at most once per query; -1 is padding.
         metric: "dot", "scaled_dot", "cosine" or "l2".
-        temperature: Divides the scores: a number above 0, or a tensor broadcastable to (*batch, B).
+        temperature: Divisor of the scores: a number above 0, or a tensor broadcastable to (*batch, B).
         normalizer: As for `soft_read`.
-        generator: What "gumbel" draws from; torch's own if None.
+        generator: As for `soft_read`.
 
     Returns:
-        A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate, else NaN: what the
-        other rows hold is unknown.
+        A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate, else NaN, since the mass
+        of the other rows is unknown.
 
     Raises:
         ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError, ArgumentError: An argument is not as
@@ -225,7 +234,7 @@ def topk_read(
     """
     if torch.compiler.is_dynamo_compiling() or is_traced(query):
         options: dict[str, Any] = {"metric": metric, "normalizer": normalizer, "generator": generator}
-        return _topk_read_outside(query, keys, values, candidates, temperature=temperature, **options)
+        return _topk_read_eagerly(query, keys, values, candidates, temperature=temperature, **options)
     if is_active() or is_forward_mode():
         options = {"metric": metric, "normalizer": normalizer, "generator": generator}
         tensors = query, keys, values, candidates, temperature
@@ -238,10 +247,10 @@ def topk_read(
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = centre_of(query, metric)
+        centre = compute_centre(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _Fold(batch, query.shape[-2], keys, values)
-        noise = noise_for(normalizer, generator)
+        fold = _BatchFold(batch, query.shape[-2], keys, values)
+        noise = draw_noise(normalizer, generator)
         spec = ReadSpec(
             metric, centre, Selection(keys.shape[-2]), dtype, noise=noise, tiling=Tiling.for_device(query.device)
         )
@@ -251,22 +260,25 @@ def topk_read(
         try:
             read = read_candidates(fold.queries(operand), tables, spec, rows, normalizer, complete=complete)
         except NonFiniteError:
-            check_finite("keys", keys)  # it may be their fault: say so
+            check_finite("keys", keys)  # a more precise message than that of the scores
             raise
     if not is_finite(read.values):
         check_finite("values", values)
-    return finish(transform(read, fold.unfold) if batch else read, query)
+    return cast_values(transform(read, fold.unfold) if batch else read, query)
 
 
-UNTRACED = (
+TRACING_MESSAGE = (
     "softdb: functional: expected to run outside of graphs of torch.compile and torch.export, since {name} checks the "
     "numbers in its arguments; export a module that reads a SoftKVStore, or leave out fullgraph=True"
 )
 
 
-def _refuse_tracing(function: Callable[..., Read]) -> Callable[..., Read]:
-    """Have ``function`` run outside of graphs of torch.compile, and raise where torch.export traces it."""
-    message = UNTRACED.format(name=function.__name__)
+def _run_eagerly(function: Callable[..., Read]) -> Callable[..., Read]:
+    """Wrap ``function`` to break graphs of torch.compile.
+
+    The wrapper raises `TransformError` where torch.export traces it.
+    """
+    message = TRACING_MESSAGE.format(name=function.__name__)
 
     @disable_compile(message)
     def run(query: Tensor, *args: Any, **options: Any) -> Read:
@@ -277,7 +289,7 @@ def _refuse_tracing(function: Callable[..., Read]) -> Callable[..., Read]:
     return run
 
 
-_soft_read_outside, _topk_read_outside = _refuse_tracing(soft_read), _refuse_tracing(topk_read)
+_soft_read_eagerly, _topk_read_eagerly = _run_eagerly(soft_read), _run_eagerly(topk_read)
 
 
 def _soft_read_under_transform(
@@ -288,7 +300,7 @@ def _soft_read_under_transform(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> Read:
-    """`soft_read` of tensors that a transform wraps."""
+    """Run `soft_read` on tensors that a transform of torch.func wraps."""
     check_normalizer(options["normalizer"], options["generator"])
     _check_tables(query, keys, values)
     if mask is not None and not isinstance(mask, Tensor):
@@ -296,25 +308,28 @@ def _soft_read_under_transform(
     divisor = temperature if isinstance(temperature, Tensor) else None
 
     def run(operands: Operands, wanted: list[bool]) -> Answer:
-        leaves = leaves_of(operands, wanted)
-        own_query, own_keys, own_values, own_divisor, own_mask, _ = leaves
+        leaves = make_leaves(operands, wanted)
+        query_leaf, keys_leaf, values_leaf, divisor_leaf, mask_leaf, _ = leaves
         read = soft_read(
-            cast(Tensor, own_query),
-            cast(Tensor, own_keys),
-            cast(Tensor, own_values),
-            temperature=temperature if own_divisor is None else own_divisor,
-            mask=own_mask,
+            cast(Tensor, query_leaf),
+            cast(Tensor, keys_leaf),
+            cast(Tensor, values_leaf),
+            temperature=temperature if divisor_leaf is None else divisor_leaf,
+            mask=mask_leaf,
             **options,
         )
-        return answer_of(read, leaves)
+        return make_answer(read, leaves)
 
     random = "queries" if is_random(options["normalizer"]) else ""
     operands = [query, keys, values, divisor, mask]
-    return read_of(*read_opaquely(run, _fold_samples, operands, random=random, generator=options["generator"]))
+    return make_read(*read_opaquely(run, _fold_samples, operands, random=random, generator=options["generator"]))
 
 
 def _fold_samples(operands: Operands, batched: list[bool], size: int) -> Operands:
-    """Make a batch dimension of `soft_read` of the samples: batch dimensions broadcast, so it comes before all."""
+    """Fold the samples of a vmap into a batch dimension of `soft_read`.
+
+    The batch dimensions of its arguments broadcast, so the new dimension comes before all others.
+    """
     tables = zip(operands[:3], batched[:3], strict=True)
     count = max(cast(Tensor, table).dim() - 2 - has for table, has in tables)
     if not any(batched[:3]):
@@ -339,7 +354,10 @@ def _topk_read_under_transform(
     normalizer: str,
     generator: torch.Generator | None,
 ) -> Read:
-    """`topk_read` by operations that every transform goes through: none depends on numbers."""
+    """Run `topk_read` with operations that every transform of torch.func supports.
+
+    No operation depends on the numbers in a tensor.
+    """
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
     batch = _check_tables(query, keys, values)
@@ -359,9 +377,9 @@ def _topk_read_under_transform(
         check_randomness()
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = centre_of(query, metric)
+        centre = compute_centre(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _Fold(batch, height, keys, values)
+        fold = _BatchFold(batch, height, keys, values)
         tables = Tables(fold.table(keys), fold.table(values), fold.groups)
         rows = fold.queries(candidates.to(torch.int64).expand(*batch, height, candidates.shape[-1]))  # (M, k)
         missing = rows < 0
@@ -394,14 +412,14 @@ def _topk_read_under_transform(
         complete = (rows >= 0).sum(-1) == count
         mass = torch.where(complete, 1.0, torch.nan).to(dtype).masked_fill(lse == -torch.inf, 0.0)
         read = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-    with suspend_transforms():
-        if not is_finite(move_samples_first(read.values)):
-            check_finite("values", move_samples_first(values))
-    return finish(transform(read, fold.unfold) if batch else read, query)
+    with outside_of_transforms():
+        if not is_finite(samples_first(read.values)):
+            check_finite("values", samples_first(values))
+    return cast_values(transform(read, fold.unfold) if batch else read, query)
 
 
 def _gather_all(table: Tensor, places: Tensor, missing: Tensor, dtype: torch.dtype) -> Tensor:  # -> (M, k, x)
-    """Gather rows, 0 where they are missing."""
+    """Gather rows; zeros where they are missing."""
     if len(table) == 0:
         return table.new_zeros(*places.shape, table.shape[-1], dtype=dtype)
     rows = table.index_select(0, places.flatten()).reshape(*places.shape, table.shape[-1]).to(dtype)
@@ -411,7 +429,7 @@ def _gather_all(table: Tensor, places: Tensor, missing: Tensor, dtype: torch.dty
 def _check_temperature_shape(
     temperature: float | Tensor, shape: tuple[int, ...], device: torch.device
 ) -> float | Tensor:
-    """Check a temperature whose numbers have been checked."""
+    """Check a temperature whose numbers have been checked already."""
     if not isinstance(temperature, Tensor):
         return check_temperature(temperature, shape, device)
     if not temperature.is_floating_point():
@@ -420,11 +438,11 @@ def _check_temperature_shape(
     return temperature
 
 
-class _Fold:
-    """Batch dimensions brought to G groups of queries, each group with its own rows, and back.
+class _BatchFold:
+    """Mapping of batch dimensions to G groups of queries and back.
 
-    Batch dimensions along which all keys and values are shared become more queries of one group, so that shared rows
-    are never copied.
+    Each group has its own rows. Batch dimensions that all keys and values share become more queries of one group, so
+    shared rows are never copied.
     """
 
     def __init__(self, batch: tuple[int, ...], height: int, keys: Tensor, values: Tensor) -> None:
@@ -458,7 +476,7 @@ class _Fold:
         count = len(self.batch)
         mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
         sizes = list(mask.shape)
-        # Dimensions that become one have to be given whole if the mask differs along any of them.
+        # Dimensions that are merged into one are expanded if the mask differs along any of them.
         if any(sizes[i] != 1 for i in self.own):
             for i in self.own:
                 sizes[i] = self.batch[i]
@@ -490,7 +508,11 @@ def _check_operands(
     normalizer: str,
     generator: torch.Generator | None,
 ) -> tuple[tuple[int, ...], float | Tensor]:
-    """Check the operands; return their batch shape, and the temperature as a float or a tensor."""
+    """Check the operands.
+
+    Returns:
+        Their batch shape, and the temperature as a float or a tensor.
+    """
     note_openmp()
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
@@ -546,9 +568,9 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
     if ids.numel() and int(ids.max()) >= count:
         raise ArgumentError(f"candidates: expected row numbers below {count}, got {int(ids.max())}")
     ordered = ids.sort(-1).values
-    twice = ordered[..., 1:][(ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)]
-    if len(twice):
+    repeated = ordered[..., 1:][(ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)]
+    if len(repeated):
         raise DuplicateIdError(
-            f"candidates: expected each row at most once per query, got {list_ids(twice.unique())} more than once"
+            f"candidates: expected each row at most once per query, got {list_ids(repeated.unique())} more than once"
         )
     return ids.expand(*shape, -1).to(device)

@@ -12,7 +12,7 @@ from softdb.filters import Selection
 from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.scoring.metrics import centre_of, compute_dtype, prepare_query
+from softdb.scoring.metrics import compute_centre, compute_dtype, prepare_query
 
 __all__ = ["MeasuredRecall", "RecallSample"]
 
@@ -79,7 +79,7 @@ def ground_truth_top_k(
     """
     spec = ReadSpec(
         metric,
-        centre_of(queries, metric),
+        compute_centre(queries, metric),
         selection,
         compute_dtype(queries, keys),
         tiling=Tiling.for_device(keys.device),

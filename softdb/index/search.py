@@ -108,4 +108,4 @@ def _search_base(task: SearchTask, base: Base, search_width: int | None) -> Tens
     slots = base.search(queries, wanted, allowed, search_width=search_width).to(task.query.device)
     if selection.shared is None and selection.is_shared:
         return slots
-    return slots.masked_fill_(~selection.allows(slots), -1)
+    return slots.masked_fill_(~selection.is_visible(slots), -1)

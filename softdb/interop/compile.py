@@ -30,7 +30,7 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, StaleReadError, TransformError
 from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
-from softdb.reading.counting import deferring, note_read
+from softdb.reading.counting import defer_counting, record_read
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
@@ -295,7 +295,7 @@ def _count(handle: Tensor, ticket: Tensor) -> None:
     kept, store = _pending_reads.get(int(ticket)), _find_store(handle)
     if kept is not None:
         for slots, weights in kept.reported:
-            note_read(store.rows, slots, weights)
+            record_read(store.rows, slots, weights)
 
 
 @_count.register_fake

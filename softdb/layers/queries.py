@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb._checks import check_choice, check_dtype, check_not_meta
-from softdb.reading.result import Read, widened
+from softdb.reading.result import Read, pad_candidates
 
 __all__ = ["Queries", "QueryNorm"]
 
@@ -85,7 +85,7 @@ def stack_reads(reads: Sequence[Read], dimension: int) -> Read:
     """Stack reads of several stores along a new dimension."""
     widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
     if len(widths) > 1:  # a sparse normalizer doubles k where one store needs it
-        reads = [widened(read, max(widths)) for read in reads]
+        reads = [pad_candidates(read, max(widths)) for read in reads]
     members: dict[str, Any] = {}
     for name in MEMBERS:
         given = [getattr(read, name) for read in reads]

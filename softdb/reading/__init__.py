@@ -1,1 +1,1 @@
-"""Reads of a table: exact, of the best rows, and with a sample of the rest."""
+"""Reads of a table: exact, top-k, and top-k with a tail sample."""

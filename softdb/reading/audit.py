@@ -13,20 +13,22 @@ from softdb.reading.result import Read
 
 __all__ = ["Audit", "compare_reads"]
 
-# Scores this close, in parts of themselves, tie in an audit.
-TIE = 1e-5
+# Relative difference up to which two scores count as a tie.
+RELATIVE_TIE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """How top-k reads compare with exact ones, for each query, as `SoftKVStore.audit` returns it; float64.
+    """Recall, mass and error of top-k reads, for each query, float64.
+
+    `SoftKVStore.audit` returns it; it compares top-k reads with exact reads.
 
     Attributes:
-        k: The number of candidates.
-        recall: The share of the k best rows that are among the candidates, (...,); rows that tie are as good, and 1
-            where no row may be seen.
-        mass: The fraction of the exact softmax that the candidates hold, (...,).
-        error: The norm of the difference of the values, in parts of that of the exact ones, (...,).
+        k: Number of candidates.
+        recall: Fraction of the k best rows that are among the candidates, (...,). Rows that tie count as equal. 1 where
+            no row may be seen.
+        mass: Fraction of the exact softmax that the candidates hold, (...,).
+        error: Norm of the difference of the values, relative to the norm of the exact values, (...,).
     """
 
     k: int
@@ -36,17 +38,17 @@ class Audit:
 
     @property
     def mean_recall(self) -> float:
-        """The mean of ``recall``."""
+        """Mean of ``recall``."""
         return float(self.recall.mean())
 
     @property
     def mean_mass(self) -> float:
-        """The mean of ``mass``."""
+        """Mean of ``mass``."""
         return float(self.mass.mean())
 
     @property
     def mean_error(self) -> float:
-        """The mean of ``error``."""
+        """Mean of ``error``."""
         return float(self.error.mean())
 
     def __str__(self) -> str:
@@ -57,18 +59,24 @@ class Audit:
         )
 
 
-def compare_reads(exact: Read, found: Read, k: int) -> Audit:
-    """Compare a top-k read with an exact one that reports its ``k`` best rows."""
-    best, scores = cast(Tensor, exact.scores), cast(Tensor, found.scores)
-    there = best > -torch.inf
-    # The worst of the k best; rows that tie with it, but for rounding, are as good.
-    worst = best.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
-    hits = ((scores >= worst - TIE * worst.abs()) & (scores > -torch.inf)).sum(-1)
-    count = there.sum(-1)
+def compare_reads(exact: Read, topk: Read, k: int) -> Audit:
+    """Compare a top-k read with an exact read.
+
+    Args:
+        exact: An exact read that reports its ``k`` best rows.
+        topk: A top-k read of the same queries.
+        k: Number of candidates.
+    """
+    best, scores = cast(Tensor, exact.scores), cast(Tensor, topk.scores)
+    present = best > -torch.inf
+    # The lowest of the k best scores. A row that ties with it up to rounding counts as one of the k best.
+    worst = best.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
+    hits = ((scores >= worst - RELATIVE_TIE * worst.abs()) & (scores > -torch.inf)).sum(-1)
+    count = present.sum(-1)
     recall = torch.where(count > 0, hits.clamp(max=count) / count.clamp(min=1), 1.0)
     total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
     mass = (scores - total).exp().sum(-1).clamp(max=1.0)
-    apart = torch.linalg.vector_norm((found.values - exact.values).double(), dim=-1)
+    distance = torch.linalg.vector_norm((topk.values - exact.values).double(), dim=-1)
     size = torch.linalg.vector_norm(exact.values.double(), dim=-1)
-    error = torch.where(apart > 0, apart / size, 0.0)
+    error = torch.where(distance > 0, distance / size, 0.0)
     return Audit(k, recall.double(), mass.double(), error)

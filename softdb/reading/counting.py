@@ -1,4 +1,7 @@
-"""Count the reads of rows: at once, or later where a compiled graph does so itself."""
+"""Counting of reads, for eviction and usage.
+
+A read is counted at once, or later by the compiled graph that contains it.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from torch import Tensor
 from softdb.table.storage import RowStorage
 from softdb.table.usage import count_reads
 
-__all__ = ["Reported", "count_read", "deferring", "note_read"]
+__all__ = ["ReportedRows", "count_read", "defer_counting", "record_read"]
 
-Reported = list[tuple[Tensor, Tensor]]  # slots and weights
+ReportedRows = list[tuple[Tensor, Tensor]]  # slots and weights
 
 _deferred = threading.local()
 
 
-def note_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of one shape
-    """Count a read that reports ``slots``, -1 for none, with ``weights``."""
+def record_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of one shape
+    """Count a read that reports slots (-1 for none) with weights."""
     if not rows.counts_reads:
         return
     reported = slots >= 0
@@ -33,8 +36,8 @@ def note_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of o
 
 
 @contextmanager
-def deferring(reported: Reported | None) -> Iterator[None]:
-    """Have `count_read` add to ``reported``, if that is a list, what it is to count."""
+def defer_counting(reported: ReportedRows | None) -> Iterator[None]:
+    """Collect what `count_read` would count in ``reported``; None: count at once."""
     _deferred.reported, before = reported, getattr(_deferred, "reported", None)
     try:
         yield
@@ -43,9 +46,12 @@ def deferring(reported: Reported | None) -> Iterator[None]:
 
 
 def count_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:
-    """Count a read that reports ``slots`` with ``weights``, unless a graph is to count it later."""
+    """Count a read that reports ``slots`` with ``weights``.
+
+    Within `defer_counting`, keep them for later instead.
+    """
     reported = getattr(_deferred, "reported", None)
     if reported is None:
-        note_read(rows, slots, weights)
+        record_read(rows, slots, weights)
     elif rows.counts_reads:
         reported.append((slots.detach(), weights.detach()))

@@ -1,4 +1,4 @@
-"""`ReadOptions`: what a read is asked for, checked once."""
+"""`ReadOptions`: validated arguments of a read."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MODES = ("exact", "topk", "hard")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The arguments of `softdb.SoftKVStore.read` beside the query.
+    """Arguments of `softdb.SoftKVStore.read` except the query.
 
-    Which of them depend on each other is checked as it is made; ``where``, ``exclude`` and ``temperature`` are checked
-    against the rows and the query when they meet.
+    The constructor checks how they depend on each other. ``where``, ``exclude`` and ``temperature`` are checked against
+    the rows and the query when the read runs.
     """
 
     mode: Mode = "exact"
@@ -53,8 +53,12 @@ def check_options(
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[int | None, int, float | None]:
-    """Check the arguments of a read that depend on its mode; return k, tail_samples and tolerance as Python numbers."""
-    tail_samples = check_int("tail_samples", tail_samples, least=0)
+    """Check the arguments of a read that depend on its mode.
+
+    Returns:
+        k, tail_samples and tolerance as Python numbers.
+    """
+    tail_samples = check_whole("tail_samples", tail_samples, least=0)
     tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
     check_choice("mode", mode, MODES)
     if mode == "hard":
@@ -72,10 +76,13 @@ def check_options(
         _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
         _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
     elif mode == "topk" and k is None:
-        raise ArgumentError("k: expected the number of candidates, since mode='topk' needs it, or a tolerance")
+        raise ArgumentError(
+            "k: expected the number of candidates, since mode='topk' needs k or tolerance, got None; pass k=..."
+        )
     return None if k is None else check_positive("k", k), tail_samples, tolerance
 
 
 def _refuse(given: bool, name: str, why: str, otherwise: str = "") -> None:
+    """Raise `ArgumentError` if an argument that does not apply is given."""
     if given:
         raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out{otherwise}")

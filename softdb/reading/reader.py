@@ -1,4 +1,4 @@
-"""`Reader`: from a query and its options to a read, over the rows as they are in one version."""
+"""`Reader`: reads of one version of a table."""
 
 from __future__ import annotations
 
@@ -26,15 +26,24 @@ from softdb.reading.counting import count_read
 from softdb.reading.exact import read_exactly
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.preparation import SearchPreparation
-from softdb.reading.result import Read, answer_dtype, best_of, completed, finish, replaced, transform, widened
+from softdb.reading.result import (
+    Read,
+    answer_dtype,
+    cast_values,
+    keep_best,
+    pad_candidates,
+    replace_queries,
+    rescale_to_exact,
+    transform,
+)
 from softdb.reading.sample import Sample
 from softdb.reading.staleness import OpenReads
 from softdb.reading.tables import Tables
-from softdb.reading.tail import TailCosts, add_tail, is_worth_trying, samples_for
+from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, is_worth_trying
 from softdb.reading.topk import read_candidates
-from softdb.scoring.gumbel import noise_for
-from softdb.scoring.metrics import Metric, centre_of, compute_dtype, prepare_query
-from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
+from softdb.scoring.gumbel import draw_noise
+from softdb.scoring.metrics import Metric, compute_centre, compute_dtype, prepare_query
+from softdb.scoring.normalizers import get_eval_normalizer, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
 from softdb.table.storage import RowStorage
@@ -42,49 +51,50 @@ from softdb.table.table import Table
 
 __all__ = ["ReadView", "Reader"]
 
-# As many rows have their norms taken at a time.
-NORM_ROWS = 2**14
-# As many candidates, or so many times those asked for, are looked at for the rows to which a sparse normalizer gives
-# weight.
-SUPPORT, SUPPORT_TIMES = 1024, 16
+# Number of rows whose norms are computed at a time.
+NORM_CHUNK_ROWS = 2**14
+# Candidates are doubled for a sparse normalizer up to the larger of this number and this multiple of k.
+SUPPORT_LIMIT, SUPPORT_LIMIT_PER_K = 1024, 16
 
 
 @dataclass(frozen=True)
 class ToleranceRounds:
-    """How a read to a tolerance goes on until its error is small enough.
+    """Sample sizes of a read to a tolerance.
 
     Attributes:
-        candidates: The candidates of each query, at the least.
-        samples: The rows of the first sample, for all queries.
-        rates: The error tells how many samples are enough where those were not, if it falls with a root of their
-            number: the first of these, as a stratified sample's does at first, or the square root, as that of any
-            sample does. One round for each.
-        more: So many times more are drawn.
+        candidates: Minimum number of candidates of each query.
+        samples: Number of rows of the first sample, which all queries share.
+        exponents: One exponent for each round after the first sample. A round draws the rows that bring the error to
+            the tolerance if their number grows as this power of error / tolerance. 2 is the exponent of any sample; the
+            error of a stratified sample falls faster at first.
+        margin: Factor by which more rows are drawn.
     """
 
     candidates: int = 256
     samples: int = 2**14
-    rates: tuple[float, ...] = (1.4, 2.0, 2.0)
-    more: float = 1.2
+    exponents: tuple[float, ...] = (1.4, 2.0, 2.0)
+    margin: float = 1.2
 
 
 @dataclass(frozen=True)
 class ReadView:
-    """The rows as one read finds them.
+    """Tensors and options of one read.
 
     Attributes:
-        rows: Ids, fields and versions.
-        keys, values: (capacity, width), in slot order.
-        lent: The names of those that lie in the place of the table's own.
-        index: What finds candidates; not asked where keys are lent.
-        metric, temperature: Of the store.
+        rows: Ids, fields and versions of the rows.
+        keys: Keys in slot order, (capacity, key_dim).
+        values: Values in slot order, (capacity, value_dim).
+        substituted: Names of tensors that replace the table's own.
+        index: Index that finds candidates; unused if the keys are substituted.
+        metric: Metric of the store.
+        temperature: Temperature of the store.
         sparse: Whether gathered rows get row-sparse gradients.
     """
 
     rows: RowStorage
     keys: Tensor
     values: Tensor
-    lent: frozenset[str]
+    substituted: frozenset[str]
     index: IndexManager
     metric: Metric
     temperature: float
@@ -92,13 +102,15 @@ class ReadView:
 
 
 class Reader:
-    """Answers queries, and keeps between reads what depends on the version of the rows alone.
+    """Reads of a table.
+
+    Between reads it caches what depends on the version of the rows only.
 
     Args:
         table: The rows.
-        access: How they are reached.
-        index: What finds candidates among them.
-        open_reads: The reads that wait for their backward.
+        access: Locks of the table.
+        index: Index that finds candidates.
+        open_reads: Reads whose backward may still run.
     """
 
     rounds = ToleranceRounds()
@@ -106,18 +118,20 @@ class Reader:
 
     def __init__(self, table: Table, access: Access, index: IndexManager, open_reads: OpenReads) -> None:
         self._table, self._access, self._index, self._open_reads = table, access, index, open_reads
-        # At which version of the rows, and: what a read without filters sees, the largest norm that a key has had.
-        self._everything: tuple[int, Selection | None] = (0, None)
+        # Version of the rows, and the selection of a read without filters; version, and the largest norm of a key.
+        self._full_selection: tuple[int, Selection | None] = (0, None)
         self._key_norm = (0, 0.0)
-        self._key_nan_at = -1  # at which version a key held NaN
+        self._key_nan_at = -1  # version at which a key held NaN
 
-    def run(self, query: Tensor, options: ReadOptions, lent: Mapping[str, Tensor] | None = None) -> Read:
-        """Answer a batch of queries: checked, from one version of the rows, counted, with ids.
+    def run(self, query: Tensor, options: ReadOptions, substitutes: Mapping[str, Tensor] | None = None) -> Read:
+        """Answer a batch of queries.
+
+        Check the query, read one version of the rows, count the read and convert slots to ids.
 
         Args:
-            query: (..., key_dim).
-            options: What is asked for.
-            lent: Keys and values to read in the place of the store's own; no write to the store concerns them.
+            query: Queries, (..., key_dim).
+            options: Arguments of the read.
+            substitutes: Keys and values to read instead of the store's own. Writes to the store do not affect them.
         """
         table, store = self._table, self._table.module
         check_float_tensor("query", query, (-1, table.config.key_dim), store.keys.device)
@@ -127,20 +141,23 @@ class Reader:
             options = replace(options, normalizer=get_eval_normalizer(options.normalizer), generator=None)
 
         def read() -> Read:
-            answer = self.answer(query, options, lent)
+            answer = self.answer(query, options, substitutes)
             if answer.ids is None or answer.weights is None:
                 return answer
             count_read(table.rows, answer.ids, answer.weights)
             if options.mode == "exact" and options.k is None:
-                return best_of(answer, None)
+                return keep_best(answer, None)
             return replace(answer, ids=table.rows.ids_at(answer.ids))
 
-        searches = options.mode == "topk" and lent is None
+        searches = options.mode == "topk" and substitutes is None
         preparation = SearchPreparation(table, self._index, query, options.k) if searches else None
         return self._access.reading(read, preparation)
 
     def run_both(self, query: Tensor, options: ReadOptions) -> tuple[Read, Read]:
-        """Answer an exact and a top-k read of one version of the rows, with slots for ids, and count neither."""
+        """Answer an exact and a top-k read of one version of the rows.
+
+        The reads have slots for ids, and are not counted.
+        """
         exact = replace(options, mode="exact")
 
         def read() -> tuple[Read, Read]:
@@ -148,27 +165,33 @@ class Reader:
 
         return self._access.reading(read, SearchPreparation(self._table, self._index, query, options.k))
 
-    def answer(self, query: Tensor, options: ReadOptions, lent: Mapping[str, Tensor] | None = None) -> Read:
-        """Answer as `run`, but with slots for ids, and counting nothing: of a query that has been checked."""
+    def answer(self, query: Tensor, options: ReadOptions, substitutes: Mapping[str, Tensor] | None = None) -> Read:
+        """Answer a checked query with slots for ids, without counting the read.
+
+        Args:
+            query: As for `run`.
+            options: As for `run`.
+            substitutes: As for `run`.
+        """
         table = self._table
-        tensors = table.tensors() if lent is None else lent
-        foreign = table.substituted_tensors(tensors) if lent is None else dict(lent)
-        for name, tensor in foreign.items():
-            self._check_lent(name, tensor, options.mode)
+        tensors = table.tensors() if substitutes is None else substitutes
+        replacements = table.lent(tensors) if substitutes is None else dict(substitutes)
+        for name, tensor in replacements.items():
+            self._check_substitute(name, tensor, options.mode)
         keys, values, store = tensors["keys"], tensors["values"], table.module
-        # What made a lent tensor from others may take no row-sparse gradient.
+        # The operation that made a substituted tensor may not accept row-sparse gradients.
         sparse = table.config.trainable and store.sparse_grad and keys.is_leaf and values.is_leaf
         if sparse and is_within_ddp():
             keys, values = with_sparse_gradient(keys), with_sparse_gradient(values)
-        names = frozenset(foreign)
+        names = frozenset(replacements)
         view = ReadView(table.rows, keys, values, names, self._index, table.config.metric, store.temperature, sparse)
         read, used = self.read(view, query, options)
-        if lent is not None:
+        if substitutes is not None:
             return read
-        return self._open_reads.attach(read, table.rows, used, list(foreign.values()))
+        return self._open_reads.attach(read, table.rows, used, list(replacements.values()))
 
-    def _check_lent(self, name: str, tensor: Tensor, mode: Mode) -> None:
-        """Raise unless a read of ``tensor``, in the place of the store's own, is possible."""
+    def _check_substitute(self, name: str, tensor: Tensor, mode: Mode) -> None:
+        """Raise if a tensor cannot replace the store's own in a read."""
         table = self._table
         table.check_not_sharded()
         if table.is_sharded and table.module.sparse_grad and mode != "exact" and tensor.requires_grad:
@@ -179,28 +202,28 @@ class Reader:
         table.check_size(name, tensor)
 
     def read(self, view: ReadView, query: Tensor, options: ReadOptions) -> tuple[Read, Tensor | None]:
-        """Answer a batch of queries.
+        """Answer a batch of queries from a view.
 
         Returns:
-            The read, with slots for ids, and the slots that it used, None for all.
+            The read, with slots for ids, and the slots that it used, or None for all slots.
         """
         leading, rows, mode = query.shape[:-1], view.rows, options.mode
         temperature: float | Tensor = view.temperature
         if options.temperature is not None:
             temperature = check_temperature(options.temperature, leading, view.keys.device)
         selection = self._select(rows, leading, options.where, options.exclude)
-        if mode != "exact" or not selection.shows_some_to_all:
-            check_finite("query", query)  # else its scores tell
+        if mode != "exact" or not selection.is_never_empty:
+            check_finite("query", query)  # otherwise the check of the scores finds NaN
         tiling = Tiling.for_device(query.device)
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
         with disable_autocast(query.device):
             dtype = compute_dtype(query, view.keys, view.values)
-            centre = centre_of(query, view.metric)
+            centre = compute_centre(query, view.metric)
             operand = prepare_query(query, view.metric, temperature, centre, dtype)
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
-            noise = noise_for(options.normalizer, options.generator)
-            if "keys" in view.lent:
+            noise = draw_noise(options.normalizer, options.generator)
+            if "keys" in view.substituted:
                 largest = functools.partial(largest_norm, view.keys)
             else:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
@@ -210,7 +233,7 @@ class Reader:
                 try:
                     read = read_exactly(operand, tables, spec, options.k, options.normalizer)
                 except NonFiniteError:
-                    check_finite("query", query)  # it may be its fault: say so
+                    check_finite("query", query)  # a more precise message than that of the scores
                     raise
                 used = selection.shared
             elif options.tolerance is not None:
@@ -221,24 +244,28 @@ class Reader:
             read = replace(read, normalizer="hard")
         if len(leading) != 1:
             read = transform(read, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-        return finish(read, query), used
+        return cast_values(read, query), used
 
     def _read_topk(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, options: ReadOptions
     ) -> tuple[Read, Tensor]:
-        """A read of the k best rows, with a sample of the others if that is asked for, and the slots that it used."""
-        read, found = self._read_best(view, query, operand, spec, tables, options.k, options.normalizer)
+        """Read the k best rows, and a tail sample if requested.
+
+        Returns:
+            The read, and the slots that it used.
+        """
+        read, found = self._read_candidates(view, query, operand, spec, tables, options.k, options.normalizer)
         used = found.slots.flatten()
         if is_sparse(options.normalizer):
-            read, more = self._find_support(view, read, query, operand, spec, tables, options.normalizer)
-            used = torch.cat([used, *more])
+            read, support_slots = self._find_support(view, read, query, operand, spec, tables, options.normalizer)
+            used = torch.cat([used, *support_slots])
         if options.tail_samples:
             count, generator = options.tail_samples, options.generator
             read, sampled = self._add_tail(view, read, operand, spec, tables, count, found.recall, generator)
             used = torch.cat([used, sampled])
         return read, used
 
-    def _read_best(
+    def _read_candidates(
         self,
         view: ReadView,
         query: Tensor,
@@ -250,9 +277,9 @@ class Reader:
         *,
         careful: bool = False,
     ) -> tuple[Read, Candidates]:
-        """A read of the k best rows, and how they were found."""
+        """Read the k best rows; return the read and the candidates."""
         found = self.candidates(view, query, operand, spec, k, careful=careful)
-        complete = _are_complete(found.slots, spec.selection, len(view.rows))
+        complete = _find_complete(found.slots, spec.selection, len(view.rows))
         read = read_candidates(operand, tables, spec, found.slots, normalizer, complete=complete, best=found.exact)
         return read, found
 
@@ -266,21 +293,27 @@ class Reader:
         tables: Tables,
         normalizer: str,
     ) -> tuple[Read, list[Tensor]]:
-        """The same read, of as many candidates for a query as it takes for one of them to have no weight."""
+        """Double the candidates of queries until one of them has no weight.
+
+        Returns:
+            The read, and the slots that it used in addition.
+        """
         query, used = query.detach().reshape(-1, query.shape[-1]), list[Tensor]()
-        reach = cast(Tensor, read.ids).shape[-1]
-        most = min(spec.selection.shared_count, max(SUPPORT, SUPPORT_TIMES * reach))
+        width = cast(Tensor, read.ids).shape[-1]
+        max_width = min(spec.selection.shared_count, max(SUPPORT_LIMIT, SUPPORT_LIMIT_PER_K * width))
         while True:
-            whole = (cast(Tensor, read.weights).detach() > 0).all(-1)  # so there might be more
-            left = (whole & read.mass.isnan()).nonzero().squeeze(-1)
-            gathered = 2 * reach * len(left) * (view.keys.shape[-1] + view.values.shape[-1])
-            if len(left) == 0 or reach >= most or gathered > spec.tiling.max_sparse_elements:
+            undecided = (cast(Tensor, read.weights).detach() > 0).all(-1)  # further rows may have weight
+            remaining = (undecided & read.mass.isnan()).nonzero().squeeze(-1)
+            gathered = 2 * width * len(remaining) * (view.keys.shape[-1] + view.values.shape[-1])
+            if len(remaining) == 0 or width >= max_width or gathered > spec.tiling.most_gathered:
                 return read, used
-            reach = min(2 * reach, most)
-            part = replace(spec, selection=spec.selection.take(left))
-            again, found = self._read_best(view, query[left], operand[left], part, tables, reach, normalizer)
+            width = min(2 * width, max_width)
+            part = replace(spec, selection=spec.selection.take(remaining))
+            again, found = self._read_candidates(
+                view, query[remaining], operand[remaining], part, tables, width, normalizer
+            )
             used.append(found.slots.flatten())
-            read = replaced(widened(read, reach), left, again)
+            read = replace_queries(pad_candidates(read, width), remaining, again)
 
     def _add_tail(
         self,
@@ -293,11 +326,16 @@ class Reader:
         recall: float,
         generator: torch.Generator | None,
     ) -> tuple[Read, Tensor]:
-        """The read of the best rows and, by a sample of ``count``, of the others; and the slots of the sample."""
+        """Add a tail sample of ``count`` rows to a read of candidates.
+
+        Returns:
+            The read, and the slots of the sample.
+        """
         selection = spec.selection
         if count >= selection.shared_count - cast(Tensor, read.ids).shape[-1]:
             count = selection.shared_count
-        layout = None if "keys" in view.lent else view.index.list_layout(view.rows, view.keys.detach(), selection.size)
+        has_lists = "keys" not in view.substituted
+        layout = view.index.list_layout(view.rows, view.keys.detach(), selection.size) if has_lists else None
         importance = None
         if layout is not None:
             importance = list_importance(layout, operand, spec, cast(Tensor, read.scores), read.lse)
@@ -307,50 +345,59 @@ class Reader:
     def _read_within_tolerance(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, options: ReadOptions
     ) -> tuple[Read, Tensor | None]:
-        """A read with an error of no more than the tolerance, and the slots that it used, None for all."""
+        """Read with an error of at most the tolerance.
+
+        Returns:
+            The read, and the slots that it used, or None for all slots.
+        """
         k, tolerance, generator = options.k, cast(float, options.tolerance), options.generator
         selection, query, rounds = spec.selection, query.detach().reshape(-1, query.shape[-1]), self.rounds
         candidates = max(k or 1, rounds.candidates)
-        trial = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count, self.costs)
-        trial = trial and "keys" not in view.lent
-        if not (trial and view.index.is_approximate(view.rows, selection, candidates, len(query))):
+        tries_sample = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count, self.costs)
+        tries_sample = tries_sample and "keys" not in view.substituted
+        if not (tries_sample and view.index.approximates(view.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, spec, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
-        best, found = self._read_best(view, query, operand, spec, tables, candidates, careful=True)
+        best, found = self._read_candidates(view, query, operand, spec, tables, candidates, careful=True)
         read, sampled = self._add_tail(view, best, operand, spec, tables, rounds.samples, found.recall, generator)
         used = [found.slots.flatten(), sampled]
         drawn = torch.full_like(cast(Tensor, read.error), rounds.samples)
-        for rate in rounds.rates:
-            left, excess = _excess(read, tolerance)
-            needed = rounds.more * drawn[left] * excess**rate
-            samples = samples_for(needed, selection.shared_count, self.costs)
+        for exponent in rounds.exponents:
+            remaining, excess = _find_above_tolerance(read, tolerance)
+            needed = rounds.margin * drawn[remaining] * excess**exponent
+            samples = choose_sample_size(needed, selection.shared_count, self.costs)
             if not samples:
                 break
-            some = left[needed <= samples]
+            some = remaining[needed <= samples]
             part = replace(spec, selection=selection.take(some))
             again = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
             again, sampled = self._add_tail(view, again, operand[some], part, tables, samples, found.recall, generator)
             drawn[some] = samples
-            read = replaced(read, some, again)
+            read = replace_queries(read, some, again)
             used.append(sampled)
-        left, _ = _excess(read, tolerance)
-        if len(left) == 0:
-            return best_of(read, k), torch.cat(used)
-        part = replace(spec, selection=selection.take(left))
-        exact = read_exactly(operand[left], tables, part, None, "softmax")
-        return best_of(replaced(read, left, completed(read, left, exact)), k), selection.shared
+        remaining, _ = _find_above_tolerance(read, tolerance)
+        if len(remaining) == 0:
+            return keep_best(read, k), torch.cat(used)
+        part = replace(spec, selection=selection.take(remaining))
+        exact = read_exactly(operand[remaining], tables, part, None, "softmax")
+        exact = rescale_to_exact(read, remaining, exact)
+        return keep_best(replace_queries(read, remaining, exact), k), selection.shared
 
     def _select(self, rows: RowStorage, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
+        """Select the visible rows; reuse the selection of all rows of a version."""
         if where is not None or exclude is not None:
             return select(rows, tuple(leading), where, exclude)
-        version, everything = self._everything
-        if version != rows.version or everything is None:
-            everything = select(rows, (), None, None)
-            self._everything = (rows.version, everything)
-        return everything
+        version, selection_of_all = self._full_selection
+        if version != rows.version or selection_of_all is None:
+            selection_of_all = select(rows, (), None, None)
+            self._full_selection = (rows.version, selection_of_all)
+        return selection_of_all
 
     def largest_key_norm(self, rows: RowStorage, keys: Tensor) -> float:
-        """Return a norm that no key surpasses; rows that are gone may still count."""
+        """Return an upper bound of the norms of all keys.
+
+        Deleted rows may still count. NaN if a key holds NaN.
+        """
         version, norm = self._key_norm
         if version == rows.version:
             return norm
@@ -360,12 +407,12 @@ class Reader:
         moved = rows.all_keys_changed_at > version
         largest = torch.tensor(0.0 if moved else norm, dtype=compute_dtype(keys), device=keys.device)
         changed = rows.changed_since(version, keys=True)
-        for slots in changed.split(NORM_ROWS) if len(changed) else ():
+        for slots in changed.split(NORM_CHUNK_ROWS) if len(changed) else ():
             part = keys[int(slots[0]) : int(slots[-1]) + 1] if moved else keys[slots]
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if math.isnan(norm):  # which is not what to go on from: it would stay when the row is gone
+        if math.isnan(norm):  # not cached as a norm, since it would outlive the row
             self._key_nan_at = rows.version
         else:
             self._key_norm = (rows.version, norm)
@@ -374,21 +421,30 @@ class Reader:
     def candidates(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, k: int | None, *, careful: bool = False
     ) -> Candidates:
-        """Find the slots to score, (B, k)."""
+        """Find the candidates of each query.
+
+        Args:
+            view: The rows.
+            query: Queries, (..., key_dim).
+            operand: Prepared queries, (B, w).
+            spec: Metric and filters.
+            k: Number of candidates; None for the best row.
+            careful: Whether to search wider where that is cheap.
+        """
         keys = view.keys.detach()
         if k is None:
             return Candidates(backend_for(operand).exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
-        wanted = max(1, min(k, len(view.rows)))
-        if "keys" in view.lent:
-            found = Candidates(backend_for(operand).exact_top_k(operand, keys, spec, wanted)[1], True, 1.0)
+        count = max(1, min(k, len(view.rows)))
+        if "keys" in view.substituted:
+            found = Candidates(backend_for(operand).exact_top_k(operand, keys, spec, count)[1], True, 1.0)
         else:
             query = query.reshape(-1, query.shape[-1])
-            found = view.index.search(query, operand, keys, view.rows, spec, wanted, careful=careful)
+            found = view.index.search(query, operand, keys, view.rows, spec, count, careful=careful)
         return found._replace(slots=F.pad(found.slots, (0, k - found.slots.shape[-1]), value=-1))
 
 
-def _are_complete(slots: Tensor, selection: Selection, rows: int) -> Tensor:  # (B, k) -> (B,)
-    """For which queries the candidates are all the rows that may be seen, as far as is known."""
+def _find_complete(slots: Tensor, selection: Selection, rows: int) -> Tensor:  # (B, k) -> (B,)
+    """Return for which queries the candidates are all visible rows."""
     count = slots.shape[-1]
     if count >= rows or (selection.is_shared and count >= selection.shared_count):
         return torch.ones(len(slots), dtype=torch.bool, device=slots.device)
@@ -396,14 +452,18 @@ def _are_complete(slots: Tensor, selection: Selection, rows: int) -> Tensor:  # 
 
 
 def largest_norm(keys: Tensor) -> float:
-    """Return the largest norm of a key."""
-    parts = keys.detach().split(NORM_ROWS)
+    """Compute the largest norm of a key."""
+    parts = keys.detach().split(NORM_CHUNK_ROWS)
     norms = [torch.linalg.vector_norm(part, dim=-1, dtype=compute_dtype(keys)).amax() for part in parts if len(part)]
     return float(torch.stack(norms).amax()) if norms else 0.0
 
 
-def _excess(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), (b,)
-    """The queries whose error is above the tolerance, and by how many times."""
+def _find_above_tolerance(read: Read, tolerance: float) -> tuple[Tensor, Tensor]:  # -> (b,), (b,)
+    """Find the queries whose error is above the tolerance.
+
+    Returns:
+        Their numbers, and the ratios of error to tolerance.
+    """
     times = cast(Tensor, read.error).detach() / tolerance
-    left = (~(times <= 1)).nonzero().squeeze(-1)
-    return left, times[left]
+    remaining = (~(times <= 1)).nonzero().squeeze(-1)
+    return remaining, times[remaining]

@@ -1,4 +1,4 @@
-"""What a read answers, and how answers of disjoint rows are joined."""
+"""`Read`: the result of a read, and how reads of disjoint rows are merged."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ __all__ = ["Read", "merge"]
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """One answered batch of queries; the leading shape is the query's.
+    """Result of a read of a batch of queries.
 
-    ``values``, ``weights``, ``scores``, ``lse`` and ``mass`` are differentiable.
+    The leading shape is that of the query. ``values``, ``weights``, ``scores``, ``lse`` and ``mass`` are
+    differentiable.
 
     Attributes:
-        values: The answer, (..., value_dim), in the query's dtype (under autocast: its dtype).
-        ids: The rows behind it, (..., k) int64, best first; -1 where fewer than k rows could be seen. None for an
+        values: Blended values, (..., value_dim), in the query's dtype (under autocast: its dtype).
+        ids: Ids of the reported rows, (..., k) int64, best first; -1 where fewer than k rows may be seen. None for an
             exact read, or one to a tolerance, without ``k``. A top-k read with a sparse normalizer may double k.
-        weights: The rows' weights, (..., k); 0 at padding. None where ``ids`` is.
-        scores: The rows' scores, divided by the temperature, (..., k); -inf at padding. None where ``ids`` is.
-        lse: log of the sum of exp(score) over the rows considered, (...,); -inf where there were none.
-        mass: The fraction of the weight of all allowed rows that the rows in ``ids`` hold, (...,): by ``normalizer``
-            if it is sparse, else by softmax. 1 for an exact read without ``k``, what the candidates hold for a read to
-            a tolerance without it, 0 where there was nothing to read, NaN when unknown.
-        error: The estimated relative error of ``values``, (...,), where a tail or a tolerance was asked for.
-        normalizer: How scores became weights; "hard" for a hard read.
+        weights: Weights of the reported rows, (..., k); 0 at padding. None where ``ids`` is None.
+        scores: Scores of the reported rows, divided by the temperature, (..., k); -inf at padding. None where ``ids``
+            is None.
+        lse: Log-sum-exp of the scores of all rows considered, (...,); -inf where there are none.
+        mass: Fraction of the weight of all visible rows that the reported rows hold, (...,): the weight of
+            ``normalizer`` if it is sparse, else of softmax. 1 for an exact read without ``k``; the mass of the
+            candidates for a read to a tolerance without ``k``; 0 where there is nothing to read; NaN where it is
+            unknown.
+        error: Upper bound of the relative error of ``values``, ``|values - exact| / |exact|``, (...,). It is
+            statistical, not a guarantee: it is meant to hold in nine of ten cases, counted over queries and samples. 0
+            where the read is exact; infinity where the sample cannot tell the exact values from 0. It has no gradient.
+            None unless ``tail_samples`` or ``tolerance`` was given. See docs/approximation.md for its derivation and
+            limits.
+        normalizer: Name of the normalizer that gave the weights; "hard" for a hard read.
     """
 
     values: Tensor
@@ -50,25 +57,25 @@ class Read:
 
 
 def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
-    """The same read with ``function`` applied to every tensor."""
+    """Apply a function to every tensor of a read."""
 
-    def changed(tensor: Tensor | None) -> Tensor | None:
+    def apply(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else function(tensor)
 
     return Read(
         function(read.values),
-        changed(read.ids),
-        changed(read.weights),
-        changed(read.scores),
+        apply(read.ids),
+        apply(read.weights),
+        apply(read.scores),
         function(read.lse),
         function(read.mass),
-        changed(read.error),
+        apply(read.error),
         read.normalizer,
     )
 
 
-def replaced(read: Read, queries: Tensor, other: Read) -> Read:
-    """``read`` of M queries with the answers to some of them, (b,), from ``other``."""
+def replace_queries(read: Read, queries: Tensor, other: Read) -> Read:
+    """Replace the results of some of M queries, (b,), by those of ``other``."""
 
     def put(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
         return None if mine is None or theirs is None else mine.index_copy(0, queries, theirs)
@@ -85,27 +92,35 @@ def replaced(read: Read, queries: Tensor, other: Read) -> Read:
     )
 
 
-def widened(read: Read, k: int) -> Read:
-    """The same read with padding, up to k candidates."""
+def pad_candidates(read: Read, k: int) -> Read:
+    """Pad a read to k candidates."""
     if read.ids is None or read.weights is None or read.scores is None:
         return read
-    room = (0, k - read.ids.shape[-1])
-    ids, weights = torch.nn.functional.pad(read.ids, room, value=-1), torch.nn.functional.pad(read.weights, room)
-    return replace(read, ids=ids, weights=weights, scores=torch.nn.functional.pad(read.scores, room, value=-torch.inf))
+    padding = (0, k - read.ids.shape[-1])
+    ids, weights = torch.nn.functional.pad(read.ids, padding, value=-1), torch.nn.functional.pad(read.weights, padding)
+    return replace(
+        read, ids=ids, weights=weights, scores=torch.nn.functional.pad(read.scores, padding, value=-torch.inf)
+    )
 
 
-def best_of(read: Read, k: int | None) -> Read:
-    """The same read, of which only the k best candidates are reported, or none."""
+def keep_best(read: Read, k: int | None) -> Read:
+    """Keep only the k best candidates of a read; none if k is None."""
     if k is None:
         return replace(read, ids=None, weights=None, scores=None)
     if read.ids is None or read.weights is None or read.scores is None or read.ids.shape[-1] <= k:
         return read
     weights = read.weights[:, :k]
-    return replace(read, ids=read.ids[:, :k], weights=weights, scores=read.scores[:, :k], mass=share_of(weights))
+    return replace(read, ids=read.ids[:, :k], weights=weights, scores=read.scores[:, :k], mass=compute_mass(weights))
 
 
-def completed(read: Read, queries: Tensor, exact: Read) -> Read:
-    """Of some of the queries, (b,), the candidates of ``read`` as parts of an exact one of those queries."""
+def rescale_to_exact(read: Read, queries: Tensor, exact: Read) -> Read:
+    """Report the candidates of ``read`` as rows of an exact read.
+
+    Args:
+        read: A top-k read.
+        queries: Some of its queries, (b,).
+        exact: An exact read of these queries.
+    """
     scores = cast(Tensor, read.scores)[queries]
     total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)
     weights = (scores - total).exp()
@@ -114,45 +129,45 @@ def completed(read: Read, queries: Tensor, exact: Read) -> Read:
         ids=cast(Tensor, read.ids)[queries],
         weights=weights,
         scores=scores,
-        mass=share_of(weights),
+        mass=compute_mass(weights),
         error=torch.zeros_like(exact.lse),
     )
 
 
-def share_of(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
-    """What weights come to, no more than 1."""
+def compute_mass(weights: Tensor) -> Tensor:  # (M, k) -> (M,)
+    """Sum weights to a mass of at most 1."""
     total = weights.sum(-1)
     return straight_through(total.clamp(max=1.0), total)
 
 
 def answer_dtype(query: Tensor) -> torch.dtype:
-    """The dtype that ``read.values`` comes in: the query's, or autocast's where it is on."""
+    """Return the dtype of ``read.values``: that of the query, or autocast's."""
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         return torch.get_autocast_dtype(query.device.type)
     return query.dtype
 
 
 def merge(reads: Sequence[Read]) -> Read:
-    """Join reads of disjoint sets of rows, for the same queries, into the read of all of them.
+    """Merge reads of disjoint sets of rows, for the same queries.
 
-    Equal to the softmax over the union of the rows: with shares s_i = softmax over i of lse_i::
+    Equal to the softmax over the union of the rows: with m_i = softmax over i of lse_i, the mass of read i::
 
-        values = sum_i s_i values_i,   lse = logsumexp_i lse_i
+        values = sum_i m_i values_i,   lse = logsumexp_i lse_i
 
-    so a read over a local, in-graph context and a read of a store make one read, and so do the reads of shards.
-    Differentiable: gradients reach whatever each read's gradients reach.
+    Use it to combine a read of a local, in-graph context with a read of a store, or the reads of several shards.
+    Gradients reach every tensor that the gradients of the reads reach.
 
     Args:
-        reads: At least one `Read`, all with softmax weights and of one leading shape and value width. That their rows
-            are disjoint is the caller's word.
+        reads: At least one `Read`, all with softmax weights, one leading shape and one value width. The caller ensures
+            that their rows are disjoint.
 
     Returns:
-        A `Read`. Where all reads carry ids, the merged one carries them all, best first; ids of different sources
-        stand side by side, and telling them apart is the caller's part. Its ``mass`` counts what each read considered:
-        NaN if one of them does not know its own. It has no ``error``, whatever theirs were.
+        A `Read`. If all reads have ids, it has the ids of all of them, best first. Ids of different sources may
+        coincide; the caller has to tell them apart. ``mass`` counts the rows that each read considered, and is NaN if
+        the mass of a read is NaN. ``error`` is None.
 
     Raises:
-        ArgumentError: No reads, or one whose weights are not a softmax's.
+        ArgumentError: There are no reads, or one whose weights are not those of softmax.
         ShapeError: Shapes differ.
 
     Example:
@@ -168,54 +183,54 @@ def merge(reads: Sequence[Read]) -> Read:
     reads = list(reads)
     _check_mergeable(reads)
     dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
-    with disable_autocast(reads[0].lse.device):
-        shares, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
+    with full_precision(reads[0].lse.device):
+        fractions, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
         parts = torch.stack([read.values.to(dtype) for read in reads], dim=-1)  # (..., dv, reads)
-        values = (parts * shares.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)
+        values = (parts * fractions.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)
         masses = torch.stack([read.mass.to(dtype) for read in reads], dim=-1)
         scored = [read for read in reads if read.ids is not None]
         if len(scored) < len(reads):
             held = torch.where(masses > 0, masses.detach().ceil(), masses)
-            mass = (shares.detach() * held).sum(-1).clamp(max=1.0)
+            mass = (fractions.detach() * held).sum(-1).clamp(max=1.0)
             return Read(values, None, None, None, lse, mass)
         ids = torch.cat([read.ids for read in reads if read.ids is not None], dim=-1)
         scores = torch.cat([read.scores.to(dtype) for read in reads if read.scores is not None], dim=-1)
         weights = torch.cat(
             [
-                read.weights.to(dtype) * shares[..., i : i + 1]
+                read.weights.to(dtype) * fractions[..., i : i + 1]
                 for i, read in enumerate(reads)
                 if read.weights is not None
             ],
             dim=-1,
         )
         order = scores.detach().sort(dim=-1, descending=True, stable=True).indices
-        total = (shares * masses).sum(-1)
+        total = (fractions * masses).sum(-1)
         mass = straight_through(total.clamp(max=1.0), total)
         return Read(values, ids.gather(-1, order), weights.gather(-1, order), scores.gather(-1, order), lse, mass)
 
 
-def answer_of(read: Read, leaves: Operands) -> Answer:
-    """Return a read as `softdb.transforms` takes it."""
+def make_answer(read: Read, leaves: Operands) -> Answer:
+    """Convert a read to an `softdb.transforms.Answer`."""
     members = {field.name: tensor for field in fields(Read) if isinstance(tensor := getattr(read, field.name), Tensor)}
     return Answer(members, read.normalizer, leaves)
 
 
-def read_of(members: dict[str, Tensor], normalizer: str) -> Read:
-    """Return the read that has these members."""
+def make_read(members: dict[str, Tensor], normalizer: str) -> Read:
+    """Make a read from its members."""
     named = {field.name: members.get(field.name) for field in fields(Read)}
     return Read(**named | {"normalizer": normalizer})  # type: ignore[arg-type]
 
 
-def leaves_of(operands: Operands, wanted: Sequence[bool]) -> Operands:
-    """Return the same tensors, those whose gradients are wanted as leaves of a graph."""
+def make_leaves(operands: Operands, wanted: Sequence[bool]) -> Operands:
+    """Detach tensors; require gradients of the wanted ones."""
     return [
         value.detach().requires_grad_() if want and value is not None else value
         for value, want in zip(operands, wanted, strict=True)
     ]
 
 
-def finish(read: Read, query: Tensor) -> Read:
-    """``read``, its values in the dtype they are answered in."""
+def cast_values(read: Read, query: Tensor) -> Read:
+    """Cast the values of a read to `answer_dtype`."""
     dtype = answer_dtype(query)
     return read if read.values.dtype == dtype else replace(read, values=read.values.to(dtype))
 
@@ -229,7 +244,7 @@ def _check_mergeable(reads: list[Read]) -> None:
         if read.normalizer != "softmax":
             raise ArgumentError(
                 f"reads: expected reads with softmax weights, got one with {read.normalizer!r}; "
-                "only a softmax can be put together from its parts"
+                "merge reads with normalizer='softmax' only"
             )
         if read.values.shape != reads[0].values.shape:
             raise ShapeError(

@@ -1,4 +1,7 @@
-"""The sampled rows that stand for what the candidates leave out, stratified by the lists of the index."""
+"""Tail samples: sampled rows that represent the rows outside of the candidates.
+
+The sample is stratified by the lists of the index.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,32 @@ from softdb.index.list_layout import ListLayout
 __all__ = ["Sample"]
 
 
-# The part of a sample that is drawn as if all rows were alike: where the importance of lists is wrong, the variance is
-# no more than twice, 1 / ALIKE times, that of rows drawn at random from all.
-ALIKE = 0.5
+# Fraction of the measure of a stratum that is uniform over rows. If the importance of lists is wrong, the variance is
+# at most 1 / UNIFORM_FRACTION times that of a simple random sample (docs/approximation.md).
+UNIFORM_FRACTION = 0.5
 
 
-# Into how many parts a sample is split to tell its variance.
-PARTS = 8
+# Number of parts of a sample, whose differences estimate its variance.
+VARIANCE_PARTS = 8
 
 
-# So many rows of a sample are scored at a time.
-CHUNK_ROWS = 1024
+# Number of sampled rows that are scored at a time.
+SAMPLE_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows that stand for others.
+    """Sampled rows, each of which represents ``factors`` rows.
+
+    Two rows are drawn from every stratum, a first and a second one. The strata are split into parts, so that the
+    differences between first and second rows estimate the variance.
 
     Attributes:
-        slots: (m,): ``parts`` times ``width`` first rows of strata and as many second rows of the same strata, by
-            turns; then the rows that stand for themselves.
-        factors: How many rows each stands for, (m,): 0 for those that only make parts as wide.
-        width: How many strata there are in a part.
-        parts: How many parts there are.
+        slots: Slots of the rows, (m,). For each part, ``width`` first rows and then the ``width`` second rows of the
+            same strata; after all parts, the rows of small strata, which represent themselves.
+        factors: Number of rows that each row represents, (m,). 0 marks padding, which fills the last part.
+        width: Number of strata in a part.
+        parts: Number of parts.
     """
 
     slots: Tensor
@@ -53,11 +59,19 @@ class Sample:
         layout: ListLayout | None = None,
         importance: Tensor | None = None,
     ) -> Sample:
-        """Two rows of every stratum, ``count`` in all, rounded up to an even number; all rows if there are no more.
+        """Draw two rows from every stratum.
 
-        Strata hold as many rows as each other, or with an ``importance`` of their lists, as much of that.
+        Strata have equal numbers of rows, or with ``importance``, equal measure (docs/approximation.md).
+
+        Args:
+            selection: Rows that may be sampled.
+            count: Number of rows, rounded up to an even number; all rows if there are no more.
+            device: Device of the sample.
+            generator: Generator of the draw; None for torch's default generator.
+            layout: Lists of the index; None for strata of consecutive slots.
+            importance: Importance of a row of each list, (L,); None if all rows are equally important.
         """
-        if layout is None or selection.visit is not None:
+        if layout is None or selection.visited is not None:
             order = selection.shared_slots.to(device)
             counts, importance = torch.tensor([len(order)], device=device), None
         else:
@@ -65,58 +79,66 @@ class Sample:
         if count >= len(order):
             return cls(order, torch.ones(len(order), device=device), 0, 0)
         strata = max(1, (count + 1) // 2)
-        edges = _edges(counts, importance, strata)
+        edges = _cut_strata(counts, importance, strata)
         first, size = edges[:-1], edges.diff()
         small = size <= 2
-        alone = torch.cat([first[small & (size > 0)], first[small & (size == 2)] + 1])
+        singles = torch.cat([first[small & (size > 0)], first[small & (size == 2)] + 1])
         first, size = first[~small], size[~small]
         source = torch.device("cpu") if generator is None else generator.device
-        dice = torch.rand(2, len(first), dtype=torch.float64, device=source, generator=generator).to(device)
-        one = (dice[0] * size).long().clamp_(max=size - 1)
-        other = (one + 1 + (dice[1] * (size - 1)).long().clamp_(max=size - 2)) % size
-        parts = min(PARTS, len(first))
+        uniform = torch.rand(2, len(first), dtype=torch.float64, device=source, generator=generator).to(device)
+        first_offset = (uniform[0] * size).long().clamp_(max=size - 1)
+        second_offset = (first_offset + 1 + (uniform[1] * (size - 1)).long().clamp_(max=size - 2)) % size
+        parts = min(VARIANCE_PARTS, len(first))
         width = -(-len(first) // max(1, parts))
         padding = parts * width - len(first)
-        pairs = torch.nn.functional.pad(torch.stack([first + one, first + other]), (0, padding))
+        pairs = torch.nn.functional.pad(torch.stack([first + first_offset, first + second_offset]), (0, padding))
         factors = torch.nn.functional.pad((size / 2).expand(2, -1), (0, padding))
         places = pairs.view(2, parts, width).transpose(0, 1).flatten()
         factors = factors.reshape(2, parts, width).transpose(0, 1).flatten()
         return cls(
-            order[torch.cat([places, alone])],
-            torch.cat([factors, torch.ones(len(alone), device=device)]),
+            order[torch.cat([places, singles])],
+            torch.cat([factors, torch.ones(len(singles), device=device)]),
             width,
             parts,
         )
 
     @property
     def ends(self) -> list[int]:
-        """Where the rows that stand for some end, of what `chunks` numbers."""
+        """Position after the last row that is no padding, for each numbered chunk."""
         paired = 2 * self.parts * self.width
-        standing = (self.factors[:paired].view(2 * self.parts, self.width) > 0).sum(-1)
-        starts = torch.arange(2 * self.parts, device=standing.device) * self.width
-        return [*(starts + standing).tolist(), len(self.slots)]
+        drawn = (self.factors[:paired].view(2 * self.parts, self.width) > 0).sum(-1)
+        starts = torch.arange(2 * self.parts, device=drawn.device) * self.width
+        return [*(starts + drawn).tolist(), len(self.slots)]
 
     @property
     def chunks(self) -> list[tuple[int, slice]]:
-        """A few rows at a time: first and second rows of the parts by turns, numbered; last those that stand alone."""
+        """Slices of at most `SAMPLE_CHUNK_ROWS` rows, with a number.
+
+        Number 2 p stands for the first rows of part p, 2 p + 1 for its second rows, and the last number for the rows of
+        small strata.
+        """
         count, paired = len(self.slots), 2 * self.parts * self.width
-        turns = [(start, start + self.width) for start in range(0, paired, max(1, self.width))]
+        halves = [(start, start + self.width) for start in range(0, paired, max(1, self.width))]
         return [
-            (number, slice(start, min(start + CHUNK_ROWS, stop)))
-            for number, (first, stop) in enumerate([*turns, (paired, count)])
-            for start in range(first, stop, CHUNK_ROWS)
+            (number, slice(start, min(start + SAMPLE_CHUNK_ROWS, stop)))
+            for number, (first, stop) in enumerate([*halves, (paired, count)])
+            for start in range(first, stop, SAMPLE_CHUNK_ROWS)
         ]
 
 
-def _edges(counts: Tensor, importance: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
-    """Where to cut the rows so that every stratum has the same measure, to a row."""
+def _cut_strata(counts: Tensor, importance: Tensor | None, strata: int) -> Tensor:  # (L,), (L,) -> (strata + 1,)
+    """Compute the boundaries of strata of equal measure, up to one row.
+
+    Returns:
+        Positions in the order of the lists, (strata + 1,).
+    """
     ends = counts.cumsum(0).double()
     total = ends[-1]
     density = torch.full_like(ends, 1.0) / total
     if importance is not None:
         total_importance = (importance * counts).sum()
         if total_importance > 0:
-            density = ALIKE * density + (1 - ALIKE) * importance / total_importance
+            density = UNIFORM_FRACTION * density + (1 - UNIFORM_FRACTION) * importance / total_importance
     measure = torch.cat([ends.new_zeros(1), (density * counts).cumsum(0)])
     targets = torch.arange(strata + 1, device=counts.device).double() * (measure[-1] / strata)
     place = torch.searchsorted(measure, targets, right=True).sub_(1).clamp_(0, len(counts) - 1)

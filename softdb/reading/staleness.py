@@ -1,4 +1,4 @@
-"""The staleness check: whether the rows that a read used are unchanged when its gradients come back."""
+"""Staleness check: backward raises if the rows that a read used have changed."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ __all__ = ["OpenReads", "StalenessCheck"]
 
 
 class StalenessCheck:
-    """What a read saw, to be checked again before its backward.
+    """Versions of the rows that a read used, which backward compares with the current ones.
 
     Args:
         table: The rows that were read.
-        used: Which slots the read may have used: a bool mask over the first slots, a tensor of slots (-1 is
-            padding), or None for every slot that held a row.
-        lent: Tensors that were read in the place of the table's own, which no change to its rows concerns.
-        own: Whether tensors of the table's own were read.
+        used: Slots that the read may have used: a bool mask over the first slots, a tensor of slots (-1 is padding), or
+            None for every slot that held a row.
+        substitutes: Tensors that were read instead of the table's own. Writes to the table do not affect them.
+        own: Whether the table's own tensors were read.
     """
 
     def __init__(
-        self, table: RowStorage, used: Tensor | None, lent: Sequence[Tensor] = (), *, own: bool = True
+        self, table: RowStorage, used: Tensor | None, substitutes: Sequence[Tensor] = (), *, own: bool = True
     ) -> None:
         self._table = table if own else None
         self._version = table.version
         self._first = table.used
-        self._used = table.live_mask() if used is None else used
-        self._lent = [(tensor, version_of(tensor)) for tensor in lent]
+        self._used = table.live() if used is None else used
+        self._substitutes = [(tensor, version_of(tensor)) for tensor in substitutes]
 
     def check(self) -> None:
         """Raise `StaleReadError` if a row that the read used has changed since."""
-        if any(version_of(tensor) != version for tensor, version in self._lent):
+        if any(version_of(tensor) != version for tensor, version in self._substitutes):
             raise StaleReadError(
-                "keys or values that were put in the place of the store's own were written to between this read and "
-                "its backward, so its gradients would be wrong; call backward() before writing to them"
+                "keys, values: expected tensors that replace the store's own to be unchanged between this read and its "
+                "backward, got a write to them, so the gradients would be wrong; call backward() before writing to them"
             )
         if self._table is None or self._table.version == self._version:
             return
@@ -64,26 +64,29 @@ class StalenessCheck:
 
 
 class OpenReads:
-    """The reads that wait for their backward: each checks then that its rows are unchanged, and growth asks for any."""
+    """Open reads: those whose backward may still run.
+
+    The backward of a read checks that its rows are unchanged. Growth of the table is refused while a read is open.
+    """
 
     def __init__(self) -> None:
         self._tokens: list[weakref.ref[Tensor]] = []
-        self._stamp: tuple[int, Tensor | None] = (-1, None)  # a version, and the same as reads hold it
+        self._version_tensor: tuple[int, Tensor | None] = (-1, None)  # a version, and a tensor of it
 
     def __bool__(self) -> bool:
         return any(token() is not None for token in self._tokens)
 
     def __reduce__(self) -> tuple[type[OpenReads], tuple[()]]:
-        return OpenReads, ()  # no read of a copy is open
+        return OpenReads, ()  # a copy has no open reads
 
-    def attach(self, read: Read, rows: RowStorage, used: Tensor | None, lent: Sequence[Tensor] = ()) -> Read:
-        """Return ``read``, such that its backward first checks the rows it used.
+    def attach(self, read: Read, rows: RowStorage, used: Tensor | None, substitutes: Sequence[Tensor] = ()) -> Read:
+        """Attach the staleness check to a read.
 
         Args:
             read: A read.
             rows: The rows that it read.
             used: As for `StalenessCheck`.
-            lent: As for `StalenessCheck`.
+            substitutes: As for `StalenessCheck`.
         """
         if not torch.is_grad_enabled():
             return read
@@ -91,38 +94,38 @@ class OpenReads:
         pending = {name: tensor for name, tensor in members.items() if tensor is not None and tensor.requires_grad}
         if not pending:
             return read
-        version, stamp = self._stamp
-        if version != rows.version or stamp is None:
-            stamp = torch.tensor(rows.version, device="cpu")
-            self._stamp = (rows.version, stamp)
-        token = stamp.detach()  # an object of its own
-        life = self._note(token, rows)
-        check = StalenessCheck(rows, used, lent, own=len(lent) < 2)
+        version, version_tensor = self._version_tensor
+        if version != rows.version or version_tensor is None:
+            version_tensor = torch.tensor(rows.version, device="cpu")
+            self._version_tensor = (rows.version, version_tensor)
+        token = version_tensor.detach()  # a new tensor object, whose lifetime is that of the graph
+        reference = self._register(token, rows)
+        check = StalenessCheck(rows, used, substitutes, own=len(substitutes) < 2)
         checked = _CheckedRead.apply(check, token, *pending.values())  # type: ignore[no-untyped-call]
         del token
-        if life() is None:  # a saved-tensor hook keeps another tensor in its place
-            checked[0].grad_fn.token = again = stamp.detach()
-            self._note(again, rows)
+        if reference() is None:  # a saved-tensor hook replaced the token
+            checked[0].grad_fn.token = replacement = version_tensor.detach()
+            self._register(replacement, rows)
         return replace(read, **dict(zip(pending, checked, strict=True)))
 
-    def _note(self, token: Tensor, rows: RowStorage) -> weakref.ref[Tensor]:
-        """Count a read as open as long as ``token`` lives."""
-        life = weakref.ref(token)
-        with rows.access.counter_lock:
-            self._tokens = [reference for reference in self._tokens if reference() is not None]
-            self._tokens.append(life)
-        return life
+    def _register(self, token: Tensor, rows: RowStorage) -> weakref.ref[Tensor]:
+        """Register a read as open for as long as ``token`` is alive."""
+        reference = weakref.ref(token)
+        with rows.access.alone:
+            self._tokens = [other for other in self._tokens if other() is not None]
+            self._tokens.append(reference)
+        return reference
 
 
 class _CheckedRead(torch.autograd.Function):
-    """The identity on a read's tensors; before gradients pass back, it checks that the rows are still those read."""
+    """Identity on the tensors of a read; backward runs the staleness check first."""
 
     @staticmethod
     def forward(ctx: Any, check: StalenessCheck, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.check, ctx.version = check, int(token)
-        ctx.save_for_backward(token)  # lives until the graph is freed, which is how growth knows that it may
+        ctx.save_for_backward(token)  # lives until the graph is freed; growth waits for that
         ctx.set_materialize_grads(False)
-        return tuple(tensor.clone() for tensor in tensors)  # views could not be written to in place
+        return tuple(tensor.clone() for tensor in tensors)  # in-place writes to views of a custom function raise
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Top-k reads: over candidates."""
+"""Top-k reads, over candidates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import GatherIndex, score_rows, weighted_sum
 from softdb.kernels.spec import ReadSpec, check_scores, enumerate_queries
 from softdb.reading.result import Read
-from softdb.reading.tables import Tables, choose, one_hot_first
+from softdb.reading.tables import Tables, gather_best_value, one_hot_first
 from softdb.scoring.normalizers import SPARSE_NORMALIZERS, is_hard, is_sparse, softmax, straight_through
 
 __all__ = ["read_candidates"]
@@ -25,20 +25,27 @@ def read_candidates(
     complete: Tensor,
     best: bool = False,
 ) -> Read:
-    """A read of prepared queries (M, w) over candidates (M, k), -1 at padding; everything in ``spec.dtype``.
+    """Read candidates for prepared queries, in ``spec.dtype``.
 
-    ``complete`` (M,) says for which queries the candidates are known to be all rows that may be seen, ``best`` whether
-    they are taken to be the best of those: then no row with weight is missing where one of them has none.
+    Args:
+        query: Prepared queries, (M, w).
+        tables: Keys and values.
+        spec: Metric, filters, dtype and noise.
+        rows: Candidates, (M, k); -1 is padding.
+        normalizer: Name of the normalizer.
+        complete: Whether the candidates are known to be all visible rows, (M,) bool.
+        best: Whether the candidates are the k best rows. With a sparse normalizer they include all rows with weight,
+            then, if one of them has weight 0.
     """
-    places = GatherIndex(tables.place(rows))
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not wanted and not places.has_padding and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
+    places = Places(tables.place(rows))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
+    lean = not needs_grad and not places.padded and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     if len(tables.keys) == 0:
-        nothing = 0.0 * query.sum(-1, keepdim=True)  # part of the graph, as an answer has to be
-        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
-    elif wanted:
-        scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
-        scores = scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
+        nothing = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
+        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+    elif needs_grad:
+        scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
+        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
     else:
         scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
     if spec.noise is not None:
@@ -50,10 +57,10 @@ def read_candidates(
         weights = SPARSE_NORMALIZERS[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
-    order = _best_first(scores.detach(), rows)
+    order = _sort_best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = choose(tables, GatherIndex(places.index.gather(-1, order[:, :1])), spec.dtype)
-        if wanted:
+        blend = gather_best_value(tables, Places(places.numbers.gather(-1, order[:, :1])), spec.dtype)
+        if needs_grad:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
         blend = backend_for(weights).blend_at(weights, tables.values, places.index)
@@ -67,8 +74,8 @@ def read_candidates(
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
 
 
-def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
-    """The order of candidates by score, the lowest row first among equals, padding last."""
+def _sort_best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
+    """Sort candidates by score; ties go to the lowest row, padding comes last."""
     ordered, order = scores.sort(dim=-1, descending=True)
     tied = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)
     if bool(tied.any()):
@@ -77,8 +84,8 @@ def _best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M
     return order
 
 
-def _blend(weights: Tensor, tables: Tables, places: GatherIndex, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
-    """The weighted sum of the values at ``places``."""
+def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+    """Compute the weighted sum of the values at places."""
     width = tables.values.shape[-1]
     if len(tables.values) == 0:
         values = weights.new_zeros(*weights.shape, width, dtype=dtype)

@@ -1,1 +1,1 @@
-"""From queries and keys to scores, and from scores to weights."""
+"""Scoring: metrics give scores of keys, normalizers give weights of scores."""

@@ -1,10 +1,10 @@
-"""Metrics: how well a query matches a key.
+"""Metrics: scores of keys for queries.
 
-Every metric is brought to one form, a dot product of *prepared* operands::
+Every metric is a dot product of *prepared* operands::
 
     scores = prepare_query(query) @ prepare_keys(keys).T          # (B, N), already divided by the temperature
 
-so that the kernels know one product and no metric:
+so the kernels need only one product for all metrics:
 
 ===========  ==========================  =====================================  ======================
 metric       score, before temperature   prepared query                         prepared key
@@ -15,10 +15,9 @@ cosine       q·k / (‖q‖ ‖k‖)             q / (‖q‖ T)               
 l2           −‖q − k‖²                   [2(q−c), −1, −‖q−c‖²] / T              [k−c, ‖k−c‖², 1]
 ===========  ==========================  =====================================  ======================
 
-The l2 expansion subtracts numbers of the size of ‖k−c‖² to find distances that may be far smaller. Two things keep
-it accurate: the centre c (the mean query; any c gives the same score), and float64 operands where float32 was given.
-Preparation is made of differentiable torch operations, so gradients to the query and the temperature need no formula
-of their own.
+The l2 expansion cancels: it subtracts numbers of size ‖k−c‖² to get distances that may be much smaller. The centre c
+(the mean query; every c gives the same score) and float64 operands for float32 input keep it accurate. Preparation
+consists of differentiable torch operations, so autograd computes the gradients to the query and the temperature.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = [
     "METRICS",
     "Metric",
     "Precision",
-    "centre_of",
+    "compute_centre",
     "compute_dtype",
     "operand_dtype",
     "prepare_keys",
@@ -55,7 +54,10 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which a read over ``tensors`` is computed: at least float32, float64 if any of them is."""
+    """Return the dtype in which a read of ``tensors`` is computed.
+
+    At least float32; float64 if any of the tensors is float64.
+    """
     dtype = torch.float32
     for tensor in tensors:
         if tensor.dtype != dtype:
@@ -65,17 +67,17 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Precision:
-    """The floating-point types that a device has, beside float32.
+    """Floating-point types that a device supports in addition to float32.
 
     Attributes:
-        has_float64: Whether its tensors can be float64.
+        has_float64: Whether the device supports float64.
     """
 
     has_float64: bool = True
 
     @classmethod
     def for_device(cls, device: torch.device) -> Precision:
-        """Return the types of a device."""
+        """Return the precision of a device."""
         return _for_kind(device.type)
 
 
@@ -85,15 +87,15 @@ def _for_kind(kind: str) -> Precision:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on a device that has no float64."""
+    """Return float64, or float32 if the device does not support float64."""
     return torch.float64 if Precision.for_device(device).has_float64 else torch.float32
 
 
 def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype of the prepared operands of a read that is computed in ``dtype``.
+    """Choose the dtype of prepared operands for a read in ``dtype``.
 
     Raises:
-        DeviceError: The metric is l2, whose expansion needs float64, and the device has none.
+        DeviceError: The metric is l2, whose expansion needs float64, and the device does not support float64.
     """
     if metric != "l2":
         return dtype
@@ -105,12 +107,12 @@ def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torc
     return torch.float64
 
 
-def centre_of(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
-    """The point that l2 is expanded around; None for the other metrics."""
+def compute_centre(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
+    """Compute the centre of the l2 expansion; None for other metrics."""
     if metric != "l2" or query.numel() == 0:
         return None
-    wanted = operand_dtype(metric, torch.float64, query.device)
-    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=wanted)
+    target_dtype = operand_dtype(metric, torch.float64, query.device)
+    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=target_dtype)
 
 
 def prepare_query(
@@ -120,16 +122,16 @@ def prepare_query(
     centre: Tensor | None,  # (d,)
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
-    """The left operand of the product that gives the scores."""
-    wanted = operand_dtype(metric, dtype, query.device)
+    """Prepare the left operand of the product that gives the scores."""
+    target_dtype = operand_dtype(metric, dtype, query.device)
     divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     if isinstance(temperature, float):
         divisor *= temperature
-    # A unit vector divided by a small temperature is rounded once, and its gradient, a difference of large numbers, not
-    # before it is taken.
+    # float64 for cosine: dividing a unit vector by a small temperature rounds once, and its gradient, a difference of
+    # large numbers, is rounded after the subtraction.
     operand = query
-    if metric == "cosine" or query.dtype != wanted:
-        operand = query.to(widest_dtype(query.device) if metric == "cosine" else wanted)
+    if metric == "cosine" or query.dtype != target_dtype:
+        operand = query.to(widest_dtype(query.device) if metric == "cosine" else target_dtype)
     if metric == "l2":
         if centre is not None:
             operand = operand - centre
@@ -141,7 +143,7 @@ def prepare_query(
         operand = operand / (temperature.to(operand.dtype).unsqueeze(-1) * divisor)
     elif divisor != 1.0:
         operand = operand / divisor
-    return operand if operand.dtype == wanted else operand.to(wanted)
+    return operand if operand.dtype == target_dtype else operand.to(target_dtype)
 
 
 def prepare_keys(
@@ -150,9 +152,12 @@ def prepare_keys(
     centre: Tensor | None,  # (d,)
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
-    """The right operand of the product that gives the scores; ``keys`` itself where nothing is to be done."""
-    wanted = operand_dtype(metric, dtype, keys.device)
-    operand = keys if keys.dtype == wanted else keys.to(wanted)
+    """Prepare the right operand of the product that gives the scores.
+
+    Returns ``keys`` itself where the metric and the dtype need no preparation.
+    """
+    target_dtype = operand_dtype(metric, dtype, keys.device)
+    operand = keys if keys.dtype == target_dtype else keys.to(target_dtype)
     if metric == "cosine":
         return F.normalize(operand, dim=-1)
     if metric == "l2":
@@ -169,11 +174,11 @@ def prepare_keys_backward(
     metric: str,
     centre: Tensor | None,  # (d,)
 ) -> Tensor:  # (..., d)
-    """The gradient of the keys, from that of what `prepare_keys` made of them."""
+    """Compute the gradient of the keys from that of the prepared keys."""
     if metric == "cosine":
         keys = keys.to(grad.dtype)
         norm: Tensor = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
-        unit = keys / norm.clamp(min=1e-12)  # as F.normalize does it
+        unit = keys / norm.clamp(min=1e-12)  # the clamp of F.normalize
         along = (grad * unit).sum(-1, keepdim=True) * unit
         return (grad - along.masked_fill(norm < 1e-12, 0.0)) / norm.clamp(min=1e-12)
     if metric == "l2":

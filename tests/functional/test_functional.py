@@ -666,7 +666,7 @@ def test_bad_reads_to_merge() -> None:
         merge([soft, Q])  # type: ignore[list-item]
     with pytest.raises(softdb.ShapeError, match="values of one shape"):
         merge([soft, soft_read(Q[:1], K, V)])
-    with pytest.raises(softdb.ArgumentError, match="only a softmax can be put together"):
+    with pytest.raises(softdb.ArgumentError, match="reads with softmax weights, got one with 'straight_through'"):
         merge([soft, soft_read(Q, K, V, normalizer="straight_through")])
     with pytest.raises(softdb.DtypeError, match="got one Read"):
         merge(soft)  # type: ignore[arg-type]

@@ -833,7 +833,7 @@ MIN_TRAINING_ROWS = {
 def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Candidates:
     """Search the index; with ``max_relative_cost=math.inf`` even if an exact search is cheaper."""
     keys, rows = store.keys.detach(), store.rows
-    centre, selection = centre_of(query, store.metric), select(rows, query.shape[:-1], where, None)
+    centre, selection = compute_centre(query, store.metric), select(rows, query.shape[:-1], where, None)
     operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
     spec = ReadSpec(store.metric, centre, selection, query.dtype)
     store._index.update(rows, keys, query, k)

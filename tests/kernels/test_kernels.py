@@ -72,12 +72,12 @@ def test_exact_top_k_equals_the_reference_for_every_tiling(
     for selection in (
         Selection(rows),
         Selection(rows, shared=shared),
-        Selection(rows).among(torch.arange(0, rows, 3)),
-        Selection(rows, shared=shared).among(torch.arange(0, rows, 2)),
+        Selection(rows).restrict_to(torch.arange(0, rows, 3)),
+        Selection(rows, shared=shared).restrict_to(torch.arange(0, rows, 2)),
     ):
         visible = torch.ones(rows, dtype=torch.bool) if selection.shared is None else selection.shared.clone()
-        if selection.visit is not None:
-            visible &= torch.zeros(rows, dtype=torch.bool).scatter(0, selection.visit, True)
+        if selection.visited is not None:
+            visible &= torch.zeros(rows, dtype=torch.bool).scatter(0, selection.visited, True)
         scores = (query @ keys.T).masked_fill(~visible, -math.inf)
         for k in (1, 5, 50):
             found_scores, found = exact_top_k(query, keys, ReadSpec("dot", None, selection, torch.float32), k)

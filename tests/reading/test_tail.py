@@ -17,8 +17,8 @@ from softdb.index.search import Candidates
 from softdb.kernels.cpu.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.reading.reader import Reader, ReadView, ToleranceRounds
-from softdb.reading.sample import ALIKE, Sample
-from softdb.reading.tail import TailCosts, samples_for
+from softdb.reading.sample import UNIFORM_FRACTION, Sample
+from softdb.reading.tail import TailCosts, choose_sample_size
 
 CPU = torch.device("cpu")
 
@@ -85,7 +85,7 @@ def test_rows_are_drawn_as_often_as_they_stand_for_others(kind: str, count: int)
     if kind == "importance" and count == 30:
         ordered = drawn[layouts(rows)[kind][0].order]
         assert ordered[75:90].mean() > 3 * ordered[:75].mean()
-        assert ordered.min() > 0.5 * ALIKE * times * count / rows
+        assert ordered.min() > 0.5 * UNIFORM_FRACTION * times * count / rows
 
 
 def test_first_and_second_rows_are_of_the_same_strata() -> None:
@@ -381,7 +381,7 @@ def test_gradients_of_a_tail_are_those_of_its_numbers() -> None:
 
 def cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let samples cost nothing but their rows, so that small stores draw them."""
-    monkeypatch.setattr(Reader, "costs", TailCosts(sample=0.0, sample_queries=0.0, trial_share=math.inf))
+    monkeypatch.setattr(Reader, "costs", TailCosts(sample=0.0, sample_queries=0.0, max_trial_fraction=math.inf))
 
 
 TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
@@ -462,7 +462,7 @@ def test_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: 
 
 @pytest.mark.parametrize("needed", [[], [100.0], [1e9], [50.0, 60.0, 5e4], [100.0] * 50 + [9e4] * 50])
 def test_a_sample_is_chosen_that_serves_some(needed: list[float]) -> None:
-    samples = samples_for(torch.tensor(needed), 1_000_000, TailCosts())
+    samples = choose_sample_size(torch.tensor(needed), 1_000_000, TailCosts())
     if not needed or needed == [1e9]:
         assert samples == 0
     else:

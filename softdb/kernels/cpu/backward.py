@@ -148,7 +148,7 @@ def check_rule_unchanged(seen: Tensor, fingerprint: Tensor) -> None:
 def _empty_gradient(table: Tensor, spec: ReadSpec, queries: int) -> Tensor:
     """Allocate a gradient, with zeros for every row that no block covers."""
     selection = spec.selection
-    if queries == 0 or selection.shared is not None or selection.visit is not None:
+    if queries == 0 or selection.shared is not None or selection.visited is not None:
         return torch.zeros_like(table)
     gradient = torch.empty_like(table)
     gradient[:, selection.count :] = 0.0

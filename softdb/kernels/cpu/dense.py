@@ -95,7 +95,7 @@ def read_dense(
     if not is_finite(scores):
         _hide_all(scores, block, 0.0)
         check_scores(scores)
-    if block.hides:
+    if block.has_hidden:
         _hide_all(scores, block, -torch.inf)
     # Transposed tiles are transposed back, so that the softmax runs over a contiguous tensor.
     weights = torch.softmax(scores, -1) if scores.is_contiguous() else torch.softmax(scores.mT, -2).mT

@@ -159,6 +159,6 @@ def _is_lse_plausible(lse: Tensor, spec: ReadSpec) -> bool:
     unshifted = spec.tiling.max_unshifted_score
     lowest, highest = -unshifted - 1, unshifted + math.log(spec.selection.count) + 1
     fits = (lse >= lowest) & (lse <= highest)
-    if not spec.selection.shows_some_to_all:
+    if not spec.selection.is_never_empty:
         fits |= lse == -torch.inf
     return bool(fits.all())

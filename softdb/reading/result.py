@@ -119,7 +119,7 @@ def rescale_to_exact(read: Read, queries: Tensor, exact: Read) -> Read:
     Args:
         read: A top-k read.
         queries: Some of its queries, (b,).
-        exact: An exact read of these queries.
+        exact: An exact read of the same queries.
     """
     scores = cast(Tensor, read.scores)[queries]
     total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)

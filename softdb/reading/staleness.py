@@ -20,7 +20,9 @@ __all__ = ["OpenReads", "StalenessCheck"]
 
 
 class StalenessCheck:
-    """Versions of the rows that a read used, which backward compares with the current ones.
+    """Versions of the rows that a read used.
+
+    Backward compares them with the current versions.
 
     Args:
         table: The rows that were read.

@@ -1,4 +1,4 @@
-"""A row that a query may not see takes no part, whatever it holds: the read is that without the row."""
+"""Tests that hidden rows have no effect: a read equals the read of a table without them."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from softdb import SoftKVStore
 from softdb.functional import Read, soft_read
 from softdb.scoring.normalizers import NORMALIZERS, is_random
 
-ROWS, BAD = 40, (3, 17, 39)
+ROWS, INVALID_ROWS = 40, (3, 17, 39)
 
 
-def problem_of(metric: str, rows: int = ROWS) -> Problem:
+def make_problem(metric: str, rows: int = ROWS) -> Problem:
     return Problem.random(rows=rows, metric=metric, seed=2).to(torch.float64)
 
 
-def spoilt(table: Tensor, bad: float, rows: tuple[int, ...] = BAD) -> Tensor:
-    """A leaf like ``table`` with some rows that are not finite, or only partly so."""
+def with_invalid_rows(table: Tensor, invalid: float, rows: tuple[int, ...] = INVALID_ROWS) -> Tensor:
+    """Return a copy of ``table`` as a leaf, with some rows that are not finite in all or some columns."""
     changed = table.detach().clone()
     for place, row in enumerate(rows):
-        changed[row, place % table.shape[1] :] = bad
+        changed[row, place % table.shape[1] :] = invalid
     return changed.requires_grad_()
 
 
 def visible_rows() -> Tensor:
     shown = torch.ones(ROWS, dtype=torch.bool)
-    shown[[*BAD, 5, 9]] = False
+    shown[[*INVALID_ROWS, 5, 9]] = False
     return shown
 
 
-def outcome(read: Read, leaves: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
-    """All that a user may look at of some queries, and the gradients of a weighted sum of it; no NaN."""
+def collect_results(read: Read, leaves: list[Tensor], queries: Tensor | None = None) -> list[Tensor]:
+    """Return all members of a read for some queries and the gradients of a weighted sum; assert that none is NaN."""
     members = [read.values, read.lse] + [x for x in (read.weights, read.scores) if x is not None]
     members += [] if read.mass.isnan().any() else [read.mass]
     chosen = [
@@ -58,23 +58,28 @@ def outcome(read: Read, leaves: list[Tensor], queries: Tensor | None = None) -> 
     return result
 
 
-def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 class Case:
-    """The rows of a problem, some of which are not finite, and a way to read all that may be seen."""
+    """Rows of a problem, some of which are not finite, and the options of a read of the visible ones."""
 
-    def __init__(self, metric: str, how: dict[str, Any], where: str, keys: float, values: float) -> None:
-        self.problem, self.how, self.where, self.metric = problem_of(metric), how, where, metric
-        self.keys = spoilt(self.problem.keys, keys)
-        self.values = spoilt(self.problem.values, values)
+    def __init__(self, metric: str, read_options: dict[str, Any], where: str, keys: float, values: float) -> None:
+        self.problem, self.read_options, self.where, self.metric = (
+            make_problem(metric),
+            read_options,
+            where,
+            metric,
+        )
+        self.keys = with_invalid_rows(self.problem.keys, keys)
+        self.values = with_invalid_rows(self.problem.values, values)
         self.temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def store(self, keys: Tensor, values: Tensor) -> SoftKVStore:
-        """A trainable store with these rows, as a training that diverged may have left them."""
+        """Make a trainable store with these rows, as diverged training may leave them."""
         store = SoftKVStore(8, 3, metric=self.metric, trainable=True, sparse_grad=False, dtype=torch.float64)
         store.add(torch.zeros(len(keys), 8), torch.zeros(len(keys), 3))
         with torch.no_grad():
@@ -88,16 +93,19 @@ class Case:
             options["generator"] = torch.Generator().manual_seed(3)
         if "free" in options:
             store.delete(options.pop("free"))
-            with torch.no_grad():  # an optimiser with momentum may write there
+            with torch.no_grad():  # an optimiser with momentum may write to free slots
                 store.keys[~visible_rows()] = math.nan
                 store.values[~visible_rows()] = math.nan
-        read = store.read(self.problem.query, temperature=self.temperature, **self.how, **options)
+        read = store.read(self.problem.query, temperature=self.temperature, **self.read_options, **options)
         return read, [self.problem.query, self.temperature, store.keys, store.values]
 
     @property
     def is_random(self) -> bool:
-        """Whether numbers are drawn for rows by their slots."""
-        return is_random(self.how.get("normalizer", "softmax")) or self.how.get("tail_samples", ROWS) < ROWS
+        """Whether the read draws random numbers that depend on the slots."""
+        return (
+            is_random(self.read_options.get("normalizer", "softmax"))
+            or self.read_options.get("tail_samples", ROWS) < ROWS
+        )
 
     def options(self) -> dict[str, Any]:
         shown = visible_rows()
@@ -111,20 +119,20 @@ class Case:
         }[self.where]()
 
     def check(self) -> None:
-        found = outcome(*self.read(self.keys, self.values, self.options()))
+        actual = collect_results(*self.read(self.keys, self.values, self.options()))
         finite = self.read(self.problem.keys, self.problem.values, self.options())
-        wanted = outcome(*finite)
-        assert_same(found, wanted)
-        for gradient in found[-2:]:
-            assert (gradient[list(BAD)] == 0).all()
+        expected = collect_results(*finite)
+        assert_same(actual, expected)
+        for gradient in actual[-2:]:
+            assert (gradient[list(INVALID_ROWS)] == 0).all()
         if self.is_random:
             return
         shown = visible_rows()
         read, leaves = self.read(self.problem.keys[shown], self.problem.values[shown], {})
-        without = outcome(read, leaves)
-        assert_same(found[:-2], without[:-2])
-        assert_same([gradient[shown] for gradient in found[-2:]], without[-2:])
-        if self.how == {}:
+        without = collect_results(read, leaves)
+        assert_same(actual[:-2], without[:-2])
+        assert_same([gradient[shown] for gradient in actual[-2:]], without[-2:])
+        if self.read_options == {}:
             answer = reference.read(
                 self.problem.query,
                 self.problem.keys[shown],
@@ -132,11 +140,11 @@ class Case:
                 metric=self.metric,
                 temperature=self.temperature,
             )
-            assert_same(found[:2], [answer.values.detach(), answer.lse.detach()])
+            assert_same(actual[:2], [answer.values.detach(), answer.lse.detach()])
 
 
-WHERES = ["mask", "ids", "callable", "callable a query", "exclude", "free slots"]
-HOWS: list[dict[str, Any]] = [
+FILTER_KINDS = ["mask", "ids", "callable", "callable a query", "exclude", "free slots"]
+READ_OPTIONS: list[dict[str, Any]] = [
     *({"normalizer": name, **k} for name in NORMALIZERS for k in ({}, {"k": 4})),
     {},
     {"mode": "topk", "k": 4},
@@ -148,83 +156,86 @@ HOWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
-@pytest.mark.parametrize("where", WHERES)
+@pytest.mark.parametrize("read_options", READ_OPTIONS, ids=str)
+@pytest.mark.parametrize("where", FILTER_KINDS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_hidden_rows_of_a_store(metric: str, where: str, how: dict[str, Any]) -> None:
+def test_hidden_rows_of_a_store_have_no_effect(metric: str, where: str, read_options: dict[str, Any]) -> None:
     for keys, values in ((math.nan, math.nan), (math.inf, 1.0), (1.0, -math.inf)):
-        Case(metric, how, where, keys, values).check()
+        Case(metric, read_options, where, keys, values).check()
 
 
 @pytest.mark.parametrize("dispatch", DISPATCH)
-@pytest.mark.parametrize("where", WHERES)
+@pytest.mark.parametrize("where", FILTER_KINDS)
 @pytest.mark.parametrize("metric", ["scaled_dot", "l2"])
-def test_hidden_rows_in_blocks(metric: str, where: str, dispatch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_rows_have_no_effect_in_tiles(
+    metric: str, where: str, dispatch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     force_dispatch(dispatch, monkeypatch)
-    for how in ({}, {"k": 4, "normalizer": "straight_through"}, {"normalizer": "sparsemax"}):
-        Case(metric, how, where, math.nan, math.inf).check()
+    for read_options in ({}, {"k": 4, "normalizer": "straight_through"}, {"normalizer": "sparsemax"}):
+        Case(metric, read_options, where, math.nan, math.inf).check()
 
 
 # -- hidden from some queries only -----------------------------------------------------------------------
 
-SEES = torch.tensor([False, True, False, False, True])  # which of five queries sees the rows that are not finite
+# Which of five queries see the rows that are not finite.
+SEES_INVALID_ROWS = torch.tensor([False, True, False, False, True])
 
 
-def filter_of(kind: str, store: SoftKVStore) -> dict[str, Any]:
-    """A filter by which only some queries see the bad rows."""
-    bad = torch.zeros(ROWS, dtype=torch.bool)
-    bad[list(BAD)] = True
+def make_filter(kind: str, store: SoftKVStore) -> dict[str, Any]:
+    """Make a filter with which only some queries see the invalid rows."""
+    invalid = torch.zeros(ROWS, dtype=torch.bool)
+    invalid[list(INVALID_ROWS)] = True
     if kind == "callable":
-        return {"where": lambda row: ~bad[row["id"]] | SEES[:, None]}
-    return {"exclude": torch.where(SEES[:, None], -1, torch.tensor(BAD))}
+        return {"where": lambda row: ~invalid[row["id"]] | SEES_INVALID_ROWS[:, None]}
+    return {"exclude": torch.where(SEES_INVALID_ROWS[:, None], -1, torch.tensor(INVALID_ROWS))}
 
 
 @pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "two partitions"])
 @pytest.mark.parametrize("kind", ["callable", "exclude"])
 @pytest.mark.parametrize(
-    "how",
+    "read_options",
     [*({"normalizer": name} for name in NORMALIZERS), {"k": 4}, {"mode": "topk", "k": 4, "tail_samples": ROWS}],
     ids=str,
 )
 @pytest.mark.parametrize("metric", METRICS)
-def test_values_hidden_from_some_queries(
-    metric: str, how: dict[str, Any], kind: str, dispatch: str | None, monkeypatch: pytest.MonkeyPatch
+def test_values_hidden_from_some_queries_do_not_affect_them(
+    metric: str, read_options: dict[str, Any], kind: str, dispatch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dispatch is not None:
         force_dispatch(dispatch, monkeypatch)
-    case = Case(metric, how, "", 1.0, math.nan)
-    others = (~SEES).nonzero().squeeze(-1)
+    case = Case(metric, read_options, "", 1.0, math.nan)
+    others = (~SEES_INVALID_ROWS).nonzero().squeeze(-1)
     results = []
     for values in (case.values, case.problem.values):
         store = case.store(case.problem.keys, values)
-        read, leaves = case.read(case.problem.keys, values, filter_of(kind, store))
-        if "mode" in how:  # whose candidates' graph is that of a top-k read: only the query's gradient is not summed up
+        read, leaves = case.read(case.problem.keys, values, make_filter(kind, store))
+        if "mode" in read_options:  # gradients of keys and values sum over all queries: check the query's only
             (gradient,) = torch.autograd.grad(read.values[others].sum(), leaves[0])
             results.append([read.values[others].detach(), read.lse[others].detach(), gradient[others]])
         else:
-            results.append(outcome(read, leaves, others))
+            results.append(collect_results(read, leaves, others))
     assert_same(*results)
 
 
-@pytest.mark.parametrize("how", [{}, {"normalizer": "straight_through"}], ids=str)
-def test_a_query_that_sees_nan_gets_nan_and_so_does_its_gradient(how: dict[str, Any]) -> None:
-    case = Case("scaled_dot", how, "", 1.0, math.nan)
+@pytest.mark.parametrize("read_options", [{}, {"normalizer": "straight_through"}], ids=str)
+def test_a_query_that_sees_nan_gets_nan_and_so_does_its_gradient(read_options: dict[str, Any]) -> None:
+    case = Case("scaled_dot", read_options, "", 1.0, math.nan)
     store = case.store(case.problem.keys, case.values)
-    read, (query, *_) = case.read(case.problem.keys, case.values, filter_of("callable", store))
-    if not how:
-        assert (read.values.isnan().any(-1) == SEES).all()
+    read, (query, *_) = case.read(case.problem.keys, case.values, make_filter("callable", store))
+    if not read_options:
+        assert (read.values.isnan().any(-1) == SEES_INVALID_ROWS).all()
         assert not read.values[:, 0].isnan().all()
-    (gradient,) = torch.autograd.grad(read.values.nansum() if how else read.values[:, -1].sum(), query)
-    assert (gradient.isnan().any(-1) == SEES).all()
+    (gradient,) = torch.autograd.grad(read.values.nansum() if read_options else read.values[:, -1].sum(), query)
+    assert (gradient.isnan().any(-1) == SEES_INVALID_ROWS).all()
 
 
-def test_a_key_that_some_query_sees_is_an_error() -> None:
+def test_an_invalid_key_that_some_query_sees_raises() -> None:
     case = Case("scaled_dot", {}, "", math.nan, math.nan)
     store = case.store(case.keys, case.problem.values)
     with pytest.raises(softdb.NonFiniteError, match="query, keys, temperature: expected finite scores"):
-        store.read(case.problem.query, **filter_of("callable", store))
+        store.read(case.problem.query, **make_filter("callable", store))
     mask = torch.ones(5, ROWS, dtype=torch.bool)
-    mask[:, list(BAD)] = SEES[:, None]
+    mask[:, list(INVALID_ROWS)] = SEES_INVALID_ROWS[:, None]
     with pytest.raises(softdb.NonFiniteError, match="keys: expected finite numbers"):
         soft_read(case.problem.query, case.keys, case.problem.values, mask=mask)
     for table, name in ((case.values, "values"), (case.keys, "keys")):
@@ -233,14 +244,14 @@ def test_a_key_that_some_query_sees_is_an_error() -> None:
             soft_read(case.problem.query, **tables)
 
 
-# -- of tensors ------------------------------------------------------------------------------------------
+# -- soft_read ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "three partitions, rows first"])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_that_a_mask_hides(
+def test_rows_hidden_by_a_mask_have_no_effect(
     metric: str, k: int | None, normalizer: str, dispatch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dispatch is not None:
@@ -248,7 +259,7 @@ def test_rows_that_a_mask_hides(
     case = Case(metric, {}, "", math.nan, math.inf)
     shown = visible_rows()
     several = torch.rand(5, ROWS, generator=torch.Generator().manual_seed(1)) < 0.7
-    several[:, list(BAD)] = False
+    several[:, list(INVALID_ROWS)] = False
     for mask in (shown, shown[None], several):
         results = []
         for keys, values in ((case.keys, case.values), (case.problem.keys, case.problem.values)):
@@ -264,30 +275,30 @@ def test_rows_that_a_mask_hides(
                 normalizer=normalizer,
                 generator=torch.Generator().manual_seed(3) if is_random(normalizer) else None,
             )
-            results.append(outcome(read, leaves))
+            results.append(collect_results(read, leaves))
         assert_same(*results)
 
 
 @pytest.mark.parametrize("shape", [(1, ROWS), (5, ROWS), (2, 1, 5, ROWS), (2, 3, 5, ROWS), (3, 1, ROWS)], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
-def test_rows_that_a_mask_hides_in_batches(shape: tuple[int, ...], shared: bool) -> None:
+def test_rows_hidden_by_a_mask_have_no_effect_in_batches(shape: tuple[int, ...], shared: bool) -> None:
     torch.manual_seed(0)
     query = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     batch = (2, 1) if shared else (2, 3)
     finite = [torch.randn(*batch, ROWS, width, dtype=torch.float64, requires_grad=True) for width in (8, 3)]
     mask = torch.rand(shape) < 0.8
-    mask[..., list(BAD)] = False
-    bad = [table.detach().clone() for table in finite]
-    for table in bad:
-        table[..., list(BAD), 1:] = math.nan
+    mask[..., list(INVALID_ROWS)] = False
+    invalid = [table.detach().clone() for table in finite]
+    for table in invalid:
+        table[..., list(INVALID_ROWS), 1:] = math.nan
         table.requires_grad_()
     results = []
-    for keys, values in (bad, finite):
+    for keys, values in (invalid, finite):
         read = soft_read(query, keys, values, mask=mask, k=3)
         loss = read.values.square().sum() + read.lse.sum() + read.scores.exp().sum()
         results.append([read.values.detach(), read.lse.detach(), *torch.autograd.grad(loss, [query, keys, values])])
     assert_same(*results)
-    # Each group has bad rows of its own, which the others may see.
+    # Each group has its own invalid rows, which other groups may see.
     if not shared and len(shape) == 4 and shape[1] == 3:
         mask = torch.ones(2, 3, 1, ROWS, dtype=torch.bool)
         keys, values = (table.detach().clone() for table in finite)
@@ -302,36 +313,36 @@ def test_rows_that_a_mask_hides_in_batches(shape: tuple[int, ...], shared: bool)
         )
 
 
-def test_a_key_whose_square_overflows() -> None:
-    """Finite, but not what l2 makes of it."""
+def test_a_hidden_key_whose_square_overflows_has_no_effect() -> None:
+    """The key is finite, but its l2 operand is not."""
     query = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     keys, values = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
     keys[2] = 1e200
     shown = torch.arange(6) != 2
-    found = soft_read(query, keys, values, metric="l2", mask=shown)
-    wanted = soft_read(query, keys[shown], values[shown], metric="l2")
-    assert_same(outcome(found, [query]), outcome(wanted, [query]))
+    actual = soft_read(query, keys, values, metric="l2", mask=shown)
+    expected = soft_read(query, keys[shown], values[shown], metric="l2")
+    assert_same(collect_results(actual, [query]), collect_results(expected, [query]))
 
 
-# -- what it costs ---------------------------------------------------------------------------------------
+# -- cost ---------------------------------------------------------------------------------------
 
 
-def test_a_store_looks_at_norms_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_computed_once_for_each_version(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("scaled_dot", {}, "", math.nan, 1.0)
     store = case.store(case.keys, case.problem.values)
-    looks = 0
+    norm_calls = 0
     norm = torch.linalg.vector_norm
 
     def counted(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        nonlocal looks
-        looks += x.shape == store.keys.shape
+        nonlocal norm_calls
+        norm_calls += x.shape == store.keys.shape
         return norm(x, *arguments, **options)
 
     with torch.no_grad():
         store.read(case.problem.query, where=visible_rows())
         monkeypatch.setattr(torch.linalg, "vector_norm", counted)
         store.read(case.problem.query, where=visible_rows())
-    assert looks == 0
-    store.update(list(BAD), keys=torch.zeros(3, 8, dtype=torch.float64))
-    store.read(case.problem.query)  # it has forgotten the NaN
+    assert norm_calls == 0
+    store.update(list(INVALID_ROWS), keys=torch.zeros(3, 8, dtype=torch.float64))
+    store.read(case.problem.query)  # the norm of NaN is not cached
     assert math.isfinite(store._reader.largest_key_norm(store.rows, store.keys))

@@ -1,4 +1,4 @@
-"""soft_read, topk_read and merge."""
+"""Tests of soft_read, topk_read and merge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import SPARSE_NORMALIZERS
 
 
-def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:
+def read_problem(problem: Problem, k: int | None = None) -> softdb.Read:
     return soft_read(
         problem.query,
         problem.keys,
@@ -44,11 +44,11 @@ def read_softly(problem: Problem, k: int | None = None) -> softdb.Read:
 
 class TestSoftRead(ReadContract):
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
-        return read_softly(problem), problem.leaves
+        return read_problem(problem), problem.leaves
 
 
 class TestSoftReadInSmallTiles(TestSoftRead):
-    """In blocks, by every way that the dispatcher can choose."""
+    """Reads in tiles, with each setting of the dispatcher."""
 
     @pytest.fixture(autouse=True, params=DISPATCH)
     def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ class TestSoftReadInSmallTiles(TestSoftRead):
 
 
 class TestSoftReadRowsFirst(TestSoftRead):
-    """At once, with the tile the other way round."""
+    """Reads in one tile, with rows as its first dimension."""
 
     @pytest.fixture(autouse=True)
     def _tall(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +64,10 @@ class TestSoftReadRowsFirst(TestSoftRead):
 
 
 class TestSoftReadWithBestRows(ReadContract):
-    """Asking for the best rows as well changes nothing, and the weights of all rows make the answer."""
+    """Reporting the best rows changes no result; the weights of all rows give the values."""
 
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
-        read = read_softly(problem, k=max(1, len(problem.keys)))
+        read = read_problem(problem, k=max(1, len(problem.keys)))
         assert read.ids is not None
         assert read.weights is not None
         if len(problem.keys):
@@ -89,7 +89,7 @@ class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
 
 
 class TestRoundingNoise:
-    """However products round for other shapes and layouts, gradients are right: no read relies on equal bits."""
+    """Gradients stay accurate if products round differently for other shapes and layouts."""
 
     @pytest.mark.parametrize("dispatch", [None, "two partitions", "five partitions, always shifted, rows first"])
     @pytest.mark.parametrize("reader", [TestSoftRead, TestSoftReadWithBestRows])
@@ -129,7 +129,7 @@ class TestTopkReadOfAllRows(ReadContract):
         )
         return read, problem.leaves
 
-    # A query that sees fewer rows than there are cannot know that the others are hidden.
+    # topk_read has no mask: if some rows are no candidates, their mass is unknown.
     def test_a_query_that_sees_nothing_gets_zeros(self) -> None:
         read = topk_read(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 1), torch.tensor([[-1, -1], [2, -1]]))
         assert read.values.tolist() == [[0.0], [1.0]]
@@ -163,14 +163,14 @@ class TestMergeOfThreeParts(ReadContract):
         read, _ = self.read(problem)
         assert read.values.dtype == dtype
         answer = problem.to(torch.float64).answer()
-        # Each part is rounded to the query's dtype once before they are joined.
+        # Each part is rounded to the query's dtype once before the merge.
         assert largest_error(read.values, answer.values) < 3 * torch.finfo(dtype).eps
 
     def test_scores_that_overflow_float16(self) -> None:
         problem = Problem.random(rows=20, key_dim=64)
         big = replace(problem, query=torch.full((5, 64), 300.0), keys=torch.full((20, 64), 300.0)).to(torch.float16)
         read, _ = self.read(big)
-        # Parts meet by their log-sum-exp, and beside 720,000 float32 counts in steps of 1/16.
+        # The merge uses the log-sum-exp of the parts; near 720,000 the spacing of float32 is 1/16.
         assert torch.allclose(read.values.float(), problem.values.mean(0).expand(5, 3), atol=0.05)
 
 
@@ -196,7 +196,7 @@ def test_gradcheck(metric: str, k: int | None) -> None:
 
 
 @pytest.mark.parametrize("wanted", [("query",), ("keys",), ("values",), ("query", "values"), ("keys", "values")])
-def test_only_what_needs_a_gradient_gets_one(wanted: tuple[str, ...]) -> None:
+def test_only_tensors_that_require_grad_get_a_gradient(wanted: tuple[str, ...]) -> None:
     problem = Problem.random()
     expected = torch.autograd.grad(problem.answer().values.sum(), [problem.leaves[name] for name in wanted])
     for name, leaf in problem.leaves.items():
@@ -208,7 +208,7 @@ def test_only_what_needs_a_gradient_gets_one(wanted: tuple[str, ...]) -> None:
         assert (leaf.grad is None) == (name not in wanted)
 
 
-def test_a_second_derivative_is_an_error() -> None:
+def test_a_second_derivative_raises() -> None:
     problem = Problem.random()
     read = soft_read(problem.query, problem.keys, problem.values)
     (grad,) = torch.autograd.grad(read.values.sum(), problem.query, create_graph=True)
@@ -216,7 +216,7 @@ def test_a_second_derivative_is_an_error() -> None:
         grad.square().sum().backward()
 
 
-def test_a_mask_that_changes_before_backward_is_an_error() -> None:
+def test_a_mask_that_changes_before_backward_raises() -> None:
     problem = Problem.random()
     mask = torch.rand(5, 123) < 0.5
     read = soft_read(problem.query, problem.keys, problem.values, mask=mask)
@@ -225,7 +225,7 @@ def test_a_mask_that_changes_before_backward_is_an_error() -> None:
         read.values.sum().backward()
 
 
-def test_a_temperature_for_each_memory() -> None:
+def test_a_temperature_for_each_batch_entry() -> None:
     query, keys, values = torch.randn(3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 3)
     temperature = torch.rand(2, 3) + 0.5
     wanted = reference.read(query, keys, values, temperature=temperature)
@@ -235,7 +235,7 @@ def test_a_temperature_for_each_memory() -> None:
     assert torch.allclose(found.values, wanted.values, atol=1e-6)
 
 
-def test_weights_beside_huge_scores_are_exact() -> None:
+def test_weights_of_equal_huge_scores_are_equal() -> None:
     keys = torch.full((3, 1), 1e4)
     read = soft_read(torch.ones(1, 1), keys, torch.eye(3), k=3)
     assert torch.allclose(read.weights, torch.full((1, 3), 1 / 3), atol=1e-7)
@@ -336,7 +336,7 @@ def test_best_rows_are_reported_with_their_mass(k: int) -> None:
     assert (read.scores[ids < 0] == -math.inf).all()
 
 
-def test_weights_sum_to_the_mass_beside_huge_scores() -> None:
+def test_weights_sum_to_the_mass_when_scores_are_huge() -> None:
     problem = Problem.random(rows=50, scale=1e4)
     read = soft_read(problem.query, problem.keys, problem.values, k=50)
     assert torch.allclose(read.weights.sum(-1), torch.ones(5), atol=1e-6)
@@ -365,8 +365,8 @@ def test_straight_through_is_hard_forward_and_soft_backward() -> None:
 # -- other normalizers -----------------------------------------------------------------------------------
 
 
-def dense_read(problem: Problem, normalizer: str) -> tuple[Tensor, Tensor]:
-    """Values and weights of a sparse normalizer over all rows."""
+def read_densely(problem: Problem, normalizer: str) -> tuple[Tensor, Tensor]:
+    """Compute values and weights of a sparse normalizer over all rows."""
     found = reference.scores(problem.query, problem.keys, problem.metric, problem.temperature)
     if problem.visible is not None:
         found = found.masked_fill(~problem.visible, -math.inf)
@@ -385,7 +385,7 @@ def test_sparse_reads_equal_the_dense_ones(metric: str, rows: int, scale: float,
     problem.visible[1] = False
     how = {"metric": metric, "temperature": problem.temperature, "mask": problem.visible, "normalizer": normalizer}
     read = soft_read(problem.query, problem.keys, problem.values, **how)
-    values, weights = dense_read(problem, normalizer)
+    values, weights = read_densely(problem, normalizer)
     leaves = [problem.query, problem.keys, problem.values, problem.temperature]
     upstream = torch.randn_like(values)
     assert largest_error(read.values, values) < 1e-8
@@ -416,22 +416,22 @@ def test_sparse_reads_of_groups(normalizer: str) -> None:
 
 
 @pytest.mark.parametrize("normalizer", sorted(SPARSE_NORMALIZERS))
-def test_a_support_too_large_to_gather_is_refused(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force_tiling(Tiling(max_sparse_elements=10_500), monkeypatch)
+def test_a_support_too_large_to_gather_raises(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_tiling(Tiling(most_gathered=10_500), monkeypatch)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
     with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
-    with torch.no_grad():  # then keys and values need not be held
+    with torch.no_grad():  # without gradients, keys and values are not gathered
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
     soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer, temperature=1e-3)
 
 
-def test_topk_read_knows_the_mass_of_sparse_weights_only_where_all_rows_are_candidates() -> None:
+def test_topk_read_has_the_mass_of_sparse_weights_only_if_all_rows_are_candidates() -> None:
     problem = Problem.random(rows=50, scale=100.0)
     best = reference.best(problem.answer().scores, 20)
     some = topk_read(problem.query, problem.keys, problem.values, best, normalizer="sparsemax")
     assert some.mass.isnan().all()
-    wanted, _ = dense_read(problem, "sparsemax")
+    wanted, _ = read_densely(problem, "sparsemax")
     assert largest_error(some.values, wanted) < 1e-5
     every = torch.arange(50).expand(5, -1)
     assert (topk_read(problem.query, problem.keys, problem.values, every, normalizer="entmax15").mass == 1).all()
@@ -472,7 +472,7 @@ def test_gumbel_is_straight_through_of_scores_with_noise(metric: str, k: int | N
     assert not torch.equal(other.values, read.values)
 
 
-def test_gumbel_in_groups_draws_for_each_query_anew() -> None:
+def test_gumbel_in_groups_draws_independently_for_each_query() -> None:
     keys, values = torch.zeros(3, 2, 50, 4), torch.arange(50.0).expand(3, 2, -1).unsqueeze(-1)
     drawn = soft_read(torch.zeros(3, 2, 9, 4), keys, values, normalizer="gumbel").values.flatten()
     assert drawn.unique().numel() > 20
@@ -507,7 +507,7 @@ def test_gumbel_draws_rows_by_their_softmax_weights(rows: int, monkeypatch: pyte
 
 
 class LargestTensor(TorchDispatchMode):
-    """Note how many numbers the largest tensor has that an operation makes."""
+    """Records the number of elements of the largest tensor that an operation allocates."""
 
     numel = 0
 
@@ -518,7 +518,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_score_matrix_is_held() -> None:
+def test_no_score_matrix_is_allocated() -> None:
     query, keys, values = (torch.randn(n, 8, requires_grad=True) for n in (300, 20_000, 20_000))
     with LargestTensor() as largest:
         soft_read(query, keys, values).values.sum().backward()
@@ -543,7 +543,7 @@ def test_topk_read_reads_only_its_candidates() -> None:
     assert read.weights[0, 2] == 0
 
 
-def test_topk_read_of_batched_memories() -> None:
+def test_topk_read_of_batches() -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(2, 3, 5, 4), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 2)
     candidates = torch.stack([torch.randperm(9)[:4] for _ in range(30)]).view(2, 3, 5, 4)
@@ -577,7 +577,7 @@ def test_merge_with_a_store_is_the_dense_expression_over_both() -> None:
         assert torch.allclose(mine, other)
 
 
-def test_merge_orders_the_best_rows_of_all() -> None:
+def test_merge_sorts_the_best_rows_of_all_reads() -> None:
     problem = Problem.random(rows=60, dtype=torch.float64)
     first = soft_read(problem.query, problem.keys[:25], problem.values[:25], k=4)
     second = soft_read(problem.query, problem.keys[25:], problem.values[25:], k=4)
@@ -590,7 +590,7 @@ def test_merge_orders_the_best_rows_of_all() -> None:
     assert torch.allclose(merged.mass, merged.weights.sum(-1))
 
 
-def test_merge_knows_what_it_does_not_know() -> None:
+def test_merge_has_a_nan_mass_if_a_read_has_one() -> None:
     problem = Problem.random(rows=10)
     whole = soft_read(problem.query, problem.keys, problem.values)
     best = soft_read(problem.query, problem.keys, problem.values, k=2)
@@ -672,13 +672,13 @@ def test_bad_reads_to_merge() -> None:
         merge(soft)  # type: ignore[arg-type]
 
 
-# -- what a second look found ----------------------------------------------------------------------------
+# -- edge cases ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shapes", [((0, 16), (300, 16)), ((2, 0, 4), (2, 5, 4)), ((2, 0, 4), (5, 4))], ids=str)
 def test_no_queries_give_no_gradient(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     query, keys = (torch.zeros(shape, requires_grad=True) for shape in shapes)
-    torch.full((10_000,), math.nan)  # memory that is not 0
+    torch.full((10_000,), math.nan)  # fills memory with NaN that a later allocation may reuse
     soft_read(query, keys, keys).values.sum().backward()
     assert keys.grad is not None
     assert (keys.grad == 0).all()
@@ -689,21 +689,19 @@ def test_no_queries_give_no_gradient(shapes: tuple[tuple[int, ...], tuple[int, .
     [((0, 3, 4), (0, 5, 4), (0, 3, 2)), ((0, 3, 4), (5, 4), (0, 3, 2)), ((2, 0, 3, 4), (2, 1, 5, 4), (2, 0, 3, 2))],
     ids=str,
 )
-def test_batches_of_nothing_keep_their_shape(
-    query: tuple[int, ...], keys: tuple[int, ...], wanted: tuple[int, ...]
-) -> None:
+def test_empty_batches_keep_their_shape(query: tuple[int, ...], keys: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     assert soft_read(torch.zeros(query), torch.zeros(keys), torch.zeros(*keys[:-1], 2)).values.shape == wanted
 
 
 @pytest.mark.parametrize(("height", "size"), [(39.9, 1e17), (-39.9, 1e-30), (10.0, 1e33)])
-def test_huge_and_tiny_values_are_not_lost(height: float, size: float) -> None:
-    """Times exponentials without a shift they would overflow or underflow."""
+def test_huge_and_tiny_values_neither_overflow_nor_underflow(height: float, size: float) -> None:
+    """Products of values and exponentials without a shift would overflow or underflow."""
     query, keys, values = torch.ones(2, 1), torch.full((70_000, 1), height), torch.full((70_000, 1), size)
     read = soft_read(query, keys, values, metric="dot").values
     assert torch.allclose(read, values[:2], rtol=1e-5, atol=0)
 
 
-def test_small_gradients_survive_a_shift_that_comes_late() -> None:
+def test_small_gradients_do_not_underflow_after_a_late_shift() -> None:
     torch.manual_seed(0)
     query = torch.ones(4, 1, requires_grad=True)
     keys = torch.cat([torch.rand(2**17, 1) * 0.5 + 39, torch.full((5000, 1), -1000.0)]).requires_grad_()
@@ -719,15 +717,17 @@ def test_small_gradients_survive_a_shift_that_comes_late() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_topk_read_refuses_candidates_that_are_not_finite(bad: float) -> None:
+def test_topk_read_raises_for_candidates_that_are_not_finite(bad: float) -> None:
     query, rows, candidates = torch.ones(1, 4), torch.randn(60, 4), torch.tensor([[0, 1]])
-    spoilt = rows.clone()
-    spoilt[0] = bad
+    invalid = rows.clone()
+    invalid[0] = bad
     with pytest.raises(softdb.NonFiniteError, match="keys: expected finite"):
-        topk_read(query, spoilt, rows, candidates, metric="dot")
+        topk_read(query, invalid, rows, candidates, metric="dot")
     with pytest.raises(softdb.NonFiniteError, match="values: expected finite"):
-        topk_read(query, rows, spoilt, candidates)
-    assert topk_read(query, spoilt, spoilt, candidates + 1).values.isfinite().all()  # others are not looked at
+        topk_read(query, rows, invalid, candidates)
+    assert (
+        topk_read(query, invalid, invalid, candidates + 1).values.isfinite().all()
+    )  # rows that are no candidates are not checked
 
 
 def test_topk_read_of_values_without_width() -> None:
@@ -739,7 +739,7 @@ def test_topk_read_of_values_without_width() -> None:
 
 
 def check_equal_summands(found: Tensor, rows: int) -> None:
-    """Assert that a mean of ``rows`` equal numbers, 0.1, is off by no more than sums over short runs allow."""
+    """Assert that the mean of ``rows`` numbers 0.1 has the rounding error of sums over short blocks."""
     error = float((found.double() / torch.tensor(0.1).double() - 1).abs().max())
     assert error <= 1e-6 * max(1.0, math.sqrt(rows / Tiling().max_sum_rows))
 
@@ -747,7 +747,7 @@ def check_equal_summands(found: Tensor, rows: int) -> None:
 @pytest.mark.parametrize("width", [1, 64])
 @pytest.mark.parametrize("queries", [1, 3, 64])
 @pytest.mark.parametrize("k", [None, 2])
-def test_a_million_equal_rows_give_their_value(queries: int, width: int, k: int | None) -> None:
+def test_the_mean_of_a_million_equal_rows_is_accurate(queries: int, width: int, k: int | None) -> None:
     rows = 10**6
     query, keys, values = torch.ones(queries, 2), torch.zeros(1, 2), torch.full((1, 1), 0.1)
     read = soft_read(query, keys.expand(rows, 2), values.expand(rows, width), k=k)
@@ -756,15 +756,15 @@ def test_a_million_equal_rows_give_their_value(queries: int, width: int, k: int 
 
 
 @pytest.mark.parametrize("queries", [1, 2, 13])
-def test_equal_rows_of_one_small_tile_give_their_value(queries: int) -> None:
-    """All but one of the weights are equal, and not 1 before they are normalised."""
-    rows = Tiling().max_dense_scores // queries
+def test_the_mean_of_equal_rows_in_one_small_tile_is_accurate(queries: int) -> None:
+    """All weights but one are equal, and differ from 1 before normalisation."""
+    rows = Tiling().small_scores // queries
     query, keys = torch.ones(queries, 1), torch.cat([torch.zeros(1, 1), torch.full((rows - 1, 1), -0.1)])
     check_equal_summands(soft_read(query, keys, torch.full((rows, 3), 0.1), metric="dot").values, rows)
 
 
 @pytest.mark.parametrize("heads", [2, 8])
-def test_equal_rows_of_several_heads_give_their_value(heads: int) -> None:
+def test_the_mean_of_equal_rows_for_several_heads_is_accurate(heads: int) -> None:
     rows = 200_000
     query, keys, values = torch.ones(heads, 1, 2), torch.zeros(heads, 1, 2), torch.full((heads, 1, 1), 0.1)
     mask = torch.arange(rows) % 7 != 0
@@ -775,20 +775,20 @@ def test_equal_rows_of_several_heads_give_their_value(heads: int) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_candidates_give_their_value(dtype: torch.dtype, wanted: bool) -> None:
+def test_the_mean_of_equal_candidates_is_accurate(dtype: torch.dtype, wanted: bool) -> None:
     rows = 150_000
     query, keys, values = torch.ones(2, 2), torch.zeros(rows, 2), torch.full((rows, 3), 0.1)
-    query = query.to(dtype).requires_grad_(wanted)  # a gradient, and rows to convert: each its own way to blend
+    query = query.to(dtype).requires_grad_(wanted)  # gradients and dtype conversion each have their own code path
     read = topk_read(query, keys, values, torch.arange(rows).expand(2, rows))
     check_equal_summands(read.values.detach(), rows)
 
 
 @pytest.mark.parametrize("rows", [100_000, 10**6])
 @pytest.mark.parametrize("queries", [1, 64])
-def test_gradients_of_many_equal_rows_add_up(queries: int, rows: int) -> None:
+def test_sums_of_gradients_over_many_equal_rows_are_accurate(queries: int, rows: int) -> None:
     query = torch.ones(queries, 1, requires_grad=True)
     keys, values = torch.zeros(rows, 1), torch.zeros(rows, 1)
-    keys[::2], values[::2] = 0.1, 0.1  # so that d output / d query is the covariance of keys and values, 0.0025
+    keys[::2], values[::2] = 0.1, 0.1  # d output / d query is the covariance of keys and values, 0.0025
     read = soft_read(query, keys.requires_grad_(), values.requires_grad_(), metric="dot")
     grads = torch.autograd.grad(read.values.sum(), [query, keys, values])
     weights = torch.softmax(keys.detach().double() @ torch.ones(1, 1, dtype=torch.float64), 0)
@@ -799,8 +799,8 @@ def test_gradients_of_many_equal_rows_add_up(queries: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_gradients_from_many_queries_add_up(rows: int) -> None:
-    queries = Tiling().max_dense_scores // rows
+def test_sums_of_gradients_over_many_queries_are_accurate(rows: int) -> None:
+    queries = Tiling().small_scores // rows
     values = torch.zeros(rows, 3, requires_grad=True)
     read = soft_read(torch.ones(queries, 1), torch.zeros(rows, 1), values)
     (grad,) = torch.autograd.grad(read.values, values, torch.full((queries, 3), 0.1))
@@ -808,7 +808,7 @@ def test_gradients_from_many_queries_add_up(rows: int) -> None:
 
 
 def test_memory_does_not_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is as large as (threads, B, value_dim), forward or backward."""
+    """No tensor has (threads, B, value_dim) elements, in forward or backward."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     queries, width = 16_384, 64
     query = torch.randn(queries, 8, requires_grad=True)

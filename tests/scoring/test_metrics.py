@@ -1,4 +1,4 @@
-"""Metrics as prepared operands."""
+"""Tests of metrics: prepared operands, their gradients and dtypes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_product_of_prepared_operands_is_the_score(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_gradient_of_prepared_keys(metric: str) -> None:
+def test_prepare_keys_backward_matches_autograd(metric: str) -> None:
     torch.manual_seed(0)
     keys = torch.randn(9, 6).double()
     keys[3] = 0
@@ -35,8 +35,8 @@ def test_the_gradient_of_prepared_keys(metric: str) -> None:
     centre = compute_centre(torch.randn(5, 6), metric)
     operand = prepare_keys(keys, metric, centre, keys.dtype)
     grad = torch.randn_like(operand)
-    (wanted,) = torch.autograd.grad(operand, keys, grad)
-    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, centre), wanted)
+    (expected,) = torch.autograd.grad(operand, keys, grad)
+    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, centre), expected)
 
 
 def test_l2_is_computed_in_float64() -> None:
@@ -48,7 +48,7 @@ def test_l2_is_computed_in_float64() -> None:
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device without float64, as MPS: an operation that makes such a tensor fails."""
+    """Simulation of a device without float64, such as MPS: operations that return float64 raise."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -59,21 +59,21 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [20, 9000])
 @pytest.mark.parametrize("metric", ["dot", "scaled_dot", "cosine"])
-def test_reads_need_no_float64(metric: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_need_no_float64_except_l2(metric: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(40, 8, requires_grad=True), torch.randn(rows, 8), torch.randn(rows, 3)
     mask = torch.rand(40, rows) < 0.5
-    wanted = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
-    (gradient,) = torch.autograd.grad(wanted.values.sum() + wanted.lse.sum(), query)
+    expected = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
+    (gradient,) = torch.autograd.grad(expected.values.sum() + expected.lse.sum(), query)
     monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     with NoFloat64():
         read = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
-        (found,) = torch.autograd.grad(read.values.sum() + read.lse.sum(), query)
-    assert torch.allclose(read.values, wanted.values, atol=1e-6)
-    assert torch.allclose(found, gradient, atol=1e-5)
+        (actual,) = torch.autograd.grad(read.values.sum() + read.lse.sum(), query)
+    assert torch.allclose(read.values, expected.values, atol=1e-6)
+    assert torch.allclose(actual, gradient, atol=1e-5)
 
 
-def test_l2_without_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_l2_without_float64_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     store = SoftKVStore(8, 3, metric="l2")
     store.add(torch.randn(5, 8), torch.randn(5, 3))

@@ -1,20 +1,38 @@
-"""From scores to weights."""
+"""Tests of normalizers; those of properties run over every registered normalizer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from support import reference
+from support.contract import Problem, largest_error
+from torch import Tensor
 
 from softdb import Read, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError
 from softdb.functional import merge, soft_read
+from softdb.lab.comparison import DASHES
+from softdb.lab.page_charts import DASHES as PAGE_DASHES
 from softdb.scoring.gumbel import GumbelNoise
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, check_normalizer, softmax, straight_through
+from softdb.scoring.normalizers import (
+    NORMALIZERS,
+    REGISTRY,
+    SPARSE_NORMALIZERS,
+    check_normalizer,
+    get_eval_normalizer,
+    is_hard,
+    is_random,
+    is_sparse,
+    reports_rows,
+    softmax,
+    straight_through,
+)
 
 
-def test_softmax_is_torch_softmax() -> None:
+def test_softmax_equals_torch_softmax() -> None:
     scores = torch.randn(4, 7).double().requires_grad_()
     weights, lse = softmax(scores)
     assert torch.allclose(weights, torch.softmax(scores, -1))
@@ -23,7 +41,7 @@ def test_softmax_is_torch_softmax() -> None:
     assert torch.autograd.gradgradcheck(softmax, (scores,))
 
 
-def test_masking_equals_deleting_and_nothing_is_zero() -> None:
+def test_softmax_of_hidden_scores_equals_softmax_without_them() -> None:
     raw = torch.randn(3, 5, requires_grad=True)
     hidden = torch.zeros(3, 5, dtype=torch.bool)
     hidden[:, 3:] = True
@@ -45,7 +63,7 @@ def test_softmax_of_no_columns() -> None:
     assert (lse == -math.inf).all()
 
 
-def test_straight_through_passes_the_value_of_one_and_the_gradient_of_the_other() -> None:
+def test_straight_through_returns_hard_and_passes_the_gradient_to_soft() -> None:
     hard, soft = torch.tensor([1e30, 1.0], requires_grad=True), torch.tensor([0.1, 0.2], requires_grad=True)
     result = straight_through(hard, soft)
     assert torch.equal(result, hard)
@@ -61,9 +79,11 @@ SPARSE_NAMES = sorted(SPARSE_NORMALIZERS)
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
-def test_sparse_weights_are_those_of_the_entmax_package_over_a_thousand_cases(name: str) -> None:
+def test_sparse_weights_equal_those_of_the_entmax_package(name: str) -> None:
     entmax = pytest.importorskip("entmax")
-    theirs = {"sparsemax": entmax.sparsemax, "entmax15": entmax.entmax15}[name]
+    theirs = getattr(entmax, name, None)
+    if theirs is None:
+        pytest.skip(f"entmax has no {name}")
     generator = torch.Generator().manual_seed(0)
     for case in range(1000):
         width = int(torch.randint(1, 40, (), generator=generator))
@@ -74,31 +94,51 @@ def test_sparse_weights_are_those_of_the_entmax_package_over_a_thousand_cases(na
         temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         upstream = torch.randn(3, width, generator=generator, dtype=torch.float64)
         scores.requires_grad_()
-        found, wanted = SPARSE_NORMALIZERS[name](scores / temperature), theirs(scores / temperature, dim=-1)
-        assert torch.allclose(found, wanted, atol=1e-9, rtol=0)
-        ours = torch.autograd.grad(found, (scores, temperature), upstream)
-        others = torch.autograd.grad(wanted, (scores, temperature), upstream)
-        # On the edge of the support either side is a gradient; ties of whole numbers lie there.
+        actual, expected = SPARSE_NORMALIZERS[name](scores / temperature), theirs(scores / temperature, dim=-1)
+        assert torch.allclose(actual, expected, atol=1e-9, rtol=0)
+        ours = torch.autograd.grad(actual, (scores, temperature), upstream)
+        others = torch.autograd.grad(expected, (scores, temperature), upstream)
+        # On the edge of the support, where ties of whole numbers lie, the derivative is not unique.
         if case % 5:
             assert torch.allclose(ours[0], others[0], atol=1e-8, rtol=1e-6)
             assert torch.allclose(ours[1], others[1], atol=1e-8 * max(1.0, scale), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
-def test_sparse_weights_by_their_definition(name: str) -> None:
-    scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+def test_sparse_weights_favour_high_scores_and_treat_ties_alike(name: str) -> None:
+    scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [900.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     weights = SPARSE_NORMALIZERS[name](scores)
     assert torch.allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))
+    assert (weights[0].diff() <= 0).all()
     assert torch.equal(weights[1], torch.full((4,), 0.25, dtype=torch.float64))
     assert torch.equal(weights[2], torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
-    z = scores if name == "sparsemax" else scores / 2
-    thresholds = z - (weights if name == "sparsemax" else weights.sqrt())  # equal wherever there is weight
-    assert torch.allclose(thresholds[0, :3], thresholds[0, 0].expand(3))
-    assert z[0, 3] < thresholds[0, 0]
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
-def test_sparse_weights_have_exact_derivatives(name: str) -> None:
+def test_sparse_weights_do_not_depend_on_rows_without_weight(name: str) -> None:
+    """The read paths find the rows with weight first and drop the others; a wrong floor of the scores shows here."""
+    torch.manual_seed(0)
+    for scale in (0.1, 1.0, 10.0):
+        scores = scale * torch.randn(30, 50, dtype=torch.float64)
+        scores[:, ::2] -= 1e6
+        weights = SPARSE_NORMALIZERS[name](scores)
+        assert (weights[:, ::2] == 0).all()
+        assert torch.allclose(weights[:, 1::2], SPARSE_NORMALIZERS[name](scores[:, 1::2]))
+        for one, row in zip(weights, scores, strict=True):
+            assert torch.allclose(one[one > 0], SPARSE_NORMALIZERS[name](row[one > 0]))
+
+
+@pytest.mark.parametrize(("name", "inverse"), [("sparsemax", lambda w: w), ("entmax15", lambda w: 2 * w.sqrt())])
+def test_rows_with_sparse_weight_have_one_threshold(name: str, inverse: Callable[[Tensor], Tensor]) -> None:
+    scores = torch.tensor([3.0, 2.9, 2.5, -4.0], dtype=torch.float64)
+    weights = SPARSE_NORMALIZERS[name](scores)
+    thresholds = (scores - inverse(weights))[weights > 0]
+    assert torch.allclose(thresholds, thresholds[0])
+    assert (scores[weights == 0] < thresholds[0]).all()
+
+
+@pytest.mark.parametrize("name", SPARSE_NAMES)
+def test_sparse_weights_pass_gradcheck(name: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SPARSE_NORMALIZERS[name], scores)
@@ -107,7 +147,7 @@ def test_sparse_weights_have_exact_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_weights_where_rows_are_hidden_or_nothing_is_there(name: str, dtype: torch.dtype) -> None:
+def test_sparse_weights_of_hidden_scores_and_of_empty_inputs(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     raw = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     hidden = torch.rand(3, 6) < 0.4
@@ -131,20 +171,20 @@ def test_sparse_weights_sum_to_one_at_any_scale(name: str, size: float) -> None:
         scores = size * torch.randn(5, width)
         weights = SPARSE_NORMALIZERS[name](scores)
         assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-4)
-        wanted = SPARSE_NORMALIZERS[name](scores.double()).float()
-        assert torch.allclose(weights, wanted, atol=1e-4)
+        expected = SPARSE_NORMALIZERS[name](scores.double()).float()
+        assert torch.allclose(weights, expected, atol=1e-4)
 
 
-# -- chance ----------------------------------------------------------------------------------------------
+# -- noise ----------------------------------------------------------------------------------------------
 
 
-def test_noise_is_gumbel_and_independent() -> None:
+def test_noise_is_gumbel_distributed_and_independent() -> None:
     noise = GumbelNoise(seed=7).at(torch.arange(1000), torch.arange(2000), torch.float64)
     assert noise.shape == (1000, 2000)
     ordered = noise.flatten().sort().values
-    wanted = torch.exp(-torch.exp(-ordered))
+    expected = torch.exp(-torch.exp(-ordered))
     steps = torch.arange(1, len(ordered) + 1) / len(ordered)
-    assert float((wanted - steps).abs().max()) < 2 / math.sqrt(len(ordered))  # Kolmogorov and Smirnov
+    assert float((expected - steps).abs().max()) < 2 / math.sqrt(len(ordered))  # Kolmogorov and Smirnov
     uniform = torch.exp(-torch.exp(-noise)) - 0.5
     for rows, columns in ((1, 0), (0, 1), (1, 1), (7, 64)):
         shifted = uniform.roll((rows, columns), dims=(0, 1))
@@ -154,7 +194,7 @@ def test_noise_is_gumbel_and_independent() -> None:
     assert abs(float((uniform * (other - 0.5)).mean() * 12)) < 5 / math.sqrt(noise.numel())
 
 
-def test_noise_belongs_to_query_and_row_whatever_they_stand_beside() -> None:
+def test_noise_depends_on_query_and_row_only() -> None:
     noise = GumbelNoise(seed=7)
     whole = noise.at(torch.arange(5), torch.arange(100), torch.float32)
     rows = torch.tensor([[3, 99], [50, 0]])
@@ -163,7 +203,7 @@ def test_noise_belongs_to_query_and_row_whatever_they_stand_beside() -> None:
     assert whole.isfinite().all()
 
 
-def test_seeds_come_from_the_generator() -> None:
+def test_the_seed_comes_from_the_generator() -> None:
     first, again = (GumbelNoise.draw(torch.Generator().manual_seed(3)) for _ in range(2))
     assert first == again
     torch.manual_seed(3)
@@ -171,7 +211,7 @@ def test_seeds_come_from_the_generator() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"k": 5}, {"mode": "topk", "k": 5}])
-def test_a_store_in_eval_mode_reads_the_best_row_instead_of_drawing_one(options: dict[str, object]) -> None:
+def test_a_store_in_eval_mode_reads_the_best_row_without_noise(options: dict[str, object]) -> None:
     torch.manual_seed(0)
     store = SoftKVStore(4, 3)
     store.add(torch.randn(40, 4), torch.randn(40, 3))
@@ -185,15 +225,15 @@ def test_a_store_in_eval_mode_reads_the_best_row_instead_of_drawing_one(options:
     store.eval()
     generator = torch.Generator().manual_seed(1)
     state = generator.get_state()
-    wanted, found = read("straight_through"), read("gumbel", generator=generator)
-    assert torch.equal(generator.get_state(), state)  # nothing is drawn from it
-    assert found.normalizer == "straight_through"
+    expected, actual = read("straight_through"), read("gumbel", generator=generator)
+    assert torch.equal(generator.get_state(), state)  # eval mode draws no noise
+    assert actual.normalizer == "straight_through"
     for name in ("values", "ids", "weights", "scores", "lse", "mass"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0, equal_nan=True)
-    slopes = [torch.autograd.grad(one.values.square().sum(), query)[0] for one in (found, wanted)]
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    slopes = [torch.autograd.grad(one.values.square().sum(), query)[0] for one in (actual, expected)]
     assert torch.equal(*slopes)
     with pytest.raises(ArgumentError, match="reads: expected reads with softmax weights"):
-        merge([found])
+        merge([actual])
     for bad, error in ((7, DtypeError), ("cpu", DtypeError)):
         with pytest.raises(error, match="generator: expected a"):
             read("gumbel", generator=bad)
@@ -203,16 +243,62 @@ def test_a_store_in_eval_mode_reads_the_best_row_instead_of_drawing_one(options:
     assert not torch.equal(read("gumbel").values, read("gumbel").values)
     with torch.no_grad():
         drawn = [soft_read(query, store.keys, store.values, normalizer="gumbel").values for _ in range(2)]
-    assert not torch.equal(*drawn)  # a function knows no mode
+    assert not torch.equal(*drawn)  # functions have no mode
 
 
-def test_names() -> None:
-    for name in NORMALIZERS:
-        check_normalizer(name)
+# -- registry --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_properties_of_each_normalizer_are_consistent(name: str) -> None:
+    entry = REGISTRY[name]
+    assert is_sparse(name) == (entry.weigh is not None) == (name in SPARSE_NORMALIZERS)
+    assert (is_hard(name), is_random(name)) == (entry.is_hard, entry.is_random)
+    assert not (is_hard(name) and is_sparse(name))
+    assert reports_rows(name) or name == "softmax"
+    replacement = get_eval_normalizer(name)
+    assert not is_random(replacement)
+    assert (replacement == name) == (not is_random(name))
+    assert (is_hard(replacement), is_sparse(replacement)) == (is_hard(name), is_sparse(name))
+    assert DASHES[name]
+    assert PAGE_DASHES[name]
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_exact_reads_equal_dense_weights(name: str) -> None:
+    problem = Problem.random(rows=40, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1) if is_random(name) else None
+    tables = problem.query, problem.keys, problem.values
+    exact = soft_read(*tables, k=40, normalizer=name, generator=generator)
+    scores = reference.scores(problem.query, problem.keys, problem.metric, problem.temperature)
+    if is_random(name):
+        seeded = torch.Generator().manual_seed(1)
+        scores = scores + GumbelNoise.draw(seeded).at(torch.arange(5), torch.arange(40), torch.float64)
+    soft = SPARSE_NORMALIZERS[name](scores) if is_sparse(name) else torch.softmax(scores, -1)
+    weights = torch.nn.functional.one_hot(scores.argmax(-1), 40).double() if is_hard(name) else soft
+    assert largest_error(exact.values, weights @ problem.values) < 1e-9
+    assert largest_error(exact.weights, weights.gather(-1, exact.ids)) < 1e-9
+    assert torch.allclose(exact.weights.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert exact.normalizer == name
+    upstream = torch.randn(5, 3, dtype=torch.float64)
+    ours = torch.autograd.grad((exact.values * upstream).sum(), tables)
+    expected = torch.autograd.grad((soft @ problem.values * upstream).sum(), tables)
+    for mine, other in zip(ours, expected, strict=True):
+        assert largest_error(mine, other) < 1e-8
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_only_random_normalizers_accept_a_generator(name: str) -> None:
+    check_normalizer(name)
+    if is_random(name):
+        check_normalizer(name, torch.Generator())
+        with pytest.raises(DtypeError, match=r"generator: expected a torch\.Generator, got int 3"):
+            check_normalizer(name, 3)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ArgumentError, match=f"generator: expected nothing, since nothing is random with '{name}'"):
+            check_normalizer(name, torch.Generator())
+
+
+def test_an_unknown_normalizer_raises() -> None:
     with pytest.raises(ArgumentError, match=r"normalizer: expected one of 'softmax', .* got 'relu'"):
         check_normalizer("relu")
-    with pytest.raises(ArgumentError, match="generator: expected nothing, since nothing is random with 'sparsemax'"):
-        check_normalizer("sparsemax", torch.Generator())
-    check_normalizer("gumbel", torch.Generator())
-    with pytest.raises(DtypeError, match=r"generator: expected a torch\.Generator, got int 3"):
-        check_normalizer("gumbel", 3)

@@ -165,18 +165,20 @@ def soft_read(
         centre = compute_centre(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
         fold = _BatchFold(batch, query.shape[-2], keys, values)
-        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.mask(mask))
+        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.fold_mask(mask))
         noise = draw_noise(normalizer, generator)
         spec = ReadSpec(metric, centre, selection, dtype, narrow=narrow, noise=noise, tiling=tiling)
-        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
-        height = fold.shared_size * query.shape[-2]
+        tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
+        queries_per_group = fold.shared_size * query.shape[-2]
         if not selection.is_never_empty:
             check_finite("query", query)  # otherwise the check of the scores finds NaN
         try:
-            read = read_exactly(fold.queries(operand), tables, spec, k, normalizer)
+            read = read_exactly(fold.fold_queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:
             check_finite("query", query)  # a more precise message than that of the scores
-            check_finite("keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, height))
+            check_finite(
+                "keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, queries_per_group)
+            )
             raise
     if not is_finite(read.values):
         check_finite("values", values)
@@ -254,11 +256,11 @@ def topk_read(
         spec = ReadSpec(
             metric, centre, Selection(keys.shape[-2]), dtype, noise=noise, tiling=Tiling.for_device(query.device)
         )
-        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
-        rows = fold.queries(candidates)
+        tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
+        rows = fold.fold_queries(candidates)
         complete = (rows >= 0).sum(-1) == keys.shape[-2]
         try:
-            read = read_candidates(fold.queries(operand), tables, spec, rows, normalizer, complete=complete)
+            read = read_candidates(fold.fold_queries(operand), tables, spec, rows, normalizer, complete=complete)
         except NonFiniteError:
             check_finite("keys", keys)  # a more precise message than that of the scores
             raise
@@ -307,8 +309,8 @@ def _soft_read_under_transform(
         raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
     divisor = temperature if isinstance(temperature, Tensor) else None
 
-    def run(operands: Operands, wanted: list[bool]) -> Answer:
-        leaves = make_leaves(operands, wanted)
+    def run(operands: Operands, needs_grad: list[bool]) -> Answer:
+        leaves = make_leaves(operands, needs_grad)
         query_leaf, keys_leaf, values_leaf, divisor_leaf, mask_leaf, _ = leaves
         read = soft_read(
             cast(Tensor, query_leaf),
@@ -361,31 +363,31 @@ def _topk_read_under_transform(
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
     batch = _check_tables(query, keys, values)
-    height, count = query.shape[-2], keys.shape[-2]
-    with suspend_transforms():
-        check_finite("query", move_samples_first(query))
+    query_count, count = query.shape[-2], keys.shape[-2]
+    with outside_of_transforms():
+        check_finite("query", samples_first(query))
         if isinstance(temperature, Tensor):
             numbers = move_samples_first(temperature)
             check_temperature(numbers, numbers.shape)
         if isinstance(candidates, Tensor):
             numbers = move_samples_first(candidates)
             _check_candidates(numbers, numbers.shape[:-1], count, query.device)
-    temperature = _check_temperature_shape(temperature, (*batch, height), query.device)
-    if candidates.dim() == 0 or not is_broadcastable(candidates.shape[:-1], (*batch, height)):
-        _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, height), 1, query.device)
+    temperature = _check_temperature_shape(temperature, (*batch, query_count), query.device)
+    if candidates.dim() == 0 or not broadcasts(candidates.shape[:-1], (*batch, query_count)):
+        _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, query_count), 1, query.device)
     if is_random(normalizer):
         check_randomness()
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
         centre = compute_centre(query, metric)
         operand = prepare_query(query, metric, temperature, centre, dtype)
-        fold = _BatchFold(batch, height, keys, values)
-        tables = Tables(fold.table(keys), fold.table(values), fold.groups)
-        rows = fold.queries(candidates.to(torch.int64).expand(*batch, height, candidates.shape[-1]))  # (M, k)
+        fold = _BatchFold(batch, query_count, keys, values)
+        tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
+        rows = fold.fold_queries(candidates.to(torch.int64).expand(*batch, query_count, candidates.shape[-1]))  # (M, k)
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
         spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
-        scores = gathered_scores(fold.queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
+        scores = gathered_scores(fold.fold_queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
         if is_random(normalizer):
             device = "cpu" if generator is None else generator.device
             noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))
@@ -445,56 +447,60 @@ class _BatchFold:
     shared rows are never copied.
     """
 
-    def __init__(self, batch: tuple[int, ...], height: int, keys: Tensor, values: Tensor) -> None:
-        self.batch, self.height = batch, height
+    def __init__(self, batch: tuple[int, ...], query_count: int, keys: Tensor, values: Tensor) -> None:
+        self.batch, self.query_count = batch, query_count
 
         def size(table: Tensor, dimension: int) -> int:
             missing = len(batch) - (table.dim() - 2)
             return 1 if dimension < missing else table.shape[dimension - missing]
 
         dimensions = range(len(batch))
-        self.own = [i for i in dimensions if size(keys, i) != 1 or size(values, i) != 1]
-        self.shared = [i for i in dimensions if i not in self.own]
-        self.groups = math.prod(batch[i] for i in self.own)
-        self.shared_size = math.prod(batch[i] for i in self.shared)
+        self.own_dimensions = [i for i in dimensions if size(keys, i) != 1 or size(values, i) != 1]
+        self.shared_dimensions = [i for i in dimensions if i not in self.own_dimensions]
+        self.groups = math.prod(batch[i] for i in self.own_dimensions)
+        self.shared_size = math.prod(batch[i] for i in self.shared_dimensions)
 
-    def queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G S B, x)
+    def fold_queries(self, tensor: Tensor) -> Tensor:  # (*batch, B, x) -> (G S B, x)
+        """Fold a tensor of queries into the groups."""
         if not self.batch:
             return tensor
         count = len(self.batch)
         full = tensor.expand(*self.batch, *tensor.shape[-2:])
-        full = full.permute(*self.own, *self.shared, count, count + 1)
+        full = full.permute(*self.own_dimensions, *self.shared_dimensions, count, count + 1)
         return full.reshape(self.groups * self.shared_size * tensor.shape[-2], tensor.shape[-1])
 
-    def table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G N, x)
+    def fold_table(self, tensor: Tensor) -> Tensor:  # (*batch, N, x) -> (G N, x)
+        """Fold a table of rows into the groups."""
         if not self.batch:
             return tensor
-        sizes = [self.batch[i] if i in self.own else 1 for i in range(len(self.batch))]
+        sizes = [self.batch[i] if i in self.own_dimensions else 1 for i in range(len(self.batch))]
         return tensor.expand(*sizes, *tensor.shape[-2:]).reshape(self.groups * tensor.shape[-2], tensor.shape[-1])
 
-    def mask(self, mask: Tensor) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
+    def fold_mask(self, mask: Tensor) -> Tensor:  # broadcastable to (*batch, B, N) -> to (G, S B, N)
+        """Fold a mask into the groups."""
         count = len(self.batch)
         mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
         sizes = list(mask.shape)
         # Dimensions that are merged into one are expanded if the mask differs along any of them.
-        if any(sizes[i] != 1 for i in self.own):
-            for i in self.own:
+        if any(sizes[i] != 1 for i in self.own_dimensions):
+            for i in self.own_dimensions:
                 sizes[i] = self.batch[i]
-        if any(sizes[i] != 1 for i in (*self.shared, count)):
-            sizes[count] = self.height
-            for i in self.shared:
+        if any(sizes[i] != 1 for i in (*self.shared_dimensions, count)):
+            sizes[count] = self.query_count
+            for i in self.shared_dimensions:
                 sizes[i] = self.batch[i]
-        groups = math.prod(sizes[i] for i in self.own)
-        queries = math.prod(sizes[i] for i in (*self.shared, count))
-        mask = mask.expand(sizes).permute(*self.own, *self.shared, count, count + 1)
+        groups = math.prod(sizes[i] for i in self.own_dimensions)
+        queries = math.prod(sizes[i] for i in (*self.shared_dimensions, count))
+        mask = mask.expand(sizes).permute(*self.own_dimensions, *self.shared_dimensions, count, count + 1)
         return mask.reshape(groups, queries, sizes[-1])
 
     def unfold(self, tensor: Tensor) -> Tensor:  # (G S B, *x) -> (*batch, B, *x)
+        """Restore the batch dimensions of a result."""
         if not self.batch:
             return tensor
         rest = tensor.shape[1:]
-        order = [*self.own, *self.shared]
-        tensor = tensor.reshape(*[self.batch[i] for i in order], self.height, *rest)
+        order = [*self.own_dimensions, *self.shared_dimensions]
+        tensor = tensor.reshape(*[self.batch[i] for i in order], self.query_count, *rest)
         back = [order.index(i) for i in range(len(order))]
         return tensor.permute(*back, *range(len(order), tensor.dim()))
 
@@ -529,10 +535,11 @@ def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...
         raise DeviceError("query: expected a tensor that holds numbers, got one on meta, which holds none")
     if query.shape[-1] == 0:
         raise ShapeError("query: expected at least one number per query, got width 0")
-    return _batch_shape(query, keys, values)
+    return _broadcast_batch(query, keys, values)
 
 
-def _batch_shape(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+def _broadcast_batch(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    """Broadcast the leading dimensions of the operands."""
     shapes = [tensor.shape[:-2] for tensor in (query, keys, values)]
     try:
         return tuple(torch.broadcast_shapes(*shapes))

@@ -62,19 +62,20 @@ def check_options(
     tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
     check_choice("mode", mode, MODES)
     if mode == "hard":
-        _refuse(k is not None, "k", "hard mode reads one row")
-        _refuse(normalizer != "softmax", "normalizer", "hard mode gives its one row weight 1")
+        _refuse(k is not None, "k", "mode='hard', which reads one row")
+        _refuse(normalizer != "softmax", "normalizer", "mode='hard', which gives its one row weight 1")
     if mode != "topk":
-        _refuse(tail_samples != 0, "tail_samples", f"{mode} mode leaves no tail", ", or pass mode='topk'")
-        _refuse(tolerance is not None, "tolerance", f"{mode} mode approximates nothing", ", or pass mode='topk'")
+        other = f"mode={mode!r}, which does not approximate"
+        _refuse(tail_samples != 0, "tail_samples", other, ", or pass mode='topk'")
+        _refuse(tolerance is not None, "tolerance", other, ", or pass mode='topk'")
     if tail_samples:
-        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
+        _check_is_softmax(normalizer, "tail_samples")
     check_normalizer(normalizer, None if tail_samples or tolerance is not None else generator)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
     if tolerance is not None:
-        _refuse(tail_samples != 0, "tail_samples", "a tolerance chooses the sample")
-        _refuse(normalizer != "softmax", "normalizer", "a sample estimates a softmax only")
+        _refuse(tail_samples != 0, "tail_samples", "tolerance=..., which chooses the sample")
+        _check_is_softmax(normalizer, "tolerance")
     elif mode == "topk" and k is None:
         raise ArgumentError(
             "k: expected the number of candidates, since mode='topk' needs k or tolerance, got None; pass k=..."
@@ -82,7 +83,16 @@ def check_options(
     return None if k is None else check_positive("k", k), tail_samples, tolerance
 
 
-def _refuse(given: bool, name: str, why: str, otherwise: str = "") -> None:
+def _refuse(given: bool, name: str, other: str, otherwise: str = "") -> None:
     """Raise `ArgumentError` if an argument that does not apply is given."""
     if given:
-        raise ArgumentError(f"{name}: expected nothing, since {why}; leave it out{otherwise}")
+        raise ArgumentError(f"{name}: expected no value with {other}; leave it out{otherwise}")
+
+
+def _check_is_softmax(normalizer: str, name: str) -> None:
+    """Raise `ArgumentError` unless the normalizer of a sampled read is softmax."""
+    if normalizer != "softmax":
+        raise ArgumentError(
+            f"normalizer: expected 'softmax' with {name}=..., since a sample estimates softmax weights only, got "
+            f"{normalizer!r}; leave it out"
+        )

@@ -43,7 +43,7 @@ from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, is_wort
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import draw_noise
 from softdb.scoring.metrics import Metric, compute_centre, compute_dtype, prepare_query
-from softdb.scoring.normalizers import get_eval_normalizer, is_sparse
+from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
 from softdb.table.storage import RowStorage
@@ -104,7 +104,7 @@ class ReadView:
 class Reader:
     """Reads of a table.
 
-    Between reads it caches what depends on the version of the rows only.
+    It caches the selection of all rows and the largest norm of a key for each version of the rows.
 
     Args:
         table: The rows.
@@ -135,9 +135,7 @@ class Reader:
         """
         table, store = self._table, self._table.module
         check_float_tensor("query", query, (-1, table.config.key_dim), store.keys.device)
-        if (
-            not store.training and get_eval_normalizer(options.normalizer) != options.normalizer
-        ):  # then nothing is drawn
+        if not store.training and is_random(options.normalizer):
             options = replace(options, normalizer=get_eval_normalizer(options.normalizer), generator=None)
 
         def read() -> Read:
@@ -309,11 +307,11 @@ class Reader:
                 return read, used
             width = min(2 * width, max_width)
             part = replace(spec, selection=spec.selection.take(remaining))
-            again, found = self._read_candidates(
+            wider, found = self._read_candidates(
                 view, query[remaining], operand[remaining], part, tables, width, normalizer
             )
             used.append(found.slots.flatten())
-            read = replace_queries(pad_candidates(read, width), remaining, again)
+            read = replace_queries(pad_candidates(read, width), remaining, wider)
 
     def _add_tail(
         self,
@@ -370,10 +368,12 @@ class Reader:
                 break
             some = remaining[needed <= samples]
             part = replace(spec, selection=selection.take(some))
-            again = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
-            again, sampled = self._add_tail(view, again, operand[some], part, tables, samples, found.recall, generator)
+            repeated = transform(best, lambda tensor, some=some: tensor[some])  # type: ignore[misc]
+            repeated, sampled = self._add_tail(
+                view, repeated, operand[some], part, tables, samples, found.recall, generator
+            )
             drawn[some] = samples
-            read = replace_queries(read, some, again)
+            read = replace_queries(read, some, repeated)
             used.append(sampled)
         remaining, _ = _find_above_tolerance(read, tolerance)
         if len(remaining) == 0:

@@ -75,7 +75,7 @@ def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
 
 
 def replace_queries(read: Read, queries: Tensor, other: Read) -> Read:
-    """Replace the results of some of M queries, (b,), by those of ``other``."""
+    """Replace the results of some of M queries, (b,), by the results in ``other``."""
 
     def put(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
         return None if mine is None or theirs is None else mine.index_copy(0, queries, theirs)

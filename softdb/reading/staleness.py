@@ -66,7 +66,7 @@ class StalenessCheck:
 
 
 class OpenReads:
-    """Open reads: those whose backward may still run.
+    """Open reads: reads whose backward may still run.
 
     The backward of a read checks that its rows are unchanged. Growth of the table is refused while a read is open.
     """

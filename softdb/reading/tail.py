@@ -1,4 +1,4 @@
-"""Tail samples: estimates of what the candidates of a top-k read leave out.
+"""Tail samples: estimates of the rows outside of the candidates of a top-k read.
 
 With S the candidates of a query, w = exp(score), and a sample T of all rows in which row i represents f_i rows::
 
@@ -58,7 +58,7 @@ MIN_DIVISOR = 1e-300
 MIN_ERROR_EPS = 64
 
 
-# Fraction of the queries of a batch, those with the smallest variance, whose mean is the least of every query.
+# Each query gets at least the mean deviation of this fraction of the batch, the queries with the smallest deviations.
 TRIMMED_FRACTION = 0.95
 
 
@@ -75,7 +75,8 @@ class TailCosts:
 
     Attributes:
         sample_row: Cost of one sampled row for one query.
-        sample_queries: Number of queries that the cost of gathering a sample is equal to.
+        sample_queries: Cost of gathering a sample, in queries: a sampled row costs as much as for this many more
+            queries.
         candidate: Cost of one candidate for one query.
         sample: Fixed cost of a sample.
         max_trial_fraction: A first sample is tried if it and the candidates cost at most this fraction of an exact
@@ -88,8 +89,8 @@ class TailCosts:
     sample: float = 5e6
     max_trial_fraction: float = 1 / 4
 
-    def sample_cost(self, samples: float, queries: int) -> float:
-        """Return the cost of a sample of some rows for some queries."""
+    def estimate_sample_cost(self, samples: float, queries: int) -> float:
+        """Estimate the cost of a sample for a number of queries."""
         return self.sample + self.sample_row * samples * (queries + self.sample_queries) if queries else 0.0
 
 
@@ -154,7 +155,7 @@ def _estimate_exact_cost(population: int, queries: int) -> float:
 
 def is_worth_trying(samples: int, candidates: int, queries: int, population: int, costs: TailCosts) -> bool:
     """Return whether a first sample is cheap compared with an exact read."""
-    cost = costs.sample_cost(samples, queries) + costs.candidate * candidates * queries
+    cost = costs.estimate_sample_cost(samples, queries) + costs.candidate * candidates * queries
     return cost <= costs.max_trial_fraction * _estimate_exact_cost(population, queries)
 
 
@@ -176,8 +177,8 @@ def choose_sample_size(needed: Tensor, population: int, costs: TailCosts) -> int
     for place in {count // 4, count // 2, 3 * count // 4, count - 1} if count else ():
         samples = float(ordered[place])
         rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
-        later_cost = min(_estimate_exact_cost(population, rest), costs.sample_cost(float(ordered[-1]), rest))
-        cost = costs.sample_cost(samples, count - rest) + later_cost
+        later_cost = min(_estimate_exact_cost(population, rest), costs.estimate_sample_cost(float(ordered[-1]), rest))
+        cost = costs.estimate_sample_cost(samples, count - rest) + later_cost
         if samples < population and cost < lowest_cost:
             best, lowest_cost = math.ceil(samples), cost
     return best

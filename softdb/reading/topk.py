@@ -41,8 +41,8 @@ def read_candidates(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     lean = not needs_grad and not places.padded and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     if len(tables.keys) == 0:
-        nothing = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
-        scores = nothing.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+        zeros = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
+        scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
     elif needs_grad:
         scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
         scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores

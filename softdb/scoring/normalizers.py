@@ -310,7 +310,7 @@ def is_random(name: str) -> bool:
 
 
 def reports_rows(name: str) -> bool:
-    """Return whether an exact read without ``k`` knows which rows have weight."""
+    """Return whether an exact read without ``k`` gets the rows with weight."""
     return is_sparse(name) or is_hard(name)
 
 
@@ -330,7 +330,9 @@ def check_normalizer(name: str, generator: torch.Generator | None = None) -> Non
     if not isinstance(generator, torch.Generator):
         raise DtypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
     if not is_random(name):
-        raise ArgumentError(f"generator: expected nothing, since nothing is random with {name!r}; leave it out")
+        raise ArgumentError(
+            f"generator: expected no value with normalizer={name!r}, which draws no noise; leave it out"
+        )
     if torch._C._current_graph_task_id() != -1:  # a backward is running
         raise ArgumentError(
             "generator: expected None under activation checkpointing, which repeats the read in backward and would "

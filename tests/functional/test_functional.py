@@ -631,7 +631,7 @@ BAD_READS = [
     (dict(k=0), softdb.ArgumentError, "k: expected an integer of at least 1, got 0"),
     (dict(k=1.5), softdb.DtypeError, "k: expected an integer, got float 1.5"),
     (dict(normalizer="relu"), softdb.ArgumentError, "normalizer: expected one of 'softmax'"),
-    (dict(normalizer="entmax15", generator=torch.Generator()), softdb.ArgumentError, "generator: expected nothing"),
+    (dict(normalizer="entmax15", generator=torch.Generator()), softdb.ArgumentError, "generator: expected no value"),
 ]
 
 

@@ -229,8 +229,8 @@ def test_a_memory_layer_refuses_what_it_cannot_use() -> None:
     for options, message in (
         ({"mode": "soft"}, "mode: expected one of"),
         ({"mode": "topk"}, "k: expected the number of candidates"),
-        ({"mode": "hard", "k": 3}, "k: expected nothing"),
-        ({"mode": "hard", "normalizer": "straight_through"}, "normalizer: expected nothing"),
+        ({"mode": "hard", "k": 3}, "k: expected no value"),
+        ({"mode": "hard", "normalizer": "straight_through"}, "normalizer: expected no value"),
         ({"heads": 0}, "heads: expected an integer of at least 1"),
         ({"query_norm": "group"}, "query_norm: expected one of 'layer', 'batch'"),
         ({"metric": "manhattan"}, "metric: expected one of"),

@@ -237,7 +237,7 @@ def test_a_store_in_eval_mode_reads_the_best_row_without_noise(options: dict[str
     for bad, error in ((7, DtypeError), ("cpu", DtypeError)):
         with pytest.raises(error, match="generator: expected a"):
             read("gumbel", generator=bad)
-    with pytest.raises(ArgumentError, match="generator: expected nothing"):
+    with pytest.raises(ArgumentError, match="generator: expected no value"):
         read("straight_through", generator=generator)
     store.train()
     assert not torch.equal(read("gumbel").values, read("gumbel").values)
@@ -295,7 +295,7 @@ def test_only_random_normalizers_accept_a_generator(name: str) -> None:
         with pytest.raises(DtypeError, match=r"generator: expected a torch\.Generator, got int 3"):
             check_normalizer(name, 3)  # type: ignore[arg-type]
     else:
-        with pytest.raises(ArgumentError, match=f"generator: expected nothing, since nothing is random with '{name}'"):
+        with pytest.raises(ArgumentError, match=f"generator: expected no value with normalizer='{name}'"):
             check_normalizer(name, torch.Generator())
 
 

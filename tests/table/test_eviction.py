@@ -498,7 +498,7 @@ def test_usage_counts_the_rows_that_reads_report() -> None:
     assert store.usage.reads.sum() == store.usage.weight.sum() == 0
 
 
-@pytest.mark.parametrize("normalizer", filter(reports_rows, NORMALIZERS))
+@pytest.mark.parametrize("normalizer", list(filter(reports_rows, NORMALIZERS)))
 def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) -> None:
     torch.manual_seed(0)
     store = SoftKVStore(2, 1, track_usage=True)

@@ -124,7 +124,7 @@ class Selection:
             return len(self.visited)
         return self.size if self.shared is None else int(self.shared.sum())
 
-    @kept_property
+    @lock_free_cached_property
     def is_never_empty(self) -> bool:
         """Whether every query is known to see at least one row."""
         return self.is_shared and self.shared_count > 0

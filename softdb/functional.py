@@ -167,7 +167,7 @@ def soft_read(
         fold = _BatchFold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.fold_mask(mask))
         noise = draw_noise(normalizer, generator)
-        spec = ReadSpec(metric, centre, selection, dtype, narrow=narrow, noise=noise, tiling=tiling)
+        spec = ReadSpec(metric, centre, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
         if not selection.is_never_empty:
@@ -177,7 +177,7 @@ def soft_read(
         except NonFiniteError:
             check_finite("query", query)  # a more precise message than that of the scores
             check_finite(
-                "keys", keys if mask is None else hidden_keys_zeroed(tables.keys, spec, fold.groups, queries_per_group)
+                "keys", keys if mask is None else zero_hidden_keys(tables.keys, spec, fold.groups, queries_per_group)
             )
             raise
     if not is_finite(read.values):
@@ -364,8 +364,8 @@ def _topk_read_under_transform(
     check_normalizer(normalizer, generator)
     batch = _check_tables(query, keys, values)
     query_count, count = query.shape[-2], keys.shape[-2]
-    with outside_of_transforms():
-        check_finite("query", samples_first(query))
+    with suspend_transforms():
+        check_finite("query", move_samples_first(query))
         if isinstance(temperature, Tensor):
             numbers = move_samples_first(temperature)
             check_temperature(numbers, numbers.shape)
@@ -373,7 +373,7 @@ def _topk_read_under_transform(
             numbers = move_samples_first(candidates)
             _check_candidates(numbers, numbers.shape[:-1], count, query.device)
     temperature = _check_temperature_shape(temperature, (*batch, query_count), query.device)
-    if candidates.dim() == 0 or not broadcasts(candidates.shape[:-1], (*batch, query_count)):
+    if candidates.dim() == 0 or not is_broadcastable(candidates.shape[:-1], (*batch, query_count)):
         _check_candidates(torch.zeros(candidates.shape, dtype=torch.int64), (*batch, query_count), 1, query.device)
     if is_random(normalizer):
         check_randomness()
@@ -387,7 +387,7 @@ def _topk_read_under_transform(
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
         spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
-        scores = gathered_scores(fold.fold_queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
+        scores = score_rows(fold.fold_queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
         if is_random(normalizer):
             device = "cpu" if generator is None else generator.device
             noise = GumbelNoise(torch.randint(2**62, (), generator=generator, device=device).to(rows.device))
@@ -414,9 +414,9 @@ def _topk_read_under_transform(
         complete = (rows >= 0).sum(-1) == count
         mass = torch.where(complete, 1.0, torch.nan).to(dtype).masked_fill(lse == -torch.inf, 0.0)
         read = Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
-    with outside_of_transforms():
-        if not is_finite(samples_first(read.values)):
-            check_finite("values", samples_first(values))
+    with suspend_transforms():
+        if not is_finite(move_samples_first(read.values)):
+            check_finite("values", move_samples_first(values))
     return cast_values(transform(read, fold.unfold) if batch else read, query)
 
 

@@ -71,7 +71,7 @@ def find_candidates(  # (m,) -> (B, up to k)
     found = _search_base(task, base, search_width)  # (B, c)
     if len(exact_slots):
         visible = replace(
-            spec, selection=spec.selection.among(exact_slots), max_key_norm=None, bf16_matmul=False, noise=None
+            spec, selection=spec.selection.restrict_to(exact_slots), max_key_norm=None, bf16_matmul=False, noise=None
         )
         found = torch.cat([found, search_exactly(task._replace(spec=visible))], dim=-1)
     if found.shape[-1] <= k:

@@ -130,8 +130,8 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         isinstance(query, Tensor)
         and isinstance(mode, str)
         and isinstance(normalizer, str)
-        and not (mode == "topk" and normalizer in SPARSE)  # The width of the result depends on data.
-        and normalizer != "gumbel"  # Equal operators would be merged and draw once.
+        and not (mode == "topk" and is_sparse(normalizer))  # The width of the result depends on data.
+        and not is_random(normalizer)  # Equal operators would be merged and draw once.
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
         and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() only
         and (exclude is None or isinstance(exclude, Tensor))
@@ -228,7 +228,7 @@ def _read(
     options: dict[str, Any] = {"mode": mode, "k": k, "where": where, "exclude": exclude, "normalizer": normalizer}
     reported: list[tuple[Tensor, Tensor]] = []
     if not any(wanted):
-        with torch.no_grad(), _restore_autocast(query, answer), deferring(None if counting else reported):
+        with torch.no_grad(), _restore_autocast(query, answer), defer_counting(None if counting else reported):
             read = store.read(query, temperature=divisor if temperature is None else temperature, **options)
         return _to_outputs(
             read, query, _make_ticket(_PendingRead(read, (), tuple(reported))) if reported else _make_ticket(None)
@@ -237,7 +237,7 @@ def _read(
     # Copies, because the graph may reuse the memory of its own tensors.
     own_query = query.detach().clone().requires_grad_(wanted[0])
     own_temperature = None if temperature is None else temperature.detach().clone().requires_grad_(wanted[3])
-    with _enable_autograd(), _restore_autocast(query, answer), deferring(None if counting else reported):
+    with _enable_autograd(), _restore_autocast(query, answer), defer_counting(None if counting else reported):
         read = store.read(own_query, temperature=divisor if own_temperature is None else own_temperature, **options)
     inputs = (own_query, store.keys, store.values, own_temperature)
     return _to_outputs(read, query, _make_ticket(_PendingRead(read, inputs, tuple(reported))))

@@ -14,7 +14,8 @@ from softdb._checks import check_float_tensor
 from softdb.errors import TransformError
 from softdb.interop.pruning import recompute_pruned
 from softdb.reading.options import ReadOptions
-from softdb.reading.result import Read, answer_of, leaves_of, read_of
+from softdb.reading.result import Read, make_answer, make_leaves, make_read
+from softdb.scoring.normalizers import is_random
 from softdb.transforms import Answer, Operands, is_wrapped, read_opaquely, suspend_transforms
 
 __all__ = ["read_under_transform"]
@@ -50,7 +51,8 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     is_replaced = is_wrapped(keys, values)
 
     def run(operands: Operands, wanted: list[bool]) -> Answer:
-        own = leaves_of(operands, [want and (is_replaced or place not in (1, 2)) for place, want in enumerate(wanted)])
+        needs_grad = [want and (is_replaced or place not in (1, 2)) for place, want in enumerate(wanted)]
+        own = make_leaves(operands, needs_grad)
         own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
         arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
         chosen = options | {name: arguments[name] for name in names}
@@ -58,11 +60,11 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
             recompute_pruned(store)
         replacements = {"keys": own_keys, "values": own_values} if is_replaced else None
         read = store._reader.run(own_query, ReadOptions(**chosen), replacements)
-        return answer_of(read, own)
+        return make_answer(read, own)
 
     fold = refuse_to_fold if callable(options["where"]) else fold_queries
     operands = [query, keys, values, *given]
-    return read_of(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_replaced))
+    return make_read(*read_opaquely(run, fold, operands, random=random, generator=generator, sparse=not is_replaced))
 
 
 def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:

@@ -96,13 +96,13 @@ def _iterate_visible(
     if selection.shared is not None:
         wanted = wanted & selection.shared
     slots = wanted.nonzero().squeeze(-1)
-    if selection.visit is not None:
-        slots = slots[torch.isin(slots, selection.visit)]
+    if selection.visited is not None:
+        slots = slots[torch.isin(slots, selection.visited)]
     if len(slots) == 0:
         return
     for part in slots.split(max(1, Tiling.for_device(slots.device).tile_elements // (groups * queries))):
         visible = torch.ones(groups, queries, len(part), dtype=torch.bool, device=part.device)
-        block = replace(selection, shared=None, visit=part).block(0, len(part))
+        block = replace(selection, shared=None, visited=part).block(0, len(part))
         if block is not None:
             block.hide(visible, slice(0, groups), slice(0, queries), False)
             yield part, visible

@@ -86,7 +86,7 @@ class ReadSpec:
 
         It is 1 where the scores of a block have to be one tensor.
         """
-        whole = tiles.exact_ties or block.hides or self.noise is not None or groups.stop - groups.start > 1
+        whole = tiles.exact_ties or block.has_hidden or self.noise is not None or groups.stop - groups.start > 1
         return 1 if whole or block.count % tiles.partition else block.count // tiles.partition
 
     def make_score_bound(self, query: Tensor) -> Callable[[Tensor], float]:  # (G, B, w)
@@ -117,9 +117,9 @@ class ReadSpec:
         Rows are copied where they are gathered, converted or prepared.
         """
         elements = 0
-        if self.selection.visit is not None or self.metric in ("cosine", "l2") or keys.dtype != self.dtype:
+        if self.selection.visited is not None or self.metric in ("cosine", "l2") or keys.dtype != self.dtype:
             elements += keys.shape[-1] * (2 if self.metric == "l2" else 1)
-        if values is not None and (self.selection.visit is not None or values.dtype != self.dtype):
+        if values is not None and (self.selection.visited is not None or values.dtype != self.dtype):
             elements += values.shape[-1]
         return elements
 

@@ -42,16 +42,16 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     selection, groups = spec.selection, tables.groups
     height = len(query) // max(1, groups)
     if selection.has_hidden_rows and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, groups, height))
+        tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, groups, height))
     if is_sparse(normalizer):
         return _read_support(query, tables, spec, k, normalizer)
     hard, exact_read = is_hard(normalizer), backend_for(query).exact_read
     values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
     if selection.has_hidden_rows and not is_finite(values):
-        repaired = finite_values(tables.values, selection, groups, height)
+        repaired = separate_nonfinite_values(tables.values, selection, groups, height)
         if repaired is not None:
             values, lse, best = exact_read(query, tables.keys, repaired[0], spec, groups, k or int(hard))
-            values = spoil(values, repaired[1])
+            values = propagate_nan(values, repaired[1])
     mass = torch.ones_like(lse) if spec.selection.is_never_empty else (lse > -torch.inf).to(lse.dtype)
     if best is None:
         return Read(values, None, None, None, lse, mass)
@@ -64,8 +64,8 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
         # Recompute the scores with a graph. Forward keeps the scores of the kernel, which agree with its log-sum-exp.
         # The noise is left out, since it has no gradient.
-        recomputed = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
-        scores = straight_through(scores, recomputed.masked_fill(places.missing, -torch.inf))
+        recomputed = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+        scores = straight_through(scores, recomputed.masked_fill(places.is_padding, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())
     mass = compute_mass(weights)
@@ -82,7 +82,7 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     count = spec.selection.count
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
     width = tables.keys.shape[-1] + tables.values.shape[-1] if needs_grad else 1
-    max_support = spec.tiling.most_gathered // max(1, len(query) * width)
+    max_support = spec.tiling.max_sparse_elements // max(1, len(query) * width)
     searched = max(k or 1, min(FIRST_SUPPORT_ROWS, count))
     lse, scores, rows = _find_best_rows(query, tables, spec, searched)
     while True:
@@ -106,9 +106,9 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
     read = read_candidates(query, tables, spec, rows, normalizer, complete=complete)
     if spec.selection.has_hidden_rows and needs_grad and not is_finite(read.values):
         # The gradient of a key sums over queries. Queries that see no NaN or infinity must contribute finite numbers.
-        invalid, tables = ~read.values.detach().isfinite(), replace(tables, values=finite_or_zero(tables.values))
+        invalid, tables = ~read.values.detach().isfinite(), replace(tables, values=replace_nonfinite(tables.values))
         read = read_candidates(query, tables, spec, rows, normalizer, complete=complete)
-        read = replace(read, values=spoil(read.values, invalid))
+        read = replace(read, values=propagate_nan(read.values, invalid))
     ids, weights, scores = cast(Tensor, read.ids), cast(Tensor, read.weights), cast(Tensor, read.scores)
     if k is None:
         ids = ids.masked_fill(weights == 0, -1)

@@ -58,7 +58,7 @@ def check_options(
     Returns:
         k, tail_samples and tolerance as Python numbers.
     """
-    tail_samples = check_whole("tail_samples", tail_samples, least=0)
+    tail_samples = check_int("tail_samples", tail_samples, least=0)
     tolerance = None if tolerance is None else check_above_zero("tolerance", tolerance)
     check_choice("mode", mode, MODES)
     if mode == "hard":

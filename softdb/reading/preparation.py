@@ -31,7 +31,7 @@ class SearchPreparation:
     def is_done(self) -> bool:
         """Return whether the index is up to date."""
         table = self._table
-        if table.lent():  # substituted tensors are searched exactly
+        if table.substituted_tensors():  # substituted tensors are searched exactly
             return True
         return self._index.is_current(table.rows) and not self._index.has_stale_sample(table.keys)
 

@@ -173,7 +173,7 @@ class Reader:
         """
         table = self._table
         tensors = table.tensors() if substitutes is None else substitutes
-        replacements = table.lent(tensors) if substitutes is None else dict(substitutes)
+        replacements = table.substituted_tensors(tensors) if substitutes is None else dict(substitutes)
         for name, tensor in replacements.items():
             self._check_substitute(name, tensor, options.mode)
         keys, values, store = tensors["keys"], tensors["values"], table.module
@@ -303,7 +303,7 @@ class Reader:
             undecided = (cast(Tensor, read.weights).detach() > 0).all(-1)  # further rows may have weight
             remaining = (undecided & read.mass.isnan()).nonzero().squeeze(-1)
             gathered = 2 * width * len(remaining) * (view.keys.shape[-1] + view.values.shape[-1])
-            if len(remaining) == 0 or width >= max_width or gathered > spec.tiling.most_gathered:
+            if len(remaining) == 0 or width >= max_width or gathered > spec.tiling.max_sparse_elements:
                 return read, used
             width = min(2 * width, max_width)
             part = replace(spec, selection=spec.selection.take(remaining))
@@ -353,7 +353,7 @@ class Reader:
         candidates = max(k or 1, rounds.candidates)
         tries_sample = is_worth_trying(rounds.samples, candidates, len(query), selection.shared_count, self.costs)
         tries_sample = tries_sample and "keys" not in view.substituted
-        if not (tries_sample and view.index.approximates(view.rows, selection, candidates, len(query))):
+        if not (tries_sample and view.index.is_approximate(view.rows, selection, candidates, len(query))):
             read = read_exactly(operand, tables, spec, k, "softmax")
             return replace(read, error=torch.zeros_like(read.lse)), selection.shared
         best, found = self._read_candidates(view, query, operand, spec, tables, candidates, careful=True)

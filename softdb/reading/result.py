@@ -183,7 +183,7 @@ def merge(reads: Sequence[Read]) -> Read:
     reads = list(reads)
     _check_mergeable(reads)
     dtype = compute_dtype(*[read.lse for read in reads], *[read.values for read in reads])
-    with full_precision(reads[0].lse.device):
+    with disable_autocast(reads[0].lse.device):
         fractions, lse = softmax(torch.stack([read.lse.to(dtype) for read in reads], dim=-1))
         parts = torch.stack([read.values.to(dtype) for read in reads], dim=-1)  # (..., dv, reads)
         values = (parts * fractions.unsqueeze(-2)).sum(-1).to(reads[0].values.dtype)

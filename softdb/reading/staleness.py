@@ -38,7 +38,7 @@ class StalenessCheck:
         self._table = table if own else None
         self._version = table.version
         self._first = table.used
-        self._used = table.live() if used is None else used
+        self._used = table.live_mask() if used is None else used
         self._substitutes = [(tensor, version_of(tensor)) for tensor in substitutes]
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class OpenReads:
     def _register(self, token: Tensor, rows: RowStorage) -> weakref.ref[Tensor]:
         """Register a read as open for as long as ``token`` is alive."""
         reference = weakref.ref(token)
-        with rows.access.alone:
+        with rows.access.counter_lock:
             self._tokens = [other for other in self._tokens if other() is not None]
             self._tokens.append(reference)
         return reference

@@ -38,18 +38,18 @@ class Tables:
         first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
         return torch.where(rows < 0, rows, rows + first)
 
-    def gather_keys(self, places: Places, dtype: torch.dtype) -> Tensor:
+    def gather_keys(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
         """Gather keys."""
         return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
-    def gather_values(self, places: Places, dtype: torch.dtype) -> Tensor:
+    def gather_values(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
         """Gather values."""
         return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 
-def gather_best_value(tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+def gather_best_value(tables: Tables, places: GatherIndex, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """Gather the value of each query's first row; zeros where there is none."""
-    first = places.numbers[:, :1]
+    first = places.index[:, :1]
     if len(tables.values) == 0:
         return tables.values.new_zeros(len(first), tables.values.shape[-1], dtype=dtype)
     return gather_rows(tables.values.detach(), GatherIndex(first), dtype, sparse=False).squeeze(1)

@@ -111,15 +111,15 @@ def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: 
     selection, count = spec.selection, len(query)
     has_hidden = not selection.is_shared  # the sample has no rows that are hidden from all queries
     if has_hidden and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
-        tables = replace(tables, keys=hidden_keys_zeroed(tables.keys, spec, 1, count))
+        tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, 1, count))
     estimated = _add_finite_tail(read, query, tables, spec, sample, recall)
     if has_hidden and not is_finite(estimated.values):
-        repaired = finite_values(tables.values, selection.restrict_to(sample.slots.unique()), 1, count)
+        repaired = separate_nonfinite_values(tables.values, selection.restrict_to(sample.slots.unique()), 1, count)
         if repaired is not None:
             values, invalid = repaired
             estimated = _add_finite_tail(read, query, replace(tables, values=values), spec, sample, recall)
             error = cast(Tensor, estimated.error).masked_fill(invalid.any(-1), torch.inf)
-            return replace(estimated, values=spoil(estimated.values, invalid), error=error)
+            return replace(estimated, values=propagate_nan(estimated.values, invalid), error=error)
     return estimated
 
 
@@ -128,7 +128,7 @@ def _add_finite_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, 
     rows = _make_row_source(sample, tables, spec, query.requires_grad)
     is_empty = read.lse == -torch.inf  # without candidates there are no visible rows
     shift = read.lse.detach().masked_fill(is_empty, 0.0)
-    batch_sums, chunk_queries = [], max(1, spec.tiling.elements // SAMPLE_CHUNK_ROWS)
+    batch_sums, chunk_queries = [], max(1, spec.tiling.tile_elements // SAMPLE_CHUNK_ROWS)
     for start in range(0, max(1, len(query)), chunk_queries):
         part = slice(start, min(start + chunk_queries, len(query)))
         hidden = _SampleMask.build(sample, spec, cast(Tensor, read.ids), part)
@@ -187,8 +187,8 @@ def choose_sample_size(needed: Tensor, population: int, costs: TailCosts) -> int
 def _make_row_source(sample: Sample, tables: Tables, spec: ReadSpec, query_needs_grad: bool) -> RowSource:
     """Make a function that returns prepared keys and values of a chunk."""
     if torch.is_grad_enabled() and (query_needs_grad or tables.keys.requires_grad or tables.values.requires_grad):
-        places = Places(sample.slots.unsqueeze(0))
-        operand = spec.operand(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
+        places = GatherIndex(sample.slots.unsqueeze(0))
+        operand = spec.prepare_keys(tables.gather_keys(places, tables.keys.dtype).squeeze(0))
         values = tables.gather_values(places, spec.dtype).squeeze(0)
         return lambda chunk: (operand[chunk], values[chunk])
     tables = Tables(tables.keys.detach(), tables.values.detach())

@@ -37,29 +37,30 @@ def read_candidates(
         best: Whether the candidates are the k best rows. With a sparse normalizer they include all rows with weight,
             then, if one of them has weight 0.
     """
-    places = Places(tables.place(rows))
+    places = GatherIndex(tables.place(rows))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
-    lean = not needs_grad and not places.padded and tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
+    has_values = tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
+    lean = not needs_grad and not places.has_padding and has_values
     if len(tables.keys) == 0:
         zeros = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
-        scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.missing, -torch.inf)
+        scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
     elif needs_grad:
-        scores = gathered_scores(query, tables.gather_keys(places, spec.dtype), spec)
-        scores = scores.masked_fill(places.missing, -torch.inf) if places.padded else scores
+        scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+        scores = scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
     else:
         scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
     if spec.noise is not None:
         numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
     weights, lse = softmax(scores)
-    check_scores(scores.detach().masked_fill(places.missing, 0.0) if places.padded else scores)
+    check_scores(scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores)
     if is_sparse(normalizer):
         weights = SPARSE_NORMALIZERS[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
     order = _sort_best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = gather_best_value(tables, Places(places.numbers.gather(-1, order[:, :1])), spec.dtype)
+        blend = gather_best_value(tables, GatherIndex(places.index.gather(-1, order[:, :1])), spec.dtype)
         if needs_grad:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
@@ -84,7 +85,7 @@ def _sort_best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) 
     return order
 
 
-def _blend(weights: Tensor, tables: Tables, places: Places, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
+def _blend(weights: Tensor, tables: Tables, places: GatherIndex, dtype: torch.dtype) -> Tensor:  # (M, k) -> (M, dv)
     """Compute the weighted sum of the values at places."""
     width = tables.values.shape[-1]
     if len(tables.values) == 0:

@@ -227,5 +227,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
                 last = torch.cat([first, last]).unique()
             with update.table.access.writing():
                 update.table.mark_updated(None if first is None else last, keys=update.name == "keys")
+        update.table.average.source = None  # A copy that an optimizer trains is no average.
         if key in before:
             update.table.recorded.record_step(update.name, before[key].state, update.parameter)

@@ -28,7 +28,7 @@ from softdb.index.manager import IndexManager
 from softdb.index.search import Candidates
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
-from softdb.scoring.metrics import centre_of, prepare_query
+from softdb.scoring.metrics import compute_centre, prepare_query
 from softdb.table.gradients import make_row_sparse
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]

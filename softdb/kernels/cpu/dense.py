@@ -102,7 +102,7 @@ def read_dense(
     if block.count > spec.tiling.max_dense_sum_rows:  # torch sums the exponentials of a row sequentially
         weights /= weights.sum(-1, keepdim=True)
     lse = scores.amax(-1) - weights.amax(-1).log()
-    if block.hides:
+    if block.has_hidden:
         sees_nothing = lse.isnan()
         weights.masked_fill_(sees_nothing.unsqueeze(-1), 0.0)
         lse.masked_fill_(sees_nothing, -torch.inf)

@@ -145,9 +145,9 @@ def _top_k_in_two_passes(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) ->
     if batch == 0:
         return query.new_empty(0, k, dtype=spec.dtype), torch.empty(0, k, dtype=torch.int64, device=query.device)
     found = torch.cat([_columns_of_best_groups(query, keys, spec, part, k) for part in parts])  # (B, 32 k)
-    if spec.selection.visit is not None:
-        found = torch.where(found < 0, found, spec.selection.visit[found.clamp(min=0)])
-    found.masked_fill_(~spec.selection.allows(found), -1)
+    if spec.selection.visited is not None:
+        found = torch.where(found < 0, found, spec.selection.visited[found.clamp(min=0)])
+    found.masked_fill_(~spec.selection.is_visible(found), -1)
     scores, place = top_k(score_at(query[0], keys[0], found, spec), k)
     return scores, found.gather(-1, place).masked_fill_(scores == -torch.inf, -1)
 

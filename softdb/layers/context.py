@@ -29,7 +29,7 @@ from softdb.errors import (
 )
 from softdb.functional import soft_read
 from softdb.layers.context_state import ContextState, Ring, Stores
-from softdb.layers.queries import Queries, output_of, reset_output
+from softdb.layers.queries import Queries, make_output, reset_output
 from softdb.reading.result import Read, merge
 from softdb.transforms import (
     check_no_tangent,
@@ -46,7 +46,7 @@ from softdb.transforms import (
 __all__ = ["ContextMemory"]
 
 
-UNTRACED = (
+UNTRACED_MESSAGE = (
     "softdb: a ContextMemory writes to itself as it runs, which cannot be part of a compiled or exported graph; leave "
     "out fullgraph=True"
 )
@@ -55,48 +55,49 @@ UNTRACED = (
 class ContextMemory(nn.Module):
     r"""Attend causally to the present segment and to past segments of the sequence.
 
-    Each call takes the next segment of the same sequences, place by place in the batch. Call `reset` before other
-    sequences come, at every new batch of them: otherwise they attend to tokens of the former sequences, which the layer
-    cannot detect. See the second example. Training and evaluation have a past each: after ``eval()`` the layer reads
-    and writes the past of evaluation, which starts empty; after ``train()`` it continues with that of training; `reset`
-    clears the past of the present mode. So call it at the start of every validation, too.
+    Each call takes the next segment of the same sequences, in the same order in the batch. Call `reset` before each
+    batch of new sequences. Otherwise they attend to tokens of the previous sequences, which the layer cannot detect.
+    See the second example. Training and evaluation have separate pasts: after ``eval()`` the layer reads and writes the
+    past of evaluation, which starts empty; after ``train()`` it continues with the past of training. `reset` clears the
+    past of the current mode, so call it at the start of every validation, too.
 
-    A sequence comes in segments, one call each. With K and V the keys and values of the last ``rows`` tokens before
-    this segment, and k, v those of the tokens of this one::
+    A sequence is split into segments, one per call. Let K and V be the keys and values of the last ``rows`` tokens
+    before this segment, and k and v the keys and values of this segment::
 
         q = (x @ W_Q.T).unflatten(-1, (heads, key_dim));  k = x @ W_K.T;  v = x @ W_V.T
         a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim)) @ cat([V, v[: t + 1]])
         y = a.flatten(-2) @ W_O.T
 
-    So a sequence of up to ``rows`` tokens gives the result of full causal attention, in segments of any length. All
-    heads share one key and one value a token. Keys are normalised as the queries are (with learned gains), so that keys
-    from some steps ago still fit present queries. The layer has no positions: add them to x if they matter within a
-    segment.
+    So for a sequence of up to ``rows`` tokens the result equals full causal attention, whatever the length of the
+    segments. All heads share one key and one value per token. Keys and queries are both normalised (with learned
+    gains), so that keys that were computed some steps ago still match current queries. The layer has no positional
+    encoding: add one to x if positions within a segment matter.
 
-    Stored tokens are cut from the graph: gradients reach W_Q through both parts, and W_K and W_V through the segment.
-    When the memory is full, each new token takes the place of the oldest. Tokens enter at the next call, so that
-    ``backward`` may follow the segment's forward; after another forward it raises `softdb.StaleReadError` where rows
-    that it needs are overwritten. The weights over all tokens are never held.
+    Stored tokens are detached from the graph: gradients reach W_Q through both parts, and W_K and W_V through the
+    segment only. When the memory is full, each new token replaces the oldest. Tokens are written at the next call, so
+    that ``backward`` may follow the segment's forward; after another forward, ``backward`` raises
+    `softdb.StaleReadError` if rows that it needs have been overwritten. The weights over all tokens are never held.
 
-    The memory is part of ``state_dict`` (a resumed run continues exactly) and follows ``.to``. It is no buffer, since
-    DistributedDataParallel would overwrite each process's with the first one's. In ``state_dict`` the past of training
-    is under ``past.`` in either mode, and that of evaluation, unless it is empty, under ``evaluation_past.``. A loaded
-    past is dropped, with a warning, if another number of sequences comes first.
+    The memory is part of ``state_dict`` (a resumed run continues exactly) and follows ``.to``. It is not a buffer,
+    since DistributedDataParallel would overwrite the buffers of every rank with those of rank 0. In ``state_dict`` the
+    past of training is stored under ``past.`` in either mode; the past of evaluation is stored under
+    ``evaluation_past.`` unless it is empty. A loaded past is dropped, with a warning, if the next segment has another
+    number of sequences.
 
     Args:
         dim: Width of input and output.
-        rows: How many past tokens each sequence remembers. Storage for them is allocated at the first call in each of
-            the two modes: ``rows * (key_dim + value_dim)`` numbers a sequence.
-        heads: How many queries are made of each token.
+        rows: Number of past tokens that are kept per sequence. Their storage is allocated at the first call in each of
+            the two modes: ``rows * (key_dim + value_dim)`` numbers per sequence.
+        heads: Number of heads. Each computes one query per token.
         key_dim: Width of queries and keys.
-        value_dim: Width of values; ``key_dim`` unless given.
-        k: How many of the past tokens each query sees: the k best, which an index finds for each sequence. All unless
-            given: then the cost of a segment is proportional to ``rows``, which is faster up to some ten thousand
-            tokens.
-        device, dtype: Of the parameters and of the stored tokens, as for any module.
+        value_dim: Width of values; default: ``key_dim``.
+        k: Number of past tokens that each query attends to: the k with the highest scores, which an index finds for
+            each sequence. Default: all. Then the cost of a segment is proportional to ``rows``, which is faster up to
+            about ten thousand tokens.
+        device, dtype: Device and dtype of the parameters and of the stored tokens, as for any module.
 
     Raises:
-        ArgumentError, DtypeError: An argument is not as above.
+        ArgumentError, DtypeError: An argument is invalid.
 
     Source: Wu et al. 2022 (arXiv 2203.08913); one key for all heads: Shazeer 2019 (arXiv 1911.02150); normalised
     queries and keys: Henry et al. 2020 (arXiv 2010.04245); the parts are merged by log-sum-exp, as in FlashAttention
@@ -112,17 +113,17 @@ class ContextMemory(nn.Module):
         >>> torch.allclose(torch.cat(parts, dim=1), layer(text), atol=1e-5)
         True
 
-        A loop over batches of sequences, each of which comes in segments, and a validation in between:
+        Train on batches of sequences, each split into segments, and validate in between:
 
         >>> optimizer = torch.optim.AdamW(layer.parameters())
         >>> validation = torch.randn(5, 100, 32)                 # of another number of sequences
         >>> for batch in torch.randn(2, 3, 100, 32):
-        ...     layer.reset()                                    # other sequences than those before
+        ...     layer.reset()                                    # new sequences follow
         ...     for segment in batch.split(25, dim=1):           # the next tokens of the same sequences
         ...         layer(segment).square().mean().backward()
         ...         optimizer.step()
         ...         optimizer.zero_grad()
-        ...     layer.eval().reset()                             # training's past stays
+        ...     layer.eval().reset()                             # keeps the past of training
         ...     with torch.no_grad():
         ...         losses = [layer(segment).square().mean() for segment in validation.split(25, dim=1)]
         ...     _ = layer.train()
@@ -145,11 +146,11 @@ class ContextMemory(nn.Module):
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
         self.k = None if k is None else check_positive("k", k)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.queries = Queries(self.dim, self.heads, self.key_dim, "layer", **made)
-        self.keys = Queries(self.dim, 1, self.key_dim, "layer", **made)
-        self.values = nn.Linear(self.dim, self.value_dim, bias=False, **made)
-        self.output = output_of(self.heads, self.value_dim, self.dim, **made)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.queries = Queries(self.dim, self.heads, self.key_dim, "layer", **factory_kwargs)
+        self.keys = Queries(self.dim, 1, self.key_dim, "layer", **factory_kwargs)
+        self.values = nn.Linear(self.dim, self.value_dim, bias=False, **factory_kwargs)
+        self.output = make_output(self.heads, self.value_dim, self.dim, **factory_kwargs)
         self._past, self._evaluation_past = self._new_past(), self._new_past()
         self.reset_parameters()
 
@@ -160,11 +161,11 @@ class ContextMemory(nn.Module):
 
     @property
     def _current_past(self) -> ContextState:
-        """Return the past of the present mode."""
+        """The past of the current mode."""
         return self._past if self.training else self._evaluation_past
 
     def reset_parameters(self) -> None:
-        """Draw new weights, and empty the memory of training and evaluation."""
+        """Draw new weights, and clear the past of training and of evaluation."""
         self.queries.reset_parameters()
         self.keys.reset_parameters()
         nn.init.normal_(self.values.weight, std=self.dim**-0.5)
@@ -173,17 +174,18 @@ class ContextMemory(nn.Module):
         self._evaluation_past.clear()
 
     def reset(self, sequences: Tensor | Sequence[int] | None = None) -> None:
-        """Forget all sequences, or those at some places in the batch.
+        """Forget all sequences, or some sequences of the batch.
 
-        Call it before the first segment of other sequences. It clears the past of the present mode: in training mode
-        that of training, after ``eval()`` that of evaluation. After all are forgotten, another number may come.
+        Call it before the first segment of new sequences. It clears the past of the current mode: in training mode
+        the past of training, after ``eval()`` the past of evaluation. After all sequences have been forgotten, the next
+        batch may have another size.
 
         Args:
-            sequences: Places in the batch, (m,) int64, or a mask of them, (batch,) bool; None for all.
+            sequences: Indices into the batch, (m,) int64, or a mask, (batch,) bool; None for all sequences.
 
         Raises:
-            ArgumentError: There is no such sequence.
-            DtypeError, ShapeError: ``sequences`` is not as above.
+            ArgumentError: An index is outside of the batch.
+            DtypeError, ShapeError: ``sequences`` has the wrong dtype or shape.
         """
         past = self._current_past
         if sequences is None:
@@ -192,10 +194,10 @@ class ContextMemory(nn.Module):
         if isinstance(sequences, Tensor) and sequences.dtype == torch.bool:
             check_shape("sequences", sequences, (past.batch,))
             sequences = sequences.nonzero().squeeze(-1)
-        places = check_ids("sequences", sequences, repeats=True).reshape(-1)
-        if len(places) and int(places.max()) >= past.batch:
-            raise ArgumentError(f"sequences: expected places in a batch of {past.batch}, got {places.tolist()[:5]}")
-        past.forget(places)
+        indices = check_ids("sequences", sequences, repeats=True).reshape(-1)
+        if len(indices) and int(indices.max()) >= past.batch:
+            raise ArgumentError(f"sequences: expected indices into a batch of {past.batch}, got {indices.tolist()[:5]}")
+        past.forget(indices)
 
     @overload
     def forward(
@@ -215,32 +217,32 @@ class ContextMemory(nn.Module):
     def forward(
         self, x: Tensor, *, documents: Tensor | None = None, write: bool = True, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
-        """Attend to the segment and to the past of the present mode; remember it there.
+        """Compute causal attention over the past and the segment, and store the segment.
 
         Args:
-            x: The next segment of every sequence, (batch, n, dim); the first one after `reset`.
-            documents: The document of each sequence, or of each token: whole numbers, (batch,) or (batch, n). Tokens
-                see only tokens of their own document; -1 is padding, which sees nothing and is never seen. All are of
-                document 0 unless given. Padding takes up rows, except in a memory with ``k``.
-            write: Whether to remember the segment. Without any write, this is causal attention within segments.
-            return_read: Whether to return the read as well, its leading shape (batch, heads, n).
+            x: The next segment of every sequence, (batch, n, dim); the first segment after `reset`.
+            documents: The document number of each sequence or of each token, integers of shape (batch,) or (batch, n).
+                Tokens attend only to tokens of their own document. -1 marks padding, which attends to nothing and is
+                never attended to. Default: document 0 for all. Padding takes up rows, except in a memory with ``k``.
+            write: Whether to store the segment. If no call writes, this is causal attention within segments.
+            return_read: Whether to return the read as well. Its leading shape is (batch, heads, n).
 
         Returns:
-            (batch, n, dim), or that and a `softdb.Read`.
+            The output, (batch, n, dim); with ``return_read`` a tuple of the output and a `softdb.Read`.
 
         Raises:
-            ShapeError: Among others, ``x`` has another number of sequences than the memory: call `reset` first. A
-                memory that was loaded, and has had no segment since, is dropped instead, with a warning.
-            DtypeError, DeviceError, NonFiniteError: An argument is not as above.
+            ShapeError: A shape is wrong. If ``x`` has another number of sequences than the memory, call `reset` first.
+                A memory that was loaded, and has had no segment since, is dropped instead, with a warning.
+            DtypeError, DeviceError, NonFiniteError: An argument is invalid.
             StaleReadError: In backward, if tokens that the read used have been evicted since, or if activation
-                checkpointing repeats a segment other than the last.
-            TransformError: ``write`` under torch.vmap.
+                checkpointing recomputes a segment other than the last.
+            TransformError: ``write`` is true under torch.vmap.
         """
         if is_active() and not is_wrapped(x, documents, *self.parameters()):
             with suspend_transforms():
                 return self.forward(x, documents=documents, write=write, return_read=return_read)
         if is_traced(x) and not torch.compiler.is_dynamo_compiling():
-            raise TransformError(UNTRACED)
+            raise TransformError(UNTRACED_MESSAGE)
         check_float_tensor("x", x, (None, None, self.dim))
         queries = self.queries(x).squeeze(-2).transpose(1, 2)  # (batch, heads, n, key_dim)
         keys = self.keys(x)[..., 0, 0, :]  # (batch, n, key_dim)
@@ -252,10 +254,10 @@ class ContextMemory(nn.Module):
         return (y, read) if return_read else y
 
     if TYPE_CHECKING:
-        __call__ = forward  # of torch.nn.Module it takes and returns anything
+        __call__ = forward  # torch.nn.Module types it as Callable[..., Any]
 
     def extra_repr(self) -> str:
-        """Return the text that ``repr`` shows between the brackets."""
+        """Return the options that ``repr`` shows."""
         k = "" if self.k is None else f", k={self.k}"
         return f"dim={self.dim}, rows={self.rows}, heads={self.heads}{k}, sequences={self._current_past.batch}"
 
@@ -269,7 +271,7 @@ class ContextMemory(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_evaluation_past" not in self.__dict__:  # pickled when there was one past for both modes
+        if "_evaluation_past" not in self.__dict__:  # Older pickles hold one past for both modes.
             self._evaluation_past = self._new_past()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -279,7 +281,7 @@ class ContextMemory(nn.Module):
             pasts["evaluation_past."] = self._evaluation_past
         for start, past in pasts.items():
             for name, tensor in past.state(self.values.weight).items():
-                # A copy: later segments overwrite the same rows, and would change parts of the saved tensors.
+                # Copy: later segments are written to the same rows, and would change parts of the saved tensors.
                 destination[f"{prefix}{start}{name}"] = tensor.detach().clone()
 
     def _load_from_state_dict(
@@ -295,7 +297,7 @@ class ContextMemory(nn.Module):
         starts = (f"{prefix}past.", f"{prefix}evaluation_past.")
         rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(starts)}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        # With assign=True, torch assigns Parameters after this call: the present one may still be the old one.
+        # With assign=True, torch assigns Parameters after this call, so `self.values.weight` may still be the old one.
         like = self.values.weight
         if local_metadata.get("assign_to_params_buffers", False):
             like = state_dict.get(f"{prefix}values.weight", like)
@@ -304,7 +306,7 @@ class ContextMemory(nn.Module):
             given = {name[len(start) :]: tensor for name, tensor in state_dict.items() if name.startswith(start)}
             unexpected = {name for name in given if not past.accepts_name(name)}
             unexpected_keys += [start + name for name in sorted(unexpected)]
-            if past is self._evaluation_past and not given:  # it was empty if the past of training is there
+            if past is self._evaluation_past and not given:  # An empty past of evaluation is not saved.
                 if complete:
                     past.clear()
                 continue
@@ -319,7 +321,7 @@ class ContextMemory(nn.Module):
                 if is_out_of_memory(error):
                     raise
                 error_msgs.append(
-                    f"{error}; to load weights alone, leave out what starts with {start!r}, with strict=False"
+                    f"{error}; to load weights only, remove the keys that start with {start!r} and pass strict=False"
                 )
 
 
@@ -331,28 +333,28 @@ def _attend(
     documents: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Read:
-    """Read a segment and the past; with ``dtype``, remember the segment in it."""
+    """Read a segment and the past; with ``dtype``, store the segment in that dtype."""
     if is_forward_mode():
         check_no_tangent(queries, keys, values)
     if is_active():
         return _attend_under_transform(past, queries, keys, values, documents, dtype)
     batch, count = keys.shape[:2]
-    is_recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing, within a backward
+    is_recomputing = torch._C._current_graph_task_id() != -1  # Only activation checkpointing runs within a backward.
     documents = _check_documents(documents, batch, count, keys.device)
     if past.batch not in (0, batch):
         if not past.is_loaded or is_recomputing or batch == 0:
             _check_batch(past, batch)
         warnings.warn(
-            f"a ContextMemory that was loaded with the past of {past.batch} sequences got {batch} others, so it drops "
-            "that past; call reset() after load_state_dict() where other sequences come",
+            f"a ContextMemory that was loaded with the past of {past.batch} sequences got {batch} sequences and drops "
+            "that past; call reset() after load_state_dict() before new sequences",
             UserWarning,
             stacklevel=2,
         )
         past.clear()
     if is_recomputing and not past.is_recompute(keys):
         raise StaleReadError(
-            "activation checkpointing repeats a segment that is not the last one the memory has seen, so its read "
-            "would be another; call backward() before the next segment"
+            "activation checkpointing recomputes a segment that is not the last one that the memory has read, so the "
+            "result would differ; call backward() before the next segment"
         )
     if not is_recomputing:
         past.flush_segment()
@@ -374,13 +376,13 @@ def _attend_under_transform(
     documents: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Read:
-    """Do as `_attend` while a transform of torch.func is active.
+    """Read a segment and the past under a transform of torch.func.
 
-    Tokens are remembered as plain tensors, cut from the transform.
+    Tokens are stored as plain tensors, detached from the transform.
     """
     if dtype is not None and any(map(is_batched, (keys, values))):
         raise TransformError(
-            "write: expected False under torch.vmap, since a ContextMemory cannot remember a segment for each sample; "
+            "write: expected False under torch.vmap, since a ContextMemory cannot store a segment for each sample; "
             "pass write=False, or more sequences in x"
         )
     if is_wrapped(documents):
@@ -405,15 +407,15 @@ def _attend_under_transform(
 
 
 def _check_batch(past: ContextState, batch: int) -> None:
-    """Raise unless the past, if there is one, is of ``batch`` sequences."""
+    """Raise unless the past is empty or has ``batch`` sequences."""
     if past.batch not in (0, batch):
         raise ShapeError(
-            f"x: expected {past.batch} sequences, as the memory holds, got {batch}; call reset() before others come"
+            f"x: expected {past.batch} sequences, as in the memory, got {batch}; call reset() before new sequences"
         )
 
 
 def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Read:
-    """Read, for each token, the tokens of its segment up to itself, (batch, heads, n)."""
+    """Compute causal attention within a segment, (batch, heads, n)."""
     count = keys.shape[1]
     mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
     if documents is not None:
@@ -422,7 +424,7 @@ def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents:
     return soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
 
 
-_attend_outside = disable_compile(UNTRACED)(_attend)
+_attend_outside = outside_of_graphs(UNTRACED_MESSAGE)(_attend)
 
 
 def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
@@ -432,10 +434,10 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
     if not isinstance(documents, Tensor) or documents.dtype not in INTEGER_DTYPES:
         raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
     if documents.is_meta:
-        raise DeviceError("documents: expected numbers that can be read, got a tensor on meta, which holds none")
+        raise DeviceError("documents: expected a tensor with data, got one on the meta device; move it to another")
     if documents.shape not in ((batch,), (batch, count)):
         raise ShapeError(
-            f"documents: expected shape ({batch},) or ({batch}, {count}), a number for each sequence or each token, "
+            f"documents: expected shape ({batch},) or ({batch}, {count}), one number per sequence or per token, "
             f"got {tuple(documents.shape)}"
         )
     given = documents.to(device, torch.int64).reshape(batch, -1)

@@ -23,30 +23,30 @@ __all__ = ["ContextState", "Ring", "Stores"]
 Segment = tuple[Tensor, Tensor, Tensor]  # keys, values and documents, (batch, n, ...)
 
 
-SEGMENT = ("keys", "values", "documents")
+SEGMENT_NAMES = ("keys", "values", "documents")
 
 
-# From this many tokens a sequence on, an index finds the k best.
-INDEXED_ROWS = 4096
+# Number of rows per sequence from which an index finds the k best.
+MIN_INDEXED_ROWS = 4096
 
 
 class ContextState:
-    """Hold the past tokens of every sequence, and the last segment apart from them.
+    """Past tokens of every sequence, and the last segment, which is written later.
 
-    The last segment enters at the next call: if it entered at once, it would overwrite rows that its own backward
-    still needs.
+    The last segment is written to the past tokens at the next call. If it were written at once, it would overwrite rows
+    that its own backward still needs.
 
     Attributes:
-        tokens: The tokens that have entered.
-        recent: Keys, values and documents, (batch, n, ...), of the segment that waits.
-        mixed: Whether a token may be of another document than 0.
-        version: A counter of changes to ``tokens``.
-        is_loaded: Whether everything comes from a state dict, so that the next segment may be of other sequences.
-        last_keys: The keys of the last segment that was read.
-        last_version: The version of the tokens that it was read with.
+        tokens: The past tokens without the last segment.
+        recent: The last segment, not written yet: keys, values and documents, (batch, n, ...).
+        mixed: Whether a token may belong to a document other than 0.
+        version: Counter of changes to ``tokens``.
+        is_loaded: Whether all tokens come from a state dict, so that the next segment may be of new sequences.
+        last_keys: Keys of the last segment that was read.
+        last_version: Version of ``tokens`` when that segment was read.
     """
 
-    # Defaults for objects that were pickled before they had these attributes.
+    # Defaults for objects of older pickles, which lack these attributes.
     is_loaded = False
     last_keys: Tensor | None = None
     last_version = -1
@@ -65,22 +65,22 @@ class ContextState:
 
     @property
     def batch(self) -> int:
-        """Return the number of sequences; 0 before the first segment."""
+        """Number of sequences; 0 before the first segment."""
         return self.tokens.batch if self.recent is None else len(self.recent[0])
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forget(self, places: Tensor) -> None:
-        """Forget the tokens of the sequences at ``places`` in the batch."""
+    def forget(self, indices: Tensor) -> None:
+        """Forget the tokens of the sequences at ``indices`` in the batch."""
         self.flush_segment()
         self.version += 1
-        self.tokens.forget(places)
+        self.tokens.forget(indices)
         self.mixed = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def remember(self, keys: Tensor, values: Tensor, documents: Tensor | None, dtype: torch.dtype) -> None:
-        """Keep a segment, cut from the graph, until `flush_segment`."""
+        """Keep a segment, detached from the graph, until `flush_segment`."""
         batch, count = keys.shape[:2]
         last = slice(max(0, count - self.tokens.rows), count)
         if documents is None:
@@ -92,17 +92,17 @@ class ContextState:
         self.is_loaded = False
 
     def record_segment(self, keys: Tensor) -> None:
-        """Record the keys of a segment that is about to be read, for `is_recompute`."""
+        """Record the keys of a segment before it is read, for `is_recompute`."""
         self.last_keys, self.last_version = keys.detach(), self.version
 
     def is_recompute(self, keys: Tensor) -> bool:
-        """Return whether ``keys`` are the last segment's, and no token has entered since."""
+        """Return whether ``keys`` are the last segment's, with ``tokens`` unchanged."""
         return self.last_keys is not None and self.last_version == self.version and torch.equal(self.last_keys, keys)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def flush_segment(self) -> None:
-        """Write the segment that waits to the tokens."""
+        """Write the last segment to the past tokens."""
         if self.recent is not None:
             self.version += 1
             self.tokens.write(self.recent)
@@ -116,7 +116,7 @@ class ContextState:
             documents: (batch, 1 or n); None for document 0.
 
         Returns:
-            A read (batch, heads, n); None if there are no tokens.
+            A read of leading shape (batch, heads, n); None if there are no tokens.
         """
         if documents is None and self.mixed:
             documents = torch.zeros(len(queries), 1, dtype=torch.int64, device=queries.device)
@@ -132,32 +132,32 @@ class ContextState:
 
     @property
     def required_names(self) -> set[str]:
-        """Return the names that every `state` has."""
-        return {f"recent_{name}" for name in SEGMENT} | self.tokens.required_names
+        """Names of the entries that every `state` has."""
+        return {f"recent_{name}" for name in SEGMENT_NAMES} | self.tokens.required_names
 
     def accepts_name(self, name: str) -> bool:
         """Return whether a `state` may have an entry of this name."""
         return name in self.required_names or self.tokens.accepts_name(name)
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
-        """Return everything as tensors; empty ones have the dtype and device of ``like``."""
+        """Return the tensors to save; empty ones have the dtype and device of ``like``."""
         recent = self.recent or _new_segment(self.tokens.batch, 0, self.tokens.widths, like)
-        found = {f"recent_{name}": part for name, part in zip(SEGMENT, recent, strict=True)}
-        return found | self.tokens.state(like)
+        saved = {f"recent_{name}": part for name, part in zip(SEGMENT_NAMES, recent, strict=True)}
+        return saved | self.tokens.state(like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> None:
-        """Load copies of the tensors of a `state`; errors call it ``name``."""
-        given = {part: state[f"recent_{part}"] for part in SEGMENT}
+        """Load copies of the tensors of a `state`; errors prefix keys with ``name``."""
+        given = {part: state[f"recent_{part}"] for part in SEGMENT_NAMES}
         _check_segment(given, f"{name}recent_", None, self.tokens.widths)
         rest = {key: tensor for key, tensor in state.items() if not key.startswith("recent_")}
         tokens, recent = self.tokens.new_empty(), _copy_segment(given, like)
         mixed = tokens.load(rest, name, like)
         if recent[2].numel() and tokens.batch not in (0, len(recent[0])):
             raise ShapeError(
-                f"state_dict[{name + 'recent_documents'!r}]: expected {tokens.batch} sequences, as in the rest, got "
-                f"{len(recent[0])}"
+                f"state_dict[{name + 'recent_documents'!r}]: expected {tokens.batch} sequences, as in the other "
+                f"entries, got {len(recent[0])}"
             )
         self.tokens, self.version = tokens, self.version + 1
         self.recent = recent if recent[2].numel() else None
@@ -166,16 +166,16 @@ class ContextState:
 
 
 class Ring:
-    """Hold the last tokens of every sequence in tensors, and read all of them.
+    """Ring buffer of the last tokens of every sequence; reads attend to all of them.
 
-    Token number t of a sequence, from 0, lies in row ``t % rows``.
+    Token t of a sequence, counted from 0, is stored in row ``t % rows``.
 
     Attributes:
-        tables: Keys, values and documents, (batch, rows, ...); tokens of document -1 are hidden.
-        written: How many tokens of each sequence have entered.
+        tables: Keys, values and documents, (batch, rows, ...). Tokens of document -1 are hidden.
+        written: Number of tokens of each sequence that have been written.
     """
 
-    required_names = frozenset((*SEGMENT, "written"))
+    required_names = frozenset((*SEGMENT_NAMES, "written"))
 
     def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
         self.rows, self.widths = rows, (key_dim, value_dim)
@@ -196,13 +196,13 @@ class Ring:
 
     @property
     def batch(self) -> int:
-        """Return the number of sequences; 0 before the first segment."""
+        """Number of sequences; 0 before the first segment."""
         return 0 if self.tables is None else len(self.tables[0])
 
-    def forget(self, places: Tensor) -> None:
-        """Forget the tokens of the sequences at ``places`` in the batch."""
+    def forget(self, indices: Tensor) -> None:
+        """Forget the tokens of the sequences at ``indices`` in the batch."""
         if self.tables is not None:
-            self.tables[2][places.to(self.tables[2].device)] = -1
+            self.tables[2][indices.to(self.tables[2].device)] = -1
 
     def write(self, segment: Segment) -> None:
         """Write the tokens of a segment over the oldest ones."""
@@ -212,8 +212,8 @@ class Ring:
         first = self.written % self.rows
         before_end = min(count, self.rows - first)
         for table, part in zip(self.tables, segment, strict=True):
-            # Through .data, whose writes torch does not count: `_check_kept` is more exact, since a read's backward
-            # needs only the rows that were written by then.
+            # Write through .data, so that torch does not count the write and refuse backward: a read's backward needs
+            # only the rows that had been written by then, and `_check_unchanged` checks exactly those rows.
             table.data[:, first : first + before_end] = part[:, :before_end]
             table.data[:, : count - before_end] = part[:, before_end:]
         self.written += count
@@ -228,22 +228,22 @@ class Ring:
         if documents is not None:
             mask = (stored.unsqueeze(-2) == documents[:, None, :, None]) & (stored.unsqueeze(-2) >= 0)
         read = soft_read(queries, keys, values, mask=mask)
-        if is_active():  # tables are copies
+        if is_active():  # The tables are copies, which no write changes.
             return read
-        check = partial(self._check_kept, self.tables, max(self.written, self.rows))
+        check = partial(self._check_unchanged, self.tables, max(self.written, self.rows))
         for tensor in (read.values, read.lse):
             if tensor.requires_grad:
                 tensor.register_hook(check)
         return read
 
-    def _check_kept(self, tables: Segment, limit: int, gradient: Tensor) -> None:
+    def _check_unchanged(self, tables: Segment, limit: int, gradient: Tensor) -> None:
         """Raise if tokens that a read of ``tables`` used have been overwritten.
 
-        They are there until more than ``limit`` tokens have been written in all.
+        The first of them is overwritten when more than ``limit`` tokens have been written in total.
         """
-        # A move makes new tables and does not change those that were read; one that changes nothing makes none.
-        same = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
-        if same and self.written > limit:
+        # Moving the layer to another device or dtype allocates new tables, and leaves the tables of the read unchanged.
+        is_same_storage = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
+        if is_same_storage and self.written > limit:
             raise StaleReadError(
                 "tokens that this read used have been evicted since, and its gradients need them; call backward() "
                 "before the next segment, or make the layer with more rows"
@@ -257,11 +257,11 @@ class Ring:
     def state(self, like: Tensor) -> dict[str, Tensor]:
         """Return the tensors to save; empty ones have the dtype and device of ``like``."""
         tables = self.tables or _new_segment(0, self.rows, self.widths, like)
-        found = dict(zip(SEGMENT, tables, strict=True))
-        return found | {"written": torch.tensor(self.written, dtype=torch.int64, device=tables[0].device)}
+        saved = dict(zip(SEGMENT_NAMES, tables, strict=True))
+        return saved | {"written": torch.tensor(self.written, dtype=torch.int64, device=tables[0].device)}
 
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
-        """Load a state; return whether a token may be of another document than 0."""
+        """Load a state; return whether a token may have a document other than 0."""
         check_shape(f"state_dict[{name + 'written'!r}]", state["written"], ())
         _check_segment(state, name, self.rows if len(state["documents"]) else None, self.widths)
         written = int(state["written"])
@@ -274,9 +274,9 @@ class Ring:
 
 
 class Stores:
-    """Hold the last tokens of every sequence in a store, and read the k best.
+    """One store of the last tokens per sequence; reads attend to the k best.
 
-    An index finds the k best where sequences are long. Tokens of document -1 are hidden: they are not stored.
+    From `MIN_INDEXED_ROWS` rows on, an index finds the k best. Tokens of document -1 are not stored.
     """
 
     required_names: frozenset[str] = frozenset()
@@ -286,7 +286,7 @@ class Stores:
         self.clear()
 
     def new_empty(self) -> Stores:
-        """Return an empty object of the same shape."""
+        """Return a memory of the same shape without tokens."""
         return Stores(self.rows, *self.widths, self.k)
 
     def accepts_name(self, name: str) -> bool:
@@ -299,13 +299,13 @@ class Stores:
 
     @property
     def batch(self) -> int:
-        """Return the number of sequences; 0 before the first segment."""
+        """Number of sequences; 0 before the first segment."""
         return len(self.stores)
 
     def _new_stores(self, batch: int, like: Tensor) -> list[SoftKVStore]:
-        # The index is built while the sequence goes on, so it must be cheap to build; reads use it at once.
+        # The index is built in the middle of a sequence, so it must be cheap to build.
         lists = 2 ** round(math.log2(2 * self.rows) / 2)
-        index = f"IVF{lists},Flat" if self.rows >= INDEXED_ROWS else "Flat"
+        index = f"IVF{lists},Flat" if self.rows >= MIN_INDEXED_ROWS else "Flat"
         return [
             SoftKVStore(
                 *self.widths,
@@ -319,19 +319,19 @@ class Stores:
             for _ in range(batch)
         ]
 
-    def forget(self, places: Tensor) -> None:
-        """Forget the tokens of the sequences at ``places`` in the batch."""
-        for place in places.unique().tolist():
+    def forget(self, indices: Tensor) -> None:
+        """Forget the tokens of the sequences at ``indices`` in the batch."""
+        for index in indices.unique().tolist():
             if self.stores:
-                self.stores[place].delete(self.stores[place].ids)
+                self.stores[index].delete(self.stores[index].ids)
 
     def write(self, segment: Segment) -> None:
         """Write the tokens of a segment over the oldest ones."""
         if not self.stores:
             self.stores = self._new_stores(len(segment[0]), segment[0])
         for store, keys, values, documents in zip(self.stores, *segment, strict=True):
-            seen = documents >= 0
-            store.add(keys[seen], values[seen], fields={"document": documents[seen]})
+            visible = documents >= 0
+            store.add(keys[visible], values[visible], fields={"document": documents[visible]})
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
         """Read the tokens of each query's document; None if there are no tokens."""
@@ -353,13 +353,13 @@ class Stores:
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
         """Return the tensors to save; empty ones have the dtype and device of ``like``."""
-        found: dict[str, Tensor] = {}
+        saved: dict[str, Tensor] = {}
         for number, store in enumerate(self.stores):
-            store.state_dict(destination=found, prefix=f"{number}.")
-        return found
+            store.state_dict(destination=saved, prefix=f"{number}.")
+        return saved
 
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> bool:
-        """Load a state; return whether a token may be of another document than 0."""
+        """Load a state; return whether a token may have a document other than 0."""
         numbers = {int(key.split(".")[0]) for key in state}
         stores = self._new_stores(len(numbers), like)
         for number, store in enumerate(stores):
@@ -370,7 +370,7 @@ class Stores:
 
 
 def _is_of_document(wanted: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (B, 1)
-    """Make a filter that shows each query the rows of its document."""
+    """Make a filter that allows each query the rows of its document."""
     return lambda row: row["document"] == wanted
 
 
@@ -388,15 +388,15 @@ def _map_segment(function: Callable[[Tensor], Tensor], segment: Segment) -> Segm
 
 def _copy_segment(state: Mapping[str, Tensor], like: Tensor) -> Segment:
     """Copy a segment from a state, in the dtype and to the device of ``like``."""
-    keys, values = (state[name].to(like.device, like.dtype, copy=True) for name in SEGMENT[:2])
+    keys, values = (state[name].to(like.device, like.dtype, copy=True) for name in SEGMENT_NAMES[:2])
     return keys, values, state["documents"].to(like.device, torch.int64, copy=True)
 
 
 def _check_segment(state: Mapping[str, Tensor], name: str, count: int | None, widths: tuple[int, int]) -> None:
-    """Raise unless a state holds a segment of ``count`` tokens and these widths."""
+    """Raise unless a state holds a segment of ``count`` tokens and ``widths``."""
     documents = state["documents"]
     if documents.dtype != torch.int64:
         raise DtypeError(f"state_dict[{name + 'documents'!r}]: expected int64, got {documents.dtype}")
     check_shape(f"state_dict[{name + 'documents'!r}]", documents, (None, count))
-    for part, width in zip(SEGMENT, widths, strict=False):
+    for part, width in zip(SEGMENT_NAMES, widths, strict=False):
         check_shape(f"state_dict[{name + part!r}]", state[part], (*documents.shape, width))

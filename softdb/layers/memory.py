@@ -15,7 +15,7 @@ from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
-from softdb.layers.queries import Queries, QueryNorm, output_of, reset_output, stack_reads
+from softdb.layers.queries import Queries, QueryNorm, make_output, reset_output, stack_reads
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.result import Read
 from softdb.scoring.normalizers import reports_rows
@@ -24,73 +24,75 @@ from softdb.store import SoftKVStore
 __all__ = ["MemoryLayer"]
 
 
-# The options of its stores that a `MemoryLayer` takes.
+# Options of stores that a `MemoryLayer` passes to its own stores.
 STORE_OPTIONS = ("metric", "temperature", "index", "sparse_grad", "track_usage")
 
 
-# The options of stores and reads that a `MemoryLayer` refuses: the reason, and the remedy.
+# Options of stores and reads that a `MemoryLayer` refuses, with the reason and the alternative.
 REFUSED_OPTIONS = {
     "trainable": "the rows of a MemoryLayer are learned; freeze them with layer.stores.requires_grad_(False), or pass "
     "store=...",
     **dict.fromkeys(
-        ("fields", "capacity", "evict"), "a MemoryLayer makes stores without it; pass store=..., one that has it"
+        ("fields", "capacity", "evict"), "a MemoryLayer makes stores without it; pass store=... with a store that has it"
     ),
     **dict.fromkeys(
         ("exclude", "tail_samples", "tolerance", "generator"),
         "a MemoryLayer does not pass it to its reads; read one of layer.stores yourself",
     ),
-    "where": "a MemoryLayer is made for all rows; pass it to the layer's call",
+    "where": "a MemoryLayer takes it at each call; pass it to the layer's call",
 }
 
 
 class MemoryLayer(ModuleWithProperties):
-    r"""Look up learned rows with a query for each head, and project the answers back.
+    r"""Multi-head attention over learned rows.
 
     With the store's ``keys`` and ``values``, equal for the mode "exact" to::
 
-        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # a query for each head
-        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # its answer, (..., heads, value_dim)
+        q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # one query per head
+        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # (..., heads, value_dim)
         y = a.flatten(-2) @ W_O.T
 
-    and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. Memory is that of the store's reads: the
-    weights over all rows are never held.
+    and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. The layer takes the memory of the store's
+    reads: the weights over all rows are never held.
 
-    Queries have a projection of their own, so that a token's query may differ from a row's key: with one projection
-    for both, every token would match itself best.
+    Queries and keys are independent: keys are Parameters, and queries have their own projection.
 
-    At the start answers have a norm of at most about 1, where that of x is about √dim, so that ``x + layer(x)`` is
-    nearly x.
+    At initialization the output of a read has a norm of at most about 1, while x has a norm of about √dim, so that
+    ``x + layer(x)`` is close to x.
 
     Args:
         dim: Width of input and output.
-        rows: How many rows; random at the start.
-        heads: How many queries are made of each input.
+        rows: Number of rows, which are initialized randomly.
+        heads: Number of heads. Each computes one query per input.
         key_dim: Width of queries and keys.
-        value_dim: Width of values; ``key_dim`` unless given.
-        mode: "exact", "topk" or "hard", as in `softdb.SoftKVStore.read`. A hard read trains values only: for queries
-            and keys too take ``normalizer="straight_through"`` with another mode.
-        k: In topk mode the number of candidates; in exact mode how many of the best rows ``return_read`` reports.
-        normalizer: As in `softdb.SoftKVStore.read`; "gumbel" draws in training mode only.
-        shared: Whether the heads read one store; else each has its own, of ``rows`` rows.
-        query_norm: "layer" normalises each query, "batch" each of its numbers over the batch; None neither.
-        gate: Whether to multiply the answers, number by number, by a gate that is computed from x.
-        store: A store to read instead of new rows: another layer's ``store``, to share it, or one of yours, which you
-            may write to. It has ``rows`` rows when the layer is made and keeps its own options.
-        device, dtype: Of the parameters, as for any module.
-        **store_options: For the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``, ``track_usage``,
-            as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse unless
-            ``sparse_grad=False``: train them with `softdb.optim.RowAdam`. ``track_usage`` counts the rows that reads
-            report; a softmax over all rows reports none, so with the mode "exact" it needs ``k`` or another normalizer.
+        value_dim: Width of values; default: ``key_dim``.
+        mode: "exact", "topk" or "hard", as in `softdb.SoftKVStore.read`. A hard read trains the values only; to train
+            queries and keys too, use ``normalizer="straight_through"`` with another mode.
+        k: In topk mode, the number of candidates; in exact mode, the number of best rows in the `softdb.Read` that
+            ``return_read`` returns.
+        normalizer: As in `softdb.SoftKVStore.read`; "gumbel" adds noise in training mode only.
+        shared: Whether all heads read one store; otherwise each head has its own store of ``rows`` rows.
+        query_norm: "layer" applies layer normalization to each query, "batch" applies batch normalization to each
+            feature of the queries, None applies neither.
+        gate: Whether to multiply the outputs of the heads elementwise by a gate that is computed from x.
+        store: A store to read instead of new rows: another layer's ``store``, to share it, or your own store, which you
+            may write to. It must have ``rows`` rows when the layer is made, and it keeps its own options.
+        device, dtype: Device and dtype of the parameters, as for any module.
+        **store_options: Options of the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``,
+            ``track_usage``, as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse
+            unless ``sparse_grad=False``: train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the rows
+            that reads report; a softmax over all rows reports none, so the mode "exact" needs ``k`` or another
+            normalizer with it.
 
     Attributes:
-        stores: The store that all heads read, or one for each.
+        stores: The store that all heads read, or one store per head.
 
     Raises:
-        ArgumentError, DtypeError, ShapeError: An argument is not as above.
+        ArgumentError, DtypeError, ShapeError: An argument is invalid.
         TypeError: There is no argument of this name.
 
-    Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; learned rows in place of a context as in
-    Sukhbaatar et al. 2019 (arXiv 1907.01470); the gate is that of Berges et al. 2024 (arXiv 2412.09764).
+    Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; Sukhbaatar et al. 2019 (arXiv 1907.01470)
+    for learned rows instead of a context; Berges et al. 2024 (arXiv 2412.09764) for the gate.
 
     Example:
         >>> import torch
@@ -133,12 +135,12 @@ class MemoryLayer(ModuleWithProperties):
             self._check_store(store, rows, shared, store_options)
         if mode == "exact" and self.k is None and not reports_rows(normalizer):
             _check_untracked(store, store_options)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.queries = Queries(self.dim, self.heads, self.key_dim, query_norm, **made)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.queries = Queries(self.dim, self.heads, self.key_dim, query_norm, **factory_kwargs)
         if store is None:
             number = 1 if shared else self.heads
             self.stores = nn.ModuleList(
-                SoftKVStore(self.key_dim, self.value_dim, trainable=True, **made, **store_options)
+                SoftKVStore(self.key_dim, self.value_dim, trainable=True, **factory_kwargs, **store_options)
                 for _ in range(number)
             )
             for own in self.stores:
@@ -147,19 +149,19 @@ class MemoryLayer(ModuleWithProperties):
             self.stores = nn.ModuleList([store])
         self._own = store is None
         width = self.heads * self.value_dim
-        self.gate = nn.Linear(self.dim, width, bias=False, **made) if gate else None
-        self.output = output_of(self.heads, self.value_dim, self.dim, **made)
+        self.gate = nn.Linear(self.dim, width, bias=False, **factory_kwargs) if gate else None
+        self.output = make_output(self.heads, self.value_dim, self.dim, **factory_kwargs)
         self.reset_parameters()
 
     def _check_store(self, store: object, rows: int, shared: bool, options: Mapping[str, Any]) -> None:
-        """Raise unless a store that was given fits the layer."""
+        """Raise unless the ``store`` argument matches the layer."""
         if not isinstance(store, SoftKVStore):
             raise DtypeError(f"store: expected a SoftKVStore, got {describe(store)}")
         if not shared:
-            raise ArgumentError("shared: expected True, since the heads share the store that was given")
+            raise ArgumentError("shared: expected True with store=..., which all heads share")
         if options:
-            raise ArgumentError(f"{next(iter(options))}: expected nothing, since the store has options of its own")
-        count = store.rows.capacity if store.keys.is_meta else len(store)  # on meta it has yet to be filled
+            raise ArgumentError(f"{next(iter(options))}: expected nothing, since the given store has its own options")
+        count = store.rows.capacity if store.keys.is_meta else len(store)  # A store on meta is filled later.
         wanted, found = (rows, self.key_dim, self.value_dim), (count, store.key_dim, store.value_dim)
         if wanted != found:
             raise ShapeError(
@@ -169,24 +171,24 @@ class MemoryLayer(ModuleWithProperties):
 
     @property
     def store(self) -> SoftKVStore:
-        """Return the store that all heads read.
+        """The store that all heads read.
 
         Raises:
-            NotApplicableError: Each head has a store of its own; see ``stores``.
+            NotApplicableError: Each head has its own store; see ``stores``.
         """
         if len(self.stores) > 1:
             raise NotApplicableError(
-                f"shared: expected heads that share a store, got {len(self.stores)}; see layer.stores"
+                f"shared: expected heads that share one store, got {len(self.stores)} stores; use layer.stores"
             )
         (store,) = self.stores
         return store  # type: ignore[return-value]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights and rows; a store that was given stays as it is."""
+        """Draw new weights and rows; keep the rows of a store that was passed."""
         self.queries.reset_parameters()
         for store in self.stores if self._own else []:
-            _fill(store, self.dim**-0.5)  # type: ignore[arg-type]
+            _fill_randomly(store, self.dim**-0.5)  # type: ignore[arg-type]
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=self.dim**-0.5)
         reset_output(self.output)
@@ -203,19 +205,20 @@ class MemoryLayer(ModuleWithProperties):
     def forward(
         self, x: Tensor, *, where: Where | None = None, return_read: bool = False
     ) -> Tensor | tuple[Tensor, Read]:
-        """Look up the rows for ``x``.
+        """Read the rows with the queries of ``x``.
 
         Args:
-            x: (..., dim).
-            where: Which rows may be seen, as in `softdb.SoftKVStore.read`. A callable meets the queries of all heads,
-                flattened: B is the number of inputs times ``heads``, or that of inputs where each head has a store.
-            return_read: Whether to return the read as well, its leading shape (..., heads).
+            x: The input, (..., dim).
+            where: The rows to read, as in `softdb.SoftKVStore.read`. A callable gets the flattened queries of all
+                heads: B is the number of inputs times ``heads``, or the number of inputs if each head has its own
+                store.
+            return_read: Whether to return the read as well. Its leading shape is (..., heads).
 
         Returns:
-            (..., dim), or that and a `softdb.Read`.
+            The output, (..., dim); with ``return_read`` a tuple of the output and a `softdb.Read`.
 
         Raises:
-            ShapeError, DtypeError, DeviceError, NonFiniteError: An argument is not as above.
+            ShapeError, DtypeError, DeviceError, NonFiniteError: An argument is invalid.
         """
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x).squeeze(-2)  # (..., heads, key_dim)
@@ -225,23 +228,23 @@ class MemoryLayer(ModuleWithProperties):
         else:
             heads = zip(self.stores, queries.unbind(-2), strict=True)
             read = stack_reads([store.read(query, **options) for store, query in heads], queries.dim() - 2)  # type: ignore[operator]
-        answer = read.values.flatten(-2)
+        heads_output = read.values.flatten(-2)
         if self.gate is not None:
-            answer = F.silu(self.gate(x)) * answer
-        y: Tensor = self.output(answer)
+            heads_output = F.silu(self.gate(x)) * heads_output
+        y: Tensor = self.output(heads_output)
         return (y, read) if return_read else y
 
     if TYPE_CHECKING:
-        __call__ = forward  # of torch.nn.Module it takes and returns anything
+        __call__ = forward  # torch.nn.Module types it as Callable[..., Any]
 
     def extra_repr(self) -> str:
-        """Return the text that ``repr`` shows between the brackets."""
+        """Return the options that ``repr`` shows."""
         k = "" if self.k is None else f", k={self.k}"
         return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
 
 
 def _check_store_options(options: Mapping[str, Any]) -> None:
-    """Raise for options that a `MemoryLayer` does not have or refuses."""
+    """Raise for options that a `MemoryLayer` refuses or does not have."""
     for name in options:
         if name in REFUSED_OPTIONS:
             raise ArgumentError(f"{name}: expected nothing, since {REFUSED_OPTIONS[name]}")
@@ -253,18 +256,18 @@ def _check_store_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:
-    """Raise if usage is to be tracked, but reads report no rows to count."""
+    """Raise if usage is tracked by reads that report no rows to count."""
     tracked = options.get("track_usage", False) if store is None else store.rows.track_usage
     if tracked:
         name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
         raise ArgumentError(
-            f"{name}, since a softmax over all rows names none to count; pass k=... for the best rows to count, "
+            f"{name}, since a softmax over all rows reports no rows to count; pass k=... to count the k best rows, "
             "mode='topk', or another normalizer"
         )
 
 
-def _fill(store: SoftKVStore, deviation: float) -> None:
-    """Fill a store with random rows, whose values have a standard deviation."""
+def _fill_randomly(store: SoftKVStore, std: float) -> None:
+    """Fill a store with normal keys of deviation 1 and values of deviation ``std``."""
     if store.keys.is_meta:
         return
     if len(store) == 0:
@@ -273,8 +276,8 @@ def _fill(store: SoftKVStore, deviation: float) -> None:
             store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
         )
     else:
-        # These are other rows than before: optimisers must reset their state.
+        # `revive` marks the rows as new, so that optimisers reset their state.
         rows = store.get(store.ids)
         store.revive(store.ids, rows.keys, rows.values)
     store.keys.normal_()
-    store.values.normal_(std=deviation)
+    store.values.normal_(std=std)

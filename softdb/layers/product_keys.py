@@ -13,9 +13,9 @@ from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.interop.blend import blend
-from softdb.interop.ddp import is_called_by_ddp, make_stand_in
-from softdb.kernels.spec import disable_autocast
-from softdb.layers.product_search import PairSearch, best_pairs
+from softdb.interop.ddp import is_asked_by_ddp, stand_in
+from softdb.kernels.spec import full_precision
+from softdb.layers.product_search import PairSearch, find_best_pairs
 from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
@@ -27,10 +27,10 @@ __all__ = ["ProductKeyMemory", "ValueTable"]
 
 
 class ValueTable(ModuleWithProperties, nn.Embedding):
-    """Hold the values of a `ProductKeyMemory`, and count reads.
+    """Values of a `ProductKeyMemory`, and counters of their reads.
 
-    The values are ``weight``, (rows, value_dim). It is an embedding: DistributedDataParallel finds Parameters with
-    row-sparse gradients by that class.
+    The values are ``weight``, (rows, value_dim). The base class is `torch.nn.Embedding`, since DistributedDataParallel
+    detects Parameters with row-sparse gradients by that class.
     """
 
     reads: Tensor
@@ -54,9 +54,9 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
             self.register_buffer("total", total)
 
     def reset_parameters(self) -> None:
-        """Draw new values, of norm about 1, and count reads from 0 again."""
+        """Draw new values of norm about 1, and set the counters of reads to 0."""
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
-        if getattr(self, "track_usage", False):  # the constructor of an embedding calls this before
+        if getattr(self, "track_usage", False):  # The constructor of nn.Embedding calls this first.
             self.reset_usage()
 
     def _apply(self, fn: Any, recurse: bool = True) -> ValueTable:
@@ -71,16 +71,16 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     ) -> Iterator[tuple[str, nn.Module]]:
         """Yield modules by name; hide the counters from DistributedDataParallel.
 
-        It would overwrite them with those of the first process.
+        Otherwise it would overwrite the counters of every rank with those of rank 0.
         """
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             yield name, make_stand_in(self, sparse=self.sparse) if module is self and is_called_by_ddp() else module
 
     @property
     def usage(self) -> Usage:
-        """Return how often, and with which weight, each row has been read.
+        """Number of reads of each row, and the sum of its weights.
 
-        Counted from the start, or from the last `reset_usage`.
+        Counted since the layer was made, or since the last `reset_usage`.
 
         Raises:
             NotApplicableError: The layer was made without ``track_usage=True``.
@@ -89,7 +89,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         return Usage(self.reads.clone(), self.total.clone())
 
     def reset_usage(self) -> None:
-        """Count from 0 again.
+        """Set the counters of reads to 0.
 
         Raises:
             NotApplicableError: The layer was made without ``track_usage=True``.
@@ -102,7 +102,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         values = blend(weights, self.weight, rows, sparse=self.sparse)
         if self.track_usage:
             if is_active():
-                # Broadcast both to the samples of torch.vmap.
+                # Broadcast rows and weights to the samples of torch.vmap.
                 rows, weights = rows + torch.zeros_like(weights).to(rows.dtype), weights + torch.zeros_like(rows)
                 reads, total = unwrap_tensors("reads", self.reads), unwrap_tensors("total", self.total)
                 with suspend_transforms():
@@ -113,44 +113,46 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
 
 
 class ProductKeyMemory(nn.Module):
-    r"""Look up n² learned values, whose keys are all pairs of two lists of n keys.
+    r"""Memory of n² learned values, whose keys are all pairs of two lists of n keys.
 
-    Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``, for each head its own K1 and K2. With q1 and q2 the halves
-    of a head's query, equal to::
+    Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``; each head has its own K1 and K2. With q1 and q2 the two
+    halves of a head's query, equal to::
 
         q1, q2 = norm((x @ W_Q.T).unflatten(-1, (heads, 2, key_dim / 2)))
         scores = (q1 @ K1.T)[..., :, None] + (q2 @ K2.T)[..., None, :]     # (..., heads, n, n)
         best, rows = topk(scores.flatten(-2), k)
         y = (softmax(best)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
 
-    It is exact, with two searches among n keys: the k best sums are among the pairs of the k best of either half, and
-    of these pairs among those with ``(rank1 + 1) * (rank2 + 1) <= k``. Neither the n² scores nor the (..., heads, k,
-    value_dim) rows are held. Which of several rows with equal scores are read is undefined.
+    The search is exact and searches two lists of n keys. The k best sums are among the pairs of the k best keys of each
+    half; only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared. Neither the n² scores nor a tensor of shape
+    (..., heads, k, value_dim) is held. Of several rows with equal scores, it is undefined which ones are read.
 
-    The gradient of the values is row-sparse: train them with `softdb.optim.RowAdam` (or `RowAdagrad`, or SparseAdam),
-    whose step touches only the rows that were read, and the other Parameters with any optimiser. See the example. Clip
-    gradients with `softdb.optim.clip_row_grad_norm_`; torch's own takes no sparse gradients.
+    The gradient of the values is row-sparse. Train the values with `softdb.optim.RowAdam` (or `RowAdagrad`, or
+    SparseAdam), whose step updates only the rows that were read, and the other Parameters with any optimiser. See the
+    example. Clip gradients with `softdb.optim.clip_row_grad_norm_`, since `torch.nn.utils.clip_grad_norm_` supports no
+    sparse gradients.
 
     Args:
         dim: Width of input and output.
-        rows: How many values: n * n.
-        heads: How many queries are made of each input.
-        k: How many rows each query reads.
+        rows: Number of values, n * n.
+        heads: Number of heads. Each computes one query per input.
+        k: Number of rows that each query reads.
         key_dim: Width of queries, both halves together.
-        value_dim: Width of values; ``dim`` unless given. If it is not ``dim``, a projection comes after.
-        query_norm: "layer" normalises each half of a query, "batch" each of its numbers over the batch; None neither.
-        store: Another layer's ``store``, to share its values; its own ``sparse_grad`` and ``track_usage`` hold.
-        sparse_grad: Whether the gradient of the values is row-sparse; a dense one is as large as the values.
-        track_usage: Whether to count, for ``store.usage``, how often and with which weight each row is read.
-        device, dtype: Of the parameters, as for any module.
+        value_dim: Width of values; default: ``dim``. If it differs from ``dim``, the output is projected to ``dim``.
+        query_norm: "layer" applies layer normalization to each half of a query, "batch" applies batch normalization to
+            each feature of the queries, None applies neither.
+        store: Another layer's ``store``, to share its values. It keeps its own ``sparse_grad`` and ``track_usage``.
+        sparse_grad: Whether the gradient of the values is row-sparse; a dense gradient has the size of all values.
+        track_usage: Whether to count the reads of each row and to sum their weights, for ``store.usage``.
+        device, dtype: Device and dtype of the parameters, as for any module.
 
     Attributes:
-        keys: (heads, 2, n, key_dim / 2).
+        keys: The keys, (heads, 2, n, key_dim / 2).
         store: The values, ``store.weight`` (rows, value_dim), and their ``usage``, a `softdb.Usage` that counts the
-            reads of all layers that share it.
+            reads of all layers that share the store.
 
     Raises:
-        ArgumentError, DtypeError, ShapeError: An argument is not as above.
+        ArgumentError, DtypeError, ShapeError: An argument is invalid.
 
     Source: Lample et al. 2019 (arXiv 1907.05242); values shared between layers: Berges et al. 2024 (arXiv 2412.09764).
 
@@ -170,7 +172,7 @@ class ProductKeyMemory(nn.Module):
         640
     """
 
-    search = PairSearch()  # no choice of sizes changes a result
+    search = PairSearch()  # The sizes change the speed and memory of a read, not its result.
 
     def __init__(
         self,
@@ -196,21 +198,25 @@ class ProductKeyMemory(nn.Module):
         self.count = math.isqrt(self.rows)  # n
         if self.count**2 != self.rows:
             raise ArgumentError(
-                f"rows: expected a square number, since every pair of keys has a row, got {rows}; take "
+                f"rows: expected a square number, since every pair of keys has a row, got {rows}; use "
                 f"{self.count**2} or {(self.count + 1) ** 2}"
             )
         if self.key_dim % 2:
-            raise ArgumentError(f"key_dim: expected an even number, both halves together, got {key_dim}")
+            raise ArgumentError(f"key_dim: expected an even number, the width of both halves together, got {key_dim}")
         if self.k > self.rows:
-            raise ArgumentError(f"k: expected at most the {rows} rows, got {k}")
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+            raise ArgumentError(f"k: expected at most the number of rows, {rows}, got {k}")
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         half = self.key_dim // 2
-        self.queries = Queries(self.dim, self.heads, half, query_norm, parts=2, **made)
-        self.keys = nn.Parameter(torch.empty(self.heads, 2, self.count, half, **made))
+        self.queries = Queries(self.dim, self.heads, half, query_norm, parts=2, **factory_kwargs)
+        self.keys = nn.Parameter(torch.empty(self.heads, 2, self.count, half, **factory_kwargs))
         self._own = store is None
         if store is None:
             store = ValueTable(
-                self.rows, self.value_dim, sparse_grad=bool(sparse_grad), track_usage=bool(track_usage), **made
+                self.rows,
+                self.value_dim,
+                sparse_grad=bool(sparse_grad),
+                track_usage=bool(track_usage),
+                **factory_kwargs,
             )
         elif not isinstance(store, ValueTable):
             raise DtypeError(f"store: expected the store of another ProductKeyMemory, got {describe(store)}")
@@ -219,12 +225,14 @@ class ProductKeyMemory(nn.Module):
                 f"store: expected {rows} values of width {self.value_dim}, got {tuple(store.weight.shape)}"
             )
         self.store = store
-        self.output = None if self.value_dim == self.dim else nn.Linear(self.value_dim, self.dim, bias=False, **made)
+        self.output = None
+        if self.value_dim != self.dim:
+            self.output = nn.Linear(self.value_dim, self.dim, bias=False, **factory_kwargs)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new Parameters; a store that was given keeps its values."""
+        """Draw new Parameters; keep the values of a store that was passed."""
         self.queries.reset_parameters()
         nn.init.normal_(self.keys, std=(self.key_dim // 2) ** -0.5)
         if self._own:
@@ -242,19 +250,19 @@ class ProductKeyMemory(nn.Module):
     def forward(self, x: Tensor, *, return_read: bool) -> Tensor | tuple[Tensor, Read]: ...
 
     def forward(self, x: Tensor, *, return_read: bool = False) -> Tensor | tuple[Tensor, Read]:
-        """Look up the values of the best rows for ``x``.
+        """Read the k best rows with each query of ``x``.
 
         Args:
-            x: (..., dim).
-            return_read: Whether to return the read as well, its leading shape (..., heads). ``ids`` are rows of
+            x: The input, (..., dim).
+            return_read: Whether to return the read as well. Its leading shape is (..., heads). ``ids`` are rows of
                 ``store.weight``; ``mass`` is NaN, since the scores of the other rows are unknown.
 
         Returns:
-            (..., dim), or that and a `softdb.Read`.
+            The output, (..., dim); with ``return_read`` a tuple of the output and a `softdb.Read`.
 
         Raises:
-            ShapeError, DtypeError: ``x`` is not as above.
-            NonFiniteError: ``x`` holds NaN or infinity, or the parameters do.
+            ShapeError, DtypeError: ``x`` has the wrong shape or dtype.
+            NonFiniteError: ``x`` or a Parameter contains NaN or infinity.
         """
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x)  # (..., heads, 2, half)
@@ -262,7 +270,7 @@ class ProductKeyMemory(nn.Module):
         with disable_autocast(x.device):
             dtype = compute_dtype(queries, self.keys)
             queries = queries.reshape(-1, *queries.shape[-3:]).to(dtype)
-            scores, rows = best_pairs(queries, self.keys.to(dtype), self.k, self.search)
+            scores, rows = find_best_pairs(queries, self.keys.to(dtype), self.k, self.search)
             weights, lse = softmax(scores)  # (M, heads, k)
             values = self.store.blend(weights.flatten(0, 1), rows.flatten(0, 1))  # (M heads, value_dim)
         values = values.view(*leading, self.value_dim).to(answer_dtype(x))
@@ -272,12 +280,12 @@ class ProductKeyMemory(nn.Module):
         if not return_read:
             return y
         scores, rows, weights = (tensor.view(*leading, self.k) for tensor in (scores, rows, weights))
-        unknown = torch.full(leading, torch.nan if self.k < self.rows else 1.0, dtype=lse.dtype, device=lse.device)
-        return y, Read(values, rows, weights, scores, lse.view(leading), unknown)
+        mass = torch.full(leading, torch.nan if self.k < self.rows else 1.0, dtype=lse.dtype, device=lse.device)
+        return y, Read(values, rows, weights, scores, lse.view(leading), mass)
 
     if TYPE_CHECKING:
-        __call__ = forward  # of torch.nn.Module it takes and returns anything
+        __call__ = forward  # torch.nn.Module types it as Callable[..., Any]
 
     def extra_repr(self) -> str:
-        """Return the text that ``repr`` shows between the brackets."""
+        """Return the options that ``repr`` shows."""
         return f"dim={self.dim}, rows={self.rows}, heads={self.heads}, k={self.k}, key_dim={self.key_dim}"

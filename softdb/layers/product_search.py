@@ -1,4 +1,4 @@
-"""Exact top-k of sums of two scores: the search of a `ProductKeyMemory`."""
+"""Exact top-k search of a `ProductKeyMemory`: the best sums of two scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softdb.transforms import is_exporting
 
-__all__ = ["PairSearch", "best_pairs"]
+__all__ = ["PairSearch", "find_best_pairs"]
 
 
 @dataclass(frozen=True)
@@ -17,69 +17,70 @@ class PairSearch:
     """Sizes of the search of a `ProductKeyMemory`.
 
     Attributes:
-        scores: How many scores of product keys are held at a time.
-        group: How many columns a group has, in a top-k in two stages.
-        columns_per_best: From this many columns for each of the k best on, two stages are faster than `torch.topk`.
+        max_scores: Number of scores that are held at a time.
+        group_columns: Number of columns per group, in a top-k of two stages.
+        min_columns_per_k: Ratio of columns to k from which two stages are faster than one `torch.topk`.
     """
 
-    scores: int = 2**22
-    group: int = 4
-    columns_per_best: int = 8
+    max_scores: int = 2**22
+    group_columns: int = 4
+    min_columns_per_k: int = 8
 
 
-def best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:
+def find_best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:
     """Find the k best sums of two products, and the rows i * n + j of their pairs.
 
     Args:
         queries: (M, heads, 2, half).
         keys: (heads, 2, n, half).
-        k: How many, at most n².
-        sizes: How the search is cut.
+        k: Number of pairs per query, at most n².
+        sizes: Sizes of the parts of the search.
 
     Returns:
         Scores and rows, both (M, heads, k), best first.
     """
     heads, n = queries.shape[1], keys.shape[2]
-    first, second = _candidate_ranks(k, min(k, n), queries.device)
-    found = []
+    first, second = _list_candidate_ranks(k, min(k, n), queries.device)
+    results = []
     # An exported graph takes batches of any size, but has a fixed number of parts.
-    for part in [queries] if is_exporting() else queries.split(max(1, sizes.scores // (2 * heads * n))):
-        # Products of these queries with a list at a time, (2 heads, m, n).
+    for part in [queries] if is_exporting() else queries.split(max(1, sizes.max_scores // (2 * heads * n))):
+        # One product per list of keys, (2 heads, m, n).
         halves = torch.bmm(part.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, 2))
         with torch.no_grad():
-            best, columns = _top_k_untied(halves, min(k, n), sizes)  # (heads, 2, m, k)
-            place = (best[:, 0, :, first] + best[:, 1, :, second]).topk(k).indices  # (heads, m, k)
-            columns = columns.gather(-1, torch.stack([first[place], second[place]], dim=1))
+            best, columns = _top_k_in_groups(halves, min(k, n), sizes)  # (heads, 2, m, k)
+            positions = (best[:, 0, :, first] + best[:, 1, :, second]).topk(k).indices  # (heads, m, k)
+            columns = columns.gather(-1, torch.stack([first[positions], second[positions]], dim=1))
             rows = columns[:, 0] * n + columns[:, 1]
         scores = halves.gather(-1, columns).sum(1)
-        found.append((scores.transpose(0, 1), rows.transpose(0, 1)))
-    scores, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        results.append((scores.transpose(0, 1), rows.transpose(0, 1)))
+    scores, rows = (torch.cat(parts) for parts in zip(*results, strict=True))
     return scores, rows
 
 
-def _top_k_untied(scores: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
-    """Find ``topk(scores, k)``: the k groups with the best maxima hold the k best.
+def _top_k_in_groups(scores: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
+    """Compute ``topk(scores, k)`` in two stages: the best groups, then their columns.
 
-    Other than `softdb.kernels.cpu.topk`, it leaves the order of equal scores undefined, so that no step depends on
-    the data and torch.compile and torch.export trace it as one graph.
+    The k groups with the largest maxima contain the k largest scores. Unlike `softdb.kernels.cpu.topk`, the order of
+    equal scores is undefined, so that no step depends on the data, and torch.compile and torch.export trace one graph.
     """
     width = scores.shape[-1]
-    groups = width // sizes.group
-    if width % sizes.group or width < sizes.columns_per_best * k:
+    groups = width // sizes.group_columns
+    if width % sizes.group_columns or width < sizes.min_columns_per_k * k:
         values, columns = scores.topk(k)
         return values, columns
-    # Column c is in group c % groups: maxima of whole slices are faster than those of neighbours.
-    chosen = scores.unflatten(-1, (sizes.group, groups)).amax(-2).topk(k, sorted=False).indices
-    columns = (chosen.unsqueeze(-1) + torch.arange(0, width, groups, device=scores.device)).flatten(-2)
-    values, place = scores.gather(-1, columns).topk(k)
-    return values, columns.gather(-1, place)
+    # Column c is in group c % groups, since the maximum over slices is faster than over adjacent columns.
+    best_groups = scores.unflatten(-1, (sizes.group_columns, groups)).amax(-2).topk(k, sorted=False).indices
+    columns = (best_groups.unsqueeze(-1) + torch.arange(0, width, groups, device=scores.device)).flatten(-2)
+    values, positions = scores.gather(-1, columns).topk(k)
+    return values, columns.gather(-1, positions)
 
 
-def _candidate_ranks(k: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the pairs of ranks that can be among the k best sums.
+def _list_candidate_ranks(k: int, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """List the pairs of ranks that can be among the k best sums.
 
-    Ranks are below ``most``. A pair of ranks (i, j), from 0, has (i + 1)(j + 1) - 1 others that are at least as good.
+    Ranks are below ``limit``. For a pair of ranks (i, j), counted from 0, (i + 1)(j + 1) - 1 other pairs have a sum
+    that is at least as large.
     """
-    pairs = [(i, j) for i in range(most) for j in range(min(most, k // (i + 1)))]
+    pairs = [(i, j) for i in range(limit) for j in range(min(limit, k // (i + 1)))]
     first, second = torch.tensor(pairs, device=device).unbind(-1)
     return first, second

@@ -1,4 +1,4 @@
-"""Parts that layers share: queries of each head, and the output projection."""
+"""Shared parts of the layers: the query and output projections of all heads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ QueryNorm = Literal["layer", "batch"]
 QUERY_NORMS = ("layer", "batch")
 
 
-MEMBERS = [field.name for field in fields(Read)]
+READ_FIELDS = [field.name for field in fields(Read)]
 
 
 class Queries(nn.Module):
-    """Project an input to a query for each head.
+    """Query projection, with one query per head and an optional normalization.
 
     Equal to ``norm(x @ W.T)``, (..., dim) -> (..., heads, parts, width).
     """
@@ -54,15 +54,16 @@ class Queries(nn.Module):
             self.norm = nn.BatchNorm1d(heads * parts * width, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draw new weights: numbers of a query have variance 1 where those of x have it."""
+        """Draw new weights, so that queries have variance 1 where x has variance 1."""
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
         if isinstance(self.norm, (nn.LayerNorm, nn.BatchNorm1d)):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Make the queries of each token."""
-        is_meta = getattr(self.projection.weight, "is_meta", False)  # a quantised layer has a method there
-        if is_meta and "forward" not in vars(self.projection):  # accelerate brings the weights
+        """Compute the queries of each token."""
+        is_meta = getattr(self.projection.weight, "is_meta", False)  # In a quantised layer, weight is a method.
+        # accelerate replaces `forward` of a module whose weights it loads from the meta device on demand.
+        if is_meta and "forward" not in vars(self.projection):
             check_not_meta("layer", self.projection.weight)
         queries: Tensor = self.projection(x)
         if isinstance(self.norm, nn.BatchNorm1d):
@@ -71,8 +72,8 @@ class Queries(nn.Module):
         return self.norm(queries) if isinstance(self.norm, nn.LayerNorm) else queries
 
 
-def output_of(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
-    """Create the projection of the values of all heads to the output."""
+def make_output(heads: int, value_dim: int, dim: int, device: Any, dtype: Any) -> nn.Linear:
+    """Make the projection from the values of all heads to the output."""
     return nn.Linear(heads * value_dim, dim, bias=False, device=device, dtype=dtype)
 
 
@@ -84,10 +85,10 @@ def reset_output(output: nn.Linear) -> None:
 def stack_reads(reads: Sequence[Read], dimension: int) -> Read:
     """Stack reads of several stores along a new dimension."""
     widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
-    if len(widths) > 1:  # a sparse normalizer doubles k where one store needs it
-        reads = [pad_candidates(read, max(widths)) for read in reads]
-    members: dict[str, Any] = {}
-    for name in MEMBERS:
-        given = [getattr(read, name) for read in reads]
-        members[name] = torch.stack(given, dim=dimension) if isinstance(given[0], Tensor) else given[0]
-    return Read(**members)
+    if len(widths) > 1:  # A sparse normalizer doubles k in the stores that need it.
+        reads = [widened(read, max(widths)) for read in reads]
+    stacked: dict[str, Any] = {}
+    for name in READ_FIELDS:
+        parts = [getattr(read, name) for read in reads]
+        stacked[name] = torch.stack(parts, dim=dimension) if isinstance(parts[0], Tensor) else parts[0]
+    return Read(**stacked)

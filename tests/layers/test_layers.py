@@ -680,14 +680,14 @@ def test_a_memory_follows_its_layer(k: int | None) -> None:
 
 
 def test_a_long_memory_is_indexed() -> None:
-    layer = ContextMemory(8, context_state_module.INDEXED_ROWS, heads=2, key_dim=8, k=8)
-    x = torch.randn(1, context_state_module.INDEXED_ROWS + 600, 8)
+    layer = ContextMemory(8, context_state_module.MIN_INDEXED_ROWS, heads=2, key_dim=8, k=8)
+    x = torch.randn(1, context_state_module.MIN_INDEXED_ROWS + 600, 8)
     with torch.no_grad():
         for part in x.split(300, dim=1):
             layer(part)
         (store,) = layer._past.tokens.stores  # type: ignore[union-attr]
         assert store.index_stats().factory.startswith("IVF")
-        assert len(store) == context_state_module.INDEXED_ROWS
+        assert len(store) == context_state_module.MIN_INDEXED_ROWS
         exact = copy.deepcopy(layer)
         exact.k = None
         y, read = layer(x[:, :50], return_read=True)
@@ -1070,7 +1070,7 @@ def test_product_keys_are_all_pairs(
 def test_many_queries_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = ProductKeyMemory(12, 100, heads=2, k=5, key_dim=8).double()
     x = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(ProductKeyMemory, "search", PairSearch(scores=7 * 2 * 2 * 10))
+    monkeypatch.setattr(ProductKeyMemory, "search", PairSearch(max_scores=7 * 2 * 2 * 10))
     assert_same(layer(x), product_keys(layer, x)[0], [x, *layer.parameters()])
     assert layer(x[:0]).shape == (0, 12)
 

@@ -33,7 +33,8 @@ REFUSED_OPTIONS = {
     "trainable": "the rows of a MemoryLayer are learned; freeze them with layer.stores.requires_grad_(False), or pass "
     "store=...",
     **dict.fromkeys(
-        ("fields", "capacity", "evict"), "a MemoryLayer makes stores without it; pass store=... with a store that has it"
+        ("fields", "capacity", "evict"),
+        "a MemoryLayer makes stores without it; pass store=... with a store that has it",
     ),
     **dict.fromkeys(
         ("exclude", "tail_samples", "tolerance", "generator"),

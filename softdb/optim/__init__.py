@@ -1,7 +1,7 @@
-"""Optimisers that update only the rows that a gradient names.
+"""Optimisers that update only the rows with a gradient.
 
-Any Parameter will do; a row is an index of its first dimension. Where the Parameter holds the keys or values of a
-`SoftKVStore`, state follows the rows: it is reset for a row that is new in its slot, and grows with the storage.
+They accept any Parameter; a row is an index of its first dimension. If the Parameter holds the keys or values of a
+`SoftKVStore`, state follows the rows: it is reset when a slot gets a new row, and grows with the storage.
 """
 
 from softdb.optim.adagrad import RowAdagrad

@@ -1,4 +1,4 @@
-"""`RowAdagrad`: Adagrad of the rows that a gradient names."""
+"""`RowAdagrad`: Adagrad for rows with a gradient."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ __all__ = ["RowAdagrad"]
 
 @register_row_optimizer
 class RowAdagrad(RowOptimizer):
-    r"""Update only the rows that a gradient names, by Adagrad; one accumulator a row.
+    r"""Row-wise Adagrad: updates only rows with a gradient, one accumulator per row.
 
-    For each of those rows::
+    For each row with a gradient::
 
         p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
         a   = a + mean(g**2)
         p   = p - lr * g / (sqrt(a) + eps)
 
-    It needs hardly any memory in addition to the rows, so it suits large embedding tables. Rows, growth, weight decay
-    and the stochastic rounding of rows in bfloat16 or float16 are as for `RowAdam`. Nothing is read, written or
-    allocated for rows without gradient.
+    It needs little memory in addition to the rows, so it suits large embedding tables. New rows, growth, weight decay
+    and the stochastic rounding of rows in bfloat16 or float16 work as in `RowAdam`. Rows without a gradient are neither
+    read nor written, and no memory is allocated for them.
 
     Args:
-        params: Parameters, or groups of them with options of their own, as for any optimiser.
-        lr: The step size, at least 0.
-        eps: Added to the denominator, at least 0.
-        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
-        initial_accumulator_value: The first value of a, at least 0.
+        params: Parameters, or parameter groups with their own options, as for any optimiser.
+        lr: Learning rate, at least 0.
+        eps: Term that is added to the denominator, at least 0.
+        weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
+        initial_accumulator_value: Initial value of a, at least 0.
 
-    Memory: one number a row, in the Parameter's dtype but at least float32; for a store another 16 bytes a row; with
-    weight decay another 8.
+    Memory: one number per row, in the Parameter's dtype but at least float32; for a store 16 more bytes per row; with
+    weight decay 8 more bytes per row.
 
     Raises:
-        ArgumentError, DtypeError: An argument is not as above.
+        ArgumentError, DtypeError: An argument is invalid.
 
-    Source: Duchi et al. 2011; by row as in FBGEMM's exact row-wise Adagrad, Mudigere et al. 2021 (arXiv 2104.05158);
-    Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding.
+    Source: Duchi et al. 2011; Mudigere et al. 2021 (arXiv 2104.05158) for one accumulator per row, as in FBGEMM's exact
+    row-wise Adagrad; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding.
 
     Example:
         >>> import torch

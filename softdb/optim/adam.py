@@ -1,4 +1,4 @@
-"""`RowAdam`: AdamW of the rows that a gradient names."""
+"""`RowAdam`: AdamW for rows with a gradient."""
 
 from __future__ import annotations
 
@@ -20,55 +20,56 @@ __all__ = ["RowAdam"]
 
 @register_row_optimizer
 class RowAdam(RowOptimizer):
-    r"""Update only the rows that a gradient names, by AdamW.
+    r"""Row-wise AdamW: updates only rows with a gradient.
 
-    For each of those rows, at the Parameter's t-th step, s = t − born::
+    For each row with a gradient, at the Parameter's t-th step, with s = t − born::
 
         p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
         m   = beta1 * m + (1 - beta1) * g
         v   = beta2 * v + (1 - beta2) * g**2
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
-    which is `torch.optim.SparseAdam`, with weight decay. ``born`` is 0, and s the Parameter's step count, except for
-    rows that came into a store later: their first step is a new optimiser's. Nothing is read, written or allocated
-    for rows without gradient; a dense gradient updates every row, one block of rows at a time.
+    This is `torch.optim.SparseAdam` with weight decay. ``born`` is 0, so that s is the Parameter's step count; only
+    rows that were added to a store later start at s = 1, as in a new optimiser. Rows without a gradient are neither
+    read nor written, and no memory is allocated for them. A dense gradient updates every row, one block of rows at a
+    time.
 
-    The state of a store's row is reset when its slot holds another row than at its last step, and when
-    `SoftKVStore.revive` has given the row another content. State grows with the storage. Free slots stay as they are.
+    The state of a store's row is reset when its slot has got a new row since its last step, and when
+    `SoftKVStore.revive` has replaced the row's content. State grows with the storage. Free slots are not updated.
 
-    Weight decay is AdamW's: independent of the gradient, and of how often a row is read. The decay of the steps
-    without an update is applied at the next update, also where ``lr`` or ``weight_decay`` changed in between. If
-    it were applied only at updates, rarely read rows would be hardly regularised, and the strength would depend on
-    the size of the batch. A read in between sees the row as its last update left it. The decay of a row that came into
-    a store later begins with its first step.
+    Weight decay is decoupled as in AdamW: it depends neither on the gradient nor on how often a row is read. A row's
+    update first applies the decay of all steps since its last update, also if ``lr`` or ``weight_decay`` has changed in
+    between. If decay were applied for the current step only, rarely read rows would hardly be regularised, and the
+    regularisation would depend on the batch size. Reads between two updates see the row without the pending decay. The
+    decay of a row that was added later begins with its first step.
 
     Rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the neighbours
     of p in the rows' dtype, a <= p < b::
 
         p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
 
-    The mean of the stored numbers is p, so steps that are far smaller than b - a add up; rounding to the nearest would
-    drop each of them. A number that the dtype holds is stored as it is. u is a hash of a seed, the Parameter's step,
-    the row and the column. torch's default generator draws the seed at the first step, one per Parameter, so
-    `torch.manual_seed` repeats a run; the seed is part of `state_dict`, so a resumed run is the same to the bit. In a
-    process group of `torch.distributed` the seed is the Parameter's place in the optimiser, so replicas stay equal.
+    The expected value of the stored number is p, so steps far smaller than b - a accumulate; rounding to nearest would
+    drop each of them. A number that the dtype can represent is stored exactly. u is a hash of a seed, the Parameter's
+    step, the row and the column. torch's default generator draws one seed per Parameter at its first step, so
+    `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal. In
+    a process group of `torch.distributed` the seed is the Parameter's index in the optimiser, so replicas stay equal.
 
     Args:
-        params: Parameters, or groups of them with options of their own, as for any optimiser.
-        lr: The step size, at least 0.
-        betas: The decay rates of the means of g and g², each in [0, 1).
-        eps: Added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
-        weight_decay: At least 0, and ``lr * weight_decay`` below 1.
+        params: Parameters, or parameter groups with their own options, as for any optimiser.
+        lr: Learning rate, at least 0.
+        betas: Coefficients of the running averages of g and g², each in [0, 1).
+        eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
+        weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
 
-    Memory: two numbers for each number of the Parameter, in its dtype but at least float32; for a store another 16
-    bytes a row; with weight decay another 8.
+    Memory: two numbers per number of the Parameter, in its dtype but at least float32; for a store 16 more bytes per
+    row; with weight decay 8 more bytes per row.
 
     Raises:
-        ArgumentError, DtypeError: An argument is not as above.
+        ArgumentError, DtypeError: An argument is invalid.
 
-    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for the decay; the lazy
-    variant is that of `torch.optim.SparseAdam`; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding, Zamirai
-    et al. 2020 (arXiv 2010.06192) for its use in the update of bfloat16 weights.
+    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for weight decay;
+    `torch.optim.SparseAdam` for lazy updates; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding; Zamirai et
+    al. 2020 (arXiv 2010.06192) for stochastic rounding in the update of bfloat16 weights.
 
     Example:
         >>> import torch

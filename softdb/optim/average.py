@@ -19,31 +19,32 @@ __all__ = ["update_average"]
 @torch.inference_mode(False)
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Update an exponential moving average of a model, with rows of stores by id.
+    """Update an exponential moving average of a model, matching rows by id.
 
     Equal, for each Parameter and for the keys and values of each row, to::
 
         average = decay * average + (1 - decay) * model
 
-    Rows that are new in ``model`` start at their present value, as do those that `SoftKVStore.revive` has given
-    another content. Rows that ``model`` has deleted are deleted. Storage grows with the model's. Ids, fields, counters
-    and clocks of stores, and all other buffers, become the model's.
+    A row that is new in ``model``, or whose content `SoftKVStore.revive` has replaced, is copied. Rows that ``model``
+    has deleted are deleted. Storage grows with the storage of ``model``. Ids, fields, counters and clocks of stores,
+    and all other buffers, are copied from ``model``.
 
-    `torch.optim.swa_utils.AveragedModel` averages tensors place by place: it cannot follow growth, and mixes two rows
-    where one has taken the slot of another.
+    `torch.optim.swa_utils.AveragedModel` averages tensors slot by slot instead: it cannot follow growth, and it mixes
+    two rows when a row has taken the slot of another.
 
     Args:
-        average: A store, or a module that holds stores: ``copy.deepcopy(model)`` in the beginning, or an
-            ``AveragedModel``, whose ``update_parameters`` must not be called in addition. For rows of half precision
-            make it wider, by ``average.float()``: otherwise steps of less than their last digit are lost.
-        model: The model to average. Wrappers with the model as their ``module``, as DistributedDataParallel, are
+        average: A store, or a module that contains stores: initially ``copy.deepcopy(model)``, or an
+            ``AveragedModel``, whose ``update_parameters`` must not be called in addition. If rows are in half
+            precision, convert it with ``average.float()``; otherwise updates below half a unit in the last place are
+            lost.
+        model: The model to average. Wrappers with the model as their ``module``, such as DistributedDataParallel, are
             unwrapped.
-        decay: The fraction of the average that stays, from 0 to 1.
+        decay: Factor of the old average, from 0 to 1.
 
     Raises:
         ArgumentError: The modules do not match, or ``decay`` is out of range.
-        ShapeError: A Parameter or buffer outside of the stores has another shape.
-        GrowthError: The average's storage would have to change its size while a read of it waits for its backward.
+        ShapeError: A Parameter or buffer outside of the stores has another shape in ``average``.
+        GrowthError: The storage of ``average`` would have to be resized while a read of it awaits its backward.
         DtypeError: An argument has the wrong type.
 
     Source: Polyak & Juditsky 1992 (doi 10.1137/0330046), with the exponential weights of Tarvainen & Valpola 2017
@@ -79,10 +80,10 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         check_not_meta("average", own.keys, "load_state_dict()")
         check_not_meta("model", other.keys, "load_state_dict()")
     with ExitStack() as locks:
-        # All threads take the locks in one order, so that no two wait for each other.
+        # All threads take the locks in the same order, which prevents a deadlock.
         for store in sorted({store for pair in stores.values() for store in pair}, key=id):
             locks.enter_context(store.writing())
-        # Compute all before the first one changes: an error changes nothing, and stores may share a tensor.
+        # Compute all updates before applying the first: an error then changes nothing, and stores may share a tensor.
         updates = [prepare_average(mine._table, theirs._table, decay) for mine, theirs in stores.values()]
         for update in updates:
             update()
@@ -96,7 +97,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside of AveragedModel, DDP or torch.compile."""
+    """Return the module inside an AveragedModel, DDP or torch.compile wrapper."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, (AveragedModel, nn.parallel.DistributedDataParallel)):
@@ -107,17 +108,17 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _pair_stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKVStore, SoftKVStore]]:
-    """Return the stores of both modules, in pairs, by name."""
-    found = [
+    """Pair the stores of both modules by name."""
+    stores, model_stores = (
         {name: module for name, module in root.named_modules() if isinstance(module, SoftKVStore)}
         for root in (average, model)
-    ]
-    if found[0].keys() != found[1].keys():
+    )
+    if stores.keys() != model_stores.keys():
         raise ArgumentError(
-            f"average: expected stores at {sorted(found[1])}, as in the model, got {sorted(found[0])}; begin with "
+            f"average: expected stores at {sorted(model_stores)}, as in the model, got {sorted(stores)}; begin with "
             "copy.deepcopy(model)"
         )
-    pairs = {name: (found[0][name], found[1][name]) for name in found[0]}
+    pairs = {name: (stores[name], model_stores[name]) for name in stores}
     for name, (mine, theirs) in pairs.items():
         if mine is theirs:
             raise ArgumentError(
@@ -129,7 +130,7 @@ def _pair_stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKV
 def _pair_other_tensors(
     average: nn.Module, model: nn.Module, stores: dict[str, tuple[SoftKVStore, SoftKVStore]]
 ) -> list[tuple[Tensor, Tensor, bool]]:
-    """Pair the tensors outside of stores; say of each whether it is a Parameter."""
+    """Pair the tensors outside of stores; return whether each is a Parameter, too."""
     prefixes = tuple(f"{name}." if name else "" for name in stores)
     pairs: list[tuple[Tensor, Tensor, bool]] = []
     for is_parameter in (True, False):
@@ -143,7 +144,8 @@ def _pair_other_tensors(
         )
         if mine.keys() != theirs.keys():
             raise ArgumentError(
-                f"average: expected the model's Parameters and buffers, got others: {sorted(mine.keys() ^ theirs)[:5]}"
+                "average: expected the Parameters and buffers of the model, got a difference in "
+                f"{sorted(mine.keys() ^ theirs)[:5]}; begin with copy.deepcopy(model)"
             )
         for name, tensor in mine.items():
             if tensor.shape != theirs[name].shape:
@@ -156,7 +158,7 @@ def _pair_other_tensors(
 
 
 def _lerp_(average: Tensor, model: Tensor, decay: float) -> None:
-    """Average in place; copy where the numbers are not floating-point ones."""
+    """Update ``average`` in place; copy integers and booleans."""
     model = model.to(average.device)
     if not average.is_floating_point() and not average.is_complex():
         average.copy_(model)

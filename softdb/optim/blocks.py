@@ -15,18 +15,18 @@ __all__ = ["BlockSizes", "RowBlock", "iterate_blocks"]
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How many numbers of a table a step works on at a time.
+    """Block size of an optimiser step, in numbers of a table.
 
     Attributes:
-        cpu: On a CPU: they stay in its cache, and are enough for two threads.
-        other: On other devices.
+        cpu: Numbers per block on a CPU. A block fits in the cache and is large enough for two threads.
+        other: Numbers per block on other devices.
     """
 
     cpu: int = 2**16
     other: int = 2**24
 
     def rows_per_block(self, rows: Tensor) -> int:
-        """Return how many of ``rows`` make a block: at least 1."""
+        """Return the number of ``rows`` per block, at least 1."""
         numbers = self.cpu if rows.device.type == "cpu" else self.other
         return max(1, numbers // max(1, rows[:1].numel()))
 
@@ -37,13 +37,13 @@ def iterate_blocks(
     """Yield blocks of at most ``count`` rows to update.
 
     Args:
-        slots: The rows to update; None for all live ones.
+        slots: Slots of the rows to update; None for all live rows.
         table: The storage of the rows, if a store owns them.
-        length: How many rows the Parameter has.
-        count: The most rows of a block.
+        length: Number of rows of the Parameter.
+        count: Maximum number of rows per block.
 
     Yields:
-        The block's rows in the Parameter, and its entries in what the step computed for each row that it updates.
+        The block's rows in the Parameter, and its positions in tensors with one entry per updated row.
     """
     if slots is not None:
         for first in range(0, len(slots), max(1, count)):
@@ -62,15 +62,14 @@ def iterate_blocks(
 
 
 class RowBlock:
-    """The same rows of several tables: taken out to be worked on, and put back.
+    """Block of rows that are taken from several tables and put back.
 
-    Put one table's rows back before you take the next table's: their memory stays in the cache as long as little else
-    is used.
+    Put the rows of one table back before taking the rows of the next, so that they are still in the cache.
 
     Args:
-        rows: Where the rows lie.
-        capacity: The most rows of a block.
-        buffers: Memory that all blocks of a step share, by table: new memory would first have to be mapped.
+        rows: Slots of the rows.
+        capacity: Maximum number of rows per block.
+        buffers: Memory that all blocks of a step share, by table. Reuse avoids the page faults of new memory.
     """
 
     def __init__(self, rows: slice | Tensor, capacity: int, buffers: dict[int, Tensor]) -> None:
@@ -79,20 +78,20 @@ class RowBlock:
         self._buffers = buffers
 
     def take(self, table: Tensor) -> Tensor:
-        """Return the rows of ``table``: a view where they are contiguous, else a copy."""
+        """Return the rows of ``table``: a view if they are a slice, otherwise a copy."""
         if isinstance(self._rows, slice):
             return table[self._rows]
         return torch.index_select(table, 0, self._rows, out=self._buffer(id(table), table, len(self._rows)))
 
     def put(self, table: Tensor, rows: Tensor) -> None:
-        """Write the rows that were taken from ``table`` back to it."""
+        """Write rows that were taken from ``table`` back to it."""
         if not isinstance(self._rows, slice):
             table.index_copy_(0, self._rows, rows)
 
     def spare(self, rows: Tensor) -> Tensor:
         """Return scratch memory of the size of ``rows``, which were taken and put back.
 
-        It is their own memory where they are a copy.
+        If ``rows`` are a copy, their memory is reused.
         """
         return self._buffer(0, rows, len(rows)) if isinstance(self._rows, slice) else rows
 

@@ -23,24 +23,24 @@ def clip_row_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale row-sparse and dense gradients in place to a norm of at most ``max_norm``.
+    """Clip the joint norm of row-sparse and dense gradients, in place.
 
-    With g all gradients as one vector, equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``: as
-    `torch.nn.utils.clip_grad_norm_` of dense gradients. No sparse gradient is made dense.
+    With g the concatenation of all gradients, equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``, as
+    `torch.nn.utils.clip_grad_norm_` for dense gradients. Sparse gradients are not converted to dense ones.
 
     Args:
-        parameters: Parameters; those without a gradient are skipped. A sparse gradient that names a row twice is
-            replaced by its coalesced form.
-        max_norm: The largest norm to leave, at least 0.
-        norm_type: The p of the norm, above 0; ``inf`` is the largest entry.
-        error_if_nonfinite: Whether to raise where the norm is NaN or infinite.
+        parameters: Parameters. Parameters without a gradient are skipped. An uncoalesced sparse gradient is replaced by
+            its coalesced form.
+        max_norm: Maximum norm of the gradients, at least 0.
+        norm_type: Order p of the norm, above 0; ``inf`` is the maximum norm.
+        error_if_nonfinite: Whether to raise if the norm is NaN or infinite.
 
     Returns:
         The norm before clipping, a tensor without dimensions.
 
     Raises:
-        NonFiniteError: The norm is not finite and ``error_if_nonfinite``; no gradient has been scaled.
-        ArgumentError, DtypeError: An argument is not as above, or a gradient is neither dense nor row-sparse.
+        NonFiniteError: ``error_if_nonfinite`` is true and the norm is not finite; no gradient has been scaled.
+        ArgumentError, DtypeError: An argument is invalid, or a gradient is neither dense nor row-sparse.
 
     Example:
         >>> import torch
@@ -68,15 +68,15 @@ def clip_row_grad_norm_(
             gradients.append(whole._values())
         elif gradient is not None:
             gradients.append(gradient)
-    filled = [gradient for gradient in gradients if gradient.numel()]  # an empty tensor has no largest entry
+    filled = [gradient for gradient in gradients if gradient.numel()]  # An empty tensor has no maximum.
     if not filled:
         return torch.zeros((), device=given[0].device if given else None)
     norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise NonFiniteError(
-            f"parameters: expected gradients with a finite norm, got one that is {float(total)}; skip the step, or "
-            "pass error_if_nonfinite=False to scale them all the same"
+            f"parameters: expected gradients with a finite norm, got {float(total)}; skip the step, or pass "
+            "error_if_nonfinite=False to scale them anyway"
         )
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in filled:

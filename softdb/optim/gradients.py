@@ -1,4 +1,4 @@
-"""Check of the gradients that row optimisers take."""
+"""Check of the gradients of row optimisers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def check_gradient(parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is None:
         return
-    rows = gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1
-    if not rows and gradient.layout != torch.strided:
-        found = f"{gradient.layout}"
+    is_row_sparse = gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1
+    if not is_row_sparse and gradient.layout != torch.strided:
+        layout = f"{gradient.layout}"
         if gradient.layout == torch.sparse_coo:
-            found += f" with {gradient.sparse_dim()} sparse dimensions"
+            layout += f" with {gradient.sparse_dim()} sparse dimensions"
         raise DtypeError(
-            "gradient: expected a dense one, or a COO tensor that is sparse in its first dimension only, got "
-            f"{found}; convert it with .to_dense()"
+            "gradient: expected a dense tensor, or a COO tensor that is sparse in its first dimension only, got "
+            f"{layout}; convert it with .to_dense()"
         )
     if not gradient.is_floating_point():
-        raise DtypeError(f"gradient: expected a floating-point one, got {gradient.dtype}; take its real part")
+        raise DtypeError(f"gradient: expected a floating-point tensor, got {gradient.dtype}; use its real part")
     if gradient.shape != parameter.shape:
         raise ShapeError(
             f"gradient: expected shape {tuple(parameter.shape)}, as its Parameter, got {tuple(gradient.shape)}; "
-            "call zero_grad() and go backward again"
+            "call zero_grad() and backward() again"
         )

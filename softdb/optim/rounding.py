@@ -12,14 +12,14 @@ from softdb.scoring.gumbel import splitmix64
 __all__ = ["NOISE_DTYPES", "draw_noise", "round_stochastically", "start_streams"]
 
 
-# The random bits of an entry: bfloat16 drops 16 bits of a float32, float16 up to 24 that count.
+# Integer type of an entry's random bits: bfloat16 drops 16 bits of a float32, float16 up to 24 significant bits.
 NOISE_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
 
 
 def start_streams(seed: int, step: int, rows: Tensor) -> Tensor:
-    """Start a random stream for a step and each column of ``rows``.
+    """Start the random streams of a step, for each column of ``rows``.
 
-    A random number serves as many columns as its 64 bits suffice for.
+    Each stream gives 64-bit numbers, which are divided among several columns.
     """
     key = int(splitmix64(seed, torch.tensor(step, device="cpu")))
     columns_per_number = 64 // torch.iinfo(NOISE_DTYPES[rows.dtype]).bits
@@ -30,7 +30,7 @@ def start_streams(seed: int, step: int, rows: Tensor) -> Tensor:
 def draw_noise(streams: Tensor, slots: slice | Tensor, rows: Tensor) -> Tensor:
     """Draw a random integer for each entry of ``rows``.
 
-    It depends on the seed, the step, the row's slot and the column alone, not on the block.
+    It depends only on the seed, the step, the row's slot and the column, not on the block.
     """
     if isinstance(slots, slice):
         slots = torch.arange(slots.start, slots.stop, device=rows.device)
@@ -39,12 +39,12 @@ def draw_noise(streams: Tensor, slots: slice | Tensor, rows: Tensor) -> Tensor:
 
 
 def round_stochastically(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """Round float32 numbers to a neighbour in ``dtype``, with odds that keep the mean.
+    """Round float32 numbers to a neighbour in ``dtype``, so that the mean is kept.
 
     Args:
-        numbers: float32; they stay as they are.
+        numbers: float32 numbers, which are not changed.
         dtype: bfloat16 or float16.
-        noise: A random integer for each of them, of the type in `NOISE_DTYPES`.
+        noise: A random integer per number, of the type in `NOISE_DTYPES`.
 
     Returns:
         The rounded numbers, in float32.
@@ -53,17 +53,19 @@ def round_stochastically(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> 
     within = numbers.clamp(-largest, largest)
     bits = within.view(torch.int32)
     if dtype == torch.bfloat16:
-        # bfloat16 is the upper half of float32. Random bits in the lower half carry over with the right odds.
+        # bfloat16 is the upper half of float32. Adding random bits to the lower half carries into the upper half with
+        # a probability that is proportional to the distance.
         bits = bits.add(noise).add_(2**15).bitwise_and_(-(2**16))
         rounded = bits.view(torch.float32)
     else:
-        # Neighbours in float16 are 2^-10 of the number's power of two apart, at least 2^-24: all steps are exact.
+        # Neighbours in float16 differ by 2^-10 times the number's power of two, and by at least 2^-24. All operations
+        # below are exact.
         spacing = bits.bitwise_and(0xFF << 23).clamp_(min=(127 - 14) << 23).sub_(10 << 23).view(torch.float32)
-        odds = within.abs().div_(spacing)
-        rounded = odds.floor()
-        odds -= rounded
+        probability = within.abs().div_(spacing)
+        rounded = probability.floor()
+        probability -= rounded
         uniform = noise.bitwise_and(2**24 - 1).to(torch.float32).mul_(2.0**-24)
-        rounded.add_(uniform < odds).mul_(spacing).copysign_(within)
-    # The conversion handles numbers beyond the largest one, infinities and NaN. The difference is 0 elsewhere, and is
-    # subtracted, since adding it would turn -0 into 0.
+        rounded.add_(uniform < probability).mul_(spacing).copysign_(within)
+    # `within - numbers` is 0 except for infinities, NaN and numbers outside of the dtype's range, which the conversion
+    # to the dtype handles. It is subtracted, since adding -0 + 0 would give 0.
     return rounded.sub_(within.sub_(numbers))

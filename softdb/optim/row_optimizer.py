@@ -1,4 +1,4 @@
-"""The step of row optimisers, which updates only the rows that a gradient names."""
+"""Base class of row optimisers, whose step updates only rows with a gradient."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from softdb.optim.rounding import NOISE_DTYPES, draw_noise, round_stochastically
 from softdb.optim.row_state import (
     State,
     advance_decay,
-    check_complete,
     check_integers,
-    check_log,
+    check_log_factor,
+    check_state_names,
     check_whole_state,
     count_row_steps,
     resize_state,
@@ -35,13 +35,13 @@ __all__ = ["RowOptimizer"]
 
 
 class RowOptimizer(Optimizer):
-    """Update the rows that a gradient names, and keep state for each row.
+    """Base class of optimisers that update only rows with a gradient.
 
     A subclass defines the moments of a row and the direction of its step. See `softdb.optim.row_state` for the state of
     a Parameter.
 
     Attributes:
-        block_sizes: How many numbers a step works on at a time.
+        block_sizes: Block sizes of a step.
     """
 
     block_sizes = BlockSizes()
@@ -53,28 +53,28 @@ class RowOptimizer(Optimizer):
 
     @abstractmethod
     def _initial_moments(self, options: dict[str, Any]) -> dict[str, float]:
-        """Return the names of the moments of a row, and the number that each starts with."""
+        """Return the initial value of each moment of a row, by name."""
 
     @abstractmethod
     def _state_shape(self, shape: torch.Size) -> torch.Size:
-        """Return the shape of a moment, for a Parameter of ``shape``."""
+        """Return the shape of a moment for a Parameter of ``shape``."""
 
     @abstractmethod
     def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
-        """Return the factor of a row's direction in its ``age``-th step, counted from 1."""
+        """Return the factor of a row's direction in its ``age``-th step, from 1."""
 
     @abstractmethod
     def _update_moments(
         self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Update the moments of a block; return its direction, numerator and denominator."""
+        """Update the moments of a block; return the direction's numerator and denominator."""
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Check the options of a group, and return them as plain numbers."""
+        """Check the options of a group; return them as Python numbers."""
         lr = options["lr"]
         number = check_number("lr", lr)
         return {
-            # Schedulers write into a tensor, and the group has to keep it.
+            # Keep a tensor, since schedulers write to it in place.
             "lr": lr if isinstance(lr, Tensor) and lr.is_floating_point() else number,
             "eps": check_number("eps", options["eps"]),
             "weight_decay": check_number("weight_decay", options["weight_decay"]),
@@ -83,8 +83,8 @@ class RowOptimizer(Optimizer):
     # -- the interface of torch.optim.Optimizer --------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of Parameters with options of its own, as in torch."""
-        # torch refuses anything but a dictionary.
+        """Add a parameter group with its own options, as in torch."""
+        # torch raises for anything but a dictionary.
         options = self._check_options({**self.defaults, **param_group}) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
         param_group.update(options)
@@ -92,25 +92,25 @@ class RowOptimizer(Optimizer):
             if is_sharded(parameter):
                 self.param_groups.pop()
                 raise DtypeError(
-                    "params: expected whole Parameters, got the shard of a DTensor; take an optimiser of torch, or "
+                    "params: expected whole Parameters, got the shard of a DTensor; use an optimiser of torch, or "
                     "pass the rows to fully_shard as ignored_params"
                 )
             if parameter.dtype not in FLOAT_DTYPES or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
-                    "give others to an optimiser of torch"
+                    "use an optimiser of torch for others"
                 )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the rows that the gradients name.
+        """Update the rows with a gradient.
 
         Args:
-            closure: Computes the gradients again and returns the loss.
+            closure: Function that computes the gradients and returns the loss.
 
         Returns:
-            The result of ``closure``.
+            The result of ``closure``; None without it.
 
         Raises:
             ArgumentError: ``lr * weight_decay`` is 1 or more.
@@ -132,23 +132,23 @@ class RowOptimizer(Optimizer):
             if options["lr"] * options["weight_decay"] >= 1:
                 raise ArgumentError(
                     f"weight_decay: expected lr * weight_decay below 1, got {options['lr']} * "
-                    f"{options['weight_decay']}, which turns rows around; lower one of them"
+                    f"{options['weight_decay']}, which would flip the sign of rows; decrease one of them"
                 )
             updates += [(parameter, options) for parameter in parameters]
         tables = {id(table): table for parameter, _ in updates if (table := table_of(parameter)) is not None}
         with ExitStack() as locks:
-            for number in sorted(tables):  # in one order, so that two steps never wait for each other
+            for number in sorted(tables):  # All steps take locks in the same order, which prevents a deadlock.
                 locks.enter_context(tables[number].access.writing())
             for parameter, options in updates:
                 self._update(parameter, options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, as in torch; load the store before the next step.
+        """Load the state of an optimiser, as in torch.
 
-        Tensors are copied. Moments of any floating dtype keep their values, in at least float32. State of
-        `torch.optim.SparseAdam` or `torch.optim.AdamW` is a state of `RowAdam`; options that it lacks keep this
-        optimiser's defaults.
+        Load the store before the next step. Tensors are copied. Moments of any floating dtype keep their values, in at least float32. `RowAdam` also loads
+        the state of `torch.optim.SparseAdam` and `torch.optim.AdamW`; options that it lacks keep this optimiser's
+        defaults.
 
         Raises:
             ArgumentError, DtypeError, ShapeError: The state or an option does not fit; nothing has changed.
@@ -158,7 +158,7 @@ class RowOptimizer(Optimizer):
         def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
             groups = given["param_groups"]
             if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-                return None  # torch raises the error
+                return None  # torch raises an error.
             groups = [group | self._check_options({**self.defaults, **group}) for group in groups]
             others = dict(given["state"])
             for group, own in zip(groups, self.param_groups, strict=True):
@@ -168,7 +168,8 @@ class RowOptimizer(Optimizer):
             return {**given, "param_groups": groups, "state": others}
 
         # torch would cast every tensor to the Parameter's dtype, which rounds moments and counts. The first hook runs
-        # after all other hooks that edit the dictionary, the second before all that look at the loaded state.
+        # after all other pre-hooks, which may edit the dictionary, and the second before all other post-hooks, which
+        # may read the loaded state.
         hooks = (
             self.register_load_state_dict_pre_hook(convert),
             self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),
@@ -180,12 +181,12 @@ class RowOptimizer(Optimizer):
                 hook.remove()
 
     def _convert_state(self, given: State, parameter: Tensor, options: dict[str, Any]) -> State:
-        """Copy a loaded state of ``parameter``, in the dtypes of a step."""
+        """Copy a loaded state of ``parameter``, in the dtypes that a step needs."""
         moments = self._initial_moments(options)
-        check_complete(given, moments, type(self).__name__)
+        check_state_names(given, moments, type(self).__name__)
         shape = parameter.shape or torch.Size([1])
-        # The state of a store's rows may be longer or shorter: the store may be loaded, or grow, later.
-        count: int | None = shape[0] if table_of(parameter) is None else None
+        # The state of a store's rows may have another length: the store may be loaded later, or grow.
+        count: int | None = shape[0] if of(parameter) is None else None
         state: State = {}
         for name, value in given.items():
             label = f"state[{name!r}]"
@@ -193,7 +194,7 @@ class RowOptimizer(Optimizer):
                 state[name] = check_whole_state(label, value)
                 continue
             if name == "log_decay":
-                state[name] = check_log(label, value)
+                state[name] = check_log_factor(label, value)
                 continue
             wanted = (count, *(self._state_shape(shape)[1:] if name in moments else ()))
             if name in ("generation", "born"):
@@ -209,10 +210,10 @@ class RowOptimizer(Optimizer):
     # -- a step ----------------------------------------------------------------------------------------------
 
     def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
-        """Update the rows of ``parameter`` that its gradient names."""
-        table = table_of(parameter)
-        # torch need not count a write to a store's rows: the hooks of `table` note which rows have changed, where a
-        # count would mean that any row may have.
+        """Update the rows of ``parameter`` that have a gradient."""
+        table = of(parameter)
+        # Write to a store's rows through .data, which torch's version counter does not count: `note_move` records which
+        # rows have changed, whereas a new version would mean that any row may have changed.
         rows = parameter if table is None else parameter.data
         gradient = parameter.grad
         if gradient is None:
@@ -220,7 +221,7 @@ class RowOptimizer(Optimizer):
         if rows.dim() == 0:
             rows, gradient = rows.view(1), gradient.view(1)
         state = self._fit_state(parameter, rows, table, options)
-        slots, gradients = _live_gradients(gradient, table)
+        slots, gradients = _select_live_gradients(gradient, table)
         state["step"] += 1
         if table is not None:
             self._reset_new_rows(state, table, table.live_slots() if slots is None else slots, options)
@@ -237,21 +238,21 @@ class RowOptimizer(Optimizer):
                 block = RowBlock(part, count, buffers)
                 numerator, denominator = self._update_moments(block, gradients[place].to(dtype), moments, options)
                 stored = block.take(rows)
-                working = stored.to(dtype)  # itself, unless it is of low precision
+                working = stored.to(dtype)  # The same tensor, unless it has half precision.
                 if factor is not None:
-                    working.mul_(_column(factor, place, working))
+                    working.mul_(_broadcast_to_rows(factor, place, working))
                 if isinstance(size, float):
                     working.addcdiv_(numerator, denominator, value=-size)
-                else:  # rounded as the line above would
-                    working.addcdiv_(numerator * _column(size, place, working), denominator, value=-1)
+                else:  # This order of operations rounds as the line above does.
+                    working.addcdiv_(numerator * _broadcast_to_rows(size, place, working), denominator, value=-1)
                 if streams is not None:
                     stored.copy_(round_stochastically(working, stored.dtype, draw_noise(streams, part, stored)))
                 block.put(rows, stored)
-        finally:  # after an error, too: some rows may have changed
-            record_update(parameter, slots)
+        finally:  # After an error, some rows may have changed, too.
+            note_move(parameter, slots)
 
     def _fit_state(self, parameter: Tensor, rows: Tensor, table: RowStorage | None, options: dict[str, Any]) -> State:
-        """Return the state of ``parameter``, resized to the rows that it has now."""
+        """Return the state of ``parameter``, resized to its current number of rows."""
         state: State = self.state[parameter]
         count, device, dtype = len(rows), rows.device, state_dtype(rows.dtype)
         initial = self._initial_moments(options)
@@ -267,29 +268,29 @@ class RowOptimizer(Optimizer):
         if options["weight_decay"] != 0 and "decayed" not in state:
             state["log_decay"] = 0.0
             state["decayed"] = torch.zeros(count, dtype=torch.float64, device=device)
-        # No generation is -1, so that a row in a slot that growth has added counts as new.
+        # Generations are at least 0, so that a row in a slot that growth has added counts as new.
         fills = initial | {"generation": -1, "born": 0, "decayed": state.get("log_decay", 0.0)}
         for name, fill in fills.items():
             if name not in state:
                 continue
             if len(state[name]) != count:
                 state[name] = resize_state(state[name], count, fill)
-            if name in initial and state[name].dtype != dtype:  # the Parameter was converted
+            if name in initial and state[name].dtype != dtype:  # The Parameter has been converted.
                 state[name] = state[name].to(dtype)
             if state[name].device != device:
                 state[name] = state[name].to(device)
         return state
 
     def _new_seed(self, parameter: Tensor) -> int:
-        """Draw the seed of the noise that rounds ``parameter``."""
+        """Draw the seed of the stochastic rounding of ``parameter``."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Replicas on several ranks must round alike, and their generators may differ.
+            # Replicas on all ranks must round equally, but their generators may differ.
             parameters = [other for group in self.param_groups for other in group["params"]]
             return next(place for place, other in enumerate(parameters) if other is parameter)
         return int(torch.randint(2**62, (), device="cpu"))
 
     def _reset_new_rows(self, state: State, table: RowStorage, slots: Tensor, options: dict[str, Any]) -> None:
-        """Reset the state of the rows at ``slots`` whose generation it does not belong to."""
+        """Reset the state of the rows at ``slots`` whose generation has changed."""
         generation = table.generation.index_select(0, slots)
         new = state["generation"].index_select(0, slots) != generation
         if not bool(new.any()):
@@ -303,8 +304,8 @@ class RowOptimizer(Optimizer):
             state["decayed"].index_fill_(0, slots, state["log_decay"])
 
 
-def _live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor | None, Tensor]:
-    """Return the live slots that a gradient names, None for all, and their gradients."""
+def _select_live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor | None, Tensor]:
+    """Select the live slots of a gradient, None for all, and their gradients."""
     if gradient.layout != torch.sparse_coo:
         return None, gradient
     gradient = coalesce(gradient)
@@ -316,6 +317,6 @@ def _live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor 
     return slots, values
 
 
-def _column(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:
-    """Return one number for each of ``rows``, in a shape that multiplies them."""
+def _broadcast_to_rows(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:
+    """Return the numbers at ``place`` in a shape that broadcasts to ``rows``."""
     return numbers[place].to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))

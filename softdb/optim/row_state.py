@@ -1,14 +1,14 @@
-"""State of row optimisers: create, resize, check and read it.
+"""State of row optimisers: resize, check and read it.
 
-The state of a Parameter is a dictionary, part of ``state_dict``:
+The state of a Parameter is a dictionary, which is part of ``state_dict``:
 
-- ``step``: how many steps the Parameter has taken.
-- A tensor for each moment of the optimiser, with an entry for each row.
-- ``generation`` (n,), for the rows of a store: the generation of each slot that the state belongs to.
-- ``born`` (n,), for the rows of a store: the Parameter's step count when the row came; its first step is the next one.
+- ``step``: the number of steps of the Parameter.
+- A tensor for each moment of the optimiser, with one entry per row.
+- ``generation`` (n,), for the rows of a store: the generation of each slot that its state belongs to.
+- ``born`` (n,), for the rows of a store: the Parameter's step count before the row's first step.
 - ``log_decay``, with weight decay: the logarithm of the product of all decay factors so far.
-- ``decayed`` (n,), with weight decay: what ``log_decay`` was at the row's last step.
-- ``seed``, for rows of half precision: the seed of the noise that rounds them.
+- ``decayed`` (n,), with weight decay: the value of ``log_decay`` at the row's last step.
+- ``seed``, for rows in half precision: the seed of stochastic rounding.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from softdb.errors import ArgumentError, DtypeError
 __all__ = [
     "State",
     "advance_decay",
-    "check_complete",
     "check_integers",
-    "check_log",
+    "check_log_factor",
+    "check_state_names",
     "check_whole_state",
     "count_row_steps",
     "resize_state",
@@ -46,7 +46,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def resize_state(tensor: Tensor, count: int, fill: float) -> Tensor:
-    """Copy ``tensor`` to a tensor for ``count`` rows; further rows hold ``fill``."""
+    """Copy ``tensor`` to a tensor of ``count`` rows; fill new rows with ``fill``."""
     kept = min(len(tensor), count)
     resized = tensor.new_full((count, *tensor.shape[1:]), fill)
     resized[:kept] = tensor[:kept]
@@ -54,7 +54,7 @@ def resize_state(tensor: Tensor, count: int, fill: float) -> Tensor:
 
 
 def count_row_steps(state: State, slots: Tensor | None) -> int | Tensor:
-    """Return which of its own steps each row takes; one number where all agree."""
+    """Return each row's own step count; an int if all rows have the same."""
     step: int = state["step"]
     if "born" not in state:
         return step
@@ -66,9 +66,9 @@ def count_row_steps(state: State, slots: Tensor | None) -> int | Tensor:
 
 
 def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tensor | None:
-    """Return the decay of each row since its last step, and record it as applied.
+    """Return each row's decay factor since its last step; record it as applied.
 
-    A factor, which includes this step's decay; None without weight decay.
+    The factor includes the decay of this step. Without weight decay it is None.
     """
     if "decayed" not in state:
         return None
@@ -86,8 +86,8 @@ def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -
 # -- checks of a loaded state ----------------------------------------------------------------------------
 
 
-def check_complete(given: State, moments: Iterable[str], optimizer: str) -> None:
-    """Raise unless the names in ``given`` are those of a state of ``optimizer``."""
+def check_state_names(given: State, moments: Iterable[str], optimizer: str) -> None:
+    """Raise unless ``given`` has the entries of a state of ``optimizer``."""
     groups = ("step", *moments), ("generation", "born"), ("log_decay", "decayed"), ("seed",)
     known = [name for names in groups for name in names]
     for name in given:
@@ -104,7 +104,7 @@ def check_complete(given: State, moments: Iterable[str], optimizer: str) -> None
 
 
 def check_whole_state(name: str, value: object) -> int:
-    """Return ``value``, an int or a whole float of at least 0, as an int."""
+    """Convert ``value``, an int or a whole float of at least 0, to an int."""
     with suppress(DtypeError):
         return check_int(name, value, least=0)
     number = check_real(name, value)
@@ -113,8 +113,8 @@ def check_whole_state(name: str, value: object) -> int:
     return int(number)
 
 
-def check_log(name: str, value: object) -> float:
-    """Return ``value`` as the logarithm of a factor that is above 0 and at most 1."""
+def check_log_factor(name: str, value: object) -> float:
+    """Check that ``value`` is the logarithm of a factor above 0 and at most 1."""
     number = check_real(name, value)
     if not -math.inf < number <= 0:
         raise ArgumentError(f"{name}: expected a finite number of at most 0, got {number}")

@@ -1,4 +1,4 @@
-"""Layers against plain float64 equations; and that they are modules like any other."""
+"""Test the layers against float64 reference equations, and as modules of torch."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ inductor = pytest.param(
 
 
 def skip_where_inductor_fails(backend: str, layer: nn.Module) -> None:
-    """Skip a test that compiles a small layer where torch is too old for it."""
-    if backend == "inductor" and isinstance(layer, ProductKeyMemory) and TORCH_RELEASE < (2, 13):
-        pytest.skip("inductor fails on an assertion of its own as it fuses the backward, before torch 2.13")
-    if backend == "inductor" and isinstance(layer, ContextMemory) and TORCH_RELEASE == (2, 7):
-        pytest.skip("inductor of torch 2.7 fails on a KeyError of its own")
+    """Skip a test that compiles ``layer`` with a release of torch whose inductor fails on it."""
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    if backend == "inductor" and isinstance(layer, ProductKeyMemory) and (major, minor) < (2, 13):
+        pytest.skip("before torch 2.13, inductor raises an AssertionError when it fuses the backward")
+    if backend == "inductor" and isinstance(layer, ContextMemory) and (major, minor) == (2, 7):
+        pytest.skip("inductor of torch 2.7 raises a KeyError")
 
 
-# Importing inductor makes torch warn of itself.
-compiles = pytest.mark.filterwarnings(
+# torch itself emits these warnings.
+ignore_compile_warnings = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
-    # Where a graph breaks, torch looks at .grad of what passes from one to the next.
+    # At a graph break, torch reads .grad of the tensors that are passed to the next graph.
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
 
@@ -59,24 +60,28 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def gradients(y: Tensor, inputs: list[Tensor], direction: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(y, inputs, direction, allow_unused=True)
+def compute_gradients(y: Tensor, inputs: list[Tensor], direction: Tensor) -> list[Tensor]:
+    grads = torch.autograd.grad(y, inputs, direction, allow_unused=True)
     return [
         torch.zeros_like(x) if g is None else (g.to_dense() if g.is_sparse else g)
-        for x, g in zip(inputs, found, strict=True)
+        for x, g in zip(inputs, grads, strict=True)
     ]
 
 
-def assert_same(y: Tensor, wanted: Tensor, inputs: list[Tensor], tolerance: float = 1e-10) -> None:
-    """Values and gradients."""
+def assert_values_and_gradients_close(
+    y: Tensor, wanted: Tensor, inputs: list[Tensor], tolerance: float = 1e-10
+) -> None:
+    """Compare values, and gradients in a random direction."""
     torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
     direction = torch.randn_like(wanted)
-    for got, want in zip(gradients(y, inputs, direction), gradients(wanted, inputs, direction), strict=True):
+    for got, want in zip(
+        compute_gradients(y, inputs, direction), compute_gradients(wanted, inputs, direction), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def heads_of(layer: nn.Module, x: Tensor) -> Tensor:  # (..., heads, parts, width)
-    """Queries as `_Queries` makes them."""
+def project_heads(layer: nn.Module, x: Tensor) -> Tensor:  # (..., heads, parts, width)
+    """Compute queries as `softdb.layers.queries.Queries` does."""
     queries = F.linear(x, layer.projection.weight)
     if isinstance(layer.norm, nn.BatchNorm1d):
         queries = layer.norm(queries.flatten(0, -2)).view_as(queries)
@@ -89,22 +94,22 @@ def heads_of(layer: nn.Module, x: Tensor) -> Tensor:  # (..., heads, parts, widt
 # -- MemoryLayer -----------------------------------------------------------------------------------------
 
 
-def memory_layer(layer: MemoryLayer, x: Tensor, visible: Tensor | None = None) -> Tensor:
-    queries = heads_of(layer.queries, x).squeeze(-2)
-    answers = []
+def reference_memory_layer(layer: MemoryLayer, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    queries = project_heads(layer.queries, x).squeeze(-2)
+    outputs = []
     for head in range(layer.heads):
         store = layer.stores[head if len(layer.stores) > 1 else 0]
-        asked = queries[..., head, :].reshape(-1, layer.key_dim)
-        found = reference.scores(asked, store.keys, store.metric, store.temperature)
+        query = queries[..., head, :].reshape(-1, layer.key_dim)
+        scores = reference.scores(query, store.keys, store.metric, store.temperature)
         if visible is not None:
-            found = found.masked_fill(~visible, -torch.inf)
+            scores = scores.masked_fill(~visible, -torch.inf)
         if layer.mode == "hard":
-            answer = store.values[found.argmax(-1)]
+            output = store.values[scores.argmax(-1)]
         else:
-            best = found.topk(layer.k if layer.mode == "topk" and layer.k else found.shape[-1])
-            answer = (best.values.softmax(-1).unsqueeze(-1) * store.values[best.indices]).sum(-2)
-        answers.append(answer.view(*x.shape[:-1], layer.value_dim))
-    flat = torch.cat(answers, -1)
+            best = scores.topk(layer.k if layer.mode == "topk" and layer.k else scores.shape[-1])
+            output = (best.values.softmax(-1).unsqueeze(-1) * store.values[best.indices]).sum(-2)
+        outputs.append(output.view(*x.shape[:-1], layer.value_dim))
+    flat = torch.cat(outputs, -1)
     if layer.gate is not None:
         flat = F.silu(layer.gate(x)) * flat
     return F.linear(flat, layer.output.weight)
@@ -113,7 +118,7 @@ def memory_layer(layer: MemoryLayer, x: Tensor, visible: Tensor | None = None) -
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("mode", "k"), [("exact", None), ("topk", 5), ("hard", None)])
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3)])
-def test_a_memory_layer_is_its_equation(shared: bool, mode: Any, k: int | None, leading: tuple[int, ...]) -> None:
+def test_memory_layer_equals_its_equation(shared: bool, mode: Any, k: int | None, leading: tuple[int, ...]) -> None:
     norm: Any = None if leading == () else "layer" if shared else "batch"
     layer = MemoryLayer(
         12,
@@ -131,17 +136,19 @@ def test_a_memory_layer_is_its_equation(shared: bool, mode: Any, k: int | None, 
     )
     x = torch.randn(*leading, 12, dtype=torch.float64, requires_grad=True)
     assert len(layer.stores) == (1 if shared else 3)
-    assert_same(layer(x), memory_layer(layer, x), [x, *layer.parameters()])
+    assert_values_and_gradients_close(layer(x), reference_memory_layer(layer, x), [x, *layer.parameters()])
 
 
-def test_rows_can_be_hidden() -> None:
+def test_memory_layer_where_equals_a_masked_softmax() -> None:
     layer = MemoryLayer(8, 20, heads=2, key_dim=4, dtype=torch.float64)
     x, visible = torch.randn(5, 8, dtype=torch.float64), torch.rand(20) < 0.5
-    assert_same(layer(x, where=visible), memory_layer(layer, x, visible), list(layer.parameters()))
+    assert_values_and_gradients_close(
+        layer(x, where=visible), reference_memory_layer(layer, x, visible), list(layer.parameters())
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_read_comes_on_request(shared: bool) -> None:
+def test_return_read_returns_the_read_of_each_head(shared: bool) -> None:
     layer = MemoryLayer(8, 20, heads=2, key_dim=4, mode="topk", k=3, shared=shared)
     x = torch.randn(5, 6, 8)
     y, read = layer(x, return_read=True)
@@ -156,20 +163,20 @@ def test_the_read_comes_on_request(shared: bool) -> None:
         assert torch.equal(read.ids[..., head, :], store.read(queries[..., head, :], "topk", k=3).ids)
 
 
-def test_at_the_start_a_residual_changes_little() -> None:
+def test_initial_output_is_small_relative_to_the_input() -> None:
     x = torch.randn(64, 256)
     for options in ({}, {"mode": "topk", "k": 8}, {"mode": "hard"}, {"gate": True}, {"query_norm": "layer"}):
         layer = MemoryLayer(256, 1000, **options)  # type: ignore[arg-type]
         assert layer(x).square().mean().sqrt() < 0.1 * x.square().mean().sqrt()
 
 
-def test_a_single_vector_is_looked_up_with_batch_norm() -> None:
+def test_batch_norm_supports_a_single_vector_in_eval_mode() -> None:
     for layer in (MemoryLayer(8, 20, query_norm="batch"), ProductKeyMemory(8, 64, k=4, key_dim=6, query_norm="batch")):
         x = torch.randn(2, 8)
         assert torch.allclose(layer.eval()(x[0]), layer(x)[0], atol=1e-6)
 
 
-def test_new_rows_are_not_taken_for_those_that_were() -> None:
+def test_reset_parameters_resets_usage_and_optimizer_state() -> None:
     layer = MemoryLayer(8, 30, mode="topk", k=4, track_usage=True)
     optimizer = RowAdam(layer.store.parameters(), lr=0.1)
     layer(torch.randn(50, 8)).square().sum().backward()
@@ -181,34 +188,34 @@ def test_new_rows_are_not_taken_for_those_that_were() -> None:
     layer(torch.randn(50, 8)).square().sum().backward()
     optimizer.step()
     moved = (layer.store.values - before).abs()
-    assert torch.allclose(moved[moved > 1e-6], torch.tensor(0.1), atol=1e-3)  # every row's first step
+    assert torch.allclose(moved[moved > 1e-6], torch.tensor(0.1), atol=1e-3)  # A first step of Adam moves by lr.
 
 
-def test_row_sparse_gradients_train_the_rows_that_were_read() -> None:
+def test_sparse_gradients_update_only_the_rows_read() -> None:
     layer = MemoryLayer(8, 100, heads=2, key_dim=4, mode="topk", k=3)
     before = copy.deepcopy(layer)
     x = torch.randn(4, 8)
     y, read = layer(x, return_read=True)
     y.square().sum().backward()
-    seen = read.ids.unique()
+    rows_read = read.ids.unique()
     for table in (layer.store.keys, layer.store.values):
         assert table.grad.layout == torch.sparse_coo
-        assert set(table.grad.coalesce().indices()[0].tolist()) <= set(seen.tolist())
+        assert set(table.grad.coalesce().indices()[0].tolist()) <= set(rows_read.tolist())
     RowAdam(layer.store.parameters(), lr=0.1).step()
     moved = (layer.store.values != before.store.values).any(-1).nonzero().squeeze(-1)
-    assert torch.equal(moved, seen)
+    assert torch.equal(moved, rows_read)
     dense = MemoryLayer(8, 100, mode="topk", k=3, sparse_grad=False)
     dense(x).sum().backward()
     assert dense.store.keys.grad.layout == torch.strided
 
 
-def test_layers_share_a_store() -> None:
+def test_memory_layers_share_a_store() -> None:
     first = MemoryLayer(8, 20, heads=2, key_dim=4, k=1, track_usage=True)
     second = MemoryLayer(8, 20, heads=3, key_dim=4, store=first.store, k=2)
     rows = first.store.values.clone()
     second.reset_parameters()
     assert second.store is first.store
-    assert torch.equal(first.store.values, rows), "a store that was given stays as it is"
+    assert torch.equal(first.store.values, rows), "reset_parameters keeps the rows of a store that was passed"
     both = nn.ModuleList([first, second])
     assert sum(parameter is first.store.keys for parameter in both.parameters()) == 1
     second(torch.randn(5, 8))
@@ -217,7 +224,7 @@ def test_layers_share_a_store() -> None:
     assert again[0].store is again[1].store
     with pytest.raises(ShapeError, match=r"store: expected 21 rows with key_dim=4 .* got 20"):
         MemoryLayer(8, 21, key_dim=4, store=first.store)
-    with pytest.raises(ArgumentError, match="metric: expected nothing, since the store has options of its own"):
+    with pytest.raises(ArgumentError, match="metric: expected nothing, since the given store has its own options"):
         MemoryLayer(8, 20, key_dim=4, store=first.store, metric="l2")
     with pytest.raises(ArgumentError, match="shared: expected True"):
         MemoryLayer(8, 20, key_dim=4, store=first.store, shared=False)
@@ -225,7 +232,7 @@ def test_layers_share_a_store() -> None:
         MemoryLayer(8, 20, store=nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-def test_a_memory_layer_refuses_what_it_cannot_use() -> None:
+def test_memory_layer_rejects_invalid_arguments() -> None:
     for options, message in (
         ({"mode": "soft"}, "mode: expected one of"),
         ({"mode": "topk"}, "k: expected the number of candidates"),
@@ -244,7 +251,7 @@ def test_a_memory_layer_refuses_what_it_cannot_use() -> None:
         layer(torch.ones(3, 8, dtype=torch.int64))
     with pytest.raises(NonFiniteError):
         layer(torch.full((3, 8), torch.nan))
-    with pytest.raises(ArgumentError, match=r"see layer\.stores"):
+    with pytest.raises(ArgumentError, match=r"use layer\.stores"):
         _ = MemoryLayer(8, 20, shared=False).store
 
 
@@ -264,7 +271,7 @@ def test_a_memory_layer_refuses_what_it_cannot_use() -> None:
     ],
 )
 @pytest.mark.parametrize("given", [False, True])
-def test_a_memory_layer_names_the_argument_that_it_does_not_have(
+def test_memory_layer_error_names_the_unsupported_argument(
     options: dict[str, Any], error: type[Exception], message: str, given: bool
 ) -> None:
     store = SoftKVStore(64, 64)
@@ -277,13 +284,13 @@ def test_a_memory_layer_names_the_argument_that_it_does_not_have(
     ("options", "error"),
     [({"num_heads": 4}, TypeError), ({"dtype": torch.int64}, DtypeError), ({"dtype": "float32"}, DtypeError)],
 )
-def test_the_other_layers_refuse_what_they_do_not_know(options: dict[str, Any], error: type[Exception]) -> None:
+def test_layers_reject_unknown_arguments_and_dtypes(options: dict[str, Any], error: type[Exception]) -> None:
     for make in (MemoryLayer, ContextMemory, ProductKeyMemory):
         with pytest.raises(error, match=f"{make.__name__}|dtype: expected one of float16"):
             make(8, 64, **options)
 
 
-def test_usage_that_could_not_be_counted_is_refused() -> None:
+def test_track_usage_is_rejected_where_reads_report_no_rows() -> None:
     with pytest.raises(ArgumentError, match=r"track_usage: .* k=\.\.\. .*mode='topk'"):
         MemoryLayer(8, 20, track_usage=True)
     store = SoftKVStore(64, 64, track_usage=True)
@@ -303,14 +310,14 @@ def test_usage_that_could_not_be_counted_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("shared", [True, False])
-def test_usage_counts_what_a_layer_reads(options: dict[str, Any], shared: bool) -> None:
+def test_memory_layer_counts_usage(options: dict[str, Any], shared: bool) -> None:
     layer = MemoryLayer(8, 20, heads=2, shared=shared, track_usage=True, **options)
     layer(8 * torch.randn(5, 8))
     for store in layer.stores:
         assert int(store.usage.reads.sum()) >= 5 * (2 if shared else 1)
 
 
-def test_rows_are_frozen_as_the_error_says() -> None:
+def test_rows_can_be_frozen_by_requires_grad() -> None:
     layer = MemoryLayer(8, 20, mode="topk", k=3)
     layer.stores.requires_grad_(False)
     rows = copy.deepcopy(layer.store.keys)
@@ -320,34 +327,32 @@ def test_rows_are_frozen_as_the_error_says() -> None:
     assert torch.equal(layer.store.keys, rows)
 
 
-@compiles
+@ignore_compile_warnings
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("options", [{}, {"mode": "topk", "k": 4}])
-def test_a_layer_in_eval_mode_draws_nothing(options: dict[str, Any], compiled: bool) -> None:
+def test_gumbel_layer_draws_no_noise_in_eval_mode(options: dict[str, Any], compiled: bool) -> None:
     layer = MemoryLayer(8, 50, heads=2, normalizer="gumbel", **options)
     best = copy.deepcopy(layer)
     best.normalizer = "straight_through"
     x = torch.randn(5, 8)
     call = torch.compile(layer, backend="aot_eager") if compiled else layer
-    drawn, again = call(x), call(x)
-    assert not torch.equal(drawn, again)
+    assert not torch.equal(call(x), call(x))
     layer.eval()
     state = torch.get_rng_state()
     for _ in range(2):
         assert torch.equal(call(x), best(x))
     assert torch.equal(torch.get_rng_state(), state)
-    if compiled:  # as part of the graph, since nothing is random
+    if compiled:  # The read is part of one graph, since it draws no noise.
         whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert torch.equal(whole(x), best(x))
     layer.train()
-    drawn, again = call(x), call(x)
-    assert not torch.equal(drawn, again)
+    assert not torch.equal(call(x), call(x))
 
 
-@pytest.mark.parametrize("normalizer", SPARSE_NORMALIZERS)
-def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(normalizer: str) -> None:
-    made: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
-    layer = MemoryLayer(8, 40, mode="topk", k=2, **made)
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
+def test_heads_with_separate_stores_may_have_supports_of_different_sizes(normalizer: str) -> None:
+    options: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
+    layer = MemoryLayer(8, 40, mode="topk", k=2, **options)
     with torch.no_grad():
         layer.stores[0].keys.mul_(0.01)
         layer.stores[1].keys.mul_(100.0)
@@ -356,17 +361,17 @@ def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(nor
     assert read.ids.shape == read.weights.shape == read.scores.shape
     assert read.ids.shape[:2] == (5, 2)
     wide, narrow = (read.ids[:, head] for head in range(2))
-    assert (wide >= 0).sum(-1).min() > 2  # more than k
+    assert (wide >= 0).sum(-1).min() > layer.k
     assert (narrow[:, 2:] == -1).all()
     assert (read.weights[read.ids < 0] == 0).all()
-    # The rows with weight are all there, so an exact read says the same, and so do its gradients.
-    exact = MemoryLayer(8, 40, **made)
+    # The read contains every row with a weight above 0, so an exact read has the same output and gradients.
+    exact = MemoryLayer(8, 40, **options)
     exact.load_state_dict(layer.state_dict())
     other, direction = exact(x), torch.randn(5, 8)
     torch.testing.assert_close(y, other)
-    found = gradients(y, list(layer.parameters()), direction)
-    wanted = gradients(other, list(exact.parameters()), direction)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    grads = compute_gradients(y, list(layer.parameters()), direction)
+    wanted = compute_gradients(other, list(exact.parameters()), direction)
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
     _, read = layer(x, return_read=True)
     (read.lse + read.weights.square().sum(-1)).sum().backward()
     assert all(p.grad is not None and p.grad.to_dense().isfinite().all() for p in layer.stores[0].parameters())
@@ -377,63 +382,63 @@ def test_heads_with_stores_of_their_own_may_find_supports_of_different_sizes(nor
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_asymmetric_association_takes_a_projection_of_its_own(tied: bool) -> None:
-    # The keys are the symbols as the layer sees them; symbol i asks for the note beside symbol i + 1.
-    symbols, notes = 20, 4
-    written = torch.randint(notes, (symbols,))
-    store = SoftKVStore(symbols, notes)
-    store.add(4 * torch.eye(symbols), F.one_hot(written, notes).float())
-    layer = MemoryLayer(symbols, symbols, heads=1, key_dim=symbols, value_dim=notes, store=store)
-    if tied:  # queries are projected as keys are
+def test_asymmetric_association_needs_a_separate_query_projection(tied: bool) -> None:
+    # The keys are the symbols in the layer's input space. The target of symbol i is the value of symbol i + 1.
+    symbols, classes = 20, 4
+    labels = torch.randint(classes, (symbols,))
+    store = SoftKVStore(symbols, classes)
+    store.add(4 * torch.eye(symbols), F.one_hot(labels, classes).float())
+    layer = MemoryLayer(symbols, symbols, heads=1, key_dim=symbols, value_dim=classes, store=store)
+    if tied:  # Project queries as keys: by the identity.
         layer.queries.projection.weight.requires_grad_(False).copy_(torch.eye(symbols))
-    readout = nn.Linear(symbols, notes)
+    readout = nn.Linear(symbols, classes)
     trained = [p for p in (*layer.parameters(), *readout.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.02)
-    x, answers = 4 * torch.eye(symbols), written.roll(-1)
+    x, targets = 4 * torch.eye(symbols), labels.roll(-1)
     for _ in range(300):
-        loss = F.cross_entropy(readout(layer(x)), answers)
+        loss = F.cross_entropy(readout(layer(x)), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    accuracy = float((readout(layer(x)).argmax(-1) == answers).float().mean())
+    accuracy = float((readout(layer(x)).argmax(-1) == targets).float().mean())
     assert (accuracy < 0.7) if tied else (accuracy == 1.0), accuracy
 
 
 # -- ContextMemory ---------------------------------------------------------------------------------------
 
 
-def context_memory(
-    layer: ContextMemory, x: Tensor, lengths: list[int], documents: Tensor | None = None, cut: bool = True
+def reference_context_memory(
+    layer: ContextMemory, x: Tensor, lengths: list[int], documents: Tensor | None = None
 ) -> Tensor:
-    """All segments at once: (batch, sum of lengths, dim), of documents (batch, sum of lengths)."""
-    queries = heads_of(layer.queries, x).squeeze(-2).transpose(1, 2)
-    keys = heads_of(layer.keys, x)[..., 0, 0, :].unsqueeze(1)
+    """Compute all segments at once, (batch, sum of lengths, dim)."""
+    queries = project_heads(layer.queries, x).squeeze(-2).transpose(1, 2)
+    keys = project_heads(layer.keys, x)[..., 0, 0, :].unsqueeze(1)
     values = F.linear(x, layer.values.weight).unsqueeze(1)
-    place = torch.arange(x.shape[1])
+    position = torch.arange(x.shape[1])
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    start = starts[:-1].repeat_interleave(torch.tensor(lengths)).unsqueeze(-1)  # of each token's segment
-    here = (place >= start) & (place <= place.unsqueeze(-1))
-    before = (place < start) & (place >= start - layer.rows)
+    start = starts[:-1].repeat_interleave(torch.tensor(lengths)).unsqueeze(-1)  # Start of each token's segment.
+    in_segment = (position >= start) & (position <= position.unsqueeze(-1))
+    in_past = (position < start) & (position >= start - layer.rows)
     if documents is not None:
         same = ((documents.unsqueeze(-1) == documents.unsqueeze(-2)) & (documents >= 0).unsqueeze(-1)).unsqueeze(1)
-        here, before = here & same, before & same
+        in_segment, in_past = in_segment & same, in_past & same
     scale = layer.key_dim**0.5
 
     def scores(k: Tensor, visible: Tensor) -> Tensor:
         return (queries @ k.mT / scale).masked_fill(~visible, -torch.inf)
 
-    past = scores(keys.detach() if cut else keys, before)
+    past = scores(keys.detach(), in_past)
     if layer.k is not None:
         threshold = past.topk(min(layer.k, past.shape[-1])).values[..., -1:]
         past = past.masked_fill(past < threshold, -torch.inf)
-    both = torch.cat([past, scores(keys, here)], -1)
-    nothing = (both == -torch.inf).all(-1, keepdim=True)
-    weights = both.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    answer = weights @ torch.cat([values.detach() if cut else values, values], -2)
-    return F.linear(answer.transpose(1, 2).flatten(-2), layer.output.weight)
+    both = torch.cat([past, scores(keys, in_segment)], -1)
+    is_empty = (both == -torch.inf).all(-1, keepdim=True)
+    weights = both.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
+    outputs = weights @ torch.cat([values.detach(), values], -2)
+    return F.linear(outputs.transpose(1, 2).flatten(-2), layer.output.weight)
 
 
-def in_segments(layer: Callable[..., Any], x: Tensor, lengths: list[int], documents: Tensor | None = None) -> Tensor:
+def run_segments(layer: Callable[..., Any], x: Tensor, lengths: list[int], documents: Tensor | None = None) -> Tensor:
     parts = x.split(lengths, dim=1)
     given = [None] * len(parts) if documents is None else documents.split(lengths, dim=1)
     return torch.cat([layer(part, documents=some) for part, some in zip(parts, given, strict=True)], dim=1)
@@ -442,11 +447,11 @@ def in_segments(layer: Callable[..., Any], x: Tensor, lengths: list[int], docume
 @pytest.mark.parametrize("k", [None, 4, 200])
 @pytest.mark.parametrize("rows", [20, 200])
 @pytest.mark.parametrize("lengths", [[10] * 6, [1, 30, 7, 25, 1, 1], [60]])
-def test_segments_give_what_attention_over_the_past_gives(k: int | None, rows: int, lengths: list[int]) -> None:
+def test_segments_equal_attention_over_the_past(k: int | None, rows: int, lengths: list[int]) -> None:
     layer = ContextMemory(12, rows, heads=3, key_dim=6, value_dim=5, k=k, dtype=torch.float64)
     x = torch.randn(2, sum(lengths), 12, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(in_segments(layer, x, lengths), context_memory(layer, x, lengths))
+        torch.testing.assert_close(run_segments(layer, x, lengths), reference_context_memory(layer, x, lengths))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -455,52 +460,56 @@ def test_gradients_reach_every_projection(batch: int, k: int | None) -> None:
     layer = ContextMemory(12, 100, heads=3, key_dim=6, k=k, dtype=torch.float64)
     x = torch.randn(batch, 40, 12, dtype=torch.float64, requires_grad=True)
     lengths = [10] * 4
-    assert_same(in_segments(layer, x, lengths), context_memory(layer, x, lengths), [x, *layer.parameters()])
+    assert_values_and_gradients_close(
+        run_segments(layer, x, lengths), reference_context_memory(layer, x, lengths), [x, *layer.parameters()]
+    )
     for parameter in (layer.queries.projection.weight, layer.keys.projection.weight, layer.values.weight):
         assert torch.autograd.grad(layer(x).sum(), parameter)[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_segments_may_go_backward_one_by_one(k: int | None) -> None:
+def test_backward_after_each_segment_accumulates_all_gradients(k: int | None) -> None:
     layer = ContextMemory(12, 25, heads=2, key_dim=6, k=k, dtype=torch.float64)
     x = torch.randn(2, 70, 12, dtype=torch.float64)
     direction = torch.randn(2, 70, 12, dtype=torch.float64)
     for part, along in zip(x.split(10, 1), direction.split(10, 1), strict=True):
         layer(part).backward(along)
-    found = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     layer.zero_grad(set_to_none=True)
-    context_memory(layer, x, [10] * 7).backward(direction)
+    reference_context_memory(layer, x, [10] * 7).backward(direction)
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad)
+        torch.testing.assert_close(grads[name], parameter.grad)
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_documents_and_padding(k: int | None) -> None:
+def test_tokens_attend_only_to_their_own_document(k: int | None) -> None:
     layer = ContextMemory(12, 60, heads=2, key_dim=6, k=k, dtype=torch.float64)
     x, lengths = torch.randn(3, 60, 12, dtype=torch.float64), [12] * 5
     documents = torch.randint(0, 3, (3, 60)).sort(-1).values
     documents[0, 20:30] = -1
     documents[2, :] = -1
-    y = in_segments(layer, x, lengths, documents)
-    assert_same(y, context_memory(layer, x, lengths, documents), list(layer.parameters()))
+    y = run_segments(layer, x, lengths, documents)
+    assert_values_and_gradients_close(
+        y, reference_context_memory(layer, x, lengths, documents), list(layer.parameters())
+    )
     assert torch.equal(y[2], torch.zeros(60, 12, dtype=torch.float64))
     assert torch.equal(y[0, 20:30], torch.zeros(10, 12, dtype=torch.float64))
     layer.reset()
-    whole = in_segments(layer, x[1:2], lengths, documents[1:2])
+    whole = run_segments(layer, x[1:2], lengths, documents[1:2])
     torch.testing.assert_close(y[1:2], whole)
 
 
-def test_one_document_a_sequence() -> None:
+def test_documents_may_be_given_per_sequence() -> None:
     layer = ContextMemory(12, 100, heads=2, key_dim=6)
     x = torch.randn(2, 30, 12)
     layer(x[:, :10], documents=torch.tensor([0, 1]))
     layer(x[:, 10:20], documents=torch.tensor([0, 2]))
     last = layer(x[:, 20:], documents=torch.tensor([0, 1]))
     layer.reset()
-    wanted = in_segments(layer, x, [10, 10, 10])
+    wanted = run_segments(layer, x, [10, 10, 10])
     torch.testing.assert_close(last[0], wanted[0, 20:])
     layer.reset()
-    torch.testing.assert_close(last[1], in_segments(layer, x[1:, [*range(10), *range(20, 30)]], [10, 10])[0, 10:])
+    torch.testing.assert_close(last[1], run_segments(layer, x[1:, [*range(10), *range(20, 30)]], [10, 10])[0, 10:])
     layer.reset()
     y = layer(x[:, :10], documents=torch.tensor([7, 8]))
     layer.reset()
@@ -509,26 +518,26 @@ def test_one_document_a_sequence() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_forgetting(k: int | None) -> None:
+def test_reset_forgets_the_given_sequences(k: int | None) -> None:
     layer = ContextMemory(12, 30, heads=2, key_dim=6, k=k)
     x = torch.randn(2, 40, 12)
     alone = layer(x[:, 30:])
     layer.reset()
-    in_segments(layer, x[:, :30], [10] * 3)
+    run_segments(layer, x[:, :30], [10] * 3)
     layer.reset([1])
     y = layer(x[:, 30:])
     torch.testing.assert_close(y[1], alone[1])
     assert not torch.allclose(y[0], alone[0], atol=1e-3)
-    with pytest.raises(ArgumentError, match="sequences: expected places in a batch of 2, got"):
+    with pytest.raises(ArgumentError, match="sequences: expected indices into a batch of 2, got"):
         layer.reset([2])
-    with pytest.raises(ShapeError, match=r"x: expected 2 sequences, as the memory holds, got 3; call reset\(\)"):
+    with pytest.raises(ShapeError, match=r"x: expected 2 sequences, as in the memory, got 3; call reset\(\)"):
         layer(torch.randn(3, 5, 12))
     layer.reset()
     assert layer(torch.randn(3, 5, 12)).shape == (3, 5, 12)
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_a_segment_need_not_be_remembered(k: int | None) -> None:
+def test_write_false_stores_no_segment(k: int | None) -> None:
     layer = ContextMemory(12, 30, heads=2, key_dim=6, k=k)
     x = torch.randn(2, 30, 12)
     layer(x[:, :10])
@@ -538,7 +547,7 @@ def test_a_segment_need_not_be_remembered(k: int | None) -> None:
 
 @pytest.mark.parametrize("k", [None, 4])
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
-def test_a_resumed_run_goes_on_exactly(k: int | None, after: int) -> None:
+def test_resumed_context_memory_continues_exactly(k: int | None, after: int) -> None:
     options: dict[str, Any] = {"heads": 2, "key_dim": 6, "k": k}
     layer = ContextMemory(12, 25, **options)
     parts = torch.randn(3, 70, 12).split(10, dim=1)
@@ -548,7 +557,7 @@ def test_a_resumed_run_goes_on_exactly(k: int | None, after: int) -> None:
     torch.save(layer.state_dict(), file)
     file.seek(0)
     resumed = ContextMemory(12, 25, **options)
-    resumed(torch.randn(1, 5, 12))  # of another batch
+    resumed(torch.randn(1, 5, 12))  # Loading replaces this past.
     resumed.load_state_dict(torch.load(file, weights_only=True))
     twin, pickled = copy.deepcopy(layer), io.BytesIO()
     torch.save(layer, pickled)
@@ -560,7 +569,7 @@ def test_a_resumed_run_goes_on_exactly(k: int | None, after: int) -> None:
             assert torch.equal(other(part), wanted)
 
 
-def test_documents_are_resumed_too() -> None:
+def test_state_dict_restores_documents() -> None:
     layer = ContextMemory(12, 25, heads=2, key_dim=6)
     x = torch.randn(2, 20, 12)
     layer(x[:, :10], documents=torch.tensor([0, 3]))
@@ -569,7 +578,7 @@ def test_documents_are_resumed_too() -> None:
     assert torch.equal(resumed(x[:, 10:]), layer(x[:, 10:]))
 
 
-def test_a_state_that_does_not_fit_is_refused() -> None:
+def test_load_state_dict_rejects_a_past_of_another_shape() -> None:
     layer = ContextMemory(12, 25, heads=2, key_dim=6)
     for _ in range(2):
         layer(torch.randn(2, 5, 12))
@@ -584,14 +593,14 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     layer.load_state_dict(state | {"past.more": torch.zeros(1)}, strict=False)
 
 
-def test_a_memory_is_no_buffer() -> None:
+def test_past_is_saved_but_is_not_a_buffer() -> None:
     layer = ContextMemory(12, 25)
     layer(torch.randn(2, 5, 12))
-    assert list(layer.buffers()) == []  # DistributedDataParallel would overwrite it with another process's
+    assert list(layer.buffers()) == []  # DistributedDataParallel would overwrite buffers with those of rank 0.
     assert "past.recent_keys" in layer.state_dict()
 
 
-def test_evicted_tokens_cannot_go_backward() -> None:
+def test_backward_raises_after_tokens_of_the_read_were_evicted() -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6)
     parts = torch.randn(2, 60, 12).split(10, dim=1)
     for part in parts[:2]:
@@ -602,11 +611,11 @@ def test_evicted_tokens_cannot_go_backward() -> None:
         third.sum().backward()
     fourth = layer(parts[4])
     layer.reset()
-    in_segments(layer, torch.cat(parts, 1), [10] * 6)
-    fourth.sum().backward()  # its rows are no longer the memory's, but still there
+    run_segments(layer, torch.cat(parts, 1), [10] * 6)
+    fourth.sum().backward()  # `reset` allocates new storage, so the rows of this read are unchanged.
 
 
-def test_indexed_tokens_that_were_evicted_cannot_go_backward() -> None:
+def test_backward_raises_after_tokens_of_a_topk_read_were_evicted() -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6, k=3)
     parts = torch.randn(2, 60, 12).split(10, dim=1)
     for part in parts[:2]:
@@ -619,7 +628,7 @@ def test_indexed_tokens_that_were_evicted_cannot_go_backward() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_repeats_the_last_segment(reentrant: bool) -> None:
+def test_activation_checkpointing_recomputes_the_last_segment(reentrant: bool) -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6)
     twin = copy.deepcopy(layer)
     parts = torch.randn(2, 50, 12, requires_grad=True).split(10, dim=1)
@@ -634,11 +643,11 @@ def test_activation_checkpointing_repeats_the_last_segment(reentrant: bool) -> N
         torch.testing.assert_close(one.grad, other.grad)
     late = checkpoint(layer, parts[0].detach().requires_grad_(), use_reentrant=reentrant)
     layer(parts[1])
-    with pytest.raises(StaleReadError, match="not the last one the memory has seen"):
+    with pytest.raises(StaleReadError, match="not the last one that the memory has read"):
         late.sum().backward()
 
 
-def test_a_failed_segment_is_not_remembered() -> None:
+def test_failed_segment_is_not_stored() -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6)
     x = torch.randn(2, 20, 12)
     layer(x[:, :10])
@@ -649,7 +658,7 @@ def test_a_failed_segment_is_not_remembered() -> None:
         (torch.zeros(3, dtype=torch.int64), ShapeError, r"documents: expected shape \(2,\) or \(2, 10\)"),
         (torch.zeros(2), DtypeError, "documents: expected an int64 tensor"),
         (torch.zeros(2, dtype=torch.complex64), DtypeError, "documents: expected an int64 tensor"),
-        (torch.zeros(2, dtype=torch.int64, device="meta"), DeviceError, "documents: expected numbers .* on meta"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), DeviceError, "documents: expected .* meta device"),
         (torch.full((2,), -2), ArgumentError, "documents: expected numbers of at least 0, or -1"),
     ):
         with pytest.raises(error, match=message):
@@ -659,7 +668,7 @@ def test_a_failed_segment_is_not_remembered() -> None:
     assert torch.equal(layer(x[:, 10:]), twin(x[:, 10:]))
 
 
-def test_a_memory_written_in_inference_mode_can_be_trained_with() -> None:
+def test_training_continues_after_segments_in_inference_mode() -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6)
     with torch.inference_mode():
         for part in torch.randn(2, 30, 12).split(10, dim=1):
@@ -669,17 +678,17 @@ def test_a_memory_written_in_inference_mode_can_be_trained_with() -> None:
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_a_memory_follows_its_layer(k: int | None) -> None:
+def test_past_is_converted_with_the_layer(k: int | None) -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6, k=k)
     x = torch.randn(2, 30, 12)
-    in_segments(layer, x, [10] * 3)
+    run_segments(layer, x, [10] * 3)
     layer.double()
     assert layer(x[:, :10].double()).dtype == torch.float64
     floats = [name for name, tensor in layer.state_dict().items() if tensor.dtype == torch.float32]
     assert floats == []
 
 
-def test_a_long_memory_is_indexed() -> None:
+def test_long_past_is_indexed() -> None:
     layer = ContextMemory(8, context_state_module.MIN_INDEXED_ROWS, heads=2, key_dim=8, k=8)
     x = torch.randn(1, context_state_module.MIN_INDEXED_ROWS + 600, 8)
     with torch.no_grad():
@@ -695,38 +704,38 @@ def test_a_long_memory_is_indexed() -> None:
     assert read.lse.shape == (1, 2, 50)
 
 
-def test_within_a_segment_is_learned_what_holds_across_segments() -> None:
-    # A row tells a symbol and what was written beside it; symbol i asks for what was written beside symbol i + 1.
-    symbols, notes, batch = 20, 4, 32
-    layer = ContextMemory(symbols + notes, 64, heads=1, key_dim=32)
-    readout = nn.Linear(symbols + notes, notes)
+def test_recall_learned_within_segments_works_across_segments() -> None:
+    # A row holds a symbol and its label. The target of a query for symbol i is the label of symbol i + 1.
+    symbols, classes, batch = 20, 4, 32
+    layer = ContextMemory(symbols + classes, 64, heads=1, key_dim=32)
+    readout = nn.Linear(symbols + classes, classes)
     optimizer = torch.optim.Adam([*layer.parameters(), *readout.parameters()], lr=0.01)
 
     def episode() -> tuple[Tensor, Tensor]:
         order = torch.rand(batch, symbols).argsort(-1)
-        written = torch.randint(notes, (batch, symbols))  # beside each symbol
-        rows = torch.cat([F.one_hot(order, symbols), F.one_hot(written.gather(1, order), notes)], -1)
-        asked = torch.rand(batch, symbols).argsort(-1)
-        questions = torch.cat([F.one_hot(asked, symbols), torch.zeros(batch, symbols, notes)], -1)
-        return torch.cat([rows, questions], 1).float(), written.gather(1, (asked + 1) % symbols)
+        labels = torch.randint(classes, (batch, symbols))  # The label of each symbol.
+        rows = torch.cat([F.one_hot(order, symbols), F.one_hot(labels.gather(1, order), classes)], -1)
+        query = torch.rand(batch, symbols).argsort(-1)
+        queries = torch.cat([F.one_hot(query, symbols), torch.zeros(batch, symbols, classes)], -1)
+        return torch.cat([rows, queries], 1).float(), labels.gather(1, (query + 1) % symbols)
 
     for _ in range(300):
-        x, answers = episode()
+        x, targets = episode()
         layer.reset()
-        loss = F.cross_entropy(readout(layer(x)[:, symbols:]).flatten(0, 1), answers.flatten())
+        loss = F.cross_entropy(readout(layer(x)[:, symbols:]).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    x, answers = episode()
+    x, targets = episode()
     layer.reset()
     with torch.no_grad():
-        layer(x[:, :symbols])  # what was learned within a segment holds for the past
-        right = readout(layer(x[:, symbols:])).argmax(-1) == answers
-    assert float(right.float().mean()) > 0.95
+        layer(x[:, :symbols])  # Rows and queries are now in different segments.
+        is_correct = readout(layer(x[:, symbols:])).argmax(-1) == targets
+    assert float(is_correct.float().mean()) > 0.95
 
 
 @pytest.mark.parametrize("move", [lambda layer: layer.to("cpu"), lambda layer: layer.double()], ids=["to", "double"])
-def test_a_move_that_changes_nothing_hides_no_eviction(move: Callable[[nn.Module], nn.Module]) -> None:
+def test_eviction_is_detected_after_a_conversion_that_changes_nothing(move: Callable[[nn.Module], nn.Module]) -> None:
     layer = ContextMemory(8, 8, dtype=torch.float64)
     xs = torch.randn(4, 1, 6, 8, dtype=torch.float64)
     layer(xs[0])
@@ -739,25 +748,25 @@ def test_a_move_that_changes_nothing_hides_no_eviction(move: Callable[[nn.Module
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_sequences_are_forgotten_by_a_mask(k: int | None) -> None:
-    masked, placed = (ContextMemory(8, 20, k=k) for _ in range(2))
-    placed.load_state_dict(masked.state_dict())
+def test_reset_accepts_a_mask_of_sequences(k: int | None) -> None:
+    masked, indexed = (ContextMemory(8, 20, k=k) for _ in range(2))
+    indexed.load_state_dict(masked.state_dict())
     x = torch.randn(3, 2, 8)
-    for layer in (masked, placed):
+    for layer in (masked, indexed):
         layer(x)
     masked.reset(torch.tensor([True, False, True]))
-    placed.reset([0, 2])
-    assert torch.equal(masked(x), placed(x))
+    indexed.reset([0, 2])
+    assert torch.equal(masked(x), indexed(x))
     with pytest.raises(DtypeError, match="sequences: expected int64"):
         masked.reset([1.7])
     with pytest.raises(ShapeError, match=r"sequences: expected shape \(3,\)"):
         masked.reset(torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ArgumentError, match="sequences: expected places in a batch of 3"):
+    with pytest.raises(ArgumentError, match="sequences: expected indices into a batch of 3"):
         masked.reset([3])
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_a_state_is_assigned_to_a_layer_made_on_the_meta_device(k: int | None) -> None:
+def test_state_is_assigned_to_a_layer_on_the_meta_device(k: int | None) -> None:
     layer = ContextMemory(8, 20, k=k, dtype=torch.float64)
     x = torch.randn(2, 4, 8, dtype=torch.float64)
     layer(x)
@@ -770,7 +779,7 @@ def test_a_state_is_assigned_to_a_layer_made_on_the_meta_device(k: int | None) -
 
 
 @pytest.mark.parametrize("k", [None, 4])
-def test_a_saved_state_stays_what_it_was(k: int | None) -> None:
+def test_later_segments_do_not_change_a_saved_state(k: int | None) -> None:
     layer = ContextMemory(8, 4, heads=2, k=k)
     xs = torch.randn(6, 1, 3, 8)
     for x in xs[:3]:
@@ -783,8 +792,8 @@ def test_a_saved_state_stays_what_it_was(k: int | None) -> None:
     assert torch.equal(layer(xs[5]), wanted)
 
 
-def test_a_past_that_does_not_fit_does_not_keep_other_weights_from_loading() -> None:
-    ContextMemory(8, 16).load_state_dict(ContextMemory(8, 8).state_dict())  # nothing is remembered yet
+def test_other_weights_load_when_the_past_does_not_fit() -> None:
+    ContextMemory(8, 16).load_state_dict(ContextMemory(8, 8).state_dict())  # An empty past fits any layer.
 
     def model(rows: int) -> nn.ModuleDict:
         return nn.ModuleDict({"first": ContextMemory(8, rows), "second": nn.Linear(8, 8)})
@@ -795,7 +804,7 @@ def test_a_past_that_does_not_fit_does_not_keep_other_weights_from_loading() -> 
         loaded["first"](torch.randn(3, 3, 8))
     before = copy.deepcopy(loaded["first"]._past.state(torch.zeros(())))
     with pytest.raises(
-        RuntimeError, match=r"expected shape \(any, 16\), got \(2, 8\); to load weights alone, leave out"
+        RuntimeError, match=r"expected shape \(any, 16\), got \(2, 8\); to load weights only, remove the keys"
     ):
         loaded.load_state_dict(saved.state_dict())
     assert torch.equal(saved["second"].weight, loaded["second"].weight)
@@ -814,7 +823,7 @@ def test_a_past_that_does_not_fit_does_not_keep_other_weights_from_loading() -> 
         ({f"past.recent_{name}": torch.zeros(1, 3, 2) for name in ("keys", "values")}, "recent_keys"),
     ],
 )
-def test_a_broken_past_is_refused(change: dict[str, Tensor], message: str) -> None:
+def test_load_state_dict_rejects_an_invalid_past(change: dict[str, Tensor], message: str) -> None:
     layer = ContextMemory(8, 8, key_dim=2, value_dim=2)
     for _ in range(2):
         layer(torch.randn(2, 3, 8))
@@ -823,32 +832,32 @@ def test_a_broken_past_is_refused(change: dict[str, Tensor], message: str) -> No
 
 
 @pytest.mark.parametrize("write", [True, False])
-def test_activation_checkpointing_of_a_segment_that_is_not_remembered(write: bool) -> None:
+def test_activation_checkpointing_supports_write_false(write: bool) -> None:
     layer, plain = ContextMemory(8, 40), ContextMemory(8, 40)
     plain.load_state_dict(layer.state_dict())
     first, x = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
-    found = []
+    grads = []
     for given, run in ((layer, lambda x: checkpoint(layer, x, write=write, use_reentrant=False)), (plain, plain)):
         given(first)
         y = x.clone().requires_grad_()
         run(y).square().sum().backward()
-        found.append(y.grad)
-    assert torch.equal(*found)
+        grads.append(y.grad)
+    assert torch.equal(*grads)
     y = checkpoint(layer, x.clone().requires_grad_(), write=False, use_reentrant=False)
     layer(first)
     with pytest.raises(StaleReadError, match="is not the last one"):
         y.sum().backward()
 
 
-# -- training and evaluation, and pasts that were loaded ----------------------------------------------------
+# -- pasts of training and evaluation, loaded pasts ------------------------------------------------------
 
-small: dict[str, Any] = {"heads": 2, "key_dim": 6}
-both = pytest.mark.parametrize("k", [None, 3])
+SMALL_OPTIONS: dict[str, Any] = {"heads": 2, "key_dim": 6}
+all_rows_and_topk = pytest.mark.parametrize("k", [None, 3])
 
 
-@both
-def test_training_and_evaluation_have_a_past_each(k: int | None) -> None:
-    layer = ContextMemory(12, 25, k=k, **small)
+@all_rows_and_topk
+def test_training_and_evaluation_have_separate_pasts(k: int | None) -> None:
+    layer = ContextMemory(12, 25, k=k, **SMALL_OPTIONS)
     alone, fresh = copy.deepcopy(layer), copy.deepcopy(layer)
     x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 20, 12).split(10, dim=1)
     for part in x[:2]:
@@ -856,14 +865,14 @@ def test_training_and_evaluation_have_a_past_each(k: int | None) -> None:
     layer.eval()
     assert "sequences=0" in repr(layer)
     with torch.no_grad():
-        for part in validation:  # of another number of sequences
+        for part in validation:  # Another number of sequences.
             assert torch.equal(layer(part), fresh(part))
     assert "sequences=3" in repr(layer)
     layer.train()
     assert "sequences=2" in repr(layer)
     assert torch.equal(layer(x[2]), alone(x[2]))
     layer.eval()
-    assert torch.equal(layer(validation[0]), fresh(validation[0]))  # which goes on
+    assert torch.equal(layer(validation[0]), fresh(validation[0]))  # The past of evaluation continues.
     layer.reset()
     fresh.reset()
     assert torch.equal(layer(validation[1]), fresh(validation[1]))
@@ -871,16 +880,16 @@ def test_training_and_evaluation_have_a_past_each(k: int | None) -> None:
     fresh.reset([1])
     assert torch.equal(layer(validation[0]), fresh(validation[0]))
     layer.train()
-    assert torch.equal(layer(x[3]), alone(x[3]))  # no reset in evaluation concerns it
+    assert torch.equal(layer(x[3]), alone(x[3]))  # A reset in eval mode keeps the past of training.
     layer.reset()
     alone.reset()
     assert torch.equal(layer(x[0]), alone(x[0]))
     layer.eval()
-    assert torch.equal(layer(validation[1]), fresh(validation[1]))  # nor the other way round
+    assert torch.equal(layer(validation[1]), fresh(validation[1]))  # A reset in training mode keeps it, too.
 
 
-def test_parameters_that_are_reset_have_no_past() -> None:
-    layer = ContextMemory(12, 25, **small)
+def test_reset_parameters_clears_both_pasts() -> None:
+    layer = ContextMemory(12, 25, **SMALL_OPTIONS)
     for part in torch.randn(2, 2, 10, 12):
         layer.train()(part)
         layer.eval()(part)
@@ -889,10 +898,10 @@ def test_parameters_that_are_reset_have_no_past() -> None:
     assert "sequences=0" in repr(layer.train())
 
 
-@both
+@all_rows_and_topk
 @pytest.mark.parametrize("training", [True, False])
-def test_a_run_saved_in_either_mode_is_resumed(k: int | None, training: bool) -> None:
-    layer = ContextMemory(12, 25, k=k, **small)
+def test_state_dict_restores_both_pasts_in_either_mode(k: int | None, training: bool) -> None:
+    layer = ContextMemory(12, 25, k=k, **SMALL_OPTIONS)
     x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 40, 12).split(10, dim=1)
     for part in x[:3]:
         layer(part)
@@ -908,11 +917,11 @@ def test_a_run_saved_in_either_mode_is_resumed(k: int | None, training: bool) ->
     assert all(name.startswith("evaluation_past.") for name in more)
     assert state["past.recent_documents"].shape[0] == 2
     assert state["evaluation_past.recent_documents"].shape[0] == 3
-    resumed = ContextMemory(12, 25, k=k, **small)
+    resumed = ContextMemory(12, 25, k=k, **SMALL_OPTIONS)
     resumed.load_state_dict(state)
-    old = ContextMemory(12, 25, k=k, **small)
+    old = ContextMemory(12, 25, k=k, **SMALL_OPTIONS)
     old.eval()(torch.randn(1, 5, 12))
-    old.load_state_dict({name: state[name] for name in plain})  # strictly, and there was no evaluation
+    old.load_state_dict({name: state[name] for name in plain})  # A strict load without a past of evaluation.
     assert "sequences=0" in repr(old)
     assert old.state_dict().keys() == plain
     moved = copy.deepcopy(layer).double()
@@ -927,8 +936,8 @@ def test_a_run_saved_in_either_mode_is_resumed(k: int | None, training: bool) ->
         torch.testing.assert_close(moved.train(mode)(part.double()).float(), wanted)
 
 
-def test_a_broken_evaluation_past_is_refused() -> None:
-    layer = ContextMemory(12, 25, **small)
+def test_load_state_dict_rejects_an_invalid_evaluation_past() -> None:
+    layer = ContextMemory(12, 25, **SMALL_OPTIONS)
     layer.eval()
     for part in torch.randn(2, 2, 10, 12):
         layer(part)
@@ -947,26 +956,26 @@ def test_a_broken_evaluation_past_is_refused() -> None:
     assert torch.equal(layer(part), before(part))
 
 
-@both
+@all_rows_and_topk
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("write", [True, False])
-def test_a_past_that_was_loaded_is_no_obstacle_to_another_batch(k: int | None, training: bool, write: bool) -> None:
-    layer = ContextMemory(12, 25, k=k, **small).train(training)
+def test_loaded_past_is_dropped_when_the_batch_size_changes(k: int | None, training: bool, write: bool) -> None:
+    layer = ContextMemory(12, 25, k=k, **SMALL_OPTIONS).train(training)
     for part in torch.randn(2, 2, 10, 12):
         layer(part)
-    loaded = ContextMemory(12, 25, k=k, **small).train(training)
+    loaded = ContextMemory(12, 25, k=k, **SMALL_OPTIONS).train(training)
     loaded.load_state_dict(layer.state_dict())
     fresh = copy.deepcopy(loaded)
     fresh.reset()
     x = torch.randn(3, 20, 12).split(10, dim=1)
-    with pytest.warns(UserWarning, match=r"past of 2 sequences got 3 others, so it drops .* call reset\(\)") as warned:
+    with pytest.warns(UserWarning, match=r"past of 2 sequences got 3 .* and drops .* call reset\(\)") as warned:
         y = loaded(x[0], write=write)
     assert len(warned) == 1
     assert torch.equal(y, fresh(x[0], write=write))
-    assert torch.equal(loaded(x[1]), fresh(x[1]))  # and no warning
+    assert torch.equal(loaded(x[1]), fresh(x[1]))  # Warnings are errors here, so this call did not warn.
     with pytest.raises(ShapeError, match=r"x: expected 3 sequences, .* got 2; call reset\(\)"):
-        loaded(torch.randn(2, 10, 12))  # what this run has remembered
-    # The same where the loaded past was gone on with.
+        loaded(torch.randn(2, 10, 12))  # The past is no longer a loaded one.
+    # A loaded past that was continued is not dropped either.
     loaded.load_state_dict(layer.state_dict())
     loaded(torch.randn(2, 10, 12), write=False)
     with pytest.raises(ShapeError, match="x: expected 2 sequences"):
@@ -976,8 +985,8 @@ def test_a_past_that_was_loaded_is_no_obstacle_to_another_batch(k: int | None, t
         loaded(x[0])
 
 
-def test_a_layer_pickled_when_there_was_one_past_is_unpickled() -> None:
-    layer = ContextMemory(12, 25, **small)
+def test_pickles_with_one_past_still_load() -> None:
+    layer = ContextMemory(12, 25, **SMALL_OPTIONS)
     part = torch.randn(2, 10, 12)
     layer(part)
     wanted = copy.deepcopy(layer)(part)
@@ -988,10 +997,10 @@ def test_a_layer_pickled_when_there_was_one_past_is_unpickled() -> None:
     assert "evaluation_past.written" in old.state_dict()
 
 
-@compiles
-def test_a_compiled_layer_finds_the_past_of_its_mode() -> None:
+@ignore_compile_warnings
+def test_compiled_layer_uses_the_past_of_its_mode() -> None:
     torch._dynamo.reset()
-    layer = ContextMemory(12, 25, **small)
+    layer = ContextMemory(12, 25, **SMALL_OPTIONS)
     twin = copy.deepcopy(layer)
     call = torch.compile(layer, backend="eager")
     x, validation = torch.randn(2, 40, 12).split(10, dim=1), torch.randn(3, 40, 12).split(10, dim=1)
@@ -1000,8 +1009,8 @@ def test_a_compiled_layer_finds_the_past_of_its_mode() -> None:
         assert torch.equal(layer.eval() and call(validation[step]), twin.eval()(validation[step]))
 
 
-def test_activation_checkpointing_repeats_segments_of_evaluation() -> None:
-    layer = ContextMemory(12, 20, **small)
+def test_activation_checkpointing_recomputes_segments_in_eval_mode() -> None:
+    layer = ContextMemory(12, 20, **SMALL_OPTIONS)
     layer(torch.randn(3, 10, 12))
     layer.eval()
     twin = copy.deepcopy(layer)
@@ -1009,11 +1018,11 @@ def test_activation_checkpointing_repeats_segments_of_evaluation() -> None:
         part = part.requires_grad_()
         y, wanted = checkpoint(layer, part, use_reentrant=False), twin(part)
         assert torch.equal(y, wanted)
-        found, other = (torch.autograd.grad(loss.sum(), part)[0] for loss in (y, wanted))
-        torch.testing.assert_close(found, other)
+        grad, other = (torch.autograd.grad(loss.sum(), part)[0] for loss in (y, wanted))
+        torch.testing.assert_close(grad, other)
 
 
-def test_no_sequences_leave_no_trace() -> None:
+def test_empty_batch_leaves_the_past_empty() -> None:
     layer = ContextMemory(8, 16)
     for _ in range(2):
         assert layer(torch.randn(0, 3, 8)).shape == (0, 3, 8)
@@ -1023,9 +1032,9 @@ def test_no_sequences_leave_no_trace() -> None:
 # -- ProductKeyMemory ------------------------------------------------------------------------------------
 
 
-def product_keys(layer: ProductKeyMemory, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The answer, the rows read and their scores, from all n² scores."""
-    queries = heads_of(layer.queries, x)
+def reference_product_keys(layer: ProductKeyMemory, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output, the rows read and their scores from all n² scores."""
+    queries = project_heads(layer.queries, x)
     one = torch.einsum("...hd,hnd->...hn", queries[..., 0, :], layer.keys[:, 0])
     two = torch.einsum("...hd,hnd->...hn", queries[..., 1, :], layer.keys[:, 1])
     best = (one.unsqueeze(-1) + two.unsqueeze(-2)).flatten(-2).topk(layer.k)
@@ -1049,14 +1058,14 @@ def product_keys(layer: ProductKeyMemory, x: Tensor) -> tuple[Tensor, Tensor, Te
 )
 @pytest.mark.parametrize("leading", [(9,), (2, 5)])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_product_keys_are_all_pairs(
+def test_product_key_memory_equals_a_search_of_all_pairs(
     n: int, k: int, heads: int, value_dim: int | None, norm: Any, leading: tuple[int, ...], sparse: bool
 ) -> None:
     layer = ProductKeyMemory(
         12, n * n, heads=heads, k=k, key_dim=8, value_dim=value_dim, query_norm=norm, sparse_grad=sparse
     ).double()
     x = torch.randn(*leading, 12, dtype=torch.float64, requires_grad=True)
-    wanted, rows, scores = product_keys(layer, x)
+    wanted, rows, scores = reference_product_keys(layer, x)
     y, read = layer(x, return_read=True)
     assert torch.equal(read.ids, rows)
     torch.testing.assert_close(read.scores, scores)
@@ -1064,31 +1073,31 @@ def test_product_keys_are_all_pairs(
     torch.testing.assert_close(read.lse, scores.logsumexp(-1))
     assert read.mass.isnan().all() == (k < n * n)
     assert read.values.shape == (*leading, heads, layer.value_dim)
-    assert_same(y, wanted, [x, *layer.parameters()])
+    assert_values_and_gradients_close(y, wanted, [x, *layer.parameters()])
 
 
-def test_many_queries_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_in_parts_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = ProductKeyMemory(12, 100, heads=2, k=5, key_dim=8).double()
     x = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(ProductKeyMemory, "search", PairSearch(max_scores=7 * 2 * 2 * 10))
-    assert_same(layer(x), product_keys(layer, x)[0], [x, *layer.parameters()])
+    assert_values_and_gradients_close(layer(x), reference_product_keys(layer, x)[0], [x, *layer.parameters()])
     assert layer(x[:0]).shape == (0, 12)
 
 
-def test_a_step_touches_only_the_rows_read() -> None:
+def test_optimizer_step_updates_only_the_rows_read() -> None:
     layer = ProductKeyMemory(16, 64 * 64, key_dim=8, k=4)
     before = layer.store.weight.detach().clone()
     y, read = layer(torch.randn(6, 16), return_read=True)
     y.square().sum().backward()
     gradient = layer.store.weight.grad
-    seen = read.ids.unique()
-    assert torch.equal(gradient._indices()[0], seen)  # each once, in order
+    rows_read = read.ids.unique()
+    assert torch.equal(gradient._indices()[0], rows_read)  # The gradient is coalesced.
     RowAdam(layer.store.parameters(), lr=0.1).step()
     moved = (layer.store.weight != before).any(-1).nonzero().squeeze(-1)
-    assert torch.equal(moved, seen)
+    assert torch.equal(moved, rows_read)
 
 
-def test_a_memory_of_products_learns() -> None:
+def test_product_key_memory_learns_a_table() -> None:
     layer, table = ProductKeyMemory(16, 32 * 32, key_dim=16, k=8), torch.randn(50, 16)
     x = F.normalize(torch.randn(50, 16), dim=-1) * 4
     values = [layer.store.weight]
@@ -1106,7 +1115,7 @@ def test_a_memory_of_products_learns() -> None:
     assert loss < 0.02
 
 
-def test_values_are_shared_by_passing_the_store() -> None:
+def test_product_key_memories_share_a_store() -> None:
     first = ProductKeyMemory(12, 100, k=5, key_dim=8, track_usage=True).double()
     second = ProductKeyMemory(12, 100, heads=2, k=3, key_dim=4, store=first.store, dtype=torch.float64)
     both = nn.ModuleList([first, second])
@@ -1114,9 +1123,9 @@ def test_values_are_shared_by_passing_the_store() -> None:
     assert sum(parameter is first.store.weight for parameter in both.parameters()) == 1
     x = torch.randn(7, 12, dtype=torch.float64, requires_grad=True)
     y = second(first(x))
-    wanted = product_keys(second, product_keys(first, x)[0])[0]
+    wanted = reference_product_keys(second, reference_product_keys(first, x)[0])[0]
     assert int(first.store.usage.reads.sum()) == 7 * (4 * 5 + 2 * 3)
-    assert_same(y, wanted, [x, *both.parameters()])
+    assert_values_and_gradients_close(y, wanted, [x, *both.parameters()])
     second(first(x)).sum().backward()
     assert first.store.weight.grad.layout == torch.sparse_coo
     values = first.store.weight.detach().clone()
@@ -1146,19 +1155,19 @@ def test_usage_counts_reads_and_weights() -> None:
     assert layer.store.usage.weight.dtype == torch.float64
     layer.store.reset_usage()
     assert int(layer.store.usage.reads.sum()) == 0
-    assert int(usage.reads.sum()) == 3 * 4 * 2 * 5  # a copy
+    assert int(usage.reads.sum()) == 3 * 4 * 2 * 5  # `usage` is a copy, which reset_usage does not change.
     with pytest.raises(ArgumentError, match="track_usage: expected True"):
         _ = ProductKeyMemory(12, 100, k=5).store.usage
 
 
-def test_product_keys_refuse_what_they_cannot_use() -> None:
+def test_product_key_memory_rejects_invalid_arguments() -> None:
     for options, message in (
         (
             {"rows": 1000},
-            "rows: expected a square number, since every pair of keys has a row, got 1000; take 961 or 1024",
+            "rows: expected a square number, since every pair of keys has a row, got 1000; use 961 or 1024",
         ),
-        ({"key_dim": 7}, "key_dim: expected an even number, both halves together, got 7"),
-        ({"k": 101}, "k: expected at most the 100 rows, got 101"),
+        ({"key_dim": 7}, "key_dim: expected an even number, the width of both halves together, got 7"),
+        ({"k": 101}, "k: expected at most the number of rows, 100, got 101"),
         ({"k": 0}, "k: expected an integer of at least 1, got 0"),
         ({"query_norm": "rms"}, "query_norm: expected one of"),
     ):
@@ -1168,7 +1177,7 @@ def test_product_keys_refuse_what_they_cannot_use() -> None:
         ProductKeyMemory(12, 100)(torch.randn(3, 11))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch itself does
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch itself uses it.
 def test_forward_mode_agrees_with_reverse_mode() -> None:
     layer = ProductKeyMemory(8, 64, key_dim=6, k=4)
     x, direction = torch.randn(2, 3, 8)
@@ -1178,16 +1187,16 @@ def test_forward_mode_agrees_with_reverse_mode() -> None:
     torch.testing.assert_close(tangent, (jacobian * direction).sum((-2, -1)), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_not_finite_is_neither_blended_nor_counted() -> None:
+def test_nonfinite_input_raises_and_counts_no_reads() -> None:
     layer = ProductKeyMemory(8, 64, key_dim=6, k=4, track_usage=True)
-    for bad in (torch.nan, torch.inf):
+    for nonfinite in (torch.nan, torch.inf):
         with pytest.raises(NonFiniteError, match="x: expected finite numbers"):
-            layer(torch.randn(3, 8).index_fill(0, torch.tensor([1]), bad))
+            layer(torch.randn(3, 8).index_fill(0, torch.tensor([1]), nonfinite))
     assert int(layer.store.usage.reads.sum()) == 0
     assert (layer.store.usage.weight == 0).all()
 
 
-def test_there_is_no_second_derivative() -> None:
+def test_second_derivative_raises() -> None:
     layer = ProductKeyMemory(12, 100, k=5, key_dim=8)
     x = torch.randn(3, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
@@ -1196,39 +1205,39 @@ def test_there_is_no_second_derivative() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_of_low_precision_are_blended_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_values_are_blended_in_float32(dtype: torch.dtype) -> None:
     layer = ProductKeyMemory(16, 400, k=8, key_dim=8)
     layer.store.to(dtype)
-    rough = copy.deepcopy(layer)
-    rough.store.float()
+    widened = copy.deepcopy(layer)
+    widened.store.float()
     x = torch.randn(5, 16, requires_grad=True)
     assert layer(x).dtype == torch.float32
-    torch.testing.assert_close(layer(x), rough(x))
-    for one in (layer, rough):
+    torch.testing.assert_close(layer(x), widened(x))
+    for one in (layer, widened):
         one(x).square().sum().backward()
     assert layer.store.weight.grad.dtype == dtype
     torch.testing.assert_close(
-        layer.store.weight.grad.to_dense().float(), rough.store.weight.grad.to_dense(), rtol=1e-2, atol=1e-2
+        layer.store.weight.grad.to_dense().float(), widened.store.weight.grad.to_dense(), rtol=1e-2, atol=1e-2
     )
-    torch.testing.assert_close(layer.keys.grad, rough.keys.grad)
+    torch.testing.assert_close(layer.keys.grad, widened.keys.grad)
 
 
-# -- modules like any other ------------------------------------------------------------------------------
+# -- module conventions ----------------------------------------------------------------------------------
 
-MAKERS: dict[str, Callable[..., nn.Module]] = {
-    "memory": lambda **made: MemoryLayer(16, 50, heads=2, key_dim=8, **made),
-    "memory, top-k, a store a head": lambda **made: MemoryLayer(
-        16, 50, heads=2, key_dim=8, mode="topk", k=4, shared=False, query_norm="batch", gate=True, **made
+LAYER_FACTORIES: dict[str, Callable[..., nn.Module]] = {
+    "memory": lambda **options: MemoryLayer(16, 50, heads=2, key_dim=8, **options),
+    "memory, top-k, one store per head": lambda **options: MemoryLayer(
+        16, 50, heads=2, key_dim=8, mode="topk", k=4, shared=False, query_norm="batch", gate=True, **options
     ),
-    "context": lambda **made: ContextMemory(16, 30, heads=2, key_dim=8, **made),
-    "context, top-k": lambda **made: ContextMemory(16, 30, heads=2, key_dim=8, k=4, **made),
-    "product": lambda **made: ProductKeyMemory(16, 64, k=4, key_dim=8, value_dim=10, track_usage=True, **made),
+    "context": lambda **options: ContextMemory(16, 30, heads=2, key_dim=8, **options),
+    "context, top-k": lambda **options: ContextMemory(16, 30, heads=2, key_dim=8, k=4, **options),
+    "product": lambda **options: ProductKeyMemory(16, 64, k=4, key_dim=8, value_dim=10, track_usage=True, **options),
 }
-each = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+for_each_layer = pytest.mark.parametrize("make", LAYER_FACTORIES.values(), ids=LAYER_FACTORIES)
 
 
-@each
-def test_a_layer_is_made_on_the_meta_device_first(make: Callable[..., nn.Module]) -> None:
+@for_each_layer
+def test_layer_is_materialized_from_the_meta_device(make: Callable[..., nn.Module]) -> None:
     with torch.device("meta"):
         one = make()
     for layer in (one, make(device="meta")):
@@ -1243,8 +1252,8 @@ def test_a_layer_is_made_on_the_meta_device_first(make: Callable[..., nn.Module]
         twin.load_state_dict(layer.state_dict())
 
 
-@each
-def test_a_layer_starts_anew(make: Callable[..., nn.Module]) -> None:
+@for_each_layer
+def test_reset_parameters_repeats_with_the_same_seed(make: Callable[..., nn.Module]) -> None:
     layer = make()
     x = torch.randn(2, 3, 16)
     layer(x)
@@ -1256,8 +1265,8 @@ def test_a_layer_starts_anew(make: Callable[..., nn.Module]) -> None:
     assert torch.equal(layer(x), first)
 
 
-@each
-def test_copies_are_equal(make: Callable[..., nn.Module]) -> None:
+@for_each_layer
+def test_deepcopy_and_state_dict_copies_are_equal(make: Callable[..., nn.Module]) -> None:
     layer, x = make(), torch.randn(2, 3, 16)
     layer(x)
     twin = copy.deepcopy(layer)
@@ -1271,8 +1280,8 @@ def test_copies_are_equal(make: Callable[..., nn.Module]) -> None:
     assert "dim=16" in repr(layer)
 
 
-@each
-def test_dtypes(make: Callable[..., nn.Module]) -> None:
+@for_each_layer
+def test_layers_support_dtypes_and_autocast(make: Callable[..., nn.Module]) -> None:
     x = torch.randn(2, 3, 16)
     for dtype in (torch.float64, torch.bfloat16):
         layer = make(dtype=dtype)
@@ -1290,10 +1299,10 @@ def test_dtypes(make: Callable[..., nn.Module]) -> None:
         torch.testing.assert_close(y.float(), plain, rtol=0.1, atol=0.1)
 
 
-@compiles
-@each
+@ignore_compile_warnings
+@for_each_layer
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
-def test_compiled_layers_are_the_same(make: Callable[..., nn.Module], backend: str) -> None:
+def test_compiled_layers_equal_eager_layers(make: Callable[..., nn.Module], backend: str) -> None:
     torch._dynamo.reset()
     layer = make().double()
     skip_where_inductor_fails(backend, layer)
@@ -1311,9 +1320,9 @@ def test_compiled_layers_are_the_same(make: Callable[..., nn.Module], backend: s
             one.grad = other.grad = None
 
 
-@compiles
+@ignore_compile_warnings
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
-def test_a_shared_table_in_a_compiled_graph(backend: str) -> None:
+def test_shared_store_in_a_compiled_graph(backend: str) -> None:
     torch._dynamo.reset()
     first = ProductKeyMemory(12, 100, k=5, key_dim=8)
     skip_where_inductor_fails(backend, first)
@@ -1328,7 +1337,7 @@ def test_a_shared_table_in_a_compiled_graph(backend: str) -> None:
     )
 
 
-def test_compiled_blends_pass_torchs_own_checks() -> None:
+def test_blend_operator_passes_opcheck() -> None:
     weights, values = torch.randn(6, 3).requires_grad_(), torch.randn(9, 4).requires_grad_()
     rows = torch.randint(9, (6, 3))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -1,4 +1,4 @@
-"""Optimisers of rows, against torch's own and against a few lines of torch."""
+"""Test row optimisers against the optimisers of torch and reference equations."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 from softdb.optim.blocks import BlockSizes
 from softdb.optim.row_optimizer import RowOptimizer
 
-KINDS = [RowAdam, RowAdagrad]
-# torch 2.11 and 2.12 say so even where check_invariants is given.
+OPTIMIZERS = [RowAdam, RowAdagrad]
+# torch 2.11 and 2.12 emit this warning even if check_invariants is passed.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def make_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def parameter_of(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=seeded()).to(dtype))
+def make_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=make_generator()).to(dtype))
 
 
-def row_gradient(shape: tuple[int, ...], count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = seeded(seed)
+def make_row_gradient(shape: tuple[int, ...], count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = make_generator(seed)
     slots = torch.randperm(shape[0], generator=generator)[:count].sort().values
     values = torch.randn(count, *shape[1:], generator=generator).to(dtype)
     return torch.sparse_coo_tensor(slots[None], values, shape, is_coalesced=True, check_invariants=True)
 
 
-def store_of(count: int = 8, capacity: int | None = None, **options: Any) -> SoftKVStore:
+def make_store(count: int = 8, capacity: int | None = None, **options: Any) -> SoftKVStore:
     store = SoftKVStore(4, 3, trainable=True, **options)
     store.reserve(capacity or count)
-    generator = seeded()
+    generator = make_generator()
     store.add(torch.randn(count, 4, generator=generator), torch.randn(count, 3, generator=generator))
     return store
 
 
-def give_gradient(store: SoftKVStore, slots: list[int], seed: int) -> None:
-    """A row-sparse gradient of the values and the keys at ``slots``."""
-    generator = seeded(seed)
+def set_gradients(store: SoftKVStore, slots: list[int], seed: int) -> None:
+    """Set row-sparse gradients of the keys and values at ``slots``."""
+    generator = make_generator(seed)
     for table in (store.keys, store.values):
         values = torch.randn(len(slots), table.shape[1], generator=generator)
         places = torch.tensor([sorted(slots)])
         table.grad = torch.sparse_coo_tensor(places, values, table.shape, is_coalesced=True, check_invariants=True)
 
 
-def backward_of_read(store: SoftKVStore, query: Tensor, k: int = 2) -> None:
+def run_read_backward(store: SoftKVStore, query: Tensor, k: int = 2) -> None:
     store.read(query, "topk", k=k).values.square().sum().backward()
 
 
@@ -65,53 +65,53 @@ def backward_of_read(store: SoftKVStore, query: Tensor, k: int = 2) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 5), (40,), (40, 2, 3)])
-def test_row_adam_is_sparse_adam(shape: tuple[int, ...]) -> None:
-    own, other = parameter_of(*shape), parameter_of(*shape)
+def test_row_adam_equals_sparse_adam(shape: tuple[int, ...]) -> None:
+    own, other = make_parameter(*shape), make_parameter(*shape)
     options = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}
     optimizers = [RowAdam([own], **options), torch.optim.SparseAdam([other], **options)]
     for step in range(50):
         for parameter, optimizer in zip((own, other), optimizers, strict=True):
-            parameter.grad = row_gradient(shape, 7, seed=step)
+            parameter.grad = make_row_gradient(shape, 7, seed=step)
             optimizer.step()
     assert torch.allclose(own, other, rtol=0, atol=1e-6)
 
 
-def test_row_adam_is_sparse_adam_where_rows_fill_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_adam_in_many_blocks_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowOptimizer, "block_sizes", BlockSizes(cpu=3 * 6))
-    test_row_adam_is_sparse_adam((40, 6))
-    test_dense_gradients_are_adamw(0.1)
+    test_row_adam_equals_sparse_adam((40, 6))
+    test_dense_gradients_equal_adamw(0.1)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_dense_gradients_are_adamw(weight_decay: float) -> None:
-    own, other = parameter_of(30, 4), parameter_of(30, 4)
+def test_dense_gradients_equal_adamw(weight_decay: float) -> None:
+    own, other = make_parameter(30, 4), make_parameter(30, 4)
     options = {"lr": 0.05, "eps": 1e-12, "weight_decay": weight_decay}
     optimizers = [RowAdam([own], **options), torch.optim.AdamW([other], **options)]
     for step in range(20):
         for parameter, optimizer in zip((own, other), optimizers, strict=True):
-            parameter.grad = torch.randn(30, 4, generator=seeded(step))
+            parameter.grad = torch.randn(30, 4, generator=make_generator(step))
             optimizer.step()
     assert torch.allclose(own, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_dense_parameters_of_any_shape(kind: type, shape: tuple[int, ...]) -> None:
-    parameter = parameter_of(*shape)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_dense_gradients_of_any_shape(kind: type, shape: tuple[int, ...]) -> None:
+    parameter = make_parameter(*shape)
     before = parameter.detach().clone()
     optimizer = kind([parameter], lr=0.1, weight_decay=0.1)
     parameter.grad = torch.full(shape, 2.0)
     optimizer.step()
-    # The first step of either is lr in the direction of the sign where all gradients are equal.
+    # If all gradients are equal, the first step of either optimiser is lr times the sign of the gradient.
     assert torch.allclose(parameter, before * (1 - 0.01) - 0.1, atol=1e-6)
 
 
-def test_row_adagrad_is_its_equation() -> None:
-    parameter = parameter_of(20, 4)
+def test_row_adagrad_equals_its_equation() -> None:
+    parameter = make_parameter(20, 4)
     expected, total = parameter.detach().double(), torch.full((20,), 0.5, dtype=torch.float64)
     optimizer = RowAdagrad([parameter], lr=0.3, eps=1e-4, initial_accumulator_value=0.5)
     for step in range(30):
-        gradient = row_gradient((20, 4), 5, seed=step)
+        gradient = make_row_gradient((20, 4), 5, seed=step)
         parameter.grad = gradient if step % 3 else gradient.to_dense()
         optimizer.step()
         dense = gradient.to_dense().double()
@@ -121,11 +121,11 @@ def test_row_adagrad_is_its_equation() -> None:
     assert optimizer.state[parameter]["sum"].shape == (20,)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_that_names_rows_twice_or_in_disorder_is_summed(kind: type) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_uncoalesced_gradients_are_summed(kind: type) -> None:
     results = []
     for coalesced in (False, True):
-        parameter = parameter_of(6, 2)
+        parameter = make_parameter(6, 2)
         values = torch.arange(8.0).view(4, 2) - 3
         places = torch.tensor([[5, 1, 5, 2]])
         gradient = torch.sparse_coo_tensor(places, values, (6, 2), check_invariants=True)
@@ -135,8 +135,8 @@ def test_a_gradient_that_names_rows_twice_or_in_disorder_is_summed(kind: type) -
     assert torch.equal(*results)
 
 
-def test_ordered_rows_without_the_word_that_they_are() -> None:
-    parameter = parameter_of(6, 2)
+def test_ordered_indices_without_the_coalesced_flag() -> None:
+    parameter = make_parameter(6, 2)
     gradient = torch.sparse_coo_tensor(torch.tensor([[1, 4]]), torch.ones(2, 2), (6, 2), check_invariants=True)
     assert not gradient.is_coalesced()
     parameter.grad = gradient
@@ -145,12 +145,12 @@ def test_ordered_rows_without_the_word_that_they_are() -> None:
     assert (parameter != before).any(1).tolist() == [False, True, False, False, True, False]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_gradient_moves_nothing_and_counts_as_a_step(kind: type) -> None:
-    parameter = parameter_of(6, 2)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_empty_gradient_counts_as_a_step_and_updates_nothing(kind: type) -> None:
+    parameter = make_parameter(6, 2)
     before = parameter.detach().clone()
     optimizer = kind([parameter], lr=0.1, weight_decay=0.5)
-    parameter.grad = row_gradient((6, 2), 0, seed=0)
+    parameter.grad = make_row_gradient((6, 2), 0, seed=0)
     optimizer.step()
     assert torch.equal(parameter, before)
     assert optimizer.state[parameter]["step"] == 1
@@ -158,17 +158,18 @@ def test_an_empty_gradient_moves_nothing_and_counts_as_a_step(kind: type) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_state_of_narrow_parameters_is_float32(dtype: torch.dtype, sparse: bool) -> None:
-    narrow, wide = parameter_of(10, 4, dtype=dtype), nn.Parameter(parameter_of(10, 4, dtype=dtype).detach().float())
+def test_state_of_half_precision_parameters_is_float32(dtype: torch.dtype, sparse: bool) -> None:
+    narrow, wide = make_parameter(10, 4, dtype=dtype), nn.Parameter(make_parameter(10, 4, dtype=dtype).detach().float())
     optimizers = [RowAdam([p], lr=0.01, weight_decay=0.1) for p in (narrow, wide)]
     for step in range(5):
         wide.data.copy_(narrow.data)
-        gradient = row_gradient((10, 4), 4, seed=step, dtype=dtype)
+        gradient = make_row_gradient((10, 4), 4, seed=step, dtype=dtype)
         gradient = gradient if sparse else gradient.to_dense()
         for parameter, optimizer in zip((narrow, wide), optimizers, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()
-        assert bool(((narrow.float() - wide).abs() <= torch.finfo(dtype).eps * wide.abs()).all())  # rounded at random
+        # Stochastic rounding deviates by less than one unit in the last place.
+        assert bool(((narrow.float() - wide).abs() <= torch.finfo(dtype).eps * wide.abs()).all())
     moments = [optimizer.state[p]["exp_avg"] for p, optimizer in zip((narrow, wide), optimizers, strict=True)]
     assert moments[0].dtype == torch.float32
     assert torch.equal(*moments)
@@ -176,22 +177,22 @@ def test_state_of_narrow_parameters_is_float32(dtype: torch.dtype, sparse: bool)
 
 # -- rows of half precision --------------------------------------------------------------------------------------------
 
-HALF = [torch.bfloat16, torch.float16]
+HALF_DTYPES = [torch.bfloat16, torch.float16]
 
 
-def advance(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range, sparse: bool = False) -> None:
+def run_steps(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range, sparse: bool = False) -> None:
     for step in steps:
         if sparse:
-            parameter.grad = row_gradient(tuple(parameter.shape), 5, seed=step, dtype=parameter.dtype)
+            parameter.grad = make_row_gradient(tuple(parameter.shape), 5, seed=step, dtype=parameter.dtype)
         else:
-            parameter.grad = torch.randn(parameter.shape, generator=seeded(step)).to(parameter.dtype)
+            parameter.grad = torch.randn(parameter.shape, generator=make_generator(step)).to(parameter.dtype)
         optimizer.step()
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", KINDS)
-def test_small_steps_move_half_precision_rows_in_the_mean(kind: type, dtype: torch.dtype, sparse: bool) -> None:
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_small_steps_accumulate_in_half_precision(kind: type, dtype: torch.dtype, sparse: bool) -> None:
     torch.manual_seed(0)
     lr, columns = 1e-3 if kind is RowAdam else 1e-2, 1024
     gradient = torch.ones(1, columns)
@@ -207,37 +208,38 @@ def test_small_steps_move_half_precision_rows_in_the_mean(kind: type, dtype: tor
             optimizer.step()
     moved, wanted = (1 - table.detach()[1].double().mean() for table in tables)
     assert wanted > 0.1
-    # A step of lr is a coin for a unit in the last place: 200 steps deviate by sqrt(200 * lr * ulp) at the most.
+    # A step of lr rounds up by one unit in the last place (ulp) with probability lr / ulp, so the standard deviation
+    # of 200 steps is at most sqrt(200 * lr * ulp).
     deviation = math.sqrt(200 * lr * torch.finfo(dtype).eps / columns)
     assert abs(moved - wanted) < 4 * deviation
     assert torch.equal(tables[0].detach()[[0, 2]], torch.ones(2, columns, dtype=dtype))
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_rounds_as_the_uninterrupted_one(kind: type, dtype: torch.dtype, sparse: bool) -> None:
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_resumed_run_rounds_as_an_uninterrupted_run(kind: type, dtype: torch.dtype, sparse: bool) -> None:
     torch.manual_seed(1)
-    whole = parameter_of(9, 7, dtype=dtype)
+    whole = make_parameter(9, 7, dtype=dtype)
     optimizer = kind([whole], lr=1e-3, weight_decay=0.1)
-    advance(whole, optimizer, range(5), sparse)
+    run_steps(whole, optimizer, range(5), sparse)
     file = io.BytesIO()
     torch.save({"rows": whole.detach(), "optimizer": optimizer.state_dict()}, file)
-    advance(whole, optimizer, range(5, 10), sparse)
+    run_steps(whole, optimizer, range(5, 10), sparse)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     torch.manual_seed(2)
     resumed = nn.Parameter(saved["rows"])
     other = kind([resumed], lr=1e-3)
     other.load_state_dict(saved["optimizer"])
-    advance(resumed, other, range(5, 10), sparse)
+    run_steps(resumed, other, range(5, 10), sparse)
     assert torch.equal(whole, resumed)
     assert type(optimizer.state[whole]["seed"]) is int
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", KINDS)
-def test_rounding_does_not_depend_on_blocks_threads_or_the_other_rows(
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_rounding_is_independent_of_blocks_threads_and_other_rows(
     kind: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(rows: list[int], sparse: bool) -> Tensor:
@@ -245,7 +247,7 @@ def test_rounding_does_not_depend_on_blocks_threads_or_the_other_rows(
         table = nn.Parameter(torch.ones(12, 5, dtype=dtype))
         optimizer = kind([table], lr=1e-3)
         for step in range(20):
-            gradient = torch.randn(12, 5, generator=seeded(step)).to(dtype)
+            gradient = torch.randn(12, 5, generator=make_generator(step)).to(dtype)
             places = torch.tensor([rows])
             if sparse:
                 table.grad = torch.sparse_coo_tensor(places, gradient[rows], (12, 5), check_invariants=True)
@@ -266,30 +268,30 @@ def test_rounding_does_not_depend_on_blocks_threads_or_the_other_rows(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_rows_columns_steps_and_parameters_are_rounded_independently(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     tables = [nn.Parameter(torch.ones(64, 64, dtype=dtype)) for _ in range(2)]
     optimizer = RowAdagrad(tables, lr=torch.finfo(dtype).eps / 4, eps=0.0)
-    found = []
+    rounded_up = []
     for _ in range(3):
         for table in tables:
             table.data.fill_(1.0)
             table.grad = torch.full((64, 64), -1.0, dtype=dtype)
             optimizer.state[table].pop("sum", None)
         optimizer.step()
-        found += [(table.detach() != 1).double() for table in tables]
-    ups = torch.stack(found).flatten(1)
+        rounded_up += [(table.detach() != 1).double() for table in tables]
+    ups = torch.stack(rounded_up).flatten(1)
     assert bool(((ups.mean(1) - 0.25).abs() < 0.03).all())
     shifted = torch.cat([ups, ups.view(6, 64, 64).roll(1, 1).flatten(1), ups.view(6, 64, 64).roll(1, 2).flatten(1)])
     correlation = torch.corrcoef(shifted) - torch.eye(18, dtype=torch.float64)
     assert correlation.abs().max() < 5 / 64
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_rounding_of_numbers_that_do_not_change(kind: type, dtype: torch.dtype) -> None:
-    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # all there are
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_unchanged_numbers_are_stored_exactly(kind: type, dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # All 16-bit numbers.
     table = nn.Parameter(patterns.view(dtype).view(64, 1024).clone())
     optimizer = kind([table], lr=0.5)
     for _ in range(2):
@@ -301,15 +303,15 @@ def test_no_rounding_of_numbers_that_do_not_change(kind: type, dtype: torch.dtyp
     assert bool(after[~numbers].isnan().all())
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_numbers_are_rounded_to_a_neighbour_with_the_right_odds(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_numbers_are_rounded_to_a_neighbour_without_bias(dtype: torch.dtype) -> None:
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     least = smallest * torch.finfo(dtype).eps
     columns = 2**16
     given = [1.0, 1.9, -3.3, 100.3, 1e-3, smallest, -smallest * 0.77, 5.3 * least, 0.3 * least, -0.3 * least, largest]
     numbers = torch.tensor(given, dtype=torch.float64).float()[:, None] * torch.tensor([1.0, 1 - 2.0**-13])
     for number in numbers.flatten().tolist():
-        # A step of 1 from 0 by -number is a step to it.
+        # From 0, one step with lr = |number| against the sign of the gradient ends at the number.
         table = nn.Parameter(torch.zeros(1, columns, dtype=dtype))
         optimizer = RowAdagrad([table], lr=abs(number), eps=0.0)
         table.grad = torch.full((1, columns), -math.copysign(1.0, number), dtype=dtype)
@@ -322,8 +324,8 @@ def test_half_precision_numbers_are_rounded_to_a_neighbour_with_the_right_odds(d
         assert abs(rounded.mean() - exact) < 2.5 * spacing / math.sqrt(columns)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_numbers_beyond_the_largest_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_numbers_outside_the_range_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     unit = 2.0 ** math.floor(math.log2(largest)) * torch.finfo(dtype).eps
     for sign in (1.0, -1.0):
@@ -334,28 +336,28 @@ def test_numbers_beyond_the_largest_are_rounded_to_the_nearest(dtype: torch.dtyp
             assert torch.equal(table.detach(), torch.full((8, 64), sign * number, dtype=torch.float32).to(dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_seeds_come_from_torchs_generator_and_only_for_half_precision(kind: type) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_only_half_precision_draws_a_seed_from_the_default_generator(kind: type) -> None:
     def seed(number: int) -> int:
         torch.manual_seed(number)
-        table = parameter_of(4, 2, dtype=torch.bfloat16)
+        table = make_parameter(4, 2, dtype=torch.bfloat16)
         optimizer = kind([table], lr=1e-3)
-        advance(table, optimizer, range(2))
-        found: int = optimizer.state[table]["seed"]
-        return found
+        run_steps(table, optimizer, range(2))
+        drawn: int = optimizer.state[table]["seed"]
+        return drawn
 
     assert seed(0) == seed(0)
     assert seed(0) != seed(1)
-    table = parameter_of(4, 2)
+    table = make_parameter(4, 2)
     before = torch.get_rng_state()
-    optimizer = kind([table, parameter_of(4, 2, dtype=torch.bfloat16)], lr=1e-3)
-    advance(table, optimizer, range(2))
+    optimizer = kind([table, make_parameter(4, 2, dtype=torch.bfloat16)], lr=1e-3)
+    run_steps(table, optimizer, range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert "seed" not in optimizer.state[table]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_replicas_of_a_process_group_round_alike(kind: type) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_replicas_of_a_process_group_round_equally(kind: type) -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -363,10 +365,10 @@ def test_replicas_of_a_process_group_round_alike(kind: type) -> None:
         replicas = []
         for number in range(2):
             torch.manual_seed(number)
-            tables = [parameter_of(6, 5, dtype=torch.bfloat16) for _ in range(2)]
+            tables = [make_parameter(6, 5, dtype=torch.bfloat16) for _ in range(2)]
             optimizer = kind(tables, lr=1e-3)
             for table in tables:
-                advance(table, optimizer, range(3))
+                run_steps(table, optimizer, range(3))
                 table.grad = None
             replicas.append(tables)
         for own, other in zip(*replicas, strict=True):
@@ -377,10 +379,10 @@ def test_replicas_of_a_process_group_round_alike(kind: type) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4), (3, 0), (2, 5)])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_half_precision_parameters_of_any_shape(kind: type, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    parameter = parameter_of(*shape, dtype=dtype)
+    parameter = make_parameter(*shape, dtype=dtype)
     before = parameter.detach().clone()
     optimizer = kind([parameter], lr=0.1)
     parameter.grad = torch.full(shape, 2.0, dtype=dtype)
@@ -391,9 +393,9 @@ def test_half_precision_parameters_of_any_shape(kind: type, dtype: torch.dtype, 
 # -- weight decay ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_decay_does_not_depend_on_how_often_a_row_is_read(kind: type) -> None:
-    parameter = parameter_of(3, 2)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_weight_decay_is_independent_of_how_often_a_row_is_read(kind: type) -> None:
+    parameter = make_parameter(3, 2)
     before = parameter.detach().clone()
     optimizer = kind([parameter], lr=0.1, weight_decay=0.5, eps=1.0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -407,24 +409,24 @@ def test_decay_does_not_depend_on_how_often_a_row_is_read(kind: type) -> None:
     assert torch.allclose(parameter, before * factor, atol=1e-6)
 
 
-def test_decay_equals_that_of_dense_adamw_under_a_schedule() -> None:
-    own, other = parameter_of(12, 3), parameter_of(12, 3)
+def test_weight_decay_equals_dense_adamw_under_a_schedule() -> None:
+    own, other = make_parameter(12, 3), make_parameter(12, 3)
     optimizers = [RowAdam([own], lr=0.1, weight_decay=0.3), torch.optim.AdamW([other], lr=0.1, weight_decay=0.3)]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40) for optimizer in optimizers]
     for step in range(30):
-        gradient = row_gradient((12, 3), 3, seed=step) * 0
+        gradient = make_row_gradient((12, 3), 3, seed=step) * 0
         own.grad, other.grad = gradient, gradient.to_dense()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-    own.grad = other.grad = torch.zeros(12, 3)  # every row catches up
+    own.grad = other.grad = torch.zeros(12, 3)  # This step applies the pending decay of every row.
     for optimizer in optimizers:
         optimizer.step()
     assert torch.allclose(own, other, atol=1e-6)
 
 
-def test_decay_that_begins_or_ends_later() -> None:
-    parameter = parameter_of(2, 2)
+def test_weight_decay_may_begin_and_end_between_steps() -> None:
+    parameter = make_parameter(2, 2)
     before = parameter.detach().clone()
     optimizer = RowAdam([parameter], lr=0.1)
     for weight_decay, rows in [(0.0, [0]), (0.5, [0]), (0.5, [0]), (0.0, [0]), (0.0, [0, 1])]:
@@ -435,21 +437,21 @@ def test_decay_that_begins_or_ends_later() -> None:
     assert torch.allclose(parameter, before * 0.95**2, atol=1e-6)
 
 
-# -- rows that come and go ---------------------------------------------------------------------------------------------
+# -- new and deleted rows ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_growth_in_mid_training_equals_reserved_room(kind: type, weight_decay: float) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_growth_during_training_equals_reserved_storage(kind: type, weight_decay: float) -> None:
     def train(capacity: int) -> SoftKVStore:
-        store = store_of(8, capacity)
+        store = make_store(8, capacity)
         optimizer = kind(store.parameters(), lr=0.05, weight_decay=weight_decay)
-        generator = seeded(7)
+        generator = make_generator(7)
         for step in range(12):
             if step in (4, 7):
                 store.add(torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator))
             optimizer.zero_grad()
-            backward_of_read(store, torch.randn(2, 4, generator=generator), k=3)
+            run_read_backward(store, torch.randn(2, 4, generator=generator), k=3)
             optimizer.step()
         return store
 
@@ -462,30 +464,28 @@ def test_growth_in_mid_training_equals_reserved_room(kind: type, weight_decay: f
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("event", ["deleted and added", "revived"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_that_starts_afresh_takes_a_fresh_first_step(
-    kind: type, weight_decay: float, event: str, sparse: bool
-) -> None:
-    store, peer = store_of(6), store_of(6)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_new_or_revived_row_starts_with_reset_state(kind: type, weight_decay: float, event: str, sparse: bool) -> None:
+    store, peer = make_store(6), make_store(6)
     optimizer, other = (kind(each.parameters(), lr=0.05, weight_decay=weight_decay) for each in (store, peer))
     for step in range(5):
         for each, one in ((store, optimizer), (peer, other)):
-            give_gradient(each, [1, 2, 4], seed=step)
+            set_gradients(each, [1, 2, 4], seed=step)
             one.step()
     if event == "revived":
         key, value = store.keys.data[2:3].clone(), store.values.data[2:3].clone()
         store.revive([2], key, value)
     else:
         store.delete([2])
-        key, value = torch.randn(1, 4, generator=seeded(3)), torch.randn(1, 3, generator=seeded(4))
+        key, value = torch.randn(1, 4, generator=make_generator(3)), torch.randn(1, 3, generator=make_generator(4))
         store.add(key, value)
-        assert store.ids.tolist() == [0, 1, 6, 3, 4, 5]  # in the slot that became free
+        assert store.ids.tolist() == [0, 1, 6, 3, 4, 5]  # The new row has the slot of the deleted row.
     lone = SoftKVStore(4, 3, trainable=True)
     lone.add(key, value)
     fresh = kind(lone.parameters(), lr=0.05, weight_decay=weight_decay)
     for step in range(3):
         for each, one in ((store, optimizer), (peer, other)):
-            give_gradient(each, [1, 2, 4], seed=10 + step)
+            set_gradients(each, [1, 2, 4], seed=10 + step)
             for own, table in ((lone.keys, each.keys), (lone.values, each.values)):
                 gradient = table.grad.to_dense()
                 own.grad = gradient[2:3].clone()
@@ -499,9 +499,9 @@ def test_a_row_that_starts_afresh_takes_a_fresh_first_step(
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_slots_without_a_row_are_left_alone(kind: type, sparse: bool) -> None:
-    store = store_of(6, 9)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_free_slots_are_not_updated(kind: type, sparse: bool) -> None:
+    store = make_store(6, 9)
     optimizer = kind(store.parameters(), lr=0.1, weight_decay=0.1)
     store.delete([1, 4])
     store.values.data[[1, 4]] = 7.0
@@ -515,36 +515,36 @@ def test_slots_without_a_row_are_left_alone(kind: type, sparse: bool) -> None:
     assert bool((optimizer.state[store.values][moment][[1, 4]] == 0).all())
 
 
-def test_state_follows_a_store_that_was_made_smaller() -> None:
-    store, small = store_of(20), store_of(5)
+def test_state_follows_a_store_that_shrinks_on_load() -> None:
+    store, small = make_store(20), make_store(5)
     optimizer = RowAdam(store.parameters(), lr=0.1)
-    give_gradient(store, [0, 3, 19], seed=0)
+    set_gradients(store, [0, 3, 19], seed=0)
     optimizer.step()
     optimizer.zero_grad()
     store.load_state_dict(small.state_dict())
-    give_gradient(store, [0, 3], seed=1)
+    set_gradients(store, [0, 3], seed=1)
     optimizer.step()
     assert optimizer.state[store.keys]["exp_avg"].shape == (5, 4)
     store.add(torch.randn(15, 4), torch.randn(15, 3))
-    give_gradient(store, [19], seed=2)
+    set_gradients(store, [19], seed=2)
     optimizer.step()
     expected = store.values.grad.to_dense()[19] * (1 - 0.9)
     assert torch.allclose(optimizer.state[store.values]["exp_avg"][19], expected)
 
 
-def test_state_follows_a_store_that_changes_its_dtype() -> None:
-    store = store_of(4)
+def test_state_follows_a_conversion_of_the_store() -> None:
+    store = make_store(4)
     optimizer = RowAdam(store.parameters(), lr=0.1)
-    give_gradient(store, [0, 3], seed=0)
+    set_gradients(store, [0, 3], seed=0)
     optimizer.step()
     optimizer.zero_grad()
     store.double()
-    backward_of_read(store, torch.ones(1, 4, dtype=torch.float64))
+    run_read_backward(store, torch.ones(1, 4, dtype=torch.float64))
     optimizer.step()
     assert optimizer.state[store.keys]["exp_avg"].dtype == torch.float64
 
 
-def test_only_the_rows_of_the_gradient_count_as_moved() -> None:
+def test_step_makes_only_the_updated_rows_stale() -> None:
     store = SoftKVStore(4, 3, trainable=True)
     store.add(torch.eye(4), torch.ones(4, 3))
     optimizer = RowAdam(store.parameters(), lr=0.1)
@@ -553,21 +553,21 @@ def test_only_the_rows_of_the_gradient_count_as_moved() -> None:
     first.values.sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    store.read(torch.ones(4), "topk", k=1)  # here the store looks for writes
+    store.read(torch.ones(4), "topk", k=1)  # A read detects writes that bypass the store.
     second.values.sum().backward()
     optimizer.step()
     assert store.rows.all_changed_at == 0 or store.rows.all_changed_at < store.rows.version - 1
 
     third = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
-    optimizer.step()  # moves the second's rows again
+    optimizer.step()  # Updates the rows of the second read again.
     with pytest.raises(softdb.StaleReadError):
         third.values.sum().backward()
 
 
-def test_a_trained_store_is_found_by_its_moved_keys() -> None:
-    store = store_of(50, index="Flat")
+def test_topk_finds_keys_moved_by_the_optimizer() -> None:
+    store = make_store(50, index="Flat")
     optimizer = RowAdam(store.parameters(), lr=0.5)
-    query = torch.randn(3, 4, generator=seeded(1))
+    query = torch.randn(3, 4, generator=make_generator(1))
     for _ in range(3):
         optimizer.zero_grad()
         read = store.read(query, "topk", k=4)
@@ -580,27 +580,27 @@ def test_a_trained_store_is_found_by_its_moved_keys() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumed_from_a_file_goes_on_as_if_never_interrupted(kind: type, dtype: torch.dtype) -> None:
-    def advance(store: SoftKVStore, optimizer: torch.optim.Optimizer, steps: range) -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_run_resumed_from_a_file_equals_an_uninterrupted_run(kind: type, dtype: torch.dtype) -> None:
+    def run_steps(store: SoftKVStore, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
-            generator = seeded(step)
+            generator = make_generator(step)
             if step % 4 == 3:
                 store.delete(store.ids[:1])
                 rows = torch.randn(3, 7, generator=generator).to(dtype)
                 store.add(rows[:, :4], rows[:, 4:])
             optimizer.zero_grad()
-            backward_of_read(store, torch.randn(2, 4, generator=generator).to(dtype), k=3)
+            run_read_backward(store, torch.randn(2, 4, generator=generator).to(dtype), k=3)
             optimizer.step()
 
     def make(count: int) -> tuple[SoftKVStore, torch.optim.Optimizer]:
         store = SoftKVStore(4, 3, trainable=True, dtype=dtype)
-        rows = torch.randn(count, 7, generator=seeded()).to(dtype)
+        rows = torch.randn(count, 7, generator=make_generator()).to(dtype)
         store.add(rows[:, :4], rows[:, 4:])
         return store, kind(store.parameters(), lr=0.05, weight_decay=0.1)
 
     store, optimizer = make(8)
-    advance(store, optimizer, range(10))
+    run_steps(store, optimizer, range(10))
     file = io.BytesIO()
     torch.save({"store": store.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
@@ -617,19 +617,19 @@ def test_a_run_resumed_from_a_file_goes_on_as_if_never_interrupted(kind: type, d
                 assert torch.equal(loaded, value)
             else:
                 assert loaded == value
-    advance(store, optimizer, range(10, 20))
-    advance(resumed, other, range(10, 20))
+    run_steps(store, optimizer, range(10, 20))
+    run_steps(resumed, other, range(10, 20))
     assert torch.equal(store.ids, resumed.ids)
     assert torch.equal(store.keys, resumed.keys)
     assert torch.equal(store.values, resumed.values)
 
 
-def test_loaded_state_is_a_copy_of_what_hooks_let_through() -> None:
-    parameter = parameter_of(4, 2)
+def test_load_state_dict_copies_the_result_of_hooks() -> None:
+    parameter = make_parameter(4, 2)
     optimizer = RowAdam([parameter])
     parameter.grad = torch.ones(4, 2)
     optimizer.step()
-    other = RowAdam([parameter_of(4, 2)])
+    other = RowAdam([make_parameter(4, 2)])
     kept = optimizer.state_dict()
     other.register_load_state_dict_pre_hook(lambda _, given: {**given, "state": {0: {**given["state"][0], "step": 5}}})
     other.load_state_dict(kept)
@@ -641,45 +641,45 @@ def test_loaded_state_is_a_copy_of_what_hooks_let_through() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_trains_on_by_itself(kind: type, copied: Callable[[Any], Any]) -> None:
-    store = store_of(6)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_copies_of_store_and_optimizer_train_independently(kind: type, copied: Callable[[Any], Any]) -> None:
+    store = make_store(6)
     optimizer = kind(store.parameters(), lr=0.1, weight_decay=0.1)
-    give_gradient(store, [1, 2], seed=0)
+    set_gradients(store, [1, 2], seed=0)
     optimizer.step()
     twin, other = copied((store, optimizer))
     for each, one in ((store, optimizer), (twin, other)):
         each.delete([2])
         each.add(torch.ones(9, 4), torch.ones(9, 3))
-        give_gradient(each, [1, 2, 9], seed=1)
+        set_gradients(each, [1, 2, 9], seed=1)
         one.step()
     assert torch.equal(store.keys[:14], twin.keys[:14])
     assert torch.equal(store.values[:14], twin.values[:14])
 
 
-# -- state of other sources --------------------------------------------------------------------------------------------
+# -- state of other optimisers and dtypes ------------------------------------------------------------------------------
 
 
-def trained_state(kind: type, shape: tuple[int, ...] = (4, 2), **options: Any) -> dict[str, Any]:
-    """The state dict of an optimiser after three steps with a dense gradient."""
-    parameter = parameter_of(*shape)
+def make_trained_state(kind: type, shape: tuple[int, ...] = (4, 2), **options: Any) -> dict[str, Any]:
+    """Return the state dict of an optimiser after three steps with a dense gradient."""
+    parameter = make_parameter(*shape)
     optimizer = kind([parameter], lr=0.1, **options)
     for seed in range(3):
-        parameter.grad = torch.randn(shape, generator=seeded(seed))
+        parameter.grad = torch.randn(shape, generator=make_generator(seed))
         optimizer.step()
     return copy.deepcopy(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-def test_moments_of_any_floating_dtype_keep_their_values(
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_loaded_moments_of_any_floating_dtype_keep_their_values(
     kind: type, dtype: torch.dtype, parameter_dtype: torch.dtype
 ) -> None:
-    saved = trained_state(kind)
+    saved = make_trained_state(kind)
     moments = {name: value.to(dtype) for name, value in saved["state"][0].items() if isinstance(value, Tensor)}
     saved["state"][0].update(moments)
-    parameter = parameter_of(4, 2, dtype=parameter_dtype)
+    parameter = make_parameter(4, 2, dtype=parameter_dtype)
     optimizer = kind([parameter])
     optimizer.load_state_dict(saved)
     for name, value in moments.items():
@@ -695,10 +695,10 @@ def test_moments_of_any_floating_dtype_keep_their_values(
 @pytest.mark.parametrize(
     "number", [7, 7.0, np.int64(7), np.float32(7), np.array(7), torch.tensor(7), torch.tensor(7.0)]
 )
-def test_a_step_count_of_any_type_of_number_is_loaded_as_an_int(number: Any) -> None:
-    saved = trained_state(RowAdam, weight_decay=0.1)
+def test_step_count_of_any_number_type_is_loaded_as_an_int(number: Any) -> None:
+    saved = make_trained_state(RowAdam, weight_decay=0.1)
     saved["state"][0].update(step=number, log_decay=torch.tensor(-0.5) if number == 7.0 else np.float64(-0.5))
-    parameter = parameter_of(4, 2)
+    parameter = make_parameter(4, 2)
     optimizer = RowAdam([parameter])
     optimizer.load_state_dict(saved)
     state = optimizer.state[parameter]
@@ -706,11 +706,11 @@ def test_a_step_count_of_any_type_of_number_is_loaded_as_an_int(number: Any) -> 
     assert (type(state["log_decay"]), state["log_decay"]) == (float, -0.5)
 
 
-def test_state_of_sparse_adam_is_continued() -> None:
-    parameter, peer = parameter_of(6, 2), parameter_of(6, 2)
+def test_row_adam_continues_from_sparse_adam_state() -> None:
+    parameter, peer = make_parameter(6, 2), make_parameter(6, 2)
     given = torch.optim.SparseAdam([peer], lr=0.05)
     for step in range(3):
-        peer.grad = row_gradient((6, 2), 3, seed=step)
+        peer.grad = make_row_gradient((6, 2), 3, seed=step)
         given.step()
     saved = given.state_dict()
     saved["state"][0]["step"] = torch.tensor(float(saved["state"][0]["step"]))
@@ -719,12 +719,12 @@ def test_state_of_sparse_adam_is_continued() -> None:
     parameter.data.copy_(peer.data)
     for step in range(3, 6):
         for each, one in ((parameter, optimizer), (peer, given)):
-            each.grad = row_gradient((6, 2), 3, seed=step)
+            each.grad = make_row_gradient((6, 2), 3, seed=step)
             one.step()
     assert torch.allclose(parameter, peer, rtol=0, atol=1e-6)
 
 
-BAD_STATE: list[tuple[str, Any, type[Exception], str]] = [
+INVALID_STATE: list[tuple[str, Any, type[Exception], str]] = [
     ("exp_avg", torch.zeros(4, 3), softdb.ShapeError, r"state\['exp_avg'\]: expected shape \(4, 2\), got \(4, 3\)"),
     ("exp_avg", torch.zeros(4), softdb.ShapeError, r"state\['exp_avg'\]: expected shape"),
     ("exp_avg_sq", torch.zeros(5, 2), softdb.ShapeError, r"state\['exp_avg_sq'\]: expected shape \(4, 2\)"),
@@ -748,16 +748,14 @@ BAD_STATE: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_STATE)
-def test_state_that_does_not_fit_is_an_error_and_changes_nothing(
-    name: str, value: Any, error: type[Exception], message: str
-) -> None:
-    parameter = parameter_of(4, 2)
+@pytest.mark.parametrize(("name", "value", "error", "message"), INVALID_STATE)
+def test_invalid_state_raises_and_changes_nothing(name: str, value: Any, error: type[Exception], message: str) -> None:
+    parameter = make_parameter(4, 2)
     optimizer = RowAdam([parameter], lr=0.3, weight_decay=0.1)
     parameter.grad = torch.ones(4, 2)
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
-    saved = trained_state(RowAdam, weight_decay=0.1)
+    saved = make_trained_state(RowAdam, weight_decay=0.1)
     rows = torch.zeros(4, dtype=torch.int64)
     saved["state"][0].update({"generation": rows, "born": rows, name: value})
     with pytest.raises(error, match=message):
@@ -770,16 +768,16 @@ def test_state_that_does_not_fit_is_an_error_and_changes_nothing(
 
 
 @pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq", "log_decay", "decayed"])
-def test_state_with_a_part_missing_is_an_error(name: str) -> None:
-    saved = trained_state(RowAdam, weight_decay=0.1)
+def test_incomplete_state_raises(name: str) -> None:
+    saved = make_trained_state(RowAdam, weight_decay=0.1)
     del saved["state"][0][name]
     with pytest.raises(softdb.ArgumentError, match=f"state: expected .*, '{name}' is missing"):
-        RowAdam([parameter_of(4, 2)]).load_state_dict(saved)
+        RowAdam([make_parameter(4, 2)]).load_state_dict(saved)
 
 
-def test_options_that_do_not_fit_are_not_loaded() -> None:
-    optimizer = RowAdam([parameter_of(4, 2)], lr=0.3)
-    saved = trained_state(RowAdam)
+def test_invalid_options_in_a_state_dict_raise() -> None:
+    optimizer = RowAdam([make_parameter(4, 2)], lr=0.3)
+    saved = make_trained_state(RowAdam)
     saved["param_groups"][0]["lr"] = "fast"
     with pytest.raises(softdb.DtypeError, match="lr: expected a number"):
         optimizer.load_state_dict(saved)
@@ -788,28 +786,28 @@ def test_options_that_do_not_fit_are_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
-def test_parameters_that_no_step_can_move_are_refused(dtype: torch.dtype) -> None:
+def test_unsupported_parameter_dtypes_raise(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
     with pytest.raises(softdb.DtypeError, match="params: expected dense floating-point Parameters"):
         RowAdam([parameter])
 
 
-# -- as every optimiser ------------------------------------------------------------------------------------------------
+# -- conventions of torch.optim ----------------------------------------------------------------------------------------
 
 
-def test_groups_have_options_of_their_own() -> None:
-    store = store_of(4)
+def test_parameter_groups_have_their_own_options() -> None:
+    store = make_store(4)
     before = [table.detach().clone() for table in (store.keys, store.values)]
     optimizer = RowAdam([{"params": [store.keys], "lr": 0.0}, {"params": [store.values]}], lr=0.1)
-    give_gradient(store, [0, 1], seed=0)
+    set_gradients(store, [0, 1], seed=0)
     optimizer.step()
     assert torch.equal(store.keys, before[0])
     assert not torch.equal(store.values, before[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_closure_makes_the_gradients(kind: type) -> None:
-    parameter = parameter_of(3, 2)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_step_calls_the_closure(kind: type) -> None:
+    parameter = make_parameter(3, 2)
     optimizer = kind([parameter], lr=torch.tensor(0.1))
 
     def closure() -> Tensor:
@@ -822,8 +820,8 @@ def test_a_closure_makes_the_gradients(kind: type) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_graph_over_a_parameter_of_your_own_notices_the_step() -> None:
-    parameter = parameter_of(3, 2)
+def test_step_on_a_plain_parameter_bumps_its_version() -> None:
+    parameter = make_parameter(3, 2)
     loss = parameter.square().sum()
     parameter.grad = torch.ones(3, 2)
     RowAdam([parameter]).step()
@@ -831,7 +829,7 @@ def test_a_graph_over_a_parameter_of_your_own_notices_the_step() -> None:
         loss.backward()
 
 
-BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+INVALID_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -0.1}, softdb.ArgumentError, "lr: expected a finite number of at least 0, got -0.1"),
     ({"lr": math.nan}, softdb.ArgumentError, "lr: expected"),
     ({"lr": "fast"}, softdb.DtypeError, "lr: expected a number, got str 'fast'"),
@@ -841,30 +839,30 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_options(kind: type, options: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("options", "error", "message"), INVALID_OPTIONS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_invalid_options_raise(kind: type, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        kind([parameter_of(2, 2)], **options)
-    optimizer = kind([parameter_of(2, 2)])
+        kind([make_parameter(2, 2)], **options)
+    optimizer = kind([make_parameter(2, 2)])
     with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": [parameter_of(2, 2)], **options})
+        optimizer.add_param_group({"params": [make_parameter(2, 2)], **options})
     assert len(optimizer.param_groups) == 1
 
 
-def test_bad_options_of_one_kind() -> None:
+def test_invalid_options_of_one_optimizer_raise() -> None:
     for betas in ((1.0, 0.9), (0.9, -0.1)):
         with pytest.raises(softdb.ArgumentError, match=r"betas\[[01]\]: expected a number in \[0, 1\)"):
-            RowAdam([parameter_of(2, 2)], betas=betas)
+            RowAdam([make_parameter(2, 2)], betas=betas)
     with pytest.raises(softdb.DtypeError, match="betas: expected two numbers"):
-        RowAdam([parameter_of(2, 2)], betas=0.9)
+        RowAdam([make_parameter(2, 2)], betas=0.9)
     with pytest.raises(softdb.ArgumentError, match="initial_accumulator_value"):
-        RowAdagrad([parameter_of(2, 2)], initial_accumulator_value=-1.0)
+        RowAdagrad([make_parameter(2, 2)], initial_accumulator_value=-1.0)
     with pytest.raises(softdb.DtypeError, match="params: expected dense floating-point Parameters"):
         RowAdam([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
 
 
-# Each holds the number 0.5, or 1: what is accepted as an option, alike everywhere.
+# Types of numbers that are accepted as an option. Each holds 0.5 or 1.
 NUMBERS: dict[str, Any] = {
     "float": 0.5,
     "int": 1,
@@ -877,24 +875,24 @@ NUMBERS: dict[str, Any] = {
     "int tensor": torch.tensor(1),
     "tensor of one": torch.tensor([0.5]),
 }
-NO_NUMBERS: dict[str, Any] = {
+NON_NUMBERS: dict[str, Any] = {
     "bool": True,
-    "bool of numpy": np.bool_(True),
+    "numpy bool": np.bool_(True),
     "bool tensor": torch.tensor(True),
     "string": "0.5",
     "complex": 0.5j,
     "two": torch.tensor([0.5, 0.5]),
     "array of two": np.array([0.5, 0.5]),
-    "nothing": None,
+    "None": None,
 }
-OPTIONS = [(RowAdam, name) for name in ("lr", "eps", "weight_decay")]
-OPTIONS += [(RowAdagrad, name) for name in ("lr", "eps", "weight_decay", "initial_accumulator_value")]
+NUMBER_OPTIONS = [(RowAdam, name) for name in ("lr", "eps", "weight_decay")]
+NUMBER_OPTIONS += [(RowAdagrad, name) for name in ("lr", "eps", "weight_decay", "initial_accumulator_value")]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(("kind", "name"), OPTIONS)
-def test_options_are_any_number_and_kept_as_pythons(kind: type, name: str, number: str) -> None:
-    parameter, peer, late = parameter_of(4, 2), parameter_of(4, 2), parameter_of(4, 2)
+@pytest.mark.parametrize(("kind", "name"), NUMBER_OPTIONS)
+def test_options_accept_any_number_type_and_store_floats(kind: type, name: str, number: str) -> None:
+    parameter, peer, late = make_parameter(4, 2), make_parameter(4, 2), make_parameter(4, 2)
     given = NUMBERS[number]
     others = {} if name == "lr" else {"lr": 0.1}
     optimizer = kind([parameter], **{name: given}, **others)
@@ -913,22 +911,22 @@ def test_options_are_any_number_and_kept_as_pythons(kind: type, name: str, numbe
     for group in (*optimizer.param_groups, *loaded["param_groups"]):
         kept = group[name]
         if name == "lr" and isinstance(given, Tensor) and given.is_floating_point():
-            assert isinstance(kept, Tensor)  # schedulers write into it
+            assert isinstance(kept, Tensor)  # Schedulers write to it in place.
         else:
             assert type(kept) is float
         assert float(kept) == float(given)
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
-@pytest.mark.parametrize(("kind", "name"), OPTIONS)
-def test_options_that_are_no_numbers(kind: type, name: str, value: str) -> None:
+@pytest.mark.parametrize("value", NON_NUMBERS)
+@pytest.mark.parametrize(("kind", "name"), NUMBER_OPTIONS)
+def test_options_that_are_not_numbers_raise(kind: type, name: str, value: str) -> None:
     with pytest.raises(softdb.DtypeError, match=f"{name}: expected a number, got"):
-        kind([parameter_of(4, 2)], **{name: NO_NUMBERS[value]})
+        kind([make_parameter(4, 2)], **{name: NON_NUMBERS[value]})
 
 
-PAIRS: dict[str, Any] = {
+BETAS: dict[str, Any] = {
     "list": [0.5, 0.75],
-    "numbers of numpy": (np.float32(0.5), np.float64(0.75)),
+    "numpy numbers": (np.float32(0.5), np.float64(0.75)),
     "array": np.array([0.5, 0.75], dtype=np.float32),
     "tensor": torch.tensor([0.5, 0.75]),
     "tensors": (torch.tensor(0.5), torch.tensor(0.75)),
@@ -936,21 +934,21 @@ PAIRS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_betas_are_any_two_numbers_and_kept_as_pythons(pair: str) -> None:
-    optimizer = RowAdam([parameter_of(2, 2)], betas=PAIRS[pair])
+@pytest.mark.parametrize("pair", BETAS)
+def test_betas_accept_any_number_type_and_store_floats(pair: str) -> None:
+    optimizer = RowAdam([make_parameter(2, 2)], betas=BETAS[pair])
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
     assert [type(beta) for beta in optimizer.param_groups[0]["betas"]] == [float, float]
 
 
 @pytest.mark.parametrize("betas", [0.9, (0.9,), np.array(0.9), torch.ones(3) / 2, "ab", {0.1, 0.2}, None])
-def test_betas_that_are_not_two_numbers(betas: Any) -> None:
+def test_betas_that_are_not_two_numbers_raise(betas: Any) -> None:
     with pytest.raises(softdb.DtypeError, match="betas: expected two numbers, got"):
-        RowAdam([parameter_of(2, 2)], betas=betas)
+        RowAdam([make_parameter(2, 2)], betas=betas)
 
 
-def test_options_changed_between_steps_are_kept_as_pythons() -> None:
-    parameter = parameter_of(4, 2)
+def test_options_changed_between_steps_are_stored_as_floats() -> None:
+    parameter = make_parameter(4, 2)
     optimizer = RowAdam([parameter], lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5**step))
     parameter.grad = torch.ones(4, 2)
@@ -965,8 +963,8 @@ def test_options_changed_between_steps_are_kept_as_pythons() -> None:
     assert (group["lr"], group["weight_decay"]) == (0.05, 0.25)
 
 
-def test_a_learning_rate_that_is_a_tensor_follows_its_schedule() -> None:
-    parameter = parameter_of(4, 2)
+def test_tensor_learning_rate_follows_its_schedule() -> None:
+    parameter = make_parameter(4, 2)
     lr = torch.tensor(0.1)
     optimizer = RowAdam([parameter], lr=lr)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -978,22 +976,22 @@ def test_a_learning_rate_that_is_a_tensor_follows_its_schedule() -> None:
     assert torch.allclose(before - parameter, torch.full((4, 2), 0.05), atol=1e-5)
 
 
-def test_a_group_that_is_no_dictionary() -> None:
+def test_group_that_is_not_a_dictionary_raises() -> None:
     with pytest.raises(TypeError, match="param_group must be a dict"):
-        RowAdam([parameter_of(2, 2)]).add_param_group([parameter_of(2, 2)])  # type: ignore[arg-type]
+        RowAdam([make_parameter(2, 2)]).add_param_group([make_parameter(2, 2)])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_gradients_and_parameters_of_any_strides(kind: type) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
         for contiguous in (True, False):
             torch.manual_seed(0)
-            table = parameter_of(5, 8, dtype=dtype).detach()
+            table = make_parameter(5, 8, dtype=dtype).detach()
             table = nn.Parameter(table if contiguous else table.t().contiguous().t())
             optimizer = kind([table], lr=0.01, weight_decay=0.1)
             for step in range(6):
-                gradient = torch.randn(5, 8, generator=seeded(step)).to(dtype)
+                gradient = torch.randn(5, 8, generator=make_generator(step)).to(dtype)
                 rows = torch.tensor([[0, 3]])
                 if step % 2:
                     values = gradient[rows[0]] if contiguous else gradient[rows[0]].t().contiguous().t()
@@ -1006,9 +1004,9 @@ def test_gradients_and_parameters_of_any_strides(kind: type) -> None:
         assert torch.allclose(*results, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bad_gradients_change_nothing(kind: type) -> None:
-    first, second = parameter_of(4, 2), parameter_of(4, 2)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_invalid_gradients_raise_and_change_nothing(kind: type) -> None:
+    first, second = make_parameter(4, 2), make_parameter(4, 2)
     before = first.detach().clone()
     optimizer = kind([first, second])
     first.grad = torch.ones(4, 2)
@@ -1033,11 +1031,11 @@ def test_bad_gradients_change_nothing(kind: type) -> None:
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, math.inf])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clipping_is_torchs_of_the_dense_gradients(max_norm: float, norm_type: float) -> None:
-    own, other = ([parameter_of(9, 2), parameter_of(7), parameter_of(3), parameter_of(4, 2)] for _ in range(2))
-    values = torch.randn(4, 2, generator=seeded(1))
+def test_clipping_equals_torch_on_dense_gradients(max_norm: float, norm_type: float) -> None:
+    own, other = ([make_parameter(9, 2), make_parameter(7), make_parameter(3), make_parameter(4, 2)] for _ in range(2))
+    values = torch.randn(4, 2, generator=make_generator(1))
     twice = torch.sparse_coo_tensor(torch.tensor([[5, 1, 5, 2]]), values, (9, 2), check_invariants=True)
-    given = [twice, torch.randn(7, generator=seeded(2)), None, row_gradient((4, 2), 0, seed=0)]
+    given = [twice, torch.randn(7, generator=make_generator(2)), None, make_row_gradient((4, 2), 0, seed=0)]
     for parameter, peer, gradient in zip(own, other, given, strict=True):
         parameter.grad = gradient
         peer.grad = None if gradient is None else gradient.to_dense().clone()
@@ -1049,20 +1047,20 @@ def test_clipping_is_torchs_of_the_dense_gradients(max_norm: float, norm_type: f
     assert own[0].grad.is_coalesced()
 
 
-def test_clipping_nothing_and_what_is_not_finite() -> None:
-    parameter = parameter_of(3, 2)
+def test_clipping_of_empty_and_nonfinite_gradients() -> None:
+    parameter = make_parameter(3, 2)
     assert float(clip_row_grad_norm_(parameter, 1.0)) == 0.0
-    parameter.grad = row_gradient((3, 2), 0, seed=0)
+    parameter.grad = make_row_gradient((3, 2), 0, seed=0)
     assert float(clip_row_grad_norm_(parameter, 1.0)) == 0.0
     parameter.grad = torch.full((3, 2), math.inf)
-    with pytest.raises(softdb.NonFiniteError, match="finite norm, got one that is inf"):
+    with pytest.raises(softdb.NonFiniteError, match="finite norm, got inf"):
         clip_row_grad_norm_(parameter, 1.0, error_if_nonfinite=True)
     assert bool((parameter.grad == math.inf).all())
     assert float(clip_row_grad_norm_(parameter, 1.0)) == math.inf
 
 
-def test_clipping_with_bad_arguments() -> None:
-    parameter = parameter_of(3, 2)
+def test_clipping_with_invalid_arguments_raises() -> None:
+    parameter = make_parameter(3, 2)
     with pytest.raises(softdb.ArgumentError, match="max_norm"):
         clip_row_grad_norm_(parameter, -1.0)
     with pytest.raises(softdb.ArgumentError, match="norm_type: expected a number above 0"):
@@ -1074,8 +1072,8 @@ def test_clipping_with_bad_arguments() -> None:
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", ["max_norm", "norm_type"])
-def test_clipping_takes_any_number(name: str, number: str) -> None:
-    parameters = [parameter_of(3, 2), parameter_of(3, 2)]
+def test_clipping_accepts_any_number_type(name: str, number: str) -> None:
+    parameters = [make_parameter(3, 2), make_parameter(3, 2)]
     norms = []
     for parameter, given in zip(parameters, (NUMBERS[number], float(NUMBERS[number])), strict=True):
         parameter.grad = torch.ones(3, 2)
@@ -1084,26 +1082,26 @@ def test_clipping_takes_any_number(name: str, number: str) -> None:
     assert torch.equal(parameters[0].grad, parameters[1].grad)
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("value", NON_NUMBERS)
 @pytest.mark.parametrize("name", ["max_norm", "norm_type"])
-def test_clipping_by_what_is_no_number(name: str, value: str) -> None:
-    parameter = parameter_of(3, 2)
+def test_clipping_by_a_non_number_raises(name: str, value: str) -> None:
+    parameter = make_parameter(3, 2)
     parameter.grad = torch.ones(3, 2)
     with pytest.raises(softdb.DtypeError, match=f"{name}: expected a number, got"):
-        clip_row_grad_norm_(parameter, **{"max_norm": 0.1, name: NO_NUMBERS[value]})
+        clip_row_grad_norm_(parameter, **{"max_norm": 0.1, name: NON_NUMBERS[value]})
     assert torch.equal(parameter.grad, torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("order", [math.inf, np.float32("inf"), np.array(math.inf), torch.tensor(math.inf)])
-def test_the_largest_entry_is_any_infinity(order: Any) -> None:
-    parameter = parameter_of(3, 2)
+def test_infinite_norm_accepts_any_number_type(order: Any) -> None:
+    parameter = make_parameter(3, 2)
     parameter.grad = torch.tensor([[1.0, -3.0], [0.0, 2.0], [0.0, 0.0]])
     assert float(clip_row_grad_norm_(parameter, 1.0, order)) == 3.0
 
 
 @pytest.mark.parametrize("order", [math.nan, -1.0, -math.inf, torch.tensor(math.nan)])
-def test_norms_that_there_are_none_of(order: Any) -> None:
-    parameter = parameter_of(3, 2)
+def test_invalid_norm_types_raise(order: Any) -> None:
+    parameter = make_parameter(3, 2)
     parameter.grad = torch.ones(3, 2)
     with pytest.raises(softdb.ArgumentError, match="norm_type: expected a"):
         clip_row_grad_norm_(parameter, 1.0, order)

@@ -1,12 +1,13 @@
-"""Measure softdb beside its peers: in one process, by turns, as ratios of medians.
+"""Compare softdb with its peers in one process, in alternating turns.
 
-A script describes its `Case`s and hands them to `main`; that is all it has to do. What is reported for each:
+A script defines its `Case`s and passes them to `main`. The report contains for each case:
 
-- the median time of a call, for every contestant. Rounds go on until the time for a case is spent; in each round
-  every contestant has one turn, and the order rotates, so that a slow spell of the machine hits all of them;
-- the ratio of softdb's median to each peer's;
-- two floors, measured in the same rounds: the time that the arithmetic takes at the rate of a matrix product, and the
-  time that the bytes take at the rate of reading memory.
+- the median time of a call, for every contestant. Rounds are repeated until the time of the case has passed. In each
+  round every contestant has one turn, and the order rotates, so that a temporary slowdown of the machine affects all
+  contestants;
+- the ratio of softdb's median to the median of each peer;
+- two lower bounds ("floors"), measured in the same rounds: the time of the operations at the rate of a matrix product,
+  and the time of the bytes at the rate of reading memory.
 """
 
 from __future__ import annotations
@@ -31,33 +32,33 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Case", "Work", "compare", "main", "peak_memory", "without_graph"]
+__all__ = ["Case", "Work", "compare", "main", "measure_peak_memory", "wrap_no_grad"]
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
-MINIMUM_ROUNDS = 5
-# A turn that would be shorter repeats its call: the clock and the loop must not show.
-TURN_SECONDS = 0.005
-# Well beyond any cache.
+MIN_ROUNDS = 5
+# A call is repeated until its turn takes this time, so that the cost of the clock and of the loop is negligible.
+MIN_TURN_SECONDS = 0.005
+# Bytes that are read to measure the rate of memory: larger than any cache.
 BANDWIDTH_BYTES = 2**28
 
 Contestant = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
 
-# -- what a script describes -------------------------------------------------------------------------------------------
+# -- definition of a benchmark -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that any way of doing a case has to do: what its floors are made of.
+    """Minimum work of a case, from which its floors are computed.
 
     Attributes:
-        operations: Floating-point operations; a multiplication and an addition are two.
-        bytes: Bytes that have to come from memory.
-        product: The sizes of the matrix product, (m, k) @ (k, n), whose rate stands for the machine's.
-        dtype: What the product is computed in.
-        device: Where both rates are measured.
+        operations: Number of floating-point operations; a multiplication and an addition are two.
+        bytes: Number of bytes that must be read from memory.
+        product: Sizes of the matrix product, (m, k) @ (k, n), that measures the rate of the machine.
+        dtype: The dtype of the product.
+        device: The device on which both rates are measured.
     """
 
     operations: float
@@ -69,16 +70,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work and those who do it.
+    """Task at one size, and the contestants that run it.
 
     Attributes:
-        label: What is done, at which sizes.
-        softdb: softdb's ways to do it, by name; each becomes a line of the table.
-        peers: What they are compared with, by name. One that the machine cannot hold is left out.
-        work: What the floors are made of; None for no floors.
-        claims: The ratio that is promised, by (name among softdb's ways, name of the peer); the floors may be named as
-            "product floor" and "memory floor".
-        facts: What else to find out, once the times are taken: an error, a recall, a peak of memory, by name.
+        label: The task and its sizes.
+        softdb: Contestants of softdb, by name; each becomes a line of the table.
+        peers: Contestants to compare with, by name. Leave out a peer that does not fit in memory.
+        work: The minimum work, for the floors; None for no floors.
+        claims: Upper limits of ratios, by (name of softdb's contestant, name of the peer); "product floor" and
+            "memory floor" name the floors.
+        facts: Function that measures other numbers after the timing: an error, a recall, a memory peak, by name.
     """
 
     label: str
@@ -89,12 +90,12 @@ class Case:
     facts: Callable[[], Mapping[str, float]] | None = None
 
 
-# -- what is done with it ----------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a call takes: the median over the turns, and the quartiles about it."""
+    """Seconds per call: median and quartiles over the turns."""
 
     median: float
     lower: float
@@ -105,16 +106,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table, and of the JSON: one of softdb's ways to do one case.
+    """Line of the table and of the JSON file: one contestant of softdb in one case.
 
     Attributes:
-        label, way: Which case, and which way.
-        time: What it took.
-        peers: What the peers took.
-        ratios: The way's median over each peer's, and over the floors.
-        claims: The ratios that are promised.
-        floors: Seconds that the arithmetic ("product") and the bytes ("memory") take at the machine's own rates.
-        facts: What else was found out.
+        label, way: Names of the case and of the contestant.
+        time: Time of the contestant.
+        peers: Times of the peers.
+        ratios: The contestant's median divided by the median of each peer, and by the floors.
+        claims: Upper limits of ratios.
+        floors: Seconds of the operations ("product") and of the bytes ("memory") at the rates of the machine.
+        facts: Other measured numbers.
     """
 
     label: str
@@ -128,16 +129,16 @@ class Line:
 
 
 def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
-    """The command line of a benchmark script.
+    """Run the command line of a benchmark script.
 
     Args:
-        name: What the result is called.
-        cases: Makes the cases; is told whether they shall be small.
+        name: Name of the result.
+        cases: Function that yields the cases; its argument is whether to use small sizes.
     """
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; kept only with --out")
-    parser.add_argument("--seconds", type=float, help="how long to measure each case (default: 10; small: 0.05)")
-    parser.add_argument("--out", type=Path, help=f"the folder for {name}.json (default: benchmarks/results)")
+    parser.add_argument("--small", action="store_true", help="use tiny sizes, as a smoke test; saved only with --out")
+    parser.add_argument("--seconds", type=float, help="seconds of measurement per case (default: 10; small: 0.05)")
+    parser.add_argument("--out", type=Path, help=f"folder of {name}.json (default: benchmarks/results)")
     options = parser.parse_args()
     seconds = options.seconds or (0.05 if options.small else 10.0)
     out = options.out or (None if options.small else RESULTS)
@@ -145,32 +146,32 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
 
 
 def compare(name: str, cases: Iterable[Case], *, seconds: float = 10.0, out: Path | None = None) -> str:
-    """Measure the cases one after the other; return the table, as aligned Markdown.
+    """Measure the cases one by one; return the table as aligned Markdown.
 
     Args:
-        name: What the result is called.
-        cases: May be a generator, so that only one case's tensors are held at a time.
-        seconds: How long to measure each case; `MINIMUM_ROUNDS` rounds are made however long they take.
-        out: The folder that NAME.json is written to; None writes nothing.
+        name: Name of the result.
+        cases: The cases. A generator holds the tensors of one case at a time.
+        seconds: Seconds of measurement per case. At least `MIN_ROUNDS` rounds are measured, whatever their duration.
+        out: Folder to write NAME.json to; None writes nothing.
     """
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    machine = _machine()
+    machine = _describe_machine()
     lines: list[Line] = []
     for case in cases:
         print(f"{name}: {case.label}", file=sys.stderr, flush=True)
-        lines += _lines(case, seconds)
-        del case  # its tensors make room for the next one's
+        lines += _measure_case(case, seconds)
+        del case  # Free its tensors before the next case is made.
         gc.collect()
     if out is not None:
         date = datetime.now(timezone.utc).date().isoformat()
         report = {"name": name, "date": date, "machine": machine, "lines": [asdict(line) for line in lines]}
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return _table(lines)
+    return _format_table(lines)
 
 
-def without_graph(run: Contestant) -> Contestant:
-    """The same, building no graph."""
+def wrap_no_grad(run: Contestant) -> Contestant:
+    """Return a function that calls ``run`` under `torch.no_grad`."""
 
     def call() -> object:
         with torch.no_grad():
@@ -179,26 +180,26 @@ def without_graph(run: Contestant) -> Contestant:
     return call
 
 
-def peak_memory(run: Contestant) -> int:
-    """How many bytes the process grows by while ``run`` runs, at the highest: resident memory, counted by the kernel.
+def measure_peak_memory(run: Contestant) -> int:
+    """Measure the peak increase of resident memory during ``run``, in bytes.
 
-    What ``run`` returns is part of it: subtract what is meant to be kept. So are libraries and buffers that a first
-    call brings in: call ``run`` once before, unless they shall count. Linux only.
+    The result of ``run`` is included; subtract its size if needed. Libraries and buffers that a first call loads are
+    included, too; call ``run`` once before to exclude them. Linux only.
     """
     gc.collect()
-    # Memory that was freed but is still held by the allocator would hide that it is needed again.
+    # Return freed memory to the system: otherwise the allocator would reuse it, and resident memory would not grow.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-    before = _resident("VmRSS")
-    kept = run()
-    peak = _resident("VmHWM")
-    del kept
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets the peak, VmHWM (see man 5 proc).
+    before = _read_memory_counter("VmRSS")
+    result = run()
+    peak = _read_memory_counter("VmHWM")
+    del result
     return max(0, peak - before)
 
 
-def _resident(counter: str) -> int:
-    """A counter of this process's memory in bytes."""
+def _read_memory_counter(counter: str) -> int:
+    """Return a memory counter of this process, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{counter}:"):
             return int(line.split()[1]) * 1024
@@ -208,14 +209,14 @@ def _resident(counter: str) -> int:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def _lines(case: Case, seconds: float) -> list[Line]:
+def _measure_case(case: Case, seconds: float) -> list[Line]:
     contestants: dict[tuple[str, str], Contestant] = {}
     contestants.update({("softdb", name): run for name, run in case.softdb.items()})
     contestants.update({("peer", name): run for name, run in case.peers.items()})
     if case.work is not None:
-        contestants["floor", "product"] = _product(case.work)
-        contestants["floor", "memory"] = _memory(case.work)
-    times = _measure(contestants, seconds)
+        contestants["floor", "product"] = _make_matrix_product(case.work)
+        contestants["floor", "memory"] = _make_memory_read(case.work)
+    times = _time_contestants(contestants, seconds)
     peers = {name: times["peer", name] for name in case.peers}
     floors = {}
     if case.work is not None:
@@ -233,26 +234,26 @@ def _lines(case: Case, seconds: float) -> list[Line]:
     return lines
 
 
-def _measure(contestants: Mapping[Name, Contestant], seconds: float) -> dict[Name, Timing]:
-    """Time the contestants by turns."""
+def _time_contestants(contestants: Mapping[Name, Contestant], seconds: float) -> dict[Name, Timing]:
+    """Time the contestants in alternating turns."""
     calls: dict[Name, int] = {}
     for name, run in contestants.items():
-        run()  # a first call brings in what it needs; the second tells how long one takes
-        calls[name] = math.ceil(TURN_SECONDS / max(_turn(run, 1), 1e-7))
+        run()  # Warm up: the first call loads libraries and allocates memory.
+        calls[name] = math.ceil(MIN_TURN_SECONDS / max(_time_turn(run, 1), 1e-7))
     turns: dict[Name, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < MINIMUM_ROUNDS or time.perf_counter() < end:
+    while rounds < MIN_ROUNDS or time.perf_counter() < end:
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
-            turns[name].append(_turn(contestants[name], calls[name]))
+            turns[name].append(_time_turn(contestants[name], calls[name]))
         rounds += 1
-    return {name: _timing(turns[name], calls[name]) for name in names}
+    return {name: _summarize_turns(turns[name], calls[name]) for name in names}
 
 
-def _turn(run: Contestant, calls: int) -> float:
-    """Seconds per call."""
+def _time_turn(run: Contestant, calls: int) -> float:
+    """Return the seconds per call of one turn."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -261,13 +262,13 @@ def _turn(run: Contestant, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _timing(turns: list[float], calls: int) -> Timing:
+def _summarize_turns(turns: list[float], calls: int) -> Timing:
     lower, median, upper = statistics.quantiles(turns, n=4, method="inclusive")
     return Timing(median, lower, upper, len(turns), calls)
 
 
-def _product(work: Work) -> Contestant:
-    """One matrix product, of queries with a block of rows as they lie in memory."""
+def _make_matrix_product(work: Work) -> Contestant:
+    """Make a function that multiplies queries with a block of contiguous rows."""
     m, k, n = work.product
     left = torch.randn(m, k, dtype=work.dtype, device=work.device)
     right = torch.randn(n, k, dtype=work.dtype, device=work.device)
@@ -275,8 +276,8 @@ def _product(work: Work) -> Contestant:
     return lambda: torch.mm(left, right.mT, out=result)
 
 
-def _memory(work: Work) -> Contestant:
-    """Reading `BANDWIDTH_BYTES` once: of all reductions the sum is bound by memory alone."""
+def _make_memory_read(work: Work) -> Contestant:
+    """Make a function that sums `BANDWIDTH_BYTES`, which is bound by memory bandwidth."""
     numbers = torch.ones(BANDWIDTH_BYTES // 4, device=work.device)
     return numbers.sum
 
@@ -284,28 +285,28 @@ def _memory(work: Work) -> Contestant:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _machine() -> dict[str, str | int | float]:
-    """What the figures depend on."""
+def _describe_machine() -> dict[str, str | int | float]:
+    """Describe the hardware and the versions that the results depend on."""
     machine: dict[str, str | int | float] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": _find_processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
     with suppress(OSError, AttributeError):
-        # Whether others were at work before this: figures from a busy machine mean little.
+        # Results of a machine with other load are not reliable.
         machine["load_before"] = round(os.getloadavg()[0], 2)
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    machine["torch"] = torch.__version__  # which says what it was built for
+    machine["torch"] = torch.__version__  # Includes the build, such as "+cpu".
     for package in ("softdb", "faiss-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             machine[package] = importlib.metadata.version(package)
     return machine
 
 
-def _processor() -> str:
+def _find_processor() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -313,7 +314,7 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _table(lines: list[Line]) -> str:
+def _format_table(lines: list[Line]) -> str:
     peers = list(dict.fromkeys(peer for line in lines for peer in line.peers))
     floors = list(dict.fromkeys(floor for line in lines for floor in line.floors))
     facts = list(dict.fromkeys(fact for line in lines for fact in line.facts))
@@ -322,15 +323,19 @@ def _table(lines: list[Line]) -> str:
         head += [other, "ratio"]
     cells = [[*head, *facts]]
     for line in lines:
-        row = [line.label, line.way, _seconds(line.time.median)]
+        row = [line.label, line.way, _format_seconds(line.time.median)]
         for peer in peers:
-            row += [_seconds(line.peers[peer].median), _ratio(line, peer)] if peer in line.peers else ["–", "–"]
+            row += (
+                [_format_seconds(line.peers[peer].median), _format_ratio(line, peer)]
+                if peer in line.peers
+                else ["–", "–"]
+            )
         for floor in floors:
             known = line.floors.get(floor)
-            row += [_seconds(known), _ratio(line, f"{floor} floor")] if known else ["–", "–"]
+            row += [_format_seconds(known), _format_ratio(line, f"{floor} floor")] if known else ["–", "–"]
         cells.append(row + [f"{line.facts[fact]:.3g}" if fact in line.facts else "–" for fact in facts])
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    # The first two columns are words, the others numbers.
+    # The first two columns contain words, the others numbers.
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     aligned = [
         [
@@ -342,14 +347,14 @@ def _table(lines: list[Line]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in aligned)
 
 
-def _ratio(line: Line, peer: str) -> str:
+def _format_ratio(line: Line, peer: str) -> str:
     ratio = line.ratios[peer]
     if peer not in line.claims:
         return f"{ratio:.2f}"
     return f"{ratio:.2f} {'≤' if ratio <= line.claims[peer] else 'NOT ≤'} {line.claims[peer]:.2f}"
 
 
-def _seconds(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:#.3g} {unit}".replace(". ", " ")

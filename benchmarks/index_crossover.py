@@ -1,4 +1,4 @@
-"""Top-k reads by exact search and through FAISS IVF, over a growing number of rows: where the second gets faster."""
+"""Top-k reads by exact search and through FAISS IVF, by the number of rows."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from torch import Tensor
 from softdb import SoftKVStore
 
 WIDTH, NEIGHBOURS = 64, 32
-CENTRES, SPREAD = 20_000, 0.4
+CENTRES, CLUSTER_STD = 20_000, 0.4
 ROWS = (50_000, 100_000, 200_000, 400_000, 1_000_000)
 BATCHES = (1, 16, 256)
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """Every number of rows with every batch."""
+    """Yield a case for each number of rows and each batch size."""
     for rows in (2_000,) if small else ROWS:
-        yield from _reads(rows, (3,) if small else BATCHES)
+        yield from _make_cases(rows, (3,) if small else BATCHES)
 
 
-def _reads(rows: int, batches: tuple[int, ...]) -> Iterator[Case]:
+def _make_cases(rows: int, batches: tuple[int, ...]) -> Iterator[Case]:
     torch.manual_seed(0)
     centres = torch.randn(CENTRES, WIDTH)
 
-    def clustered(count: int) -> Tensor:
-        return centres[torch.randint(CENTRES, (count,))] + SPREAD * torch.randn(count, WIDTH)
+    def draw_clustered(count: int) -> Tensor:
+        return centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
 
-    keys, values = clustered(rows), torch.randn(rows, WIDTH)
+    keys, values = draw_clustered(rows), torch.randn(rows, WIDTH)
     lists = 2 ** round(math.log2(2 * math.sqrt(rows)))
     stores = {index: SoftKVStore(WIDTH, WIDTH, index=index) for index in ("Flat", f"IVF{lists},Flat")}
     for store in stores.values():
         store.add(keys, values)
     for batch in batches:
-        query = clustered(batch)
+        query = draw_clustered(batch)
         for store in stores.values():
-            _read(store, query)  # builds the index
+            _read(store, query)  # Builds the index.
         flat, ivf = stores.values()
         stats = ivf.index_stats()
         facts = {"recall": stats.recall or 0.0, "nprobe": stats.nprobe or 0, "build s": stats.rebuild_seconds}

@@ -1,4 +1,4 @@
-"""What the lab adds to the reads that it compares."""
+"""Cost of `lab.compare`, relative to the reads that it compares."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from softdb.lab import choices as choices_module
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """A comparison at six temperatures and with five k, beside 24 of the exact reads in it."""
+    """Yield comparisons at six temperatures and five k; the peer is 24 exact reads."""
     rows, queries = (256, 16) if small else (4096, 512)
     for width, value_width in ((64, 64), (384, 32)):
-        yield _comparison(rows, queries, width, value_width)
+        yield _make_case(rows, queries, width, value_width)
 
 
-def _comparison(rows: int, queries: int, width: int, value_width: int) -> Case:
+def _make_case(rows: int, queries: int, width: int, value_width: int) -> Case:
     store = SoftKVStore(width, value_width)
     store.add(torch.randn(rows, width), torch.randn(rows, value_width))
     query = torch.randn(queries, width)
-    ways = {"compare": ("softmax",), "with straight_through": ("softmax", "straight_through")}
+    normalizers_by_name = {"compare": ("softmax",), "with straight_through": ("softmax", "straight_through")}
 
     @torch.no_grad()
-    def reads() -> None:
+    def read_exactly() -> None:
         for factor in 4 * choices_module.FACTORS:
             store.read(query, temperature=factor)
 
@@ -35,9 +35,9 @@ def _comparison(rows: int, queries: int, width: int, value_width: int) -> Case:
             name: lambda normalizers=normalizers: lab.compare(  # type: ignore[misc]
                 store, query, ks=(1, 4, 16, 64, 256), normalizers=normalizers
             )
-            for name, normalizers in ways.items()
+            for name, normalizers in normalizers_by_name.items()
         },
-        peers={"24 exact reads": reads},
+        peers={"24 exact reads": read_exactly},
         claims={("compare", "24 exact reads"): 10.0},
     )
 

@@ -1,4 +1,4 @@
-"""A store of a million rows: filled by add, read in all three modes, and how much memory that takes beyond the rows."""
+"""Time to fill and read a store of a million rows, and memory beyond the rows."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from harness import Case, Contestant, main, peak_memory
+from harness import Case, Contestant, main, measure_peak_memory
 
 from softdb import SoftKVStore
 from softdb.reading.options import Mode
 
 WIDTH, QUERIES, NEIGHBOURS = 64, 256, 32
-CENTRES, SPREAD = 20_000, 0.4
+CENTRES, CLUSTER_STD = 20_000, 0.4
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """The fill, at once and in pieces; then each way to read."""
+    """Yield `add` of all rows, in one call and in many, then each mode of reads."""
     rows = 3_000 if small else 1_000_000
     torch.manual_seed(0)
     centres = torch.randn(CENTRES, WIDTH)
-    keys = centres[torch.randint(CENTRES, (rows,))] + SPREAD * torch.randn(rows, WIDTH)
+    keys = centres[torch.randint(CENTRES, (rows,))] + CLUSTER_STD * torch.randn(rows, WIDTH)
     values = torch.randn(rows, WIDTH)
 
-    def fill(piece: int) -> SoftKVStore:
+    def fill(batch: int) -> SoftKVStore:
         store = SoftKVStore(WIDTH, WIDTH)
-        for start in range(0, rows, piece):
-            store.add(keys[start : start + piece], values[start : start + piece])
+        for start in range(0, rows, batch):
+            store.add(keys[start : start + batch], values[start : start + batch])
         return store
 
-    pieces = {f"{piece:,} at a time": piece for piece in (rows, 1_000)}
-    filling: dict[str, Contestant] = {name: partial(fill, piece) for name, piece in pieces.items()}
-    copying: dict[str, Contestant] = {"two copies": lambda: (keys.clone(), values.clone())}
-    yield Case(f"fill {rows:,} × {WIDTH}/{WIDTH}", softdb=filling, peers=copying)
+    fills: dict[str, Contestant] = {f"{batch:,} at a time": partial(fill, batch) for batch in (rows, 1_000)}
+    copies: dict[str, Contestant] = {"two copies": lambda: (keys.clone(), values.clone())}
+    yield Case(f"fill {rows:,} × {WIDTH}/{WIDTH}", softdb=fills, peers=copies)
 
     store = fill(rows)
-    query = (centres[torch.randint(CENTRES, (QUERIES,))] + SPREAD * torch.randn(QUERIES, WIDTH)).requires_grad_()
+    query = centres[torch.randint(CENTRES, (QUERIES,))] + CLUSTER_STD * torch.randn(QUERIES, WIDTH)
+    query.requires_grad_()
 
     def read(mode: Mode, k: int | None) -> Contestant:
         return lambda: torch.autograd.grad(store.read(query, mode, k=k).values.sum(), query)
 
-    ways: list[tuple[Mode, int | None]] = [("exact", None), ("hard", None), ("topk", NEIGHBOURS)]
-    for mode, k in ways:
-        first = peak_memory(read(mode, k)) / 2**20  # with the index, where one is built
+    modes: list[tuple[Mode, int | None]] = [("exact", None), ("hard", None), ("topk", NEIGHBOURS)]
+    for mode, k in modes:
+        peak = measure_peak_memory(read(mode, k)) / 2**20  # Includes the build of the index, if the read needs one.
         yield Case(
             f"{mode} ({QUERIES}, {rows:,}), forward and backward to the query",
             softdb={"store.read": read(mode, k)},
             peers={},
-            facts=partial(dict[str, float], {"peak MiB": first, "MiB of the rows": 8 * rows * WIDTH / 2**20}),
+            facts=partial(dict[str, float], {"peak MiB": peak, "MiB of the rows": 8 * rows * WIDTH / 2**20}),
         )
 
 

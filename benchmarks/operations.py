@@ -1,4 +1,8 @@
-"""Random writes and reads, one after the other, beside a dict: nothing stale, excluded, twice or lost comes back."""
+"""Random writes and reads of a store, checked against a dict.
+
+A read that returns a stale, deleted, excluded or duplicate row counts as wrong, and a row that is missing at the end
+counts as lost.
+"""
 
 from __future__ import annotations
 
@@ -12,94 +16,93 @@ from torch import Tensor
 
 from softdb import SoftKVStore
 
-WIDTH, CENTRES, SPREAD = 16, 500, 0.3
+WIDTH, CENTRES, CLUSTER_STD = 16, 500, 0.3
 ROWS, LISTS = 20_000, 64
 OPERATIONS = 1_000_000
-WRITES, READS = ("add", "put", "update", "delete"), 0.1
+WRITE_METHODS, READ_PROBABILITY = ("add", "put", "update", "delete"), 0.1
 NEIGHBOURS = 8
 
 
-class Soak:
-    """A store with an IVF index, and a dict of what its rows are meant to be."""
+class SoakTest:
+    """Store with an IVF index, and a dict of the expected values of its rows."""
 
     def __init__(self, rows: int, lists: int) -> None:
         torch.manual_seed(0)
-        self.chance = random.Random(0)
+        self.random = random.Random(0)
         self.centres = torch.randn(CENTRES, WIDTH)
         self.store = SoftKVStore(WIDTH, 1, index=f"IVF{lists},Flat")
         self.rows = rows
-        self.marks: dict[int, float] = {}  # what each row's value is meant to be
-        self.ids: list[int] = []  # the same ids, to choose from
-        self.place: dict[int, int] = {}
-        self.next_mark, self.done = 0.0, 0
+        self.expected: dict[int, float] = {}  # Expected value of each row, by id.
+        self.ids: list[int] = []  # The keys of `expected`, as a list to choose from.
+        self.positions: dict[int, int] = {}  # Position of each id in `ids`.
+        self.next_value, self.done = 0.0, 0
         self.reads = self.wrong = self.wanted = self.found = 0
-        self._write(self.store.add(*self._new(rows)).tolist())
+        self._record(self.store.add(*self._draw_rows(rows)).tolist())
 
-    def _new(self, count: int) -> tuple[Tensor, Tensor]:
-        keys = self.centres[torch.randint(CENTRES, (count,))] + SPREAD * torch.randn(count, WIDTH)
-        marks = self.next_mark + torch.arange(count, dtype=torch.float32)
-        self.next_mark = (self.next_mark + count) % 2**23  # whole numbers that float32 tells apart
-        self.latest = marks.tolist()
-        return keys, marks[:, None]
+    def _draw_rows(self, count: int) -> tuple[Tensor, Tensor]:
+        keys = self.centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
+        values = self.next_value + torch.arange(count, dtype=torch.float32)
+        self.next_value = (self.next_value + count) % 2**23  # float32 represents these integers exactly.
+        self.last_values = values.tolist()
+        return keys, values[:, None]
 
-    def _write(self, ids: list[int]) -> None:
-        for number, mark in zip(ids, self.latest, strict=True):
-            if number not in self.marks:
-                self.place[number] = len(self.ids)
+    def _record(self, ids: list[int]) -> None:
+        for number, value in zip(ids, self.last_values, strict=True):
+            if number not in self.expected:
+                self.positions[number] = len(self.ids)
                 self.ids.append(number)
-            self.marks[number] = mark
+            self.expected[number] = value
 
     def _forget(self, ids: list[int]) -> None:
         for number in ids:
-            del self.marks[number]
-            place, last = self.place.pop(number), self.ids.pop()
+            del self.expected[number]
+            position, last = self.positions.pop(number), self.ids.pop()
             if last != number:
-                self.ids[place], self.place[last] = last, place
+                self.ids[position], self.positions[last] = last, position
 
-    def _some(self, count: int) -> list[int]:
-        return list(dict.fromkeys(self.chance.choices(self.ids, k=count)))
+    def _choose_ids(self, count: int) -> list[int]:
+        return list(dict.fromkeys(self.random.choices(self.ids, k=count)))
 
-    def operate(self) -> None:
-        """One random operation, of one row or a few."""
+    def run_operation(self) -> None:
+        """Run one random operation on one or several rows."""
         self.done += 1
-        if self.chance.random() < READS:
+        if self.random.random() < READ_PROBABILITY:
             self._read()
             return
-        kind, count = self.chance.choice(WRITES), self.chance.choice((1, 1, 1, 5))
-        if len(self.ids) < self.rows // 2 or (kind == "delete" and len(self.ids) <= self.rows // 2):
-            kind = "add"
-        elif kind == "add" and len(self.ids) > 2 * self.rows:
-            kind = "delete"
-        if kind == "add":
-            self._write(self.store.add(*self._new(count)).tolist())
-        elif kind == "delete":
-            ids = self._some(count)
+        method, count = self.random.choice(WRITE_METHODS), self.random.choice((1, 1, 1, 5))
+        if len(self.ids) < self.rows // 2 or (method == "delete" and len(self.ids) <= self.rows // 2):
+            method = "add"
+        elif method == "add" and len(self.ids) > 2 * self.rows:
+            method = "delete"
+        if method == "add":
+            self._record(self.store.add(*self._draw_rows(count)).tolist())
+        elif method == "delete":
+            ids = self._choose_ids(count)
             self.store.delete(ids)
             self._forget(ids)
         else:
-            ids = self._some(count)
-            if kind == "put" and self.chance.random() < 0.5:
-                ids = [10**9 + self.done * 8 + number for number in range(count)]  # new ones, and large
-            keys, values = self._new(len(ids))
-            (self.store.put if kind == "put" else self.store.update)(ids, keys, values)
-            self._write(ids)
+            ids = self._choose_ids(count)
+            if method == "put" and self.random.random() < 0.5:
+                ids = [10**9 + self.done * 8 + number for number in range(count)]  # New, large ids.
+            keys, values = self._draw_rows(len(ids))
+            (self.store.put if method == "put" else self.store.update)(ids, keys, values)
+            self._record(ids)
 
     def _read(self) -> None:
         self.reads += 1
-        exclude = torch.tensor([self._some(4)[:1] * 2]) if self.chance.random() < 0.3 else None
-        sought = self.chance.choice(self.ids)
-        query = self.store.get([sought]).keys
+        exclude = torch.tensor([self._choose_ids(4)[:1] * 2]) if self.random.random() < 0.3 else None
+        target = self.random.choice(self.ids)
+        query = self.store.get([target]).keys
         read = self.store.read(query, "topk", k=NEIGHBOURS, exclude=exclude)
-        found, weights = read.ids, read.weights
-        if found is None or weights is None:
+        if read.ids is None or read.weights is None:
             raise RuntimeError("a top-k read reports its rows")
-        ids = found[0].tolist()
-        hidden = set() if exclude is None else set(exclude[0].tolist())
-        marks = self.store.get(ids).values[:, 0].tolist() if min(ids) >= 0 else [None] * len(ids)
-        blend = float((weights[0] * torch.tensor([self.marks.get(number, torch.nan) for number in ids])).sum())
+        ids, weights = read.ids[0].tolist(), read.weights[0]
+        excluded = set() if exclude is None else set(exclude[0].tolist())
+        stored = self.store.get(ids).values[:, 0].tolist() if min(ids) >= 0 else [None] * len(ids)
+        blend = float((weights * torch.tensor([self.expected.get(number, torch.nan) for number in ids])).sum())
         self.wrong += len(ids) - len(set(ids))
-        self.wrong += sum(number not in self.marks or number in hidden for number in ids)
-        self.wrong += sum(self.marks.get(number) != mark for number, mark in zip(ids, marks, strict=True))
+        self.wrong += sum(number not in self.expected or number in excluded for number in ids)
+        self.wrong += sum(self.expected.get(number) != value for number, value in zip(ids, stored, strict=True))
         self.wrong += not abs(blend - float(read.values)) <= 1e-4 * max(1.0, abs(blend))
         if self.reads % 20 == 0:
             exact = self.store.read(query, k=NEIGHBOURS, exclude=exclude).ids
@@ -107,12 +110,12 @@ class Soak:
             self.found += 0 if exact is None else len(set(exact[0].tolist()) & set(ids))
 
     def facts(self, operations: int) -> dict[str, float]:
-        """Operate until there have been ``operations``, and look for every row at the end."""
+        """Run the remaining of ``operations``, then check every row."""
         while self.done < operations:
-            self.operate()
-        everything = self.store.get(self.ids).values[:, 0].tolist()
-        lost = len(self.store) != len(self.marks)
-        lost += sum(self.marks[number] != mark for number, mark in zip(self.ids, everything, strict=True))
+            self.run_operation()
+        stored = self.store.get(self.ids).values[:, 0].tolist()
+        lost = len(self.store) != len(self.expected)
+        lost += sum(self.expected[number] != value for number, value in zip(self.ids, stored, strict=True))
         stats = self.store.index_stats()
         return {
             "operations": self.done,
@@ -125,14 +128,14 @@ class Soak:
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """The time is that of one operation."""
-    soak = Soak(400 if small else ROWS, 8 if small else LISTS)
+    """Yield one case, whose time is that of one operation."""
+    test = SoakTest(400 if small else ROWS, 8 if small else LISTS)
     operations = 300 if small else OPERATIONS
     yield Case(
-        f"{operations:,} operations on some {soak.rows:,} rows",
-        softdb={"add, put, update, delete, read": soak.operate},
+        f"{operations:,} operations on some {test.rows:,} rows",
+        softdb={"add, put, update, delete, read": test.run_operation},
         peers={},
-        facts=partial(soak.facts, operations),
+        facts=partial(test.facts, operations),
     )
 
 

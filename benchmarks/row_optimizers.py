@@ -1,4 +1,4 @@
-"""A step of an optimiser that moves the rows that a gradient names, beside torch's SparseAdam."""
+"""Steps of row optimisers with row-sparse gradients, compared with SparseAdam."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 from softdb.optim import RowAdagrad, RowAdam
 
 WIDTH = 64
-# Different rows at each step: the same ones would lie in the cache.
+# Number of gradients of different rows. With one gradient, its rows would stay in the cache.
 GRADIENTS = 16
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """8,192 of a million rows."""
-    yield _steps(1_000 if small else 1_000_000, 32 if small else 8192)
+    """Yield one case: a step that updates 8,192 of a million rows."""
+    yield _make_case(1_000 if small else 1_000_000, 32 if small else 8192)
 
 
-def _steps(rows: int, touched: int) -> Case:
+def _make_case(rows: int, touched: int) -> Case:
     torch.manual_seed(0)
     gradients = [
         torch.sparse_coo_tensor(
@@ -36,7 +36,7 @@ def _steps(rows: int, touched: int) -> Case:
     ]
     start = torch.randn(rows, WIDTH)
 
-    def steps(kind: type[torch.optim.Optimizer], **options: Any) -> Contestant:
+    def make_step(kind: type[torch.optim.Optimizer], **options: Any) -> Contestant:
         parameter = nn.Parameter(start.clone())
         optimizer = kind([parameter], **options)
         rounds = itertools.cycle(gradients)
@@ -50,11 +50,11 @@ def _steps(rows: int, touched: int) -> Case:
     return Case(
         f"step, {touched:,} of {rows:,} rows of width {WIDTH}",
         softdb={
-            "RowAdam": steps(RowAdam),
-            "RowAdam, weight decay": steps(RowAdam, weight_decay=0.01),
-            "RowAdagrad": steps(RowAdagrad),
+            "RowAdam": make_step(RowAdam),
+            "RowAdam, weight decay": make_step(RowAdam, weight_decay=0.01),
+            "RowAdagrad": make_step(RowAdagrad),
         },
-        peers={"SparseAdam": steps(torch.optim.SparseAdam)},
+        peers={"SparseAdam": make_step(torch.optim.SparseAdam)},
         claims={("RowAdam", "SparseAdam"): 0.25},
     )
 

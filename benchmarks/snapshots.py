@@ -1,4 +1,4 @@
-"""Saving and loading beside a copy of the same files with fsync; what a mapped load takes; how fast hashes are."""
+"""Save, load, map and verify snapshots, compared with copies of the files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from harness import Case, main, peak_memory
+from harness import Case, main, measure_peak_memory
 
 from softdb import SoftKVStore
 from softdb.snapshot import examine_snapshot
@@ -19,22 +19,22 @@ WIDTH = 64
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """Save, load, map, verify."""
+    """Yield cases of save, load, a mapped load and verification."""
     rows = 10_000 if small else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         path, other = Path(folder) / "store", Path(folder) / "copy"
         store = SoftKVStore(WIDTH, WIDTH)
         store.add(torch.randn(rows, WIDTH), torch.randn(rows, WIDTH))
         store.save(path)
-        peers = {"copy with fsync": lambda: copy(path, other)}
+        peers = {"copy with fsync": lambda: copy_durably(path, other)}
         label = f"{rows:,} rows, {WIDTH}/{WIDTH}"
-        limit = 1 / 0.6  # at least 60 % of the throughput
+        limit = 1 / 0.6  # At least 60 % of the throughput of the copy.
         yield Case(
             f"save {label}",
             softdb={"save": lambda: store.save(path)},
             peers=peers,
             claims={("save", "copy with fsync"): limit},
-            facts=lambda: memory(lambda: store.save(path)),
+            facts=lambda: measure_memory(lambda: store.save(path)),
         )
         yield Case(
             f"load {label}",
@@ -47,18 +47,18 @@ def cases(small: bool) -> Iterator[Case]:
             f"map {label}",
             softdb={"load(mmap=True)": lambda: SoftKVStore.load(path, mmap=True)},
             peers={"load": lambda: SoftKVStore.load(path)},
-            facts=lambda: memory(lambda: SoftKVStore.load(path, mmap=True)),
+            facts=lambda: measure_memory(lambda: SoftKVStore.load(path, mmap=True)),
         )
         yield Case(
             f"verify {label}",
             softdb={"verify": lambda: examine_snapshot(path)},
-            peers={"read all bytes": lambda: read(path)},
-            facts=lambda: {"GB/s": size / 1e9 / seconds(path)},
+            peers={"read all bytes": lambda: read_files(path)},
+            facts=lambda: {"GB/s": size / 1e9 / time_verification(path)},
         )
 
 
-def copy(path: Path, other: Path) -> None:
-    """What anybody has to do who wants these bytes on the disk."""
+def copy_durably(path: Path, other: Path) -> None:
+    """Copy the files of a directory, with fsync."""
     shutil.rmtree(other, ignore_errors=True)
     other.mkdir()
     for file in path.iterdir():
@@ -67,8 +67,8 @@ def copy(path: Path, other: Path) -> None:
             os.fsync(copied.fileno())
 
 
-def read(path: Path) -> None:
-    """Every byte, once."""
+def read_files(path: Path) -> None:
+    """Read every byte of a directory's files."""
     buffer = bytearray(2**23)
     for file in path.iterdir():
         with open(file, "rb", buffering=0) as opened:
@@ -76,19 +76,19 @@ def read(path: Path) -> None:
                 pass
 
 
-def memory(run: object) -> Mapping[str, float]:
-    """What it takes beyond what there is."""
-    return {"peak MiB": peak_memory(run) / 2**20}  # type: ignore[arg-type]
+def measure_memory(run: object) -> Mapping[str, float]:
+    """Measure the peak increase of memory during ``run``."""
+    return {"peak MiB": measure_peak_memory(run) / 2**20}  # type: ignore[arg-type]
 
 
-def seconds(path: Path) -> float:
-    """The median of three."""
-    taken = []
+def time_verification(path: Path) -> float:
+    """Return the median of three times in seconds."""
+    seconds = []
     for _ in range(3):
         start = time.perf_counter()
         examine_snapshot(path)
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[1]
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[1]
 
 
 if __name__ == "__main__":

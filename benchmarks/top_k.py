@@ -1,4 +1,4 @@
-"""The best rows: exact top-k beside FAISS's exact index, and a top-k read through IVF beside FAISS's bare search."""
+"""Exact top-k and top-k reads through IVF, compared with FAISS searches alone."""
 
 from __future__ import annotations
 
@@ -16,48 +16,50 @@ from softdb import SoftKVStore
 from softdb.cli.demo import load_senses
 
 WIDTH = 64
-CENTRES, SPREAD = 20_000, 0.4
-# Word senses are repeated until there are as many rows, each moved by this share of its length.
-NOISE = 0.2
-BLOCK = 4096  # rows of a tile, for the product floor
+CENTRES, CLUSTER_STD = 20_000, 0.4
+# Word senses are repeated with noise. Its norm, relative to the norm of the key.
+RELATIVE_NOISE = 0.2
+# Rows per tile of the product that measures the floor.
+TILE_ROWS = 4096
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """Exact top-k, then the read through IVF, over clustered rows and over word senses."""
+    """Yield exact top-k and reads through IVF, over clustered rows and word senses."""
     rows, lists = (3_000, 8) if small else (1_000_000, 2048)
-    for name, keys, query in _clustered(rows), _word_senses(rows // 4):
+    for name, keys, query in _make_clustered_rows(rows), _make_word_senses(rows // 4):
         for k, limit in ((32, 0.25), (256, 0.45)):
             for batch in (3,) if small else (64, 256):
-                yield _exact(f"exact top-k, {name}", keys, query[:batch], k, limit)
-        yield _through_ivf(f"through IVF, {name}", keys, query[:3] if small else query, lists, 32)
+                yield _make_exact_case(f"exact top-k, {name}", keys, query[:batch], k, limit)
+        yield _make_ivf_case(f"through IVF, {name}", keys, query[:3] if small else query, lists, 32)
 
 
-def _clustered(rows: int) -> tuple[str, Tensor, Tensor]:
-    """Rows about 20,000 centres, and queries about the same."""
+def _make_clustered_rows(rows: int) -> tuple[str, Tensor, Tensor]:
+    """Make rows and queries around 20,000 centres."""
     torch.manual_seed(0)
     centres = torch.randn(CENTRES, WIDTH)
 
-    def near(count: int) -> Tensor:
-        return centres[torch.randint(CENTRES, (count,))] + SPREAD * torch.randn(count, WIDTH)
+    def draw(count: int) -> Tensor:
+        return centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
 
-    return "clustered", near(rows), near(256)
+    return "clustered", draw(rows), draw(256)
 
 
-def _word_senses(rows: int) -> tuple[str, Tensor, Tensor]:
-    """The packaged senses, over and over with noise; queries are others of the same making."""
+def _make_word_senses(rows: int) -> tuple[str, Tensor, Tensor]:
+    """Make rows and queries from the word senses of the demo, with noise."""
     torch.manual_seed(0)
     senses = load_senses().keys.float()
 
-    def near(count: int) -> Tensor:
-        chosen = senses[torch.randint(len(senses), (count,))]
-        noise = torch.randn_like(chosen)
-        moved: Tensor = chosen + NOISE * noise * chosen.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-        return moved
+    def draw(count: int) -> Tensor:
+        keys = senses[torch.randint(len(senses), (count,))]
+        noise = torch.randn_like(keys)
+        scale = RELATIVE_NOISE * keys.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+        noisy: Tensor = keys + scale * noise
+        return noisy
 
-    return "word senses", near(rows), near(256)
+    return "word senses", draw(rows), draw(256)
 
 
-def _exact(label: str, keys: Tensor, query: Tensor, k: int, limit: float) -> Case:
+def _make_exact_case(label: str, keys: Tensor, query: Tensor, k: int, limit: float) -> Case:
     store = SoftKVStore(keys.shape[1], 1, metric="dot", index="Flat")
     store.add(keys, torch.zeros(len(keys), 1))
     index = faiss.IndexFlatIP(keys.shape[1])
@@ -77,21 +79,21 @@ def _exact(label: str, keys: Tensor, query: Tensor, k: int, limit: float) -> Cas
         f"{label} ({len(query)}, {len(keys):,}), {keys.shape[1]}, k {k}",
         softdb={"topk read": own},
         peers={"IndexFlatIP": lambda: index.search(query.numpy(), k)},
-        work=_work(query, keys),
+        work=_compute_work(query, keys),
         claims={("topk read", "IndexFlatIP"): limit},
         facts=agreement,
     )
 
 
-def _through_ivf(label: str, keys: Tensor, query: Tensor, lists: int, k: int) -> Case:
-    """The whole read, candidates to blend, beside no more than the search for candidates, and beside an exact read."""
+def _make_ivf_case(label: str, keys: Tensor, query: Tensor, lists: int, k: int) -> Case:
+    """Make a case of a top-k read; its peers are the FAISS search and an exact read."""
     store = SoftKVStore(keys.shape[1], WIDTH, trainable=True, index=f"IVF{lists},Flat")
     store.reserve(len(keys))
     store.add(keys, torch.randn(len(keys), WIDTH))
     query = query.clone().requires_grad_()
     wanted = query.detach().numpy()
     upstream = torch.randn(len(query), WIDTH)
-    store.read(query, "topk", k=k)  # builds the index, with probes for a recall of 0.95
+    store.read(query, "topk", k=k)  # Builds the index and tunes it for a recall of 0.95.
     stats = store.index_stats()
     probes = max(8, stats.nprobe or 8)
     index = faiss.index_factory(keys.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
@@ -108,13 +110,13 @@ def _through_ivf(label: str, keys: Tensor, query: Tensor, lists: int, k: int) ->
             return store.read(query).values
 
     def gradients() -> tuple[Tensor, ...]:
-        answer = store.read(query, "topk", k=k).values
-        return torch.autograd.grad(answer, (query, store.keys, store.values), upstream)
+        output = store.read(query, "topk", k=k).values
+        return torch.autograd.grad(output, (query, store.keys, store.values), upstream)
 
-    ways: dict[str, Contestant] = {"topk read": read, "with backward": gradients}
+    contestants: dict[str, Contestant] = {"topk read": read, "with backward": gradients}
     return Case(
         f"{label} ({len(query)}, {len(keys):,}), {keys.shape[1]}/{WIDTH}, k {k}",
-        softdb=ways,
+        softdb=contestants,
         peers={"FAISS search": partial(index.search, wanted, k), "exact read": read_exactly},
         claims={
             ("topk read", "FAISS search"): 1.10,
@@ -125,11 +127,11 @@ def _through_ivf(label: str, keys: Tensor, query: Tensor, lists: int, k: int) ->
     )
 
 
-def _work(query: Tensor, keys: Tensor) -> Work:
+def _compute_work(query: Tensor, keys: Tensor) -> Work:
     return Work(
         operations=2 * len(query) * keys.numel(),
         bytes=keys.nbytes,
-        product=(len(query), keys.shape[1], min(BLOCK, len(keys))),
+        product=(len(query), keys.shape[1], min(TILE_ROWS, len(keys))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Training the rows of a store: what a step costs at a million rows, and how well the index keeps up."""
+"""Training of the rows of a store: time of a step, and recall of the index."""
 
 from __future__ import annotations
 
@@ -14,51 +14,52 @@ from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 
 WIDTH, QUERIES, NEIGHBOURS = 64, 256, 32
-CENTRES, SPREAD = 20_000, 0.4
-RECALL = 0.97
-# Large enough that within a thousand steps keys come further than to their nearest neighbour.
+CENTRES, CLUSTER_STD = 20_000, 0.4
+RECALL_TARGET = 0.97
+# Large enough that keys move further than the distance to their nearest neighbour within a thousand steps.
 LEARNING_RATE = 0.1
-STEPS, CHECKED_EVERY = 1_000, 50
-BLOCK = 150  # steps a turn, so that recall checks and rebuilds come in each
+STEPS, STEPS_PER_CHECK = 1_000, 50
+# Steps per turn, so that each turn includes checks of the recall and rebuilds.
+STEPS_PER_TURN = 150
 
 
 @dataclass(frozen=True)
 class Task:
-    """A linear teacher over clustered queries, answered by rows about the same clusters."""
+    """Regression of a linear teacher by a store, with clustered queries and keys."""
 
     centres: Tensor
     teacher: Tensor
 
-    def near(self, count: int) -> Tensor:
-        """Points about the centres."""
-        chosen = self.centres[torch.randint(len(self.centres), (count,))]
-        return chosen + SPREAD * torch.randn_like(chosen)
+    def draw(self, count: int) -> Tensor:
+        """Draw points around the centres."""
+        centres = self.centres[torch.randint(len(self.centres), (count,))]
+        return centres + CLUSTER_STD * torch.randn_like(centres)
 
-    def store(self, rows: int, index: IndexConfig) -> SoftKVStore:
-        """Rows about the centres, with random values; its index is built."""
+    def make_store(self, rows: int, index: IndexConfig) -> SoftKVStore:
+        """Make a store of clustered keys and random values, and build its index."""
         store = SoftKVStore(WIDTH, WIDTH, trainable=True, index=index)
-        store.add(self.near(rows), torch.randn(rows, WIDTH))
-        store.read(self.near(QUERIES), "topk", k=NEIGHBOURS)
+        store.add(self.draw(rows), torch.randn(rows, WIDTH))
+        store.read(self.draw(QUERIES), "topk", k=NEIGHBOURS)
         return store
 
-    def loss(self, store: SoftKVStore, mode: str = "topk") -> Tensor:
-        """How far the store's answers are from the teacher's."""
-        query = self.near(QUERIES)
-        answer = store.read(query, "topk", k=NEIGHBOURS) if mode == "topk" else store.read(query)
-        return (answer.values - query @ self.teacher).square().sum(-1).mean()
+    def compute_loss(self, store: SoftKVStore, mode: str = "topk") -> Tensor:
+        """Compute the squared error of the store's values against the teacher's."""
+        query = self.draw(QUERIES)
+        read = store.read(query, "topk", k=NEIGHBOURS) if mode == "topk" else store.read(query)
+        return (read.values - query @ self.teacher).square().sum(-1).mean()
 
 
 def make_task() -> Task:
-    """The same for every case."""
+    """Make the task, which is the same for every case."""
     torch.manual_seed(0)
     return Task(torch.randn(CENTRES, WIDTH), torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
 
 
-def step_of(task: Task, store: SoftKVStore, optimizer: torch.optim.Optimizer, mode: str = "topk") -> Contestant:
-    """A training step."""
+def make_step(task: Task, store: SoftKVStore, optimizer: torch.optim.Optimizer, mode: str = "topk") -> Contestant:
+    """Make a function that runs a training step."""
 
     def step() -> None:
-        loss = task.loss(store, mode)
+        loss = task.compute_loss(store, mode)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -66,8 +67,8 @@ def step_of(task: Task, store: SoftKVStore, optimizer: torch.optim.Optimizer, mo
     return step
 
 
-def repeated(step: Contestant, times: int) -> Contestant:
-    """Several steps."""
+def repeat(step: Contestant, times: int) -> Contestant:
+    """Make a function that runs several steps."""
 
     def block() -> None:
         for _ in range(times):
@@ -77,38 +78,41 @@ def repeated(step: Contestant, times: int) -> Contestant:
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """A step at many rows beside few, and beside the dense way; a long run; a read after an update."""
+    """Yield steps over many rows, a long run, and a read after an update.
+
+    The peers are steps over few rows, and exact reads with dense gradients.
+    """
     many, few = (3_000, 500) if small else (1_000_000, 10_000)
-    config = IndexConfig("IVF16,Flat" if small else "auto", recall=RECALL)
-    yield _growing(many, few, config, 3 if small else BLOCK)
-    yield _dense(many, config)
-    steps, every = (6, 2) if small else (STEPS, CHECKED_EVERY)
-    yield _following(many, config, steps, every)
-    yield _pending(many, config)
+    config = IndexConfig("IVF16,Flat" if small else "auto", recall=RECALL_TARGET)
+    yield _make_size_case(many, few, config, 3 if small else STEPS_PER_TURN)
+    yield _make_dense_case(many, config)
+    steps, every = (6, 2) if small else (STEPS, STEPS_PER_CHECK)
+    yield _make_recall_case(many, config, steps, every)
+    yield _make_pending_case(many, config)
 
 
-def _growing(many: int, few: int, config: IndexConfig, block: int) -> Case:
-    """Blocks of steps, so that what comes once in a hundred steps is part of it."""
+def _make_size_case(many: int, few: int, config: IndexConfig, block: int) -> Case:
+    """Make a case that times blocks of steps, to include rare events such as rebuilds."""
     task = make_task()
     steps: dict[int, Contestant] = {}
     for rows in (many, few):
-        store = task.store(rows, config)
-        steps[rows] = step_of(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
-        steps[rows]()  # makes the optimiser's state
+        store = task.make_store(rows, config)
+        steps[rows] = make_step(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
+        steps[rows]()  # The first step allocates the optimiser's state.
     return Case(
         f"{block} training steps ({QUERIES}, {many:,}), k {NEIGHBOURS}",
-        softdb={"RowAdam": repeated(steps[many], block)},
-        peers={f"{few:,} rows": repeated(steps[few], block)},
+        softdb={"RowAdam": repeat(steps[many], block)},
+        peers={f"{few:,} rows": repeat(steps[few], block)},
         claims={("RowAdam", f"{few:,} rows"): 4.0},
     )
 
 
-def _dense(rows: int, config: IndexConfig) -> Case:
+def _make_dense_case(rows: int, config: IndexConfig) -> Case:
     task = make_task()
-    store = task.store(rows, config)
-    step = step_of(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
-    other = task.store(rows, IndexConfig("Flat"))
-    dense = step_of(task, other, torch.optim.Adam(other.parameters(), lr=1e-3, fused=True), "exact")
+    store = task.make_store(rows, config)
+    step = make_step(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
+    other = task.make_store(rows, IndexConfig("Flat"))
+    dense = make_step(task, other, torch.optim.Adam(other.parameters(), lr=1e-3, fused=True), "exact")
     return Case(
         f"training step ({QUERIES}, {rows:,})",
         softdb={"topk, RowAdam": step},
@@ -117,28 +121,31 @@ def _dense(rows: int, config: IndexConfig) -> Case:
     )
 
 
-def _following(rows: int, config: IndexConfig, steps: int, every: int) -> Case:
-    """The facts are of one run; an index that is built once and left alone goes beside it."""
+def _make_recall_case(rows: int, config: IndexConfig, steps: int, every: int) -> Case:
+    """Make a case that measures the recall in one long run.
+
+    Its facts also have the recall of an index over the initial keys that is never updated.
+    """
     task = make_task()
-    store = task.store(rows, config)
-    step = step_of(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
+    store = task.make_store(rows, config)
+    step = make_step(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
     start = store.keys.detach().clone()
     frozen = SoftKVStore(WIDTH, 1, index=config)
     frozen.add(start, torch.zeros(rows, 1))
-    frozen.read(task.near(QUERIES), "topk", k=NEIGHBOURS)
+    frozen.read(task.draw(QUERIES), "topk", k=NEIGHBOURS)
     before = store.index_stats()
 
     def run() -> dict[str, float]:
         own, others, seconds = [], [], 0.0
         for _ in range(steps // every):
             started = time.perf_counter()
-            repeated(step, every)()
+            repeat(step, every)()
             seconds += time.perf_counter() - started
             with torch.no_grad():
-                query = task.near(QUERIES)
+                query = task.draw(QUERIES)
                 wanted = store.read(query, k=NEIGHBOURS).ids
-                own.append(_share(wanted, store.read(query, "topk", k=NEIGHBOURS).ids))
-                others.append(_share(wanted, frozen.read(query, "topk", k=NEIGHBOURS).ids))
+                own.append(_compute_recall(wanted, store.read(query, "topk", k=NEIGHBOURS).ids))
+                others.append(_compute_recall(wanted, frozen.read(query, "topk", k=NEIGHBOURS).ids))
         after = store.index_stats()
         upkeep = after.upkeep_seconds + after.rebuild_seconds - before.upkeep_seconds - before.rebuild_seconds
         moved = (store.keys.detach() - start).norm(dim=-1).mean()
@@ -148,7 +155,7 @@ def _following(rows: int, config: IndexConfig, steps: int, every: int) -> Case:
             "mean recall": sum(own) / len(own),
             "frozen: lowest": min(others),
             "frozen: last": others[-1],
-            "moved / nearest": float(moved) / _nearest(start),
+            "moved / nearest": float(moved) / _mean_nearest_distance(start),
             "upkeep share": upkeep / seconds,
             "builds": after.builds - before.builds,
             "nprobe": after.nprobe or 0,
@@ -156,18 +163,18 @@ def _following(rows: int, config: IndexConfig, steps: int, every: int) -> Case:
         }
 
     facts: Callable[[], dict[str, float]] = run
-    return Case(f"{every} training steps ({QUERIES}, {rows:,})", {"RowAdam": repeated(step, 1)}, {}, facts=facts)
+    return Case(f"{every} training steps ({QUERIES}, {rows:,})", {"RowAdam": repeat(step, 1)}, {}, facts=facts)
 
 
-def _share(wanted: Tensor | None, found: Tensor | None) -> float:
-    """How many of the wanted ids were found."""
+def _compute_recall(wanted: Tensor | None, found: Tensor | None) -> float:
+    """Compute the fraction of the wanted ids that were found."""
     if wanted is None or found is None:
         return 0.0
     return float((wanted[:, :, None] == found[:, None, :]).any(-1).float().mean())
 
 
-def _nearest(keys: Tensor) -> float:
-    """The mean distance from a key to the nearest other one, over a sample."""
+def _mean_nearest_distance(keys: Tensor) -> float:
+    """Compute the mean distance of a sample of keys to their nearest neighbours."""
     sample = torch.randperm(len(keys))[:QUERIES]
     nearest = torch.full((len(sample),), torch.inf)
     for start in range(0, len(keys), 2**17):
@@ -178,22 +185,22 @@ def _nearest(keys: Tensor) -> float:
     return float(nearest.mean())
 
 
-def _pending(rows: int, config: IndexConfig) -> Case:
-    """An update of keys leaves rows pending, one of values does not; the rest is the same."""
+def _make_pending_case(rows: int, config: IndexConfig) -> Case:
+    """Make a case of updated keys, which leave rows pending, and of updated values."""
     task = make_task()
-    store = task.store(rows, config)
+    store = task.make_store(rows, config)
 
     def read_after(keys: Tensor | None = None, values: Tensor | None = None) -> Contestant:
         def run() -> None:
             store.update(torch.randint(rows, (200,)).unique()[:100], keys, values)
             with torch.no_grad():
-                store.read(task.near(QUERIES), "topk", k=NEIGHBOURS)
+                store.read(task.draw(QUERIES), "topk", k=NEIGHBOURS)
 
         return run
 
     return Case(
         f"100 rows updated, then a read ({QUERIES}, {rows:,})",
-        softdb={"their keys": read_after(keys=task.near(100))},
+        softdb={"their keys": read_after(keys=task.draw(100))},
         peers={"their values": read_after(values=torch.randn(100, WIDTH))},
         claims={("their keys", "their values"): 1.2},
     )

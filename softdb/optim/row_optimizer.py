@@ -146,9 +146,9 @@ class RowOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimiser, as in torch.
 
-        Load the store before the next step. Tensors are copied. Moments of any floating dtype keep their values, in at least float32. `RowAdam` also loads
-        the state of `torch.optim.SparseAdam` and `torch.optim.AdamW`; options that it lacks keep this optimiser's
-        defaults.
+        Load the store before the next step. Tensors are copied. Moments of any floating dtype keep their values, in at
+        least float32. `RowAdam` also loads the state of `torch.optim.SparseAdam` and `torch.optim.AdamW`; options that
+        it lacks keep this optimiser's defaults.
 
         Raises:
             ArgumentError, DtypeError, ShapeError: The state or an option does not fit; nothing has changed.

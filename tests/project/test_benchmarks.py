@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Case, Work, compare, peak_memory
+from harness import Case, Work, compare, measure_peak_memory
 from support.programs import check_exit
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "harness")
 
 
-def rows_of(table):
+def parse_table(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
@@ -30,7 +30,7 @@ def test_compare_reports_times_ratios_floors_claims_and_facts(tmp_path):
 
     table = compare("trial", iter([square, total]), seconds=0.01, out=tmp_path)
 
-    head, _, first, second = rows_of(table)
+    head, _, first, second = parse_table(table)
     assert head[:7] == ["work", "softdb", "time", "theirs", "ratio", "others", "ratio"]
     assert head[7:] == ["product floor", "ratio", "memory floor", "ratio", "error"]
     assert first[:2] == ["square", "mine"]
@@ -53,30 +53,30 @@ def test_compare_reports_times_ratios_floors_claims_and_facts(tmp_path):
     assert line["facts"] == {"error": 0.25}
 
 
-def test_compare_takes_cases_one_at_a_time():
+def test_compare_makes_each_case_after_the_previous_one_is_measured():
     made = []
 
     def cases():
         for name in ("first", "second"):
             made.append(name)
-            yield Case(name, softdb={"mine": lambda: seen.append(list(made))}, peers={})
+            yield Case(name, softdb={"mine": lambda: calls.append(list(made))}, peers={})
 
-    seen = []
+    calls = []
     compare("trial", cases(), seconds=0.0)
-    assert seen[0] == ["first"]
+    assert calls[0] == ["first"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters")
-def test_peak_memory_sees_what_is_freed_again():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory counters of Linux")
+def test_peak_memory_includes_memory_that_is_freed_again():
     megabyte = 2**20
 
     def run():
         for _ in range(2):
-            held = torch.ones(32 * megabyte, dtype=torch.uint8)
-            del held
+            numbers = torch.ones(32 * megabyte, dtype=torch.uint8)
+            del numbers
 
-    assert peak_memory(run) == pytest.approx(32 * megabyte, abs=4 * megabyte)
-    assert peak_memory(lambda: None) < 4 * megabyte
+    assert measure_peak_memory(run) == pytest.approx(32 * megabyte, abs=4 * megabyte)
+    assert measure_peak_memory(lambda: None) < 4 * megabyte
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -87,5 +87,5 @@ def test_script_runs_at_small_sizes(name, tmp_path):
     check_exit(run)
     report = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert report["lines"]
-    _head, _rule, *lines = rows_of(run.stdout)
+    _head, _rule, *lines = parse_table(run.stdout)
     assert [line[0] for line in lines] == [line["label"] for line in report["lines"]]

@@ -1,12 +1,12 @@
-"""Train a model to recall what it was told segments ago, with a memory of them and without.
+"""Train a model to recall values from earlier segments, with and without a memory.
 
-Each segment of a sequence begins with pairs of a key and a value. They are drawn anew for each sequence, so that no
-weight can know them. Among the blanks that follow, keys of this segment or of earlier ones come again, and the model
-names their values: multi-query associative recall (Arora et al. 2023, arXiv 2312.04927).
+Each segment of a sequence begins with key-value pairs, which are random for each sequence, so that weights cannot store
+them. The rest of the segment repeats keys of this segment or of earlier segments, separated by blanks, and the model
+predicts their values: multi-query associative recall (Arora et al. 2023, arXiv 2312.04927).
 
-A short convolution tells each token of the one before it, so that a value can be found by its key. Both models attend
-to the segment at hand; one remembers those before as well. What is stored is cut from the graph, so that what to store
-is learned from questions within a segment, where it suffices for those across segments, and for longer sequences.
+A short convolution mixes each token with the previous one, so that a value can be found by its key. Both models attend
+to the current segment; one also attends to earlier segments. Stored tokens are detached from the graph. Their
+projections are learned from queries within a segment, and also work across segments and for longer sequences.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from tqdm import tqdm
 
 from softdb.layers import ContextMemory
 
-DIM, BATCH, LONGER, BLANK, UNASKED = 64, 32, 4, 0, -1
+DIM, BATCH, TEST_LENGTH_FACTOR, BLANK, IGNORE_INDEX = 64, 32, 4, 0, -1
 
 
 @dataclass
 class Task:
-    """The size of the sequences. Words are a blank, then ``words`` keys and as many values."""
+    """Size of the sequences. The vocabulary is a blank, ``words`` keys and ``words`` values."""
 
     segments: int
     words: int
-    length: int = 32  # of a segment, in tokens
-    pairs: int = 4  # at the start of each segment
-    questions: int = 8  # in each segment
+    length: int = 32  # Tokens per segment.
+    pairs: int = 4  # Key-value pairs at the start of each segment.
+    questions: int = 8  # Repeated keys per segment.
 
     def sequences(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """A batch of them, segment by segment: tokens, what to answer, and which answers were told in this segment."""
+        """Yield a batch by segment: tokens, targets, and whether each target is a value of this segment."""
         keys = 1 + torch.rand(BATCH, self.words).argsort(dim=1)[:, : self.segments * self.pairs]
         values = 1 + self.words + torch.randint(self.words, keys.shape)
-        told = 2 * self.pairs
+        prefix = 2 * self.pairs
         for first in range(0, self.segments * self.pairs, self.pairs):
             new = slice(first, first + self.pairs)
             asked = torch.randint(new.stop, (BATCH, self.questions))
-            places = told + torch.rand(BATCH, self.length - told).argsort(dim=1)[:, : self.questions]
-            tokens = torch.full((BATCH, self.length), BLANK).scatter(1, places, keys.gather(1, asked))
-            tokens[:, :told] = torch.stack([keys[:, new], values[:, new]], dim=-1).flatten(1)
-            answers = torch.full_like(tokens, UNASKED).scatter(1, places, values.gather(1, asked))
-            recent = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, places, asked >= first)
-            yield tokens, answers, recent
+            positions = prefix + torch.rand(BATCH, self.length - prefix).argsort(dim=1)[:, : self.questions]
+            tokens = torch.full((BATCH, self.length), BLANK).scatter(1, positions, keys.gather(1, asked))
+            tokens[:, :prefix] = torch.stack([keys[:, new], values[:, new]], dim=-1).flatten(1)
+            targets = torch.full_like(tokens, IGNORE_INDEX).scatter(1, positions, values.gather(1, asked))
+            recent = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, positions, asked >= first)
+            yield tokens, targets, recent
 
 
 class Model(nn.Module):
-    """Embedding, short convolution, attention that may remember, and a score for each word."""
+    """Embedding, short convolution, attention with an optional memory, and a linear classifier."""
 
     def __init__(self, task: Task, remember: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Model(nn.Module):
         words = 1 + 2 * task.words
         self.embedding = nn.Embedding(words, DIM)
         self.convolution = nn.Conv1d(DIM, DIM, kernel_size=2, padding=1)
-        self.memory = ContextMemory(DIM, rows=LONGER * task.segments * task.length, heads=2, key_dim=32)
+        self.memory = ContextMemory(DIM, rows=TEST_LENGTH_FACTOR * task.segments * task.length, heads=2, key_dim=32)
         self.scores = nn.Linear(DIM, words)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, words)
@@ -77,40 +77,40 @@ def train(task: Task, remember: bool, steps: int) -> Model:
     for _ in tqdm(range(steps), disable=None, leave=False):
         model.memory.reset()
         optimizer.zero_grad()
-        for tokens, answers, _ in task.sequences():
-            loss = cross_entropy(model(tokens).mT, answers, ignore_index=UNASKED)
-            loss.backward()  # before the next segment, so that no graph but that of one is held
+        for tokens, targets, _ in task.sequences():
+            loss = cross_entropy(model(tokens).mT, targets, ignore_index=IGNORE_INDEX)
+            loss.backward()  # Before the next segment, so that the graph of only one segment is held.
         optimizer.step()
         schedule.step()
     return model
 
 
 @torch.no_grad()
-def right_answers(model: Model, task: Task, batches: int = 10) -> tuple[float, float, float]:
-    """The share of right answers, in per cent: of all, of those told in the same segment, and of those told earlier."""
-    right, recent = [], []
+def compute_accuracy(model: Model, task: Task, batches: int = 10) -> tuple[float, float, float]:
+    """Compute the accuracy in percent: of all values, of values of the same segment, and of earlier segments."""
+    correct, recent = [], []
     for _ in range(batches):
         model.memory.reset()
-        for tokens, answers, just_told in task.sequences():
-            asked = answers != UNASKED
-            right.append((model(tokens).argmax(-1) == answers)[asked])
-            recent.append(just_told[asked])
-    hits, near = 100 * torch.cat(right).float(), torch.cat(recent)
+        for tokens, targets, is_recent in task.sequences():
+            asked = targets != IGNORE_INDEX
+            correct.append((model(tokens).argmax(-1) == targets)[asked])
+            recent.append(is_recent[asked])
+    hits, near = 100 * torch.cat(correct).float(), torch.cat(recent)
     return hits.mean().item(), hits[near].mean().item(), hits[~near].mean().item()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Recall what was told segments ago, with a memory and without.")
-    parser.add_argument("--small", action="store_true", help="a quick try: shorter sequences, fewer words and steps")
+    parser = argparse.ArgumentParser(description="Recall values from earlier segments, with and without a memory.")
+    parser.add_argument("--small", action="store_true", help="quick run: shorter sequences, fewer words and steps")
     small = parser.parse_args().small
     task, steps = (Task(segments=4, words=64), 200) if small else (Task(segments=8, words=128), 600)
     torch.manual_seed(0)
     started = time.perf_counter()
     models = {"with memory": train(task, True, steps), "without": train(task, False, steps)}
-    print(f"{'right answers, %':<32} {'all':>6} {'same segment':>13} {'earlier one':>12}")
-    for tested in (task, replace(task, segments=LONGER * task.segments)):
+    print(f"{'accuracy, %':<32} {'all':>6} {'same segment':>13} {'earlier one':>12}")
+    for tested in (task, replace(task, segments=TEST_LENGTH_FACTOR * task.segments)):
         for name, model in models.items():
-            every, same, earlier = right_answers(model, tested)
+            every, same, earlier = compute_accuracy(model, tested)
             print(f"{f'{tested.segments} segments, {name}':<32} {every:6.2f} {same:13.2f} {earlier:12.2f}")
     print(f"trained on {task.segments} segments of {task.length} tokens, in {time.perf_counter() - started:.0f} s")
 

@@ -1,10 +1,10 @@
-"""Train an encoder through a table of labelled examples, and see what the lookup is worth.
+"""Train an encoder through a store of labelled examples, and compare it with baselines.
 
-A small network turns the image of a digit into a key. The store holds the key and the label of every training image.
-To classify an image, its key is looked up, and the answer is a blend of the labels of similar images: nearest
-neighbours, but soft, so that gradients pass through the lookup into the network. Needs scikit-learn; no download.
+A small network encodes the image of a digit as a key. The store holds the key and the label of every training image. A
+read with the key of an image blends the labels of similar images: a differentiable nearest-neighbour classifier, whose
+gradients train the encoder. Requires scikit-learn; downloads nothing.
 
-The two methods on pixels are there for scale. They are plain, and see none of the nudged images that training makes.
+The two baselines use pixels, without the augmentation of the training images.
 """
 
 from __future__ import annotations
@@ -25,49 +25,50 @@ from softdb import SoftKVStore
 from softdb.functional import merge, soft_read
 
 KEY_DIM = 32
-MATCH = {"metric": "cosine", "temperature": 0.05}
+READ_OPTIONS = {"metric": "cosine", "temperature": 0.05}
 
 
 def train(images: Tensor, labels: Tensor, epochs: int, title: str) -> tuple[nn.Module, SoftKVStore]:
-    """An encoder, and the store of all training images as it sees them."""
+    """Train an encoder; return it and the store of all encoded training images."""
     encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, KEY_DIM))
-    answers = one_hot(labels, 10).float()
-    store = SoftKVStore(KEY_DIM, 10, **MATCH)
-    ids = store.add(encoder(images), answers)
+    targets = one_hot(labels, 10).float()
+    store = SoftKVStore(KEY_DIM, 10, **READ_OPTIONS)
+    ids = store.add(encoder(images), targets)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(128):
-            keys = encoder(nudge(images[batch]))
-            # No image may find itself, or there is nothing to learn. Stored keys are cut from the graph, so the
-            # batch's own rows are hidden from the store and read from `keys` instead, each without itself. Merged,
-            # the two are one read of all rows but one, whose gradient reaches the batch as queries and as keys.
+            keys = encoder(shift_randomly(images[batch]))
+            # An image must not read its own row, whose label is the target. Stored keys are detached from the graph, so
+            # the rows of the batch are excluded and read from `keys` instead, without each image's own row. Merged, the
+            # two equal one read of all other rows, whose gradient reaches the batch both as queries and as keys.
             stored = store.read(keys, exclude=ids[batch].expand(len(batch), -1))
-            fresh = soft_read(keys, keys, answers[batch], mask=~torch.eye(len(batch), dtype=torch.bool), **MATCH)
-            probabilities = merge([stored, fresh]).values  # (B, 10)
+            others = ~torch.eye(len(batch), dtype=torch.bool)
+            in_batch = soft_read(keys, keys, targets[batch], mask=others, **READ_OPTIONS)
+            probabilities = merge([stored, in_batch]).values  # (B, 10)
             loss = nll_loss(probabilities.clamp(min=1e-6).log(), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             store.update(ids[batch], keys=keys)
         schedule.step()
-        progress(f"{title}: epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}")
+        show_progress(f"{title}: epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}")
     encoder.eval()
-    store.update(ids, keys=encoder(images))  # every row as the finished encoder sees it
+    store.update(ids, keys=encoder(images))  # Encode all rows with the final encoder.
     return encoder, store
 
 
-def nudge(images: Tensor) -> Tensor:  # (B, 64)
-    """Half of the images, by chance, shifted by one pixel, up, down, left or right."""
+def shift_randomly(images: Tensor) -> Tensor:  # (B, 64)
+    """Shift a random half of the images by one pixel: up, down, left or right."""
     squares = images.view(-1, 8, 8)
-    way = torch.randint(8, (len(images), 1, 1))
+    direction = torch.randint(8, (len(images), 1, 1))
     for number, (rows, columns) in enumerate([(-1, 0), (1, 0), (0, -1), (0, 1)]):
-        squares = torch.where(way == number, squares.roll((rows, columns), dims=(1, 2)), squares)
+        squares = torch.where(direction == number, squares.roll((rows, columns), dims=(1, 2)), squares)
     return squares.flatten(1)
 
 
-def accuracies(seed: int, train_size: int, epochs: int) -> dict[str, float]:
-    """The share of test images named rightly, by each way of asking."""
+def measure_accuracy(seed: int, train_size: int, epochs: int) -> dict[str, float]:
+    """Return the test accuracy of each method."""
     torch.manual_seed(seed)
     pixels, digits = load_digits(return_X_y=True)
     pixels = pixels / 16
@@ -89,20 +90,20 @@ def accuracies(seed: int, train_size: int, epochs: int) -> dict[str, float]:
     }
 
 
-def progress(text: str) -> None:
-    """Overwrite the present line, if somebody is watching."""
+def show_progress(text: str) -> None:
+    """Overwrite the current line of a terminal."""
     if sys.stdout.isatty():
         print(f"\r{text:<60}\r", end="", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Digits, classified by looking up similar digits.")
-    parser.add_argument("--small", action="store_true", help="a quick try: one seed, fewer images and epochs")
+    parser = argparse.ArgumentParser(description="Classify digits by reads of similar digits.")
+    parser.add_argument("--small", action="store_true", help="quick run: one seed, fewer images and epochs")
     small = parser.parse_args().small
     seeds, train_size, epochs = (1, 300, 8) if small else (3, 900, 40)
     started = time.perf_counter()
-    runs = [accuracies(seed, train_size, epochs) for seed in range(seeds)]
-    progress("")
+    runs = [measure_accuracy(seed, train_size, epochs) for seed in range(seeds)]
+    show_progress("")
     print(f"{train_size} training images, {time.perf_counter() - started:.0f} s")
     print(f"{'test accuracy, %':<30} {'mean':>6}   each seed")
     for name in runs[0]:

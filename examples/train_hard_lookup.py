@@ -1,17 +1,17 @@
-"""Train an encoder to pick one row of a store, told only what the row's value is, and test it with hard lookups.
+"""Train an encoder to select one row of a store, from the row's value only, and test it with hard reads.
 
-The 16 rows are the squares of a 4 by 4 board: the value of each is its place, its key is random, and both stay as they
-are. A square shows a sign, with noise, and an encoder turns it into a query. Only the place that was read is corrected,
-never which row. So a blend can cheat: half of the square to the left and half of that to the right is the one between.
+The 16 rows are the squares of a 4 by 4 board: the value of a row is the position of its square, the key is random, and
+both are fixed. The input is a pattern of a square, with noise, which the encoder maps to a query. The loss compares the
+values that were read with the position, not the row. So a blend can minimize it with wrong rows: the mean of the left
+and the right neighbour of a square is the position of the square.
 
-Four ways to train: read by softmax, by straight_through or by gumbel at a fixed temperature, or by softmax while the
-temperature is lowered, by the same factor each step. Each is tested with new noise, by the hard read and by the soft
-one at the temperature that training ended with. A square can be told: the sign nearest to what is seen is nearly always
-its own.
+Four training methods are compared: softmax, straight_through and gumbel at a fixed temperature, and softmax with an
+exponentially decaying temperature. They are tested with new noise, by hard reads and by soft reads at the last
+temperature. The task is solvable: the nearest pattern to an input is nearly always that of its square.
 
-Found: softmax at 0.1 learns to blend: its soft answers are half as wrong as its hard ones. Lowering the temperature to
-0.1 makes the blend better still, not the choice. At 0.1 gumbel finds the right row more often than softmax does, and
-its soft and hard answers agree better; at 1 and at 0.01 it is no clear help. No way points right every time.
+Result: with softmax at 0.1, soft reads have half the error of hard reads. Decay to 0.1 improves the soft read further,
+but not the hard read. At 0.1 gumbel selects the correct row more often than softmax, and its soft and hard reads differ
+less; at 1 and at 0.01 it has no clear advantage. No method always selects the correct row.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from softdb import SoftKVStore
 
-SIDE, SIGN_DIM, KEY_DIM, NOISE, BATCH, STEPS = 4, 16, 16, 0.5, 128, 400
+SIDE, PATTERN_DIM, KEY_DIM, NOISE, BATCH, STEPS = 4, 16, 16, 0.5, 128, 400
 ROWS = SIDE * SIDE
-COLUMNS = ("right rows, %", "error, hard", "error, soft", "soft to hard", "ahead of softmax")
+COLUMNS = ("correct rows, %", "error, hard", "error, soft", "soft to hard", "minus softmax")
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to train: what weighs the rows, and the temperature of the first step and of the last."""
+class Method:
+    """Training method: the normalizer, and the temperatures of the first and the last step."""
 
     normalizer: str
     first: float
@@ -42,70 +42,70 @@ class Way:
 
     @property
     def name(self) -> str:
-        lowered = f"lowered from {self.first:g} to {self.last:g}"
-        return f"{self.normalizer}, {lowered if self.first != self.last else f'at {self.last:g}'}"
+        decay = f"decay from {self.first:g} to {self.last:g}"
+        return f"{self.normalizer}, {decay if self.first != self.last else f'at {self.last:g}'}"
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:  # (B, 2), (B, 2)
-    """The root mean square distance, in squares."""
+    """Compute the root mean square distance, in squares."""
     return math.sqrt(float((found - wanted).square().sum(-1).mean()))
 
 
-def train_and_test(way: Way, seed: int) -> list[float]:
-    """The figures of COLUMNS, but for the last. Signs, keys and the encoder's start depend on the seed alone."""
+def train_and_test(method: Method, seed: int) -> list[float]:
+    """Return all COLUMNS but the last. Patterns, keys and initial weights depend only on the seed."""
     torch.manual_seed(seed)
-    signs = torch.randn(ROWS, SIGN_DIM)
-    places = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()  # (ROWS, 2)
+    patterns = torch.randn(ROWS, PATTERN_DIM)
+    positions = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()  # (ROWS, 2)
     store = SoftKVStore(KEY_DIM, 2, metric="cosine")
-    store.add(torch.randn(ROWS, KEY_DIM), places)
-    encoder = nn.Sequential(nn.Linear(SIGN_DIM, 64), nn.ReLU(), nn.Linear(64, KEY_DIM))
+    store.add(torch.randn(ROWS, KEY_DIM), positions)
+    encoder = nn.Sequential(nn.Linear(PATTERN_DIM, 64), nn.ReLU(), nn.Linear(64, KEY_DIM))
     optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-3)
 
-    def show(count: int) -> tuple[Tensor, Tensor]:
+    def draw(count: int) -> tuple[Tensor, Tensor]:
         squares = torch.randint(ROWS, (count,))
-        return signs[squares] + NOISE * torch.randn(count, SIGN_DIM), squares
+        return patterns[squares] + NOISE * torch.randn(count, PATTERN_DIM), squares
 
     for step in range(STEPS):
-        temperature = way.first * (way.last / way.first) ** (step / (STEPS - 1))
-        seen, squares = show(BATCH)
-        read = store.read(encoder(seen), temperature=temperature, normalizer=way.normalizer)
-        loss = (read.values - places[squares]).square().sum(-1).mean()
+        temperature = method.first * (method.last / method.first) ** (step / (STEPS - 1))
+        x, squares = draw(BATCH)
+        read = store.read(encoder(x), temperature=temperature, normalizer=method.normalizer)
+        loss = (read.values - positions[squares]).square().sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     with torch.no_grad():
-        seen, squares = show(4096)
-        query, wanted = encoder(seen), places[squares]
-        hard, soft = store.read(query, mode="hard"), store.read(query, temperature=way.last).values
-        right = 100 * float((hard.values == wanted).all(-1).float().mean())
-    return [right, distance(hard.values, wanted), distance(soft, wanted), distance(soft, hard.values)]
+        x, squares = draw(4096)
+        query, wanted = encoder(x), positions[squares]
+        hard, soft = store.read(query, mode="hard"), store.read(query, temperature=method.last).values
+        correct = 100 * float((hard.values == wanted).all(-1).float().mean())
+    return [correct, distance(hard.values, wanted), distance(soft, wanted), distance(soft, hard.values)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train for hard lookups in four ways.")
-    parser.add_argument("--small", action="store_true", help="a quick try: one temperature, three seeds")
+    parser = argparse.ArgumentParser(description="Train for hard reads by four methods.")
+    parser.add_argument("--small", action="store_true", help="quick run: one temperature, three seeds")
     small = parser.parse_args().small
     temperatures, seeds = ((0.1,), 3) if small else ((1.0, 0.1, 0.01), 5)
     fixed = ("softmax", "straight_through", "gumbel")
-    ways = [Way(normalizer, t, t) for normalizer in fixed for t in temperatures]
-    ways += [Way("softmax", 1.0, last) for last in temperatures if last < 1]
-    torch.set_num_threads(1)  # the tensors are small: more threads would wait for each other
+    methods = [Method(normalizer, t, t) for normalizer in fixed for t in temperatures]
+    methods += [Method("softmax", 1.0, last) for last in temperatures if last < 1]
+    torch.set_num_threads(1)  # The tensors are too small for several threads.
     started = time.perf_counter()
-    runs = [(way, seed) for way in ways for seed in range(seeds)]
-    found = [train_and_test(way, seed) for way, seed in tqdm(runs, disable=None, leave=False)]
-    figures = torch.tensor(found).view(len(ways), seeds, -1)
-    peers = [ways.index(Way("softmax", way.last, way.last)) for way in ways]  # with the same last temperature
-    ahead = figures[:, :, :1] - figures[peers, :, :1]  # seed by seed
-    figures = torch.cat([figures, ahead], dim=-1)
-    mean, spread = figures.mean(1), figures.std(1)
+    runs = [(method, seed) for method in methods for seed in range(seeds)]
+    results = [train_and_test(method, seed) for method, seed in tqdm(runs, disable=None, leave=False)]
+    table = torch.tensor(results).view(len(methods), seeds, -1)
+    baselines = [methods.index(Method("softmax", method.last, method.last)) for method in methods]
+    difference = table[:, :, :1] - table[baselines, :, :1]  # For each seed.
+    table = torch.cat([table, difference], dim=-1)
+    mean, std = table.mean(1), table.std(1)
     print(f"{'trained by':<32}" + "".join(f"{column:>18}" for column in COLUMNS))
-    for number, way in enumerate(ways):
-        pairs = zip(mean[number].tolist(), spread[number].tolist(), (1, 2, 2, 2, 1), strict=True)
-        print(f"{way.name:<32}" + "".join(f"{f'{m:.{d}f} ± {s:.{d}f}':>18}" for m, s, d in pairs))
-    print(f"\nmost right rows: {ways[int(mean[:, 0].argmax())].name}")
-    print(f"smallest error of the soft read: {ways[int(mean[:, 2].argmin())].name}")
-    print(f"errors in squares, mean and spread of {seeds} seeds; {STEPS} steps, {time.perf_counter() - started:.0f} s")
+    for number, method in enumerate(methods):
+        pairs = zip(mean[number].tolist(), std[number].tolist(), (1, 2, 2, 2, 1), strict=True)
+        print(f"{method.name:<32}" + "".join(f"{f'{m:.{d}f} ± {s:.{d}f}':>18}" for m, s, d in pairs))
+    print(f"\nmost correct rows: {methods[int(mean[:, 0].argmax())].name}")
+    print(f"smallest error of the soft read: {methods[int(mean[:, 2].argmin())].name}")
+    print(f"errors in squares, mean and standard deviation of {seeds} seeds, {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train a store of 100,000 rows, keys and values, to answer as a teacher does.
+"""Train the keys and values of a store of 100,000 rows to approximate a function.
 
-The rows start at random. Every step asks 256 questions; each is answered by its 32 best rows, and only these learn. The
-index follows the keys as they move: its recall is printed beside the loss, as is the mass, the share of the exact
-softmax that the 32 rows hold.
+The rows are initialized randomly. Each step reads the 32 best rows of 256 queries, and only those rows are updated. The
+index follows the keys as they move. The script prints the loss, the recall of the index, and the mass: the fraction of
+the exact softmax that the 32 rows hold.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 
 KEY_DIM, VALUE_DIM, NEIGHBOURS, BATCH = 4, 4, 32, 256
-MATCH = {"metric": "l2", "temperature": 0.05}
+READ_OPTIONS = {"metric": "l2", "temperature": 0.05}
 
 
 def teacher(points: Tensor) -> Tensor:  # (B, KEY_DIM) -> (B, VALUE_DIM)
-    """A function with some folds to it, of variance about a half."""
+    """Compute a nonlinear function with a variance of about a half."""
     waves = torch.linspace(0.5, 2.0, KEY_DIM * VALUE_DIM).view(KEY_DIM, VALUE_DIM)
     return torch.sin(points @ waves + points.roll(1, dims=-1).square() @ waves / 4)
 
 
-def error(store: SoftKVStore) -> float:
-    """The part of the teacher's variance that new questions leave unexplained."""
+def measure_error(store: SoftKVStore) -> float:
+    """Return the unexplained fraction of the teacher's variance, for new queries."""
     points = torch.randn(1024, KEY_DIM)
     with torch.no_grad():
-        missed = store.read(points, "topk", k=NEIGHBOURS).values - teacher(points)
-    return float(missed.square().mean() / teacher(points).var())
+        residual = store.read(points, "topk", k=NEIGHBOURS).values - teacher(points)
+    return float(residual.square().mean() / teacher(points).var())
 
 
-def quality(store: SoftKVStore) -> tuple[float, float]:
-    """The recall of the index beside an exact search of the keys as they are, and the mass of the rows to be found."""
+def measure_recall(store: SoftKVStore) -> tuple[float, float]:
+    """Return the recall of the index against an exact search, and the mass of the exact best rows."""
     points = torch.randn(64, KEY_DIM)
     with torch.no_grad():
         wanted, found = store.read(points, k=NEIGHBOURS), store.read(points, "topk", k=NEIGHBOURS)
@@ -45,29 +45,29 @@ def quality(store: SoftKVStore) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the keys and values of a store.")
-    parser.add_argument("--small", action="store_true", help="a quick try: 20,000 rows, 120 steps")
+    parser.add_argument("--small", action="store_true", help="quick run: 20,000 rows, 120 steps")
     small = parser.parse_args().small
     rows, steps, lists = (20_000, 120, 64) if small else (100_000, 1_500, 1024)
     torch.manual_seed(0)
     index = IndexConfig(f"IVF{lists},Flat", recall=0.97)
-    store = SoftKVStore(KEY_DIM, VALUE_DIM, trainable=True, index=index, **MATCH)
+    store = SoftKVStore(KEY_DIM, VALUE_DIM, trainable=True, index=index, **READ_OPTIONS)
     store.add(torch.randn(rows, KEY_DIM), 0.1 * torch.randn(rows, VALUE_DIM))
     optimizer = RowAdam([{"params": [store.keys], "lr": 0.003}, {"params": [store.values], "lr": 0.05}])
-    first, started = error(store), time.perf_counter()
+    first, started = measure_error(store), time.perf_counter()
     print(f"{'step':>6} {'loss':>7} {'recall':>7} {'mass':>6} {'pending':>8}")
     for step in tqdm(range(1, steps + 1), disable=None, leave=False):
         points = torch.randn(BATCH, KEY_DIM)
-        answer = store.read(points, "topk", k=NEIGHBOURS).values
-        loss = (answer - teacher(points)).square().mean()
+        output = store.read(points, "topk", k=NEIGHBOURS).values
+        loss = (output - teacher(points)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % (steps // 6) == 0:
             pending = store.index_stats().pending
-            recall, mass = quality(store)
+            recall, mass = measure_recall(store)
             tqdm.write(f"{step:6} {loss.item():7.4f} {recall:7.3f} {mass:6.3f} {pending:8}")
     stats = store.index_stats()
-    print(f"error on new questions: {first:.3f} of the variance before, {error(store):.3f} after")
+    print(f"error for new queries: {first:.3f} of the variance before, {measure_error(store):.3f} after")
     seconds = time.perf_counter() - started
     print(f"{rows:,} rows, {steps} steps in {seconds:.0f} s: {stats.upkeep_seconds:.1f} s upkeep of the index")
 

@@ -1,4 +1,4 @@
-"""The package as a whole: its face, its manners on import, and what other processes see of it."""
+"""Test the package as a whole: public names, imports, other processes and systems."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
 
 
-def test_all_is_exactly_what_is_public() -> None:
+def test_all_lists_exactly_the_public_names() -> None:
     visible = {name for name in vars(softdb) if not name.startswith("_")} - set(MODULES)
     declared = {name for name in softdb.__all__ if name != "__version__"} - set(MODULES)
     assert visible == declared
@@ -38,7 +38,7 @@ def test_all_is_exactly_what_is_public() -> None:
 
 
 @pytest.mark.parametrize("module", NESTED)
-def test_every_module_says_what_it_offers(module: str) -> None:
+def test_every_module_has_a_docstring_and_all(module: str) -> None:
     loaded = importlib.import_module(module)
     assert loaded.__doc__
     is_bare = hasattr(loaded, "__path__") and not Path(str(loaded.__file__)).read_text().count("import")
@@ -47,18 +47,18 @@ def test_every_module_says_what_it_offers(module: str) -> None:
 
 
 @pytest.mark.parametrize("name", softdb.__all__)
-def test_everything_public_is_documented(name: str) -> None:
-    offered = getattr(softdb, name)
-    if isinstance(offered, type):
-        assert offered.__doc__
-        own = [member for member in vars(offered) if not member.startswith("_") and callable(getattr(offered, member))]
-        assert all(getattr(offered, member).__doc__ for member in own)
+def test_public_names_are_documented(name: str) -> None:
+    public = getattr(softdb, name)
+    if isinstance(public, type):
+        assert public.__doc__
+        own = [member for member in vars(public) if not member.startswith("_") and callable(getattr(public, member))]
+        assert all(getattr(public, member).__doc__ for member in own)
 
 
-def test_the_error_tree_is_as_drawn() -> None:
-    drawn = re.findall(r"[├└]── (\w+)\s+(?:\((\w+)\))?", softdb.errors.__doc__ or "")
-    assert {name for name, _ in drawn} | {"SoftDBError"} == set(softdb.errors.__all__)
-    for name, builtin in drawn:
+def test_documented_error_tree_equals_the_classes() -> None:
+    documented = re.findall(r"[├└]── (\w+)\s+(?:\((\w+)\))?", softdb.errors.__doc__ or "")
+    assert {name for name, _ in documented} | {"SoftDBError"} == set(softdb.errors.__all__)
+    for name, builtin in documented:
         error = getattr(softdb.errors, name)
         assert issubclass(error, softdb.SoftDBError)
         if builtin:
@@ -66,7 +66,7 @@ def test_the_error_tree_is_as_drawn() -> None:
     assert str(softdb.UnknownIdError("ids: no 5")) == "ids: no 5"
 
 
-def test_importing_is_silent_and_leaves_torch_as_it_was() -> None:
+def test_import_prints_nothing_and_changes_no_setting_of_torch() -> None:
     code = """
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
@@ -91,8 +91,8 @@ def test_torch_is_imported_before_faiss() -> None:
     check_exit(run("-c", code))
 
 
-# Removes, after torch and FAISS have taken what they need, what Windows does not have.
-ANOTHER_SYSTEM = """
+# Imports torch and FAISS, then removes the modules and functions that Windows lacks.
+EMULATE_WINDOWS = """
 import importlib, mmap, os, signal, sys, tempfile
 import numpy, safetensors.torch, torch
 import faiss
@@ -112,8 +112,8 @@ for module, names in missing.items():
 """
 
 
-def test_rows_are_added_and_read_where_the_system_is_not_posix() -> None:
-    """Saving says that it needs another system; the state goes through torch.save."""
+def test_rows_are_added_and_read_on_a_system_without_posix() -> None:
+    """Saving raises an error that names the requirement; torch.save saves the state."""
     code = """
 import softdb, softdb.cli
 store = softdb.SoftKVStore(8, 2, index="IVF4,Flat")
@@ -133,7 +133,7 @@ with tempfile.TemporaryFile() as file:
     other.load_state_dict(torch.load(file, weights_only=True))
 assert torch.equal(other(query), store(query))
 """
-    done = run("-W", "error", "-c", ANOTHER_SYSTEM + code)
+    done = run("-W", "error", "-c", EMULATE_WINDOWS + code)
     check_exit(done)
     *errors, code_of_verify = done.stdout.splitlines()
     assert len(errors) == 2
@@ -144,7 +144,7 @@ assert torch.equal(other(query), store(query))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_after_a_search_can_search() -> None:
+def test_child_forked_after_a_search_can_search() -> None:
     code = """
 import os, time, torch, softdb
 torch.set_num_threads(2)
@@ -171,8 +171,8 @@ raise SystemExit(os.waitstatus_to_exitcode(status))
     check_exit(run("-W", "ignore::DeprecationWarning", "-c", code))
 
 
-def test_no_second_copy_of_the_rows_and_no_matrix_of_scores() -> None:
-    """A store of many rows is filled and read in little more memory than the rows take."""
+def test_reads_copy_no_rows_and_hold_no_matrix_of_scores() -> None:
+    """A store is filled and read with little memory in addition to its rows."""
     code = """
 import resource, torch, softdb
 torch.set_num_threads(2)
@@ -189,35 +189,35 @@ store.read(query, "hard")
 store.read(query, "topk", k=8)
 extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 print(extra)
-assert extra < 120, extra  # the scores alone would be 390 MiB
+assert extra < 120, extra  # The scores would take 390 MiB.
 """
     check_exit(run("-c", code))
 
 
-def test_the_matrix_has_a_setting_for_each_python_and_torch_and_the_lowest_versions() -> None:
+def test_matrix_has_a_setting_for_each_python_and_torch_and_the_lowest_versions() -> None:
     done = run("scripts/matrix", "--list")
     check_exit(done)
     for version in re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()):
-        if version != "3.11":  # what .ci/run runs everything with
+        if version != "3.11":  # .ci/run runs all checks with Python 3.11.
             assert f"Python {version}, constraints.txt: all tests\n" in done.stdout
     assert "Python 3.10, the lowest versions: all tests\n" in done.stdout
     assert [f"torch 2.{minor}:" in done.stdout for minor in range(6, 14)] == [False, *[True] * 6, False]
     done = run("scripts/matrix", "python2")
     check_exit(done, 2)
-    assert "NAME: expected some of avx2, " in done.stderr
+    assert "NAME: expected names among avx2, " in done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+def test_relative_links_point_to_existing_files(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), link
 
 
-def test_the_example_of_types_runs() -> None:
+def test_typing_example_runs() -> None:
     typing_example.main()
 
 
-def test_the_project_is_typed() -> None:
+def test_package_is_typed() -> None:
     assert (Path(softdb.__file__).parent / "py.typed").exists()
     assert torch.__version__

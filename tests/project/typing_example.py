@@ -1,4 +1,4 @@
-"""What a user writes, with the types that a checker sees: `.ci/run` checks a copy of it outside of the project."""
+"""Example of user code with expected types; `.ci/run` type-checks a copy outside of the project."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_, update_averag
 
 
 class Model(nn.Module):
-    """A memory between two linear layers."""
+    """Linear layer followed by a memory layer."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -424,7 +424,7 @@ def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents:
     return soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
 
 
-_attend_outside = outside_of_graphs(UNTRACED_MESSAGE)(_attend)
+_attend_outside = disable_compile(UNTRACED_MESSAGE)(_attend)
 
 
 def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:

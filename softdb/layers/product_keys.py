@@ -13,8 +13,8 @@ from softdb._checks import check_float_tensor, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.interop.blend import blend
-from softdb.interop.ddp import is_asked_by_ddp, stand_in
-from softdb.kernels.spec import full_precision
+from softdb.interop.ddp import is_called_by_ddp, make_stand_in
+from softdb.kernels.spec import disable_autocast
 from softdb.layers.product_search import PairSearch, find_best_pairs
 from softdb.layers.queries import Queries, QueryNorm, reset_output
 from softdb.reading.result import Read, answer_dtype

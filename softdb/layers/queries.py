@@ -86,7 +86,7 @@ def stack_reads(reads: Sequence[Read], dimension: int) -> Read:
     """Stack reads of several stores along a new dimension."""
     widths = {0 if read.ids is None else read.ids.shape[-1] for read in reads}
     if len(widths) > 1:  # A sparse normalizer doubles k in the stores that need it.
-        reads = [widened(read, max(widths)) for read in reads]
+        reads = [pad_candidates(read, max(widths)) for read in reads]
     stacked: dict[str, Any] = {}
     for name in READ_FIELDS:
         parts = [getattr(read, name) for read in reads]

@@ -186,7 +186,7 @@ class RowOptimizer(Optimizer):
         check_state_names(given, moments, type(self).__name__)
         shape = parameter.shape or torch.Size([1])
         # The state of a store's rows may have another length: the store may be loaded later, or grow.
-        count: int | None = shape[0] if of(parameter) is None else None
+        count: int | None = shape[0] if table_of(parameter) is None else None
         state: State = {}
         for name, value in given.items():
             label = f"state[{name!r}]"
@@ -211,8 +211,8 @@ class RowOptimizer(Optimizer):
 
     def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
         """Update the rows of ``parameter`` that have a gradient."""
-        table = of(parameter)
-        # Write to a store's rows through .data, which torch's version counter does not count: `note_move` records which
+        table = table_of(parameter)
+        # Write to a store's rows through .data, which torch's version counter does not count: `record_update` records which
         # rows have changed, whereas a new version would mean that any row may have changed.
         rows = parameter if table is None else parameter.data
         gradient = parameter.grad
@@ -249,7 +249,7 @@ class RowOptimizer(Optimizer):
                     stored.copy_(round_stochastically(working, stored.dtype, draw_noise(streams, part, stored)))
                 block.put(rows, stored)
         finally:  # After an error, some rows may have changed, too.
-            note_move(parameter, slots)
+            record_update(parameter, slots)
 
     def _fit_state(self, parameter: Tensor, rows: Tensor, table: RowStorage | None, options: dict[str, Any]) -> State:
         """Return the state of ``parameter``, resized to its current number of rows."""

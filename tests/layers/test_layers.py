@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.versions import TORCH_RELEASE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +30,7 @@ from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.layers import context_state as context_state_module
 from softdb.layers.product_search import PairSearch
 from softdb.optim import RowAdam
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, reports_rows
+from softdb.scoring.normalizers import NORMALIZERS, reports_rows
 
 inductor = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -1,4 +1,4 @@
-"""A store as one HTML page: `write_page`, as `softdb.lab.page` defines it."""
+"""Public import path of `write_page`, which `softdb.lab.page` defines."""
 
 from softdb.lab.page import write_page
 

@@ -1,4 +1,4 @@
-"""What to compare: the choices that a caller makes, and those made where none are given."""
+"""Arguments that the functions of the lab share: checks and defaults."""
 
 from __future__ import annotations
 
@@ -12,66 +12,68 @@ from softdb.errors import ArgumentError, DtypeError
 from softdb.reading.result import Read
 from softdb.scoring.normalizers import is_random
 
-__all__ = ["Readable", "check_draws", "chosen_of", "given_list", "progress", "temperatures_of"]
+__all__ = ["Readable", "check_can_draw", "check_choices", "check_list", "progress", "resolve_temperatures"]
 
 T = TypeVar("T")
 
 
-# What a temperature is multiplied by where none are given: from nearly even weights to nearly one row.
-FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
+# Default temperatures, as multiples of the store's own: from nearly uniform weights to nearly one row.
+TEMPERATURE_FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 
 
 class Readable(Protocol):
-    """What the lab needs of a store: a `softdb.SoftKVStore`, or anything that answers the same."""
+    """Interface that the lab needs of a store, which `softdb.SoftKVStore` has."""
 
     @property
     def read(self) -> Callable[..., Read]:
-        """As `softdb.SoftKVStore.read`."""
+        """Method with the arguments of `softdb.SoftKVStore.read`."""
 
 
-def given_list(name: str, values: Iterable[Any], check: Callable[[Any], T]) -> list[T]:
-    """Check each of ``values``; return each once, and at least one."""
+def check_list(name: str, values: Iterable[Any], check: Callable[[Any], T]) -> list[T]:
+    """Check each value of a sequence; return the distinct ones, at least one."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise DtypeError(f"{name}: expected a sequence, got {values!r}; write ({values!r},)")
-    found = list(dict.fromkeys(map(check, values)))
-    if not found:
+    distinct = list(dict.fromkeys(map(check, values)))
+    if not distinct:
         raise ArgumentError(f"{name}: expected at least one, got none")
-    return found
+    return distinct
 
 
-def chosen_of(name: str, values: Iterable[str], choices: Sequence[str]) -> list[str]:
-    """Each once, at least one, and all among ``choices``."""
+def check_choices(name: str, values: Iterable[str], choices: Sequence[str]) -> list[str]:
+    """Check that each value is one of ``choices``; return the distinct ones."""
 
-    def checked(value: str) -> str:
+    def check(value: str) -> str:
         check_choice(name, value, choices)
         return value
 
-    return given_list(name, values, checked)
+    return check_list(name, values, check)
 
 
-def check_draws(store: Any, normalizers: Sequence[str]) -> None:
-    """Raise where what is called a draw would be the best row."""
-    drawn = [name for name in normalizers if is_random(name)]
-    if drawn and not getattr(store, "training", True):
+def check_can_draw(store: Any, normalizers: Sequence[str]) -> None:
+    """Raise if a normalizer is random and the store is in eval mode."""
+    if "gumbel" in normalizers and not getattr(store, "training", True):
         raise ArgumentError(
-            f"store: expected one in training mode, since {drawn[0]!r} draws nothing in eval mode; call store.train(), "
-            "or leave it out of normalizers"
+            "store: expected one in training mode, since 'gumbel' draws nothing in eval mode; call store.train(), or "
+            "remove it from normalizers"
         )
 
 
-def temperatures_of(store: Any, temperatures: Sequence[float] | None) -> list[float]:
-    """From soft to hard, each once."""
+def resolve_temperatures(store: Any, temperatures: Sequence[float] | None) -> list[float]:
+    """Return the distinct temperatures, highest first; the default ones if None."""
     if temperatures is None:
         own = float(getattr(store, "temperature", 1.0))
-        return [factor * own for factor in FACTORS]
+        return [factor * own for factor in TEMPERATURE_FACTORS]
     return sorted(
-        given_list("temperatures", temperatures, functools.partial(check_above_zero, "temperature")), reverse=True
+        check_list("temperatures", temperatures, functools.partial(check_above_zero, "temperature")), reverse=True
     )
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[], object]]:
-    """What to call after each of ``total`` steps: a progress bar's, on a terminal where tqdm is installed."""
+    """Show a progress bar of ``total`` steps; yield the function that advances it.
+
+    The bar is shown on a terminal, if tqdm is installed.
+    """
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""`compare`: the same queries, read in every way asked for."""
+"""Comparison of hard, top-k and soft reads of the same queries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from softdb._checks import check_finite, check_float_tensor, check_positive, check_real, describe
 from softdb.errors import ArgumentError, DtypeError, ShapeError
-from softdb.lab.choices import Readable, check_draws, chosen_of, given_list, progress, temperatures_of
-from softdb.lab.plotting import cooling_axis, figure_of, shade
-from softdb.lab.tables import Columns, aligned
+from softdb.lab.choices import Readable, check_can_draw, check_choices, check_list, progress, resolve_temperatures
+from softdb.lab.plotting import create_figure, is_fraction, sample_color, set_temperature_axis
+from softdb.lab.tables import Line, Tabular, format_table, merge_equal_lines
 from softdb.reading.result import Read
 from softdb.scoring.normalizers import NORMALIZERS, is_hard, is_random, is_sparse
 
-__all__ = ["Comparison", "Setting", "compare"]
+__all__ = ["MODES", "Comparison", "Reference", "Setting", "compare", "read_support"]
 
 
 Metric = Callable[[Tensor, Tensor], float | Tensor]
@@ -32,29 +32,33 @@ Metric = Callable[[Tensor, Tensor], float | Tensor]
 MODES = ("exact", "topk", "hard")
 
 
-BATCH = 512  # queries in a read
+QUERIES_PER_READ = 512
 
 
-TIE = 1e-5  # relative difference of scores that rounding may make in float32
+SCORE_TOLERANCE = 1e-5  # relative difference of float32 scores that rounding may cause
+
+
+INITIAL_SUPPORT_ROWS = 32  # rows of the first read in the search for all rows with weight
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of reading, and what came of it, over all queries.
+    """One mode, normalizer, temperature and k, with its figures over all queries.
 
     Attributes:
         mode: "exact", "topk" or "hard".
-        normalizer: From scores to weights.
+        normalizer: Function from scores to weights.
         temperature: Divides the scores.
-        k: How many candidates a top-k read has; None for the others.
-        distance: How far its answers lie from the exact soft blend at this temperature: the Frobenius norm of the
-            difference, divided by that of the blend.
-        agreement: The share of queries whose row of most weight is the best row of all.
-        mass: The share of the exact softmax at this temperature that the rows with weight hold, on average.
-        entropy: Of its weights, on average, in nats.
-        effective_rows: exp(entropy of a query's weights), on average: how many rows answer.
-        metric: Accuracy, loss or whatever was asked for; None without targets.
-        time: What it takes, as a multiple of the exact soft read's: of both the median over all temperatures.
+        k: Number of candidates of a top-k read; None in other modes.
+        distance: Relative distance of the values from those of the exact softmax read at this temperature, by the
+            Frobenius norm.
+        agreement: Fraction of queries whose row with the highest weight is the row with the highest score.
+        mass: Softmax mass of the rows with weight: their fraction of the exact softmax at this temperature, averaged
+            over queries.
+        entropy: Entropy of the weights, in nats, averaged over queries.
+        effective_rows: exp(entropy of the weights of a query), averaged over queries.
+        metric: Accuracy, loss or the caller's metric; None without targets.
+        time: Duration relative to the exact softmax read; both are medians over the temperatures.
     """
 
     mode: str
@@ -71,19 +75,20 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """How it is called in tables and pictures, but for its temperature."""
+        """Name in tables and plots, without the temperature."""
         mode = self.mode if self.k is None else f"{self.mode} {self.k}"
         return mode if self.normalizer == "softmax" else f"{mode} {self.normalizer}"
 
 
 @dataclass(frozen=True)
-class Comparison(Columns):
-    """What `compare` found.
+class Comparison(Tabular):
+    """Result of `compare`.
 
     Attributes:
-        settings: One for each way of reading, the softest temperature first.
-        metric: What ``metric`` of a setting is: "accuracy", "loss" or the name of a function; None without targets.
-        queries: How many queries were read.
+        settings: One for each combination of mode, normalizer, temperature and k; highest temperature first.
+        metric: Name of the settings' ``metric``: "accuracy", "loss" or the name of the caller's function; None without
+            targets.
+        queries: Number of queries.
     """
 
     settings: tuple[Setting, ...]
@@ -91,85 +96,84 @@ class Comparison(Columns):
     queries: int
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """A list for each column; the column of targets has the metric's name."""
+        """Return a list for each column; the column ``metric`` has the metric's name."""
         columns = {field.name: [getattr(row, field.name) for row in self.settings] for field in FIELDS}
         metric = columns.pop("metric")
         return columns if self.metric is None else columns | {self.metric: metric}
 
     def __str__(self) -> str:
         headings = ["read", "temperature", "distance", "agreement", "mass", "effective rows", "time"]
-        cells = [
-            [
-                row.name,
-                f"{row.temperature:.4g}",
-                f"{row.distance:.4f}",
-                f"{row.agreement:.3f}",
-                f"{row.mass:.4f}",
-                f"{row.effective_rows:,.1f}",
-                f"{row.time:.2f}",
-            ]
-            for row in self.settings
-        ]
         if self.metric is not None:
             headings.insert(2, self.metric)
-            for line, row in zip(cells, self.settings, strict=True):
-                line.insert(2, "–" if row.metric is None else f"{row.metric:.4f}")
-        return aligned(headings, cells)
+        return format_table(headings, merge_equal_lines(map(self._line, self.settings)))
+
+    def _line(self, row: Setting) -> Line:
+        figures = [f"{row.distance:.4f}", f"{row.agreement:.3f}", f"{row.mass:.4f}", f"{row.effective_rows:,.1f}"]
+        if self.metric is not None:
+            figures.insert(0, "–" if row.metric is None else f"{row.metric:.4f}")
+        return Line(row.name, row.temperature, tuple(figures), f"{row.time:.2f}")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw distance, and the metric or else the mass, against temperature and against k.
+        """Plot distance and metric against temperature and against k.
+
+        Without targets, the softmax mass takes the place of the metric.
 
         Args:
-            path: The picture to write; its ending says of which kind.
+            path: The image to write; its suffix chooses the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
-            ArgumentError: Pictures of that kind are not known.
+            ArgumentError: matplotlib does not support the suffix.
         """
-        figure = figure_of(path, (11, 8))
+        figure = create_figure(path, (11, 8))
         shown = [("distance", "distance from the exact blend")]
         shown += (
             [("metric", self.metric)] if self.metric is not None else [("mass", "softmax mass of the rows with weight")]
         )
         for line, (field, heading) in enumerate(shown):
             left, right = figure.add_subplot(2, 2, 2 * line + 1), figure.add_subplot(2, 2, 2 * line + 2)
-            self._against_temperature(left, field)
-            self._against_k(right, field)
+            self._plot_against_temperature(left, field)
+            self._plot_against_k(right, field)
+            column = self.metric if field == "metric" and self.metric is not None else field
             for axes in (left, right):
                 axes.set_ylabel(heading)
                 axes.grid(alpha=0.3)
                 if field == "distance":
                     axes.set_yscale("symlog", linthresh=1e-3)
                     axes.set_ylim(bottom=0)
+                elif is_fraction(column, [getattr(row, field) for row in self.settings]):
+                    axes.set_ylim(0, 1)
+                    for curve in axes.lines:
+                        curve.set_clip_on(False)  # markers at 0 and 1 stay whole
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", ncols=4, fontsize="small")
         figure.suptitle(f"Hard or soft? {self.queries:,} queries", fontsize="large")
         figure.savefig(path, dpi=120)
 
-    def _against_temperature(self, axes: Any, field: str) -> None:
+    def _plot_against_temperature(self, axes: Any, field: str) -> None:
         ks = sorted({row.k for row in self.settings if row.k is not None})
         for name in dict.fromkeys(row.name for row in self.settings):
             rows = [row for row in self.settings if row.name == name]
             first = rows[0]
-            color = ENDS[first.mode] if first.k is None else shade(ks.index(first.k), len(ks))
+            color = MODE_COLORS[first.mode] if first.k is None else sample_color(ks.index(first.k), len(ks))
             points = [row.temperature for row in rows], [getattr(row, field) for row in rows]
             axes.plot(*points, marker=".", label=name, color=color, linestyle=DASHES[first.normalizer])
-        cooling_axis(axes, [row.temperature for row in self.settings])
+        set_temperature_axis(axes, [row.temperature for row in self.settings])
 
-    def _against_k(self, axes: Any, field: str) -> None:
+    def _plot_against_k(self, axes: Any, field: str) -> None:
         soft = [row for row in self.settings if row.normalizer == "softmax"]
         temperatures = sorted({row.temperature for row in soft}, reverse=True)
         ks = sorted({row.k for row in soft if row.k is not None})
         ticks = ["hard", *map(str, ks), "exact"]
         for number, temperature in enumerate(temperatures):
-            found = {
+            by_tick = {
                 "hard" if row.mode == "hard" else "exact" if row.mode == "exact" else str(row.k): getattr(row, field)
                 for row in soft
                 if row.temperature == temperature
             }
-            places = [place for place, tick in enumerate(ticks) if tick in found]
-            values = [found[ticks[place]] for place in places]
-            color = shade(number, len(temperatures))
+            places = [place for place, tick in enumerate(ticks) if tick in by_tick]
+            values = [by_tick[ticks[place]] for place in places]
+            color = sample_color(number, len(temperatures))
             axes.plot(places, values, ".-", label=f"{temperature:.3g}", color=color)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel("k: one row to all")
@@ -179,7 +183,7 @@ class Comparison(Columns):
 FIELDS = dataclasses.fields(Setting)
 
 
-ENDS = {"exact": "black", "hard": "#d55e00"}
+MODE_COLORS = {"exact": "black", "hard": "#d55e00"}
 
 
 LINE_STYLES = ("-", ":", "-.", "--", (0, (5, 1, 1, 1, 1, 1)))
@@ -201,35 +205,37 @@ def compare(
     metric: Metric | None = None,
     generator: torch.Generator | None = None,
 ) -> Comparison:
-    """Read the same queries in every way asked for, and set what comes beside the exact soft blend.
+    """Compare reads of the same queries with the exact softmax read.
 
-    For each temperature, mode and normalizer (and k, where the mode is "topk"), as ``store.read(queries, mode, ...)``
-    answers; see `Setting` for the figures. Equal to a loop over the settings, and over the queries within::
+    One `Setting` for each temperature, mode, normalizer and, in mode "topk", k. Equal to a loop over the settings, of
+    ``store.read(queries, mode, ...)``, with the figures::
 
         distance = norm(values - exact) / norm(exact)               # over all queries, exact at the same temperature
-        mass = exact_weights[weights > 0].sum()                     # the mean over queries, as what follows
+        mass = exact_weights[weights > 0].sum()                     # averaged over queries, as is the entropy
         entropy = -(weights * weights.log()).sum()
 
-    A hard read has no normalizer, and is there once for each temperature, since the blend that it is compared with
-    moves. A progress bar is shown on a terminal where tqdm is installed. The reads count in the store's ``usage``.
+    A hard read has no normalizer. It is listed once for each temperature, because the exact read that it is compared
+    with depends on the temperature. The printed table merges settings of one temperature whose figures are equal, apart
+    from the time, and settings with equal figures at consecutive temperatures. On a terminal, a progress bar is shown
+    if tqdm is installed. The reads count in the store's ``usage``.
 
     Args:
-        store: A `softdb.SoftKVStore`, or anything that answers `read` the same way.
-        queries: What is looked for.
-        modes: Of "exact", "topk" and "hard".
-        ks: How many candidates top-k reads have.
-        temperatures: What divides the scores; from 8 times to a quarter of the store's own unless given.
-        normalizers: Of those of `softdb.scoring.normalizers`.
-        targets: What answers should be: classes, (B,) integers, for the accuracy of ``values.argmax(-1)``; or values,
-            (B, value_dim), for the mean squared error, "loss".
-        metric: ``metric(values, targets)``, a number, in place of those.
-        generator: What "gumbel" draws from.
+        store: A `softdb.SoftKVStore`, or another object with its `read`.
+        queries: (B, key_dim), floating point.
+        modes: Some of "exact", "topk" and "hard".
+        ks: Numbers of candidates of the top-k reads.
+        temperatures: Divide the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
+        normalizers: Some of `softdb.scoring.normalizers`.
+        targets: The wanted answers. Either classes, (B,) integers, for the accuracy of ``values.argmax(-1)``; or
+            values, (B, value_dim) floating point, for the mean squared error, "loss".
+        metric: ``metric(values, targets)``, which returns a number, instead of accuracy or loss.
+        generator: Random number generator of "gumbel".
 
     Returns:
-        A `Comparison`: ``.table()`` prints it, ``.plot(path)`` draws it.
+        A `Comparison`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as above.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
 
     Example:
         >>> import torch
@@ -239,76 +245,83 @@ def compare(
         >>> found = lab.compare(store, torch.tensor([[1.0, 0.0]]), modes=("exact", "hard"), temperatures=(1.0, 0.1))
         >>> [(row.name, row.temperature, round(row.distance, 3)) for row in found.settings]
         [('exact', 1.0, 0.0), ('hard', 1.0, 0.053), ('exact', 0.1, 0.0), ('hard', 0.1, 0.0)]
+        >>> print(found.table())  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        read          temperature  distance  agreement    mass  effective rows  time
+        exact                   1    0.0000      1.000  1.0000             1.2  ...
+        hard                    1    0.0529      1.000  0.9442             1.0  ...
+        exact = hard          0.1    0.0000      1.000  1.0000             1.0  ...
     """
     check_float_tensor("queries", queries, (None, None))
     check_finite("queries", queries)
     if len(queries) == 0:
         raise ShapeError("queries: expected at least one, got none")
-    modes, normalizers = chosen_of("modes", modes, MODES), chosen_of("normalizers", normalizers, NORMALIZERS)
-    candidates = given_list("ks", ks, functools.partial(check_positive, "ks")) if "topk" in modes else []
-    cooling = temperatures_of(store, temperatures)
-    judge, judged = _judge(queries, targets, metric)
-    check_draws(store, normalizers)
+    modes, normalizers = check_choices("modes", modes, MODES), check_choices("normalizers", normalizers, NORMALIZERS)
+    candidates = check_list("ks", ks, functools.partial(check_positive, "ks")) if "topk" in modes else []
+    resolved = resolve_temperatures(store, temperatures)
+    measure, metric_name = _resolve_metric(queries, targets, metric)
+    check_can_draw(store, normalizers)
     ways: list[tuple[str, str, int | None]] = []
     for mode, name in itertools.product(modes, normalizers):
         if mode == "topk":
             ways += [(mode, name, k) for k in candidates]
         elif mode == "exact" or (mode, "softmax", None) not in ways:
             ways.append((mode, "softmax" if mode == "hard" else name, None))
-    batches = queries.split(BATCH)
+    batches = queries.split(QUERIES_PER_READ)
     if candidates:
-        store.read(queries[:1], "topk", k=candidates[0])  # which may build an index
+        store.read(queries[:1], "topk", k=candidates[0])  # builds the index, if one is due, outside of the timing
     found, seconds = [], []
-    with progress(len(cooling) * (1 + len(ways))) as advance:
-        for temperature in cooling:
+    with progress(len(resolved) * (1 + len(ways))) as advance:
+        for temperature in resolved:
             reference = Reference(store, batches, temperature)
             seconds.append(reference.seconds)
             advance()
             for mode, name, k in ways:
-                found.append(_measured(store, batches, reference, mode, name, k, generator, judge))
+                found.append(_measure_setting(store, batches, reference, mode, name, k, generator, measure))
                 advance()
     exact = statistics.median(seconds)
-    spent = {row.name: statistics.median(other.time for other in found if other.name == row.name) for row in found}
-    settings = tuple(dataclasses.replace(row, time=spent[row.name] / exact) for row in found)
-    return Comparison(settings, judged, len(queries))
+    medians = {row.name: statistics.median(other.time for other in found if other.name == row.name) for row in found}
+    settings = tuple(dataclasses.replace(row, time=medians[row.name] / exact) for row in found)
+    return Comparison(settings, metric_name, len(queries))
 
 
 class Reference:
-    """The exact soft read that others are compared with, at one temperature.
+    """Exact softmax read of all queries at one temperature.
 
     Attributes:
         values: (B, value_dim).
         lse, entropy: (B,), float64.
-        best, best_score: Id and score of the best row, (B,); -1 and -inf where there is none.
-        seconds: What the read takes.
+        best, best_score: Id and score of the row with the highest score, (B,); -1 and -inf if no row is allowed.
+        seconds: Duration of the read.
     """
 
     def __init__(self, store: Readable, batches: Sequence[Tensor], temperature: float) -> None:
         self.temperature = temperature
-        self.values, self.seconds = _timed(lambda query: store.read(query, temperature=temperature).values, batches)
-        parts = [self._of(store, batch) for batch in batches]
+        self.values, self.seconds = _time_reads(
+            lambda query: store.read(query, temperature=temperature).values, batches
+        )
+        parts = [self._measure(store, batch) for batch in batches]
         self.lse, self.entropy, self.best, self.best_score = map(torch.cat, zip(*parts, strict=True))
         if bool((self.lse == -torch.inf).all()):
             raise ArgumentError("store: expected at least one row, got none; add rows first")
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def _of(self, store: Readable, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # In float64, since an entropy is a small difference of large numbers.
+    def _measure(self, store: Readable, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # In float64, because the entropy is a small difference of large numbers.
         query, temperature = batch.detach().clone().double(), self.temperature
         divisor = torch.full((len(query),), temperature, dtype=query.dtype, device=query.device, requires_grad=True)
         read = store.read(query, k=1, temperature=divisor)
         if read.ids is None or read.scores is None:
-            raise DtypeError("store: expected read(query, k=1) to tell ids and scores, got none")
-        # The derivative of the log-sum-exp tells the mean score: d lse / d T = - (sum of weight * score) / T.
+            raise DtypeError("store: expected read(query, k=1) to report ids and scores, got none")
+        # The derivative of the log-sum-exp gives the mean score: d lse / d T = - (sum of weight * score) / T.
         (slope,) = torch.autograd.grad(read.lse.sum(), divisor)
         lse, best_score = read.lse.detach(), read.scores[:, 0].detach()
-        # Where the best row holds all weight there is none, however large the numbers are.
+        # The entropy is 0 where the best row holds all weight, also where large numbers would leave a rounding error.
         entropy = torch.where(lse > best_score, lse + temperature * slope, 0.0).clamp(min=0)
         return lse, entropy, read.ids[:, 0], best_score
 
 
-def _measured(
+def _measure_setting(
     store: Readable,
     batches: Sequence[Tensor],
     reference: Reference,
@@ -316,16 +329,16 @@ def _measured(
     normalizer: str,
     k: int | None,
     generator: torch.Generator | None,
-    judge: Callable[[Tensor], float] | None,
+    measure: Callable[[Tensor], float] | None,
 ) -> Setting:
-    """What comes of a way of reading; its time in seconds."""
+    """Read all queries with one setting; return its figures, with the time in seconds."""
     options: dict[str, Any] = {"mode": mode, "temperature": reference.temperature}
     if mode != "hard":
         options["normalizer"] = normalizer
     if k is not None:
         options["k"] = k
-    if is_random(normalizer):
-        options |= {"k": k or 1, "generator": generator}  # so that the row that was drawn is known
+    if normalizer == "gumbel":
+        options |= {"k": k or 1, "generator": generator}  # with k, the read reports the row that was drawn
     reads: list[Read] = []
 
     def answer(query: Tensor) -> Tensor:
@@ -337,8 +350,8 @@ def _measured(
         agreement = mass = torch.ones_like(reference.entropy)
         entropy = reference.entropy
     else:
-        values, seconds = _timed(answer, batches)
-        agreement, mass, entropy = _weighed(store, batches, reference, mode, normalizer, reads, options)
+        values, seconds = _time_reads(answer, batches)
+        agreement, mass, entropy = _compare_weights(store, batches, reference, mode, normalizer, reads, options)
     difference = torch.linalg.vector_norm((values - reference.values).double())
     size = torch.linalg.vector_norm(reference.values.double())
     return Setting(
@@ -351,12 +364,12 @@ def _measured(
         mass=float(mass.mean()),
         entropy=float(entropy.mean()),
         effective_rows=float(entropy.exp().mean()),
-        metric=None if judge is None else judge(values),
+        metric=None if measure is None else measure(values),
         time=seconds,
     )
 
 
-def _weighed(
+def _compare_weights(
     store: Readable,
     batches: Sequence[Tensor],
     reference: Reference,
@@ -365,26 +378,26 @@ def _weighed(
     reads: Sequence[Read],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each query: whether its heaviest row is the best of all, the mass of rows with weight, and the entropy."""
-    if mode == "exact" and is_hard(normalizer) and not is_random(normalizer):
+    """Compute agreement, softmax mass and entropy of each query, (B,) each."""
+    if mode == "exact" and normalizer == "straight_through":
         held = (reference.best_score - reference.lse).exp().nan_to_num(0.0)
         return torch.ones_like(held), held, torch.zeros_like(held)
     agreement, mass, entropy = [], [], []
-    places = torch.arange(len(reference.lse), device=reference.lse.device).split(BATCH)
+    places = torch.arange(len(reference.lse), device=reference.lse.device).split(QUERIES_PER_READ)
     for batch, read, place in zip(batches, reads, places, strict=True):
-        if mode == "exact" and is_sparse(normalizer):
-            read = _whole_support(store, batch, options)
+        if mode == "exact" and normalizer in SPARSE:
+            read = read_support(store, batch, options)
         if read.ids is None or read.weights is None or read.scores is None:
-            raise DtypeError(f"store: expected a {mode} read to tell ids, weights and scores, got none")
+            raise DtypeError(f"store: expected a {mode} read to report ids, weights and scores, got none")
         weights, scores = read.weights.double(), read.scores.double()
-        if is_random(normalizer):  # whose scores have noise
+        if normalizer == "gumbel":  # whose reported scores include the noise
             scores = scores.new_full(scores.shape, -torch.inf)
-            scores[:, 0] = _score_of(store, batch, read.ids[:, 0], reference.temperature)
+            scores[:, 0] = _score_rows(store, batch, read.ids[:, 0], reference.temperature)
         best_score = reference.best_score[place]
-        # Where rows are equal but for rounding, either is the best.
-        rounding = TIE * (1 + best_score.abs())
+        # Two rows whose scores differ by rounding only both count as the best row.
+        rounding = SCORE_TOLERANCE * (1 + best_score.abs())
         agrees = (read.ids[:, 0] == reference.best[place]) | (scores[:, 0] >= best_score - rounding)
-        # Scores less that of the best row: what both are rounded by cancels.
+        # Rounding errors that all scores of a read share cancel in the difference from the best score.
         top = torch.where(agrees, scores[:, 0], best_score)
         held = (best_score - reference.lse[place]).exp().nan_to_num(0.0)
         share = (scores - top.unsqueeze(-1)).exp().nan_to_num(0.0) * held.unsqueeze(-1)
@@ -394,9 +407,9 @@ def _weighed(
     return torch.cat(agreement), torch.cat(mass), torch.cat(entropy)
 
 
-def _whole_support(store: Readable, batch: Tensor, options: dict[str, Any]) -> Read:
-    """An exact read with as many of the best rows as have weight."""
-    k = 32
+def read_support(store: Readable, batch: Tensor, options: dict[str, Any]) -> Read:
+    """Return the exact read that reports all rows with weight."""
+    k = INITIAL_SUPPORT_ROWS
     while True:
         read = store.read(batch, **options, k=k)
         if read.weights is None or not bool((read.weights[:, -1] > 0).any()):
@@ -404,14 +417,14 @@ def _whole_support(store: Readable, batch: Tensor, options: dict[str, Any]) -> R
         k *= 8
 
 
-def _score_of(store: Readable, batch: Tensor, ids: Tensor, temperature: float) -> Tensor:  # (b, d), (b,) -> (b,)
-    """The score of each query with one row: the log-sum-exp of a read that may see nothing else."""
+def _score_rows(store: Readable, batch: Tensor, ids: Tensor, temperature: float) -> Tensor:  # (b, d), (b,) -> (b,)
+    """Score one row for each query: the log-sum-exp of a read of this row only."""
     wanted = ids.unsqueeze(-1)
     return store.read(batch.double(), where=lambda row: row["id"] == wanted, temperature=temperature).lse
 
 
-def _timed(answer: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """What is answered, and how many seconds that takes."""
+def _time_reads(answer: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """Return the values of all batches and the duration in seconds."""
     started = time.perf_counter()
     values = torch.cat([answer(batch) for batch in batches])
     if values.is_cuda:
@@ -419,13 +432,13 @@ def _timed(answer: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> tup
     return values, time.perf_counter() - started
 
 
-def _judge(
+def _resolve_metric(
     queries: Tensor, targets: Tensor | None, metric: Metric | None
 ) -> tuple[Callable[[Tensor], float] | None, str | None]:
-    """What tells how good answers are, and what that is called."""
+    """Return the function that measures values, and its name."""
     if targets is None:
         if metric is not None:
-            raise ArgumentError("targets: expected what metric compares values with, got None")
+            raise ArgumentError("targets: expected the targets that metric compares values with, got None")
         return None, None
     if not isinstance(targets, Tensor) or targets.dim() == 0 or len(targets) != len(queries):
         raise ShapeError(
@@ -454,8 +467,8 @@ def _judge(
         width = values.shape[-1]
         if width < 2 or not (int(classes.min()) >= 0 and int(classes.max()) < width):
             raise ArgumentError(
-                f"targets: expected classes from 0 to {width - 1}, places in values of width {width}, got "
-                f"{int(classes.min())} to {int(classes.max())}; give values themselves as floating-point numbers"
+                f"targets: expected classes from 0 to {width - 1}, positions in values of width {width}, got "
+                f"{int(classes.min())} to {int(classes.max())}; pass values as floating-point numbers instead"
             )
         return float((values.argmax(-1) == classes).double().mean())
 

@@ -1,4 +1,4 @@
-"""`explain`: which rows an answer is made of."""
+"""Explanation of an answer by its rows and their weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb._checks import check_above_zero, check_finite, check_float_tensor, check_positive, describe
+from softdb._checks import (
+    check_above_zero,
+    check_choice,
+    check_finite,
+    check_float_tensor,
+    check_positive,
+    describe,
+)
 from softdb.errors import DtypeError, ShapeError
-from softdb.lab.choices import temperatures_of
-from softdb.lab.comparison import Reference
-from softdb.lab.plotting import cooling_axis, drawn_name, figure_of, shade
-from softdb.lab.tables import Printed, shortened
+from softdb.lab.choices import resolve_temperatures
+from softdb.lab.comparison import Reference, read_support
+from softdb.lab.plotting import create_figure, escape_label, sample_color, set_temperature_axis
+from softdb.lab.tables import TextResult, format_range, shorten
+from softdb.reading.result import Read
+from softdb.scoring.normalizers import NORMALIZERS, SPARSE, is_hard
 
 __all__ = ["Explanation", "explain"]
 
@@ -25,29 +34,36 @@ __all__ = ["Explanation", "explain"]
 Labels = Sequence[str] | Mapping[int, str]
 
 
-WIDTH = 79
+LINE_CHARACTERS = 79
 
 
-BAR_WIDTH = 12
+BAR_CHARACTERS = 12
+
+
+MIN_LABEL_CHARACTERS = 20
+
+
+MAX_PLOTTED_ROWS, MAX_CURVES = 8, 5  # of each query, in the bars and in the plot against temperature
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation(Printed):
-    """What `explain` found, for each of Q queries, about the k best rows.
+class Explanation(TextResult):
+    """Result of `explain`: the k rows with the highest scores, for each of Q queries.
 
     Attributes:
-        queries: What the queries are called.
-        labels: What each row is called, by its id.
-        ids: The k best rows of each query, (Q, k), best first; -1 where there were fewer.
+        queries: Labels of the queries.
+        labels: Labels of the rows, by id.
+        ids: Ids of the rows, (Q, k), highest score first; -1 is padding.
         scores: Their scores, (Q, k).
         weights: Their weights, (Q, k).
-        contributions: What each adds to the answer, ``weight * value``, (Q, k, value_dim).
-        values: The answers, of all rows, (Q, value_dim).
-        rest: The weight of all other rows, (Q,).
+        contributions: ``weight * value`` of each row, (Q, k, value_dim).
+        values: The answers, from all rows, (Q, value_dim).
+        rest: Weight of all other rows, (Q,).
         effective_rows: exp(entropy of all weights), (Q,).
-        temperature: What the scores are divided by.
-        temperatures: Those of ``cooling``, the softest first.
-        cooling: The weights of the same rows at each temperature, (Q, temperatures, k).
+        temperature: Divides the scores.
+        temperatures: Temperatures of ``cooling``, highest first.
+        cooling: Weights of the same rows at each temperature, (Q, temperatures, k).
+        normalizer: Function from scores to weights; "straight_through" for "gumbel" in eval mode.
     """
 
     queries: tuple[str, ...]
@@ -62,69 +78,83 @@ class Explanation(Printed):
     temperature: float
     temperatures: tuple[float, ...]
     cooling: Tensor
+    normalizer: str = "softmax"
 
     def __str__(self) -> str:
         return "\n\n".join("\n".join(self._lines(query)) for query in range(len(self.queries)))
 
     def _lines(self, query: int) -> Iterator[str]:
-        yield f"{self.queries[query]}  (temperature {self.temperature:.4g})"
-        for place, row in enumerate(self.ids[query].tolist()):
-            if row < 0:
-                continue
-            weight = float(self.weights[query, place])
-            bar = "#" * round(BAR_WIDTH * weight)
-            start = f"  {100 * weight:5.1f} %  {bar:<{BAR_WIDTH}}  {self._added(query, place)}  "
-            yield start + shortened(self.labels[row], max(20, WIDTH - len(start)))
+        normalizer = "" if self.normalizer == "softmax" else f", {self.normalizer}"
+        yield f"{self.queries[query]}  (temperature {self.temperature:.4g}{normalizer})"
+        places = [place for place, row in enumerate(self.ids[query].tolist()) if row >= 0]
+        for line, equal in itertools.groupby(self._line(query, place) for place in places):
+            count = len(list(equal))
+            yield line if count == 1 else f"{line}  ({count} equal rows)"
         rest, effective = 100 * float(self.rest[query]), float(self.effective_rows[query])
-        yield f"  {rest:5.1f} %  in all other rows; {effective:,.1f} rows answer"
-        shown = self.cooling[query, :, 0].tolist()
-        steps = ", ".join(
-            f"{100 * weight:.0f} % at {t:.3g}" for t, weight in zip(self.temperatures, shown, strict=True)
-        )
-        yield from textwrap.wrap(f"the best row's weight: {steps}", WIDTH, initial_indent="  ", subsequent_indent="  ")
+        yield f"  {rest:5.1f} %  in all other rows; {effective:,.1f} effective rows"
+        weights = [f"{100 * weight:.0f} %" for weight in self.cooling[query, :, 0].tolist()]
+        steps = [
+            f"{weight} at {format_range([temperature for _, temperature in group], 3)}"
+            for weight, group in itertools.groupby(
+                zip(weights, self.temperatures, strict=True), key=lambda step: step[0]
+            )
+        ]
+        text = f"weight of the best row: {', '.join(steps)}"
+        yield from textwrap.wrap(text, LINE_CHARACTERS, initial_indent="  ", subsequent_indent="  ")
 
-    def _added(self, query: int, place: int) -> str:
+    def _line(self, query: int, place: int) -> str:
+        weight = float(self.weights[query, place])
+        bar = "#" * round(BAR_CHARACTERS * weight)
+        start = f"  {100 * weight:5.1f} %  {bar:<{BAR_CHARACTERS}}  {self._describe_contribution(query, place)}  "
+        label = self.labels[int(self.ids[query, place])]
+        return start + shorten(label, max(MIN_LABEL_CHARACTERS, LINE_CHARACTERS - len(start)))
+
+    def _describe_contribution(self, query: int, place: int) -> str:
         contribution = self.contributions[query, place]
         if contribution.numel() == 1:
             return f"adds {float(contribution):9.3g}"
         return f"adds a vector of norm {float(contribution.norm()):.3g}" if contribution.numel() else "adds nothing"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the weights: of several queries a heat map of all rows seen; of each query bars, and how they move.
+        """Plot the weights of each query, as bars and against temperature.
+
+        With several queries, a heat map of the weights of all reported rows comes first.
 
         Args:
-            path: The picture to write; its ending says of which kind.
+            path: The image to write; its suffix chooses the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
-            ArgumentError: Pictures of that kind are not known.
+            ArgumentError: matplotlib does not support the suffix.
         """
-        count, shown = len(self.queries), min(self.ids.shape[1], 8)
+        count, shown = len(self.queries), min(self.ids.shape[1], MAX_PLOTTED_ROWS)
         lines = count + (count > 1)
-        heat = 0.3 * len(self._rows_seen(shown)) + 1.4 if count > 1 else 0.0
-        figure = figure_of(path, (13, heat + 3.0 * count))
+        heat = 0.3 * len(self._reported_rows(shown)) + 1.4 if count > 1 else 0.0
+        figure = create_figure(path, (13, heat + 3.0 * count))
         grid = figure.add_gridspec(lines, 2, height_ratios=[heat] * (count > 1) + [3.0] * count, width_ratios=[3, 2])
         if count > 1:
-            self._heat_map(figure.add_subplot(grid[0, :]), shown)
+            self._plot_heat_map(figure.add_subplot(grid[0, :]), shown)
         for query in range(count):
-            self._bars(figure.add_subplot(grid[query + (count > 1), 0]), query, shown)
-            self._moving(figure.add_subplot(grid[query + (count > 1), 1]), query, min(shown, 5))
+            self._plot_bars(figure.add_subplot(grid[query + (count > 1), 0]), query, shown)
+            self._plot_against_temperature(
+                figure.add_subplot(grid[query + (count > 1), 1]), query, min(shown, MAX_CURVES)
+            )
         figure.savefig(path, dpi=120)
 
-    def _rows_seen(self, shown: int) -> list[int]:
+    def _reported_rows(self, shown: int) -> list[int]:
         return [row for row in dict.fromkeys(self.ids[:, :shown].flatten().tolist()) if row >= 0]
 
-    def _heat_map(self, axes: Any, shown: int) -> None:
-        rows = self._rows_seen(shown)
+    def _plot_heat_map(self, axes: Any, shown: int) -> None:
+        rows = self._reported_rows(shown)
         weights = torch.zeros(len(rows), len(self.queries), device="cpu")
         for query, ids in enumerate(self.ids.tolist()):
             for place, row in enumerate(ids):
                 if row in rows:
                     weights[rows.index(row), query] = self.weights[query, place]
         image = axes.imshow(weights.tolist(), aspect="auto", cmap="Blues", vmin=0, vmax=float(weights.max()) or 1.0)
-        axes.set_xticks(range(len(self.queries)), [drawn_name(query, 40) for query in self.queries])
+        axes.set_xticks(range(len(self.queries)), [escape_label(query, 40) for query in self.queries])
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(rows)), [drawn_name(self.labels[row], 60) for row in rows], fontsize="small")
+        axes.set_yticks(range(len(rows)), [escape_label(self.labels[row], 60) for row in rows], fontsize="small")
         for (line, column), weight in zip(
             itertools.product(range(len(rows)), range(len(self.queries))), weights.flatten().tolist(), strict=True
         ):
@@ -135,9 +165,9 @@ class Explanation(Printed):
                 )
         axes.figure.colorbar(image, ax=axes, label="weight", fraction=0.03, pad=0.01)
 
-    def _bars(self, axes: Any, query: int, shown: int) -> None:
+    def _plot_bars(self, axes: Any, query: int, shown: int) -> None:
         rows = [(row, place) for place, row in enumerate(self.ids[query, :shown].tolist()) if row >= 0]
-        names = [drawn_name(self.labels[row], 50) for row, _ in rows] + ["all other rows"]
+        names = [escape_label(self.labels[row], 50) for row, _ in rows] + ["all other rows"]
         held = [float(self.weights[query, place]) for _, place in rows]
         held.append(max(0.0, 1.0 - sum(held)))
         colors = ["#d55e00", *["#0072b2"] * (len(rows) - 1), "#999999"][-len(names) :]
@@ -145,20 +175,20 @@ class Explanation(Printed):
         axes.set_yticks(range(len(names)), names, fontsize="small")
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
-        axes.set_xlabel("weight; a hard lookup takes the first row alone", fontsize="small")
+        axes.set_xlabel("weight; a hard read returns the first row only", fontsize="small")
         effective = float(self.effective_rows[query])
         axes.set_title(
-            f"“{drawn_name(self.queries[query], 80)}”: {effective:,.1f} rows answer", fontsize="medium", loc="left"
+            f"“{escape_label(self.queries[query], 80)}”: {effective:,.1f} effective rows", fontsize="medium", loc="left"
         )
 
-    def _moving(self, axes: Any, query: int, shown: int) -> None:
+    def _plot_against_temperature(self, axes: Any, query: int, shown: int) -> None:
         for place, row in enumerate(self.ids[query, :shown].tolist()):
             if row >= 0:
-                color = "#d55e00" if place == 0 else shade(place, shown)
+                color = "#d55e00" if place == 0 else sample_color(place, shown)
                 weights = self.cooling[query, :, place].tolist()
-                axes.plot(self.temperatures, weights, ".-", label=drawn_name(self.labels[row], 28), color=color)
+                axes.plot(self.temperatures, weights, ".-", label=escape_label(self.labels[row], 28), color=color)
         axes.axvline(self.temperature, color="#999999", linestyle=":")
-        cooling_axis(axes, self.temperatures)
+        set_temperature_axis(axes, self.temperatures)
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("weight", fontsize="small")
         axes.grid(alpha=0.3)
@@ -175,47 +205,61 @@ def explain(
     query_labels: Sequence[str] | None = None,
     temperature: float | None = None,
     temperatures: Sequence[float] | None = None,
+    normalizer: str = "softmax",
+    generator: torch.Generator | None = None,
 ) -> Explanation:
-    """Which rows a soft answer is made of, what each adds, and how their weights move with the temperature.
+    """List the rows that an exact read blends, with their weights and contributions.
 
-    Of the exact read; ``values = sum of contributions`` over all rows, of which the k best are told.
+    Equal to ``store.read(query, temperature=temperature, normalizer=normalizer)``, with
+    ``values = sum of contributions`` over all rows. The k rows with the highest scores are listed, also with their
+    weights at other temperatures.
 
     Args:
         store: A `softdb.SoftKVStore`.
-        query: What is looked for, once or several times.
-        labels: What rows are called: one for each, in the order of ``store.ids``, or by id.
-        k: How many of the best rows to tell.
-        query_labels: What the queries are called.
-        temperature: What the scores are divided by; the store's own unless given.
-        temperatures: For the weights' movement; from 8 times to a quarter of the store's own unless given.
+        query: One query or several, floating point.
+        labels: Labels of the rows: one for each, in the order of ``store.ids``, or by id. By default "row 17".
+        k: Number of rows to list for each query.
+        query_labels: Labels of the queries. By default "query 0".
+        temperature: Divides the scores; by default the store's own.
+        temperatures: For the weights at other temperatures; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
+        normalizer: Function from scores to weights, as in `softdb.SoftKVStore.read`. With "gumbel" each temperature
+            has a draw of its own, and ``scores`` include the noise.
+        generator: Random number generator of "gumbel".
 
     Returns:
-        An `Explanation`: ``.table()`` prints it, ``.plot(path)`` draws it.
+        An `Explanation`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as above.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
 
     Example:
         >>> import torch
         >>> from softdb import SoftKVStore, lab
         >>> store = SoftKVStore(key_dim=2, value_dim=1)
         >>> ids = store.add(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0], [2.0]]))
-        >>> told = lab.explain(store, torch.tensor([1.0, 0.0]), ["east", "north"], query_labels=["where to?"])
-        >>> print(told)
+        >>> query, labels = torch.tensor([1.0, 0.0]), ["east", "north"]
+        >>> print(lab.explain(store, query, labels, query_labels=["where to?"]).table())
         where to?  (temperature 1)
            94.4 %  ###########   adds    0.944  east
             5.6 %  #             adds    0.112  north
-            0.0 %  in all other rows; 1.2 rows answer
-          the best row's weight: 59 % at 8, 67 % at 4, 80 % at 2, 94 % at 1, 100 % at
-          0.5, 100 % at 0.25
+            0.0 %  in all other rows; 1.2 effective rows
+          weight of the best row: 59 % at 8, 67 % at 4, 80 % at 2, 94 % at 1, 100 % at
+          0.5 to 0.25
+        >>> print(lab.explain(store, query, labels, normalizer="sparsemax").table())
+        query 0  (temperature 1, sparsemax)
+          100.0 %  ############  adds        1  east
+            0.0 %                adds        0  north
+            0.0 %  in all other rows; 1.0 effective rows
+          weight of the best row: 68 % at 8, 85 % at 4, 100 % at 2 to 0.25
     """
     check_float_tensor("query", query, (-1, None))
     if query.dim() > 2 or query.numel() == 0:
         raise ShapeError(f"query: expected shape (key_dim,) or (Q, key_dim), at least one, got {tuple(query.shape)}")
     check_finite("query", query)
+    check_choice("normalizer", normalizer, NORMALIZERS)
     queries = query.reshape(-1, query.shape[-1])
     count = check_positive("k", k)
-    cooling = temperatures_of(store, temperatures)
+    resolved = resolve_temperatures(store, temperatures)
     own = float(store.temperature) if temperature is None else check_above_zero("temperature", temperature)
     names = (
         tuple(f"query {number}" for number in range(len(queries)))
@@ -224,40 +268,68 @@ def explain(
     )
     if isinstance(query_labels, str) or len(names) != len(queries):
         raise ShapeError(f"query_labels: expected one for each of {len(queries)} queries, got {len(names)}")
+    options = {"normalizer": normalizer, "generator": generator}
     reference = Reference(store, [queries], own)
-    read = store.read(queries.double(), k=count, temperature=own)
+    read = store.read(queries.double(), k=count, temperature=own, **options)
     known = read.ids >= 0
     rows, places = read.ids[known].unique(return_inverse=True)
     values = torch.zeros(*read.ids.shape, reference.values.shape[-1], dtype=torch.float64, device=queries.device)
     values[known] = store.get(rows).values.double()[places]
-    moved = [store.read(queries.double(), k=count, temperature=step).weights for step in cooling]
+    others = [store.read(queries.double(), k=count, temperature=step, **options) for step in resolved]
     return Explanation(
         queries=names,
-        labels=_labels(store, labels, rows.tolist()),
+        labels=_resolve_labels(store, labels, rows.tolist()),
         ids=read.ids,
         scores=read.scores,
         weights=read.weights,
         contributions=read.weights.unsqueeze(-1) * values,
-        values=reference.values,
+        values=reference.values if normalizer == "softmax" else read.values.to(queries.dtype),
         rest=(1 - read.weights.sum(-1)).clamp(min=0),
-        effective_rows=reference.entropy.exp(),
+        effective_rows=_effective_rows(store, queries, reference, read),
         temperature=own,
-        temperatures=tuple(cooling),
-        cooling=torch.stack(moved, dim=1),
+        temperatures=tuple(resolved),
+        cooling=torch.stack([_weights_at(other, read.ids) for other in others], dim=1),
+        normalizer=read.normalizer,
     )
 
 
-def _labels(store: Any, labels: Labels | None, wanted: list[int]) -> dict[int, str]:
-    """What the rows of the ids ``wanted`` are called."""
+def _effective_rows(store: Any, queries: Tensor, reference: Reference, read: Read) -> Tensor:  # -> (Q,)
+    """Compute exp(entropy of all weights) of each query."""
+    if is_hard(read.normalizer):
+        return torch.ones_like(reference.entropy)
+    if read.normalizer not in SPARSE:
+        return reference.entropy.exp()
+    options = {"normalizer": read.normalizer, "temperature": reference.temperature}
+    weights = read_support(store, queries.double(), options).weights
+    if weights is None:
+        raise DtypeError("store: expected read(query, k=...) to report weights, got none")
+    entropy: Tensor = torch.special.entr(weights).sum(-1)
+    return entropy.exp()
+
+
+def _weights_at(read: Read, ids: Tensor) -> Tensor:  # (Q, k) -> (Q, k)
+    """Return the weights of rows in another read, 0 for rows that it does not report."""
+    if read.ids is None or read.weights is None:
+        raise DtypeError("store: expected read(query, k=...) to report ids and weights, got none")
+    ordered, order = read.ids.sort(dim=-1)
+    places = torch.searchsorted(ordered, ids).clamp(max=ordered.shape[-1] - 1)
+    is_reported = (ordered.gather(-1, places) == ids) & (ids >= 0)
+    return torch.where(is_reported, read.weights.gather(-1, order).gather(-1, places), 0.0)
+
+
+def _resolve_labels(store: Any, labels: Labels | None, ids: list[int]) -> dict[int, str]:
+    """Return the label of each row; "row 17" for a row without one."""
     if labels is None:
-        return {row: f"row {row}" for row in wanted}
+        return {row: f"row {row}" for row in ids}
     if isinstance(labels, Mapping):
-        return {row: str(labels.get(row, f"row {row}")) for row in wanted}
-    if isinstance(labels, (str, Tensor)):
-        raise DtypeError(f"labels: expected a sequence of strings, or a mapping from ids, got {describe(labels)}")
-    if len(labels) != len(store):
-        raise ShapeError(
-            f"labels: expected one for each of {len(store):,} rows, in the order of store.ids, got {len(labels):,}"
-        )
-    places = {row: place for place, row in enumerate(store.ids.tolist())}
-    return {row: str(labels[places[row]]) for row in wanted}
+        given = {row: labels.get(row) for row in ids}
+    else:
+        if isinstance(labels, (str, Tensor)):
+            raise DtypeError(f"labels: expected a sequence of strings, or a mapping from ids, got {describe(labels)}")
+        if len(labels) != len(store):
+            raise ShapeError(
+                f"labels: expected one for each of {len(store):,} rows, in the order of store.ids, got {len(labels):,}"
+            )
+        places = {row: place for place, row in enumerate(store.ids.tolist())}
+        given = {row: labels[places[row]] for row in ids}
+    return {row: f"row {row}" if label is None else str(label) for row, label in given.items()}

@@ -1,4 +1,4 @@
-"""`anneal`: the gradients that go back through ways of reading, as the temperature falls."""
+"""Comparison of the gradients of the queries between normalizers and temperatures."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ from torch import Tensor
 
 from softdb._checks import check_finite, check_float_tensor, check_positive, describe
 from softdb.errors import DtypeError
-from softdb.lab.choices import Readable, check_draws, chosen_of, progress, temperatures_of
-from softdb.lab.plotting import cooling_axis, figure_of, shade
-from softdb.lab.tables import Columns, aligned
-from softdb.scoring.normalizers import NORMALIZERS, is_random
+from softdb.lab.choices import Readable, check_can_draw, check_choices, progress, resolve_temperatures
+from softdb.lab.plotting import create_figure, sample_color, set_temperature_axis
+from softdb.lab.tables import Line, Tabular, format_table, merge_equal_lines
+from softdb.scoring.normalizers import NORMALIZERS
 
-__all__ = ["Annealing", "Gradient", "anneal"]
+__all__ = ["Gradient", "GradientComparison", "compare_gradients"]
+
+
+COLUMNS = ("size", "bias", "deviation", "cosine", "loss")
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """How the gradient through one normalizer differs from the soft one, at one temperature.
+    """Gradient of the queries through one normalizer at one temperature.
 
     Attributes:
-        normalizer: "softmax" for the soft one itself.
+        normalizer: Function from scores to weights.
         temperature: Divides the scores.
-        size: The norm of the mean gradient of the queries.
-        bias: The norm of the difference of the mean gradient and the soft one, divided by that of the soft one.
-        deviation: The root mean square distance of single gradients from their mean, divided likewise; 0 where nothing
-            is random, NaN for a single draw. With n draws, as much as ``deviation / sqrt(n)`` of the bias is chance.
-        cosine: Of the angle between the mean gradient and the soft one.
-        loss: The mean loss of the answers.
+        size: Norm of the gradient, averaged over draws.
+        bias: Norm of the difference between the mean gradient and the softmax gradient, relative to the norm of the
+            softmax gradient.
+        deviation: Root mean square distance of single gradients from their mean, relative to the norm of the softmax
+            gradient. 0 for a deterministic normalizer, NaN for a single draw. With n draws, sampling error contributes
+            about ``deviation / sqrt(n)`` to the bias.
+        cosine: Cosine similarity of the mean gradient and the softmax gradient.
+        loss: Loss, averaged over draws.
     """
 
     normalizer: str
@@ -47,49 +52,46 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Annealing(Columns):
-    """What `anneal` found.
+class GradientComparison(Tabular):
+    """Result of `compare_gradients`.
 
     Attributes:
-        gradients: One for each temperature and normalizer, the softest temperature first.
-        draws: How often what is random is drawn.
+        gradients: One for each temperature and normalizer; highest temperature first.
+        draws: Number of draws of a random normalizer.
     """
 
     gradients: tuple[Gradient, ...]
     draws: int
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """A list for each column."""
+        """Return a list for each column."""
         names = [field.name for field in dataclasses.fields(Gradient)]
         return {name: [getattr(row, name) for row in self.gradients] for name in names}
 
     def __str__(self) -> str:
-        headings = ["normalizer", "temperature", "size", "bias", "deviation", "cosine", "loss"]
-        return aligned(
-            headings,
-            [
-                [row.normalizer, f"{row.temperature:.4g}", *(f"{getattr(row, name):.4g}" for name in headings[2:])]
-                for row in self.gradients
-            ],
-        )
+        lines = [
+            Line(row.normalizer, row.temperature, tuple(f"{getattr(row, name):.4g}" for name in COLUMNS))
+            for row in self.gradients
+        ]
+        return format_table(["normalizer", "temperature", *COLUMNS], merge_equal_lines(lines))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw size, bias and deviation of the gradients against temperature.
+        """Plot size, bias and deviation of the gradients against temperature.
 
         Args:
-            path: The picture to write; its ending says of which kind.
+            path: The image to write; its suffix chooses the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
-            ArgumentError: Pictures of that kind are not known.
+            ArgumentError: matplotlib does not support the suffix.
         """
-        figure = figure_of(path, (13, 4.2))
+        figure = create_figure(path, (13, 4.2))
         names = list(dict.fromkeys(row.normalizer for row in self.gradients))
         for place, (field, heading) in enumerate(
             [
                 ("size", "norm of the gradient"),
-                ("bias", "bias, of the soft gradient"),
-                ("deviation", "deviation of one draw"),
+                ("bias", "bias, relative to the softmax gradient"),
+                ("deviation", "deviation of a draw, relative"),
             ]
         ):
             axes = figure.add_subplot(1, 3, place + 1)
@@ -98,15 +100,15 @@ class Annealing(Columns):
                     continue
                 rows = [row for row in self.gradients if row.normalizer == name]
                 points = [row.temperature for row in rows], [getattr(row, field) for row in rows]
-                axes.plot(*points, ".-", label=name, color=shade(number, len(names)))
-            cooling_axis(axes, [row.temperature for row in self.gradients])
+                axes.plot(*points, ".-", label=name, color=sample_color(number, len(names)))
+            set_temperature_axis(axes, [row.temperature for row in self.gradients])
             axes.set_title(heading, fontsize="medium")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="x-small")
         figure.savefig(path, dpi=120)
 
 
-def anneal(
+def compare_gradients(
     store: Readable,
     queries: Tensor,  # (B, key_dim)
     loss: Callable[[Tensor], Tensor],
@@ -115,56 +117,57 @@ def anneal(
     normalizers: Sequence[str] = ("straight_through", "gumbel"),
     draws: int = 32,
     generator: torch.Generator | None = None,
-) -> Annealing:
-    """Compare the gradients that reach the queries, from soft to hard.
+) -> GradientComparison:
+    """Compare the gradients of the queries with those of the softmax read.
 
-    At each temperature, with ``g`` the gradient of ``loss(store.read(queries, normalizer=...).values)``, and ``soft``
-    that for "softmax"::
+    At each temperature, with ``g`` the gradient of ``loss(store.read(queries, normalizer=...).values)`` with respect to
+    the queries, and ``soft`` the gradient for "softmax"::
 
         bias = norm(g.mean(over draws) - soft) / norm(soft)
         deviation = sqrt(norm(g - g.mean(over draws)).square().mean(over draws)) / norm(soft)
 
-    For a training that ends hard, lower the temperature as it goes, by the same factor each step::
+    To train for hard reads, anneal the temperature: lower it by the same factor in each step::
 
         for step in range(steps):
             temperature = first * (last / first) ** (step / (steps - 1))
             values = store.read(queries, temperature=temperature).values
 
-    and stop where the table says that the gradient vanishes.
+    Choose ``last`` above the temperatures at which the table shows a vanishing gradient.
 
     Args:
-        store: A `softdb.SoftKVStore`, or anything that answers `read` the same way.
-        queries: What is looked for.
-        loss: A scalar of the values, (B, value_dim).
-        temperatures: What divides the scores; from 8 times to a quarter of the store's own unless given.
-        normalizers: Those to compare with "softmax".
-        draws: How often to draw what is random.
-        generator: What "gumbel" draws from.
+        store: A `softdb.SoftKVStore`, or another object with its `read`.
+        queries: (B, key_dim), floating point.
+        loss: Function from the values, (B, value_dim), to a scalar tensor.
+        temperatures: Divide the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
+        normalizers: The normalizers to compare with "softmax".
+        draws: Number of draws of a random normalizer.
+        generator: Random number generator of "gumbel".
 
     Returns:
-        An `Annealing`: ``.table()`` prints it, ``.plot(path)`` draws it.
+        A `GradientComparison`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as above.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
 
     Example:
         >>> import torch
         >>> from softdb import SoftKVStore, lab
         >>> store = SoftKVStore(key_dim=2, value_dim=1)
         >>> ids = store.add(torch.randn(50, 2), torch.randn(50, 1))
-        >>> found = lab.anneal(store, torch.randn(8, 2), lambda values: values.square().mean(), temperatures=(1.0, 0.1))
+        >>> queries, loss = torch.randn(8, 2), lambda values: values.square().mean()
+        >>> found = lab.compare_gradients(store, queries, loss, temperatures=(1.0, 0.1))
         >>> [row.normalizer for row in found.gradients]
         ['softmax', 'straight_through', 'gumbel', 'softmax', 'straight_through', 'gumbel']
     """
     check_float_tensor("queries", queries, (None, None))
     check_finite("queries", queries)
-    names = list(dict.fromkeys(("softmax", *chosen_of("normalizers", normalizers, NORMALIZERS))))
-    times = check_positive("draws", draws)
-    cooling = temperatures_of(store, temperatures)
-    check_draws(store, names)
+    names = list(dict.fromkeys(("softmax", *check_choices("normalizers", normalizers, NORMALIZERS))))
+    draws = check_positive("draws", draws)
+    resolved = resolve_temperatures(store, temperatures)
+    check_can_draw(store, names)
 
-    def gradient(name: str, temperature: float) -> tuple[Tensor, float]:
-        options: dict[str, Any] = {"generator": generator} if is_random(name) else {}
+    def compute_gradient(name: str, temperature: float) -> tuple[Tensor, float]:
+        options: dict[str, Any] = {"generator": generator} if name == "gumbel" else {}
         with torch.inference_mode(False), torch.enable_grad():
             leaf = queries.detach().clone().requires_grad_()
             result = loss(store.read(leaf, normalizer=name, temperature=temperature, **options).values)
@@ -174,17 +177,17 @@ def anneal(
         return found.double(), float(result.detach())
 
     rows = []
-    with progress(len(cooling) * len(names)) as advance:
-        for temperature in cooling:
-            soft, _ = gradient("softmax", temperature)
+    with progress(len(resolved) * len(names)) as advance:
+        for temperature in resolved:
+            soft, _ = compute_gradient("softmax", temperature)
             for name in names:
-                drawn = [gradient(name, temperature) for _ in range(times if is_random(name) else 1)]
-                rows.append(_compared(name, temperature, soft, drawn))
+                drawn = [compute_gradient(name, temperature) for _ in range(draws if name == "gumbel" else 1)]
+                rows.append(_compare_draws(name, temperature, soft, drawn))
                 advance()
-    return Annealing(tuple(rows), times)
+    return GradientComparison(tuple(rows), draws)
 
 
-def _compared(name: str, temperature: float, soft: Tensor, drawn: Sequence[tuple[Tensor, float]]) -> Gradient:
+def _compare_draws(name: str, temperature: float, soft: Tensor, drawn: Sequence[tuple[Tensor, float]]) -> Gradient:
     gradients = torch.stack([gradient for gradient, _ in drawn]).flatten(1)
     mean, soft = gradients.mean(0), soft.flatten()
     norm, size = float(soft.norm()), float(mean.norm())
@@ -193,12 +196,12 @@ def _compared(name: str, temperature: float, soft: Tensor, drawn: Sequence[tuple
         normalizer=name,
         temperature=temperature,
         size=size,
-        bias=_ratio(float((mean - soft).norm()), norm),
-        deviation=math.nan if is_random(name) and len(drawn) < 2 else _ratio(spread, norm),
-        cosine=_ratio(float(mean @ soft), size * norm),
+        bias=_divide(float((mean - soft).norm()), norm),
+        deviation=math.nan if name == "gumbel" and len(drawn) < 2 else _divide(spread, norm),
+        cosine=_divide(float(mean @ soft), size * norm),
         loss=sum(loss for _, loss in drawn) / len(drawn),
     )
 
 
-def _ratio(part: float, whole: float) -> float:
+def _divide(part: float, whole: float) -> float:
     return part / whole if whole else (math.inf if part else 0.0)

@@ -1,4 +1,4 @@
-"""The table and the charts of the page, from what `softdb.lab.comparison` measured."""
+"""Table and charts of the measurements on the page."""
 
 from __future__ import annotations
 
@@ -8,70 +8,81 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softdb.scoring.normalizers import NORMALIZERS
+from softdb.lab.plotting import is_fraction
 
-__all__ = ["DASHES", "MODES", "Setting", "figures", "measured_table"]
+__all__ = ["DASHES", "Measurement", "build_figures", "render_measurements"]
 
-MOST_TICKS = 6
-
-
-MODES = ("exact", "topk", "hard")
+MAX_TICKS = 6
 
 
 DRAWN_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
 
 
-DASHES = dict(zip(NORMALIZERS, itertools.cycle(DRAWN_DASHES), strict=False))
+SVG_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
 
 
-HARD_COLOUR, EXACT_COLOUR, NEUTRAL_COLOUR = "#d55e00", "#000000", "#56616d"
+HARD_COLOR, EXACT_COLOR, NEUTRAL_COLOR = "#d55e00", "#000000", "#56616d"
 
 
-# Viridis without its bright end, which white paper swallows: in order also for who does not see colours.
-SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#6ece58")
+# Viridis without its bright end, which is hard to see on white. Its lightness is monotonic, for color-blind readers.
+COLOR_SCALE = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#6ece58")
 
 
-MEANINGS = {
-    "distance": "how far an answer lies from the exact blend, relative to it",
-    "agreement": "the share of queries whose row of most weight is the best of all",
-    "mass": "the fraction of the exact softmax that the rows with weight hold",
-    "entropy": "of the weights",
+COLUMN_DESCRIPTIONS = {
+    "distance": "relative distance of the answers from the exact blend",
+    "agreement": "fraction of queries whose row with the highest weight has the highest score",
+    "mass": "fraction of the exact softmax held by the rows with weight",
+    "entropy": "entropy of the weights, in nats",
     "effective_rows": "exp of the entropy",
-    "time": "of a read, relative to the exact one",
+    "time": "duration relative to the exact read",
 }
 
 
-class Setting(NamedTuple):
-    """One measured setting."""
+class Measurement(NamedTuple):
+    """Setting of a read, with its distance and its metric.
+
+    Attributes:
+        mode: "exact", "topk" or "hard".
+        normalizer: Function from scores to weights.
+        temperature: Divides the scores; None if it makes no difference.
+        k: Number of candidates of a top-k read; None in other modes.
+        distance: Relative distance from the exact blend; None if missing.
+        metric: Value of the chosen metric; None if missing.
+    """
 
     mode: str
     normalizer: str
     temperature: float | None
     k: int | None
     distance: float | None
-    score: float | None  # in the metric
+    metric: float | None
 
 
-def measured_table(columns: Mapping[str, Sequence[Any]], settings: list[Setting], metric: str, rows: int) -> str:
-    """The part of the page about measurements."""
-    notes = [f"<b>{html.escape(name)}</b>: {MEANINGS[name]}" for name in columns if name in MEANINGS]
-    others = {setting.normalizer for setting in settings} - {"softmax"}
-    dashes = "Normalizers other than softmax have lines of another dash." if others else ""
-    header = "".join(f"<th{_alignment(columns[name])}>{html.escape(str(name))}</th>" for name in columns)
+def render_measurements(
+    columns: Mapping[str, Sequence[Any]], measurements: list[Measurement], metric: str, rows: int
+) -> str:
+    """Render the HTML of the measurements: charts, legends and the table."""
+    notes = [
+        f"<b>{html.escape(name)}</b>: {COLUMN_DESCRIPTIONS[name]}" for name in columns if name in COLUMN_DESCRIPTIONS
+    ]
+    others = {measurement.normalizer for measurement in measurements} - {"softmax"}
+    dashes = "Normalizers other than softmax have dashed lines." if others else ""
+    header = "".join(f"<th{_format_class(columns[name])}>{html.escape(str(name))}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td{_alignment(column)}>{_cell(column[row])}</td>" for column in columns.values()) + "</tr>"
-        for row in range(len(settings))
+        "<tr>"
+        + "".join(f"<td{_format_class(column)}>{_format_cell(column[row])}</td>" for column in columns.values())
+        + "</tr>"
+        for row in range(len(measurements))
     )
     shown = html.escape(metric)
-    return f"""<h2>Measured</h2>
-<p>Each point is one setting, measured over many queries: above the distance from the exact blend, below
-<b>{shown}</b>. The hard read and the exact one are the two ends. A distance of 0 is drawn at the lower edge.
-{dashes}</p>
+    return f"""<h2>Measurements</h2>
+<p>Each point is one setting, measured over many queries. The upper charts show the distance from the exact blend, the
+lower charts <b>{shown}</b>. A distance of 0 is drawn at the lower edge. {dashes}</p>
 <div class="figures">
 <div><div id="by-temperature" class="plot" role="img" aria-label="Distance and {shown} against temperature"></div>
-{_key(_lines_by_temperature(settings))}</div>
+{_render_legend(_build_lines_by_temperature(measurements))}</div>
 <div><div id="by-k" class="plot" role="img" aria-label="Distance and {shown} against k"></div>
-{_key(_lines_by_k(settings, rows))}</div>
+{_render_legend(_build_lines_by_k(measurements, rows))}</div>
 </div>
 <p class="quiet">{"; ".join(notes)}.</p>
 <div class="table" tabindex="0" role="region" aria-label="All measurements">
@@ -79,25 +90,25 @@ def measured_table(columns: Mapping[str, Sequence[Any]], settings: list[Setting]
 </div>"""
 
 
-def _key(lines: list[Line]) -> str:
-    """What colours and dashes mean; an entry for each line would be their product."""
-    entries = {line.name: (line.colour, "solid") for line in lines}
+def _render_legend(lines: list[Line]) -> str:
+    """Render the legend of the colors, and that of the dashes."""
+    entries = {line.name: (line.color, "solid") for line in lines}
     normalizers = list(dict.fromkeys(line.normalizer for line in lines))
     if normalizers != ["softmax"]:
-        entries |= {normalizer: (NEUTRAL_COLOUR, DASHES[normalizer]) for normalizer in normalizers}
+        entries |= {normalizer: (NEUTRAL_COLOR, DASHES[normalizer]) for normalizer in normalizers}
     drawn = [
         '<li><svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="2.5" '
-        f'stroke="{colour}" stroke-dasharray="{DRAWN_DASHES[dash]}"/></svg>{name}</li>'
-        for name, (colour, dash) in entries.items()
+        f'stroke="{color}" stroke-dasharray="{SVG_DASHES[dash]}"/></svg>{name}</li>'
+        for name, (color, dash) in entries.items()
     ]
     return f'<ul class="key">{"".join(drawn)}</ul>'
 
 
-def _alignment(column: Sequence[Any]) -> str:
+def _format_class(column: Sequence[Any]) -> str:
     return ' class="word"' if any(isinstance(entry, str) for entry in column) else ""
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "–"
     try:
@@ -109,90 +120,117 @@ def _cell(value: Any) -> str:
     return f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:.4g}"
 
 
-def figures(settings: list[Setting], metric: str, rows: int) -> dict[str, Any]:
-    """Two plots, by temperature and by k, each with a panel for the distance and one for the metric."""
-    if not settings:
+def build_figures(measurements: list[Measurement], metric: str, rows: int) -> dict[str, Any]:
+    """Build the plotly figures against temperature and against k.
+
+    Each has a panel of the distance and one of the metric.
+    """
+    if not measurements:
         return {}
     return {
-        "by-temperature": _figure(_lines_by_temperature(settings), "temperature, soft to hard", metric, {}),
-        "by-k": _figure(_lines_by_k(settings, rows), "k, the rows that count", metric, _ticks_of_k(settings, rows)),
+        "by-temperature": _build_figure(
+            _build_lines_by_temperature(measurements), "temperature, soft to hard", metric, {}
+        ),
+        "by-k": _build_figure(
+            _build_lines_by_k(measurements, rows),
+            "k, number of rows with weight",
+            metric,
+            _choose_k_ticks(measurements, rows),
+        ),
     }
 
 
 class Line(NamedTuple):
-    """Settings that one line joins, and where they lie on it."""
+    """Line of a chart.
+
+    Attributes:
+        name: Its entry in the legend of the colors.
+        normalizer: Chooses the dash.
+        color: Of the line and its markers.
+        points: Position on the x axis and measurement of each point.
+    """
 
     name: str
     normalizer: str
-    colour: str
-    points: list[tuple[float, Setting]]
+    color: str
+    points: list[tuple[float, Measurement]]
 
 
-def _lines_by_temperature(settings: list[Setting]) -> list[Line]:
-    heats = sorted({setting.temperature for setting in settings if setting.temperature})
-    ks = sorted({setting.k for setting in settings if setting.k is not None})
-    colours = dict(zip(ks, _scale(len(ks)), strict=True))
-    kinds: list[tuple[str, int | None, str, str]] = [("hard", None, "hard", HARD_COLOUR)]
-    kinds += [("topk", k, f"k = {k:,}", colours[k]) for k in ks]
-    kinds += [("exact", None, "exact", EXACT_COLOUR)]
+def _build_lines_by_temperature(measurements: list[Measurement]) -> list[Line]:
+    temperatures = sorted({measurement.temperature for measurement in measurements if measurement.temperature})
+    ks = sorted({measurement.k for measurement in measurements if measurement.k is not None})
+    colors = dict(zip(ks, _sample_scale(len(ks)), strict=True))
+    kinds: list[tuple[str, int | None, str, str]] = [("hard", None, "hard", HARD_COLOR)]
+    kinds += [("topk", k, f"k = {k:,}", colors[k]) for k in ks]
+    kinds += [("exact", None, "exact", EXACT_COLOR)]
     lines = []
-    for normalizer in _normalizers(settings):
-        for mode, k, name, colour in kinds:
-            of_line = [s for s in settings if (s.normalizer, s.mode, s.k) == (normalizer, mode, k)]
-            points = [(setting.temperature, setting) for setting in of_line if setting.temperature]
-            if mode == "hard" and len(of_line) == 1 and heats:  # the same at every temperature
-                points = [(heat, of_line[0]) for heat in sorted({heats[0], heats[-1]})]
+    for normalizer in _list_normalizers(measurements):
+        for mode, k, name, color in kinds:
+            of_line = [s for s in measurements if (s.normalizer, s.mode, s.k) == (normalizer, mode, k)]
+            points = [(measurement.temperature, measurement) for measurement in of_line if measurement.temperature]
+            if mode == "hard" and len(of_line) == 1 and temperatures:  # whose values do not depend on the temperature
+                points = [(temperature, of_line[0]) for temperature in sorted({temperatures[0], temperatures[-1]})]
             if points:
-                lines.append(Line(name, normalizer, colour, sorted(points, key=lambda point: point[0])))
+                lines.append(Line(name, normalizer, color, sorted(points, key=lambda point: point[0])))
     return lines
 
 
-def _lines_by_k(settings: list[Setting], rows: int) -> list[Line]:
-    heats = sorted({setting.temperature for setting in settings if setting.temperature and setting.mode != "hard"})
+def _build_lines_by_k(measurements: list[Measurement], rows: int) -> list[Line]:
+    temperatures = sorted(
+        {
+            measurement.temperature
+            for measurement in measurements
+            if measurement.temperature and measurement.mode != "hard"
+        }
+    )
     lines = []
-    for normalizer in _normalizers(settings):
-        of_normalizer = [setting for setting in settings if setting.normalizer == normalizer]
-        hard = [setting for setting in of_normalizer if setting.mode == "hard"]
-        for heat, colour in zip(heats, _scale(len(heats)), strict=True):
-            points: list[tuple[float, Setting]] = []
-            for setting in of_normalizer:
-                if setting.mode == "hard":
-                    if setting.temperature == heat or len(hard) == 1:
-                        points.append((1, setting))
-                elif setting.temperature == heat:
-                    points.append((rows if setting.k is None else min(setting.k, rows), setting))
-            if any(setting.mode != "hard" for _, setting in points):
-                name = f"temperature {heat:g}"
-                lines.append(Line(name, normalizer, colour, sorted(points, key=lambda point: point[0])))
+    for normalizer in _list_normalizers(measurements):
+        of_normalizer = [measurement for measurement in measurements if measurement.normalizer == normalizer]
+        hard = [measurement for measurement in of_normalizer if measurement.mode == "hard"]
+        for temperature, color in zip(temperatures, _sample_scale(len(temperatures)), strict=True):
+            points: list[tuple[float, Measurement]] = []
+            for measurement in of_normalizer:
+                if measurement.mode == "hard":
+                    if measurement.temperature == temperature or len(hard) == 1:
+                        points.append((1, measurement))
+                elif measurement.temperature == temperature:
+                    points.append((rows if measurement.k is None else min(measurement.k, rows), measurement))
+            if any(measurement.mode != "hard" for _, measurement in points):
+                name = f"temperature {temperature:g}"
+                lines.append(Line(name, normalizer, color, sorted(points, key=lambda point: point[0])))
     return lines
 
 
-def _normalizers(settings: list[Setting]) -> list[str]:
-    found = {setting.normalizer for setting in settings}
+def _list_normalizers(measurements: list[Measurement]) -> list[str]:
+    found = {measurement.normalizer for measurement in measurements}
     return [normalizer for normalizer in DASHES if normalizer in found]
 
 
-def _scale(count: int) -> list[str]:
-    """``count`` colours, dark to bright, mixed from those of `SCALE`."""
-    colours = []
+def _sample_scale(count: int) -> list[str]:
+    """Sample ``count`` colors from `COLOR_SCALE`, dark to bright."""
+    colors = []
     for place in range(count):
-        position = place / max(count - 1, 1) * (len(SCALE) - 1)
-        first = min(int(position), len(SCALE) - 2)
-        low, high = (bytes.fromhex(colour[1:]) for colour in SCALE[first : first + 2])
+        position = place / max(count - 1, 1) * (len(COLOR_SCALE) - 1)
+        first = min(int(position), len(COLOR_SCALE) - 2)
+        low, high = (bytes.fromhex(color[1:]) for color in COLOR_SCALE[first : first + 2])
         mixed = [round(a + (b - a) * (position - first)) for a, b in zip(low, high, strict=True)]
-        colours.append("#" + bytes(mixed).hex())
-    return colours
+        colors.append("#" + bytes(mixed).hex())
+    return colors
 
 
-def _ticks_of_k(settings: list[Setting], rows: int) -> dict[str, Any]:
-    ks = [min(setting.k, rows) for setting in settings if setting.k is not None]
-    shown = [k for k in _spread(sorted({1, *ks, rows})) if k != rows]
+def _choose_k_ticks(measurements: list[Measurement], rows: int) -> dict[str, Any]:
+    ks = [min(measurement.k, rows) for measurement in measurements if measurement.k is not None]
+    shown = [k for k in _select_ticks(sorted({1, *ks, rows})) if k != rows]
     return {"tickvals": [*shown, rows], "ticktext": [*(f"{k:,}" for k in shown), "all"]}
 
 
-def _spread(stops: Sequence[float]) -> list[float]:
-    """Those of the ascending ``stops`` that leave each other room on a logarithmic axis; both ends are among them."""
-    room = 0.99 * math.log(stops[-1] / stops[0]) / MOST_TICKS
+def _select_ticks(stops: Sequence[float]) -> list[float]:
+    """Select ticks of a logarithmic axis that do not overlap.
+
+    Args:
+        stops: Candidates in ascending order; the first and the last one are always selected.
+    """
+    room = 0.99 * math.log(stops[-1] / stops[0]) / MAX_TICKS
     shown = list(stops[:1])
     for stop in stops[1:-1]:
         if min(math.log(stop / shown[-1]), math.log(stops[-1] / stop)) >= room:
@@ -200,29 +238,32 @@ def _spread(stops: Sequence[float]) -> list[float]:
     return [*shown, *stops[1:][-1:]]
 
 
-def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) -> dict[str, Any]:
+def _build_figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) -> dict[str, Any]:
     distances = [s.distance for line in lines for _, s in line.points if s.distance]
     floor = 10.0 ** math.floor(math.log10(min(distances)) - 0.5) if distances else 1e-3
     shown = html.escape(metric)
+    is_bounded = is_fraction(metric, [s.metric for line in lines for _, s in line.points])
+    fixed_range = {"range": [0, 1]} if is_bounded else {}
     traces = []
     for line in lines:
-        for panel in ("distance", "score"):
+        for panel in ("distance", "metric"):
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
                     "name": f"{line.name}, {line.normalizer}",
                     "x": [x for x, _ in line.points],
-                    # A logarithmic axis has no place for 0, the distance of the exact read from itself.
+                    # A logarithmic axis cannot show 0, the distance of the exact read from itself.
                     "y": [
-                        s.score if panel == "score" else None if s.distance is None else max(s.distance, floor)
+                        s.metric if panel == "metric" else None if s.distance is None else max(s.distance, floor)
                         for _, s in line.points
                     ],
                     "yaxis": "y" if panel == "distance" else "y2",
-                    "line": {"color": line.colour, "dash": DASHES[line.normalizer], "width": 2},
+                    "line": {"color": line.color, "dash": DASHES[line.normalizer], "width": 2},
                     "marker": {"size": 6},
                     "hoverinfo": "text",
-                    "hovertext": [_hover(s, shown) for _, s in line.points],
+                    "hovertext": [_format_hover(s, shown) for _, s in line.points],
+                    "cliponaxis": panel == "distance",  # no marker of a fraction is cut at 0 or 1
                 }
             )
     bottom = {
@@ -233,8 +274,12 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
         "domain": [0, 1],
     }
     if not ticks and lines:
-        heats = _spread(sorted({x for line in lines for x, _ in line.points}))
-        ticks = {"tickvals": heats, "ticktext": [f"{heat:g}" for heat in heats], "autorange": "reversed"}
+        temperatures = _select_ticks(sorted({x for line in lines for x, _ in line.points}))
+        ticks = {
+            "tickvals": temperatures,
+            "ticktext": [f"{temperature:g}" for temperature in temperatures],
+            "autorange": "reversed",
+        }
     layout = {
         "height": 520,
         "margin": {"l": 64, "r": 12, "t": 8, "b": 48},
@@ -248,15 +293,16 @@ def _figure(lines: list[Line], across: str, metric: str, ticks: dict[str, Any]) 
             "exponentformat": "power",
             "dtick": 1,
         },
-        "yaxis2": {"title": {"text": shown}, "domain": [0, 0.46], "fixedrange": True},
+        "yaxis2": {"title": {"text": shown}, "domain": [0, 0.46], "fixedrange": True, **fixed_range},
         "hoverlabel": {"align": "left", "bgcolor": "#fff", "font": {"color": "#1d2733"}},
     }
     return {"data": traces, "layout": layout}
 
 
-def _hover(setting: Setting, metric: str) -> str:
-    which = f"k = {setting.k:,}" if setting.mode == "topk" else setting.mode
-    heat = "" if setting.temperature is None else f", temperature {setting.temperature:g}"
+def _format_hover(measurement: Measurement, metric: str) -> str:
+    which = f"k = {measurement.k:,}" if measurement.mode == "topk" else measurement.mode
+    temperature = "" if measurement.temperature is None else f", temperature {measurement.temperature:g}"
     return (
-        f"{which}{heat}, {setting.normalizer}<br>distance {_cell(setting.distance)}<br>{metric} {_cell(setting.score)}"
+        f"{which}{temperature}, {measurement.normalizer}<br>distance {_format_cell(measurement.distance)}<br>"
+        f"{metric} {_format_cell(measurement.metric)}"
     )

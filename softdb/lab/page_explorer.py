@@ -1,4 +1,4 @@
-"""The part of the page that moves: rows and histograms, by temperature and by k."""
+"""Data of the page's sliders and bars: scores, histograms, temperatures and ks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor
 from softdb.errors import ArgumentError
 from softdb.store import SoftKVStore
 
-__all__ = ["BINS", "PageSizes", "explorer_of"]
+__all__ = ["BINS", "PageSizes", "build_explorer"]
 
-SHOWN = 12  # rows with a bar of their own
-
-
-DIGITS = 5
+ROWS_WITH_BARS = 12
 
 
-BINS = 512
+SIGNIFICANT_DIGITS = 5
 
 
-TEMPERATURES = 61
+BINS = 512  # of the histogram of the scores that the page does not contain
+
+
+TEMPERATURE_STOPS = 61  # of the slider
 
 
 @dataclass(frozen=True)
 class PageSizes:
-    """How much a page holds.
+    """Maximum sizes of the data on a page.
 
     Attributes:
-        numbers: The most numbers before the scores of rows are summed up: about 2 MB, less than plotly itself.
-        fewest_rows: The fewest of the best rows whose scores stay.
+        numbers: Maximum number of scores and value entries before a histogram replaces the lowest scores. 200,000
+            numbers take about 2 MB, less than plotly.
+        fewest_rows: Minimum number of rows whose scores the page contains.
     """
 
     numbers: int = 200_000
@@ -41,18 +42,18 @@ class PageSizes:
 
     @classmethod
     def usual(cls) -> PageSizes:
-        """Return the sizes that pages are written by."""
+        """Return the limits that `write_page` uses."""
         return cls()
 
 
-def explorer_of(
+def build_explorer(
     store: SoftKVStore, queries: Tensor, names: Mapping[int, str], entries: list[str], sizes: PageSizes
 ) -> dict[str, Any]:
-    """Collect what the page's script reads.
+    """Build the data that the page's script reads.
 
-    Scores are kept as gaps, best score - score, before any temperature. Rounded to five digits, at most 5e-5 of a gap,
-    they give weights exp(-x) / sum, x = gap / T, that are wrong by 5e-5 x of themselves: next to nothing where a row
-    weighs much, at any temperature and however large the scores are.
+    Scores are stored as gaps, ``best score - score``, at temperature 1. They are rounded to five digits, which is a
+    relative error of at most 5e-5. The weights ``exp(-x) / sum``, with ``x = gap / temperature``, then have a relative
+    error of about 5e-5 x, which is negligible for rows with a large weight, at any temperature and scale of the scores.
     """
     ids = store.ids
     count, width = len(ids), len(entries)
@@ -61,10 +62,10 @@ def explorer_of(
         kept = min(max(sizes.numbers // (len(queries) * (1 + width)), sizes.fewest_rows), count)
 
     found: list[dict[str, Any]] = []
-    places: dict[int, int] = {}  # of the rows whose values are needed, by id
+    places: dict[int, int] = {}  # id -> place of the row's value in the data
     widest, seconds = 0.0, []
     for query in queries:
-        order, best, gaps = _ranked(store, query, count)
+        order, best, gaps = _rank_rows(store, query, count)
         widest = max(widest, float(gaps[-1]))
         seconds.append(float(gaps[1]) if count > 1 else 0.0)
         top = order[:kept].tolist()
@@ -72,10 +73,10 @@ def explorer_of(
         found.append(
             {
                 "best": best,
-                "gaps": rounded(gaps[:kept]),
+                "gaps": round_to_digits(gaps[:kept]),
                 "rows": [places.setdefault(row, len(places)) for row in top] if width else [],
-                "labels": [" ".join(names.get(row, f"row {row}").split()) for row in top[:SHOWN]],
-                "tail": histogram(gaps[kept:], rest),
+                "labels": [" ".join(names.get(row, f"row {row}").split()) for row in top[:ROWS_WITH_BARS]],
+                "tail": build_histogram(gaps[kept:], rest),
             }
         )
     values = store.get(list(places)).values.cpu() if places else torch.zeros(0, width, device="cpu")
@@ -83,16 +84,19 @@ def explorer_of(
     return {
         "rows": count,
         "queries": found,
-        "values": rounded(values),
+        "values": round_to_digits(values),
         "value_labels": entries,
         "temperature": temperature,
-        "temperatures": [*_temperatures(temperature, widest, seconds), 0],
-        "ks": [*_ks(min(kept, count - 1)), None],
+        "temperatures": [*_choose_temperatures(temperature, widest, seconds), 0],
+        "ks": [*_choose_ks(min(kept, count - 1)), None],
     }
 
 
-def _ranked(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, float, Tensor]:
-    """All ids best first, the best score, and how far below it each score lies; scores without the temperature."""
+def _rank_rows(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, float, Tensor]:
+    """Return ids, best first, the best score and the gaps of all scores to it.
+
+    Scores are those at temperature 1.
+    """
     with torch.no_grad():
         read = store.read(query, "exact", k=count)
     if read.ids is None or read.scores is None:
@@ -101,14 +105,14 @@ def _ranked(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, floa
     return read.ids.cpu().flatten(), float(scores[0]), scores[0] - scores
 
 
-def histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) ascending, (n, width)
-    """The rows that are left out, as bins: how many, their mean gap, their mean value.
+def build_histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) ascending, (n, width)
+    """Build the histogram of rows: count, mean gap and mean value of each bin.
 
-    A bin of n rows counts n * exp(-mean gap / T), for any temperature T. The error of that is of second order in the
-    bin's width: less by at most (r x)² / 8 of itself, where r is the bin's width relative to its gaps, x = gap / T, and
-    rows with an x far beyond log n have no weight left to be wrong about. Bins are equally wide in the logarithm, so r
-    is the same for all: with gaps of 0.1 to 1 it is 0.0045, and the sum over all rows is right to 1e-3 at every
-    temperature; where gaps differ by a factor of a million, to a few percent at the worst.
+    A bin of n rows stands for the weight ``n * exp(-mean gap / T)`` at every temperature T. This is too small by a
+    relative error of at most (r x)² / 8, where r is the width of the bin relative to its gaps and ``x = gap / T``. Rows
+    with x far above log n have no weight, so their error does not matter. The bins have equal width on a logarithmic
+    scale, so r is the same for all. With gaps from 0.1 to 1, r is 0.0045 and the sum over all rows has a relative error
+    of 1e-3 at every temperature. With gaps that differ by a factor of a million, the error is a few percent at most.
     """
     if len(gaps) == 0:
         return {"counts": [], "gaps": [], "values": []}
@@ -125,16 +129,21 @@ def histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) ascending
     value_sums = gaps.new_zeros(BINS, values.shape[1]).index_add_(0, bins, values.double())
     return {
         "counts": counts[filled].tolist(),
-        "gaps": rounded(gap_sums[filled] / totals),
-        "values": rounded(value_sums[filled] / totals.unsqueeze(1)),
+        "gaps": round_to_digits(gap_sums[filled] / totals),
+        "values": round_to_digits(value_sums[filled] / totals.unsqueeze(1)),
     }
 
 
-def _temperatures(own: float, widest: float, seconds: list[float]) -> list[float]:
-    """The slider's stops, soft to hard, with the store's own temperature among them.
+def _choose_temperatures(own: float, widest: float, seconds: list[float]) -> list[float]:
+    """Choose the temperatures of the slider, descending, including the store's own.
 
-    At the softest even the worst row weighs half as much as the best; at the hardest the best row of most queries
-    outweighs the second by far.
+    At the highest temperature, the worst row has half the weight of the best row. At the lowest, the best row of most
+    queries has nearly all weight.
+
+    Args:
+        own: The store's temperature.
+        widest: Largest gap of all queries.
+        seconds: Gap of the second best row, for each query.
     """
     if widest > 0:
         positive = sorted(second for second in seconds if second > 0)
@@ -143,24 +152,28 @@ def _temperatures(own: float, widest: float, seconds: list[float]) -> list[float
     else:
         softest, hardest = own * 100, own / 100
     softest, hardest = max(softest, own), min(hardest, own)
-    step = math.log(hardest / softest) / (TEMPERATURES - 1)
-    stops = [float(f"{softest * math.exp(step * place):.3g}") for place in range(TEMPERATURES)]
-    stops[min(max(round(math.log(own / softest) / step), 0), TEMPERATURES - 1)] = own
+    step = math.log(hardest / softest) / (TEMPERATURE_STOPS - 1)
+    stops = [float(f"{softest * math.exp(step * place):.3g}") for place in range(TEMPERATURE_STOPS)]
+    stops[min(max(round(math.log(own / softest) / step), 0), TEMPERATURE_STOPS - 1)] = own
     return stops
 
 
-def _ks(most: int) -> list[int]:
-    """1, 2, ... 16, and then four stops to each doubling."""
+def _choose_ks(most: int) -> list[int]:
+    """Choose the ks of the slider up to ``most``: 1 to 16, then four per doubling."""
     stops = list(range(1, 17))
     while stops[-1] < most:
         stops += [stops[-1] // 4 * quarters for quarters in (5, 6, 7, 8)]
     return [stop for stop in stops if stop <= most]
 
 
-def rounded(numbers: Tensor) -> Any:
-    """Return numbers as nested lists, with as many digits as the page shows."""
+def round_to_digits(numbers: Tensor) -> Any:
+    """Round to the digits that the page contains; return nested lists."""
 
     def shorten(nested: Any) -> Any:
-        return [shorten(entry) for entry in nested] if isinstance(nested, list) else float(f"{nested:.{DIGITS}g}")
+        return (
+            [shorten(entry) for entry in nested]
+            if isinstance(nested, list)
+            else float(f"{nested:.{SIGNIFICANT_DIGITS}g}")
+        )
 
     return shorten(numbers.tolist())

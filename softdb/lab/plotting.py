@@ -1,4 +1,4 @@
-"""What the pictures have in common."""
+"""Functions that all plots of the lab use."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from softdb.errors import ArgumentError, MissingPackageError
-from softdb.lab.tables import shortened
+from softdb.lab.tables import shorten
 
-__all__ = ["cooling_axis", "drawn_name", "figure_of", "shade"]
+__all__ = ["FRACTIONS", "create_figure", "escape_label", "is_fraction", "sample_color", "set_temperature_axis"]
+
+FRACTIONS = ("accuracy", "agreement", "mass")  # columns whose values lie in [0, 1]
 
 
-def figure_of(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
-    """Return a matplotlib figure of a size in inches, for a file of the path's kind."""
+def is_fraction(name: str, values: Iterable[float | None]) -> bool:
+    """Return whether an axis of this column runs from 0 to 1.
+
+    A metric of the caller that is called "accuracy" may be in percent, so the values are checked too.
+    """
+    return name in FRACTIONS and all(value is None or 0 <= value <= 1 for value in values)
+
+
+def create_figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
+    """Create a matplotlib figure of a size in inches; check the suffix of the file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -21,23 +31,24 @@ def figure_of(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
             f"matplotlib: expected it to be installed, to draw {os.fspath(path)!r}; pip install 'softdb[plot]'"
         ) from error
     figure = Figure(figsize=size, layout="constrained")
-    known = figure.canvas.get_supported_filetypes()
-    if os.path.splitext(path)[1][1:].lower() not in known:
+    suffixes = figure.canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in suffixes:
         raise ArgumentError(
-            f"path: expected the ending of a picture, one of {', '.join(sorted(known))}, got {os.fspath(path)!r}"
+            f"path: expected an image file, with one of the suffixes {', '.join(sorted(suffixes))}, got "
+            f"{os.fspath(path)!r}"
         )
     return figure
 
 
-def shade(place: int, count: int) -> Any:
-    """One of a row of colours that are told apart by their lightness too."""
+def sample_color(place: int, count: int) -> Any:
+    """Return one of ``count`` viridis colors, which differ in lightness too."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.85 * place / max(1, count - 1))
 
 
-def cooling_axis(axes: Any, temperatures: Iterable[float]) -> None:
-    """Let temperatures fall from left to right."""
+def set_temperature_axis(axes: Any, temperatures: Iterable[float]) -> None:
+    """Set a logarithmic x axis of temperatures, which decrease from left to right."""
     ticks = sorted(set(temperatures))
     axes.set_xscale("log")
     axes.invert_xaxis()
@@ -46,7 +57,10 @@ def cooling_axis(axes: Any, temperatures: Iterable[float]) -> None:
     axes.set_xlabel("temperature: soft to hard", fontsize="small")
 
 
-def drawn_name(text: str, width: int) -> str:
-    """`shortened` for matplotlib, which takes dollars for formulas and leaves out of legends what begins with a bar."""
-    text = shortened(text, width).replace("$", r"\$")
+def escape_label(text: str, width: int) -> str:
+    """Return a label for matplotlib, shortened and escaped.
+
+    matplotlib reads text between dollar signs as a formula, and omits labels with a leading underscore from legends.
+    """
+    text = shorten(text, width).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

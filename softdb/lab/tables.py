@@ -1,34 +1,53 @@
-"""Results that print themselves as a table, and go to a dictionary or a CSV file."""
+"""Text tables, dictionaries and CSV files of results."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TextIO
 
-__all__ = ["Columns", "Printed", "aligned", "shortened"]
-
-
-class Printed:
-    """What prints itself."""
-
-    def table(self, file: TextIO | None = None) -> None:
-        """Print it, to ``file`` or the standard output."""
-        (sys.stdout if file is None else file).write(f"{self}\n")
+__all__ = ["Line", "TableText", "Tabular", "TextResult", "format_range", "format_table", "merge_equal_lines", "shorten"]
 
 
-class Columns(Printed, ABC):
-    """What goes to a dictionary, and to a file."""
+class TableText(str):
+    """Text of a table, which an interactive session shows line by line."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class TextResult:
+    """Base class of results whose string is a table."""
+
+    def table(self, file: TextIO | None = None) -> TableText:
+        """Return the result as a table.
+
+        Args:
+            file: A text file to which the table is also written, such as ``sys.stdout``.
+
+        Returns:
+            The text, without a line break at the end: ``print(found.table())`` prints it.
+        """
+        text = TableText(self)
+        if file is not None:
+            file.write(f"{text}\n")
+        return text
+
+
+class Tabular(TextResult, ABC):
+    """Base class of results that have columns."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, list[Any]]:
-        """A list for each column."""
+        """Return a list for each column."""
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the columns to a file."""
+        """Write the columns to a CSV file."""
         columns = self.to_dict()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -36,8 +55,68 @@ class Columns(Printed, ABC):
             writer.writerows(zip(*columns.values(), strict=True))
 
 
-def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table of cells as text, its columns aligned."""
+class Line(NamedTuple):
+    """Line of a table of settings.
+
+    Attributes:
+        name: The setting, without its temperature.
+        temperature: Divides the scores.
+        figures: Cells that decide whether two lines are equal.
+        time: Cell that equal lines may differ in, or None where the table has no such column.
+    """
+
+    name: str
+    temperature: float
+    figures: tuple[str, ...]
+    time: str | None = None
+
+
+def merge_equal_lines(lines: Iterable[Line]) -> list[list[str]]:
+    """Merge the lines whose figures are equal; return the cells of the table.
+
+    Settings of one temperature with equal figures become one line, named "exact = topk 64". The same settings with the
+    same figures at consecutive temperatures become one line, with the temperatures "8 to 0.25".
+
+    Args:
+        lines: The lines, grouped by temperature.
+
+    Returns:
+        Name, temperature, figures and, where the lines have one, time.
+    """
+    merged: list[tuple[str, list[float], tuple[str, ...], str | None]] = []
+    previous: list[int] = []  # places in `merged` of the lines of the previous temperature
+    for temperature, group in itertools.groupby(lines, key=lambda line: line.temperature):
+        equal: dict[tuple[str, ...], list[Line]] = {}
+        for line in group:
+            equal.setdefault(line.figures, []).append(line)
+        current = []
+        for figures, members in equal.items():
+            name = " = ".join(line.name for line in members)
+            times = dict.fromkeys(line.time for line in members if line.time is not None)
+            time = ", ".join(times) if times else None
+            for place in previous:
+                if (merged[place][0], *merged[place][2:]) == (name, figures, time):
+                    merged[place][1].append(temperature)
+                    break
+            else:
+                place = len(merged)
+                merged.append((name, [temperature], figures, time))
+            current.append(place)
+        previous = current
+    return [
+        [name, format_range(temperatures), *figures, *([] if time is None else [time])]
+        for name, temperatures, figures, time in merged
+    ]
+
+
+def format_range(temperatures: Sequence[float], digits: int = 4) -> str:
+    """Format consecutive temperatures as their first and last one."""
+    first, last = (f"{temperature:.{digits}g}" for temperature in (temperatures[0], temperatures[-1]))
+    return first if len(temperatures) == 1 else f"{first} to {last}"
+
+
+def format_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table as text, with the first column left-aligned."""
     lines = [headings, *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(
@@ -49,7 +128,7 @@ def aligned(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def shortened(text: str, width: int) -> str:
-    """``text`` in one line, and no longer than ``width``."""
+def shorten(text: str, width: int) -> str:
+    """Return a text as one line of at most ``width`` characters."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= width else text[: width - 1] + "…"

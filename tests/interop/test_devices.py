@@ -279,7 +279,7 @@ def test_lab_does_not_follow_the_default_device(elsewhere: Callable[[], None], t
     store, queries, labels = make(30, fields=()), normal(3, 8, seed=2), [f"row {number}" for number in range(30)]
     elsewhere()
     lab.compare(store, queries, modes=("exact", "topk", "hard"), temperatures=(1.0, 0.1), ks=(4,))
-    lab.anneal(store, queries, lambda values: values.square().mean(), temperatures=(1.0, 0.1), draws=3)
+    lab.compare_gradients(store, queries, lambda values: values.square().mean(), temperatures=(1.0, 0.1), draws=3)
     lab.explain(store, queries, labels).plot(tmp_path / "rows.png")
 
 

@@ -1,10 +1,11 @@
-"""The lab's figures against plain loops over queries, rows and settings."""
+"""Compare the figures of the lab with plain loops over queries, rows and settings."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch import Tensor
 import softdb
 from softdb import SoftKVStore, lab
 from softdb.cli.demo import load_senses
-from softdb.lab.comparison import BATCH
+from softdb.lab.comparison import QUERIES_PER_READ
+from softdb.lab.tables import Line, merge_equal_lines
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, is_random, is_sparse
 
@@ -40,9 +42,9 @@ def make(metric: str = "scaled_dot", **options: object) -> tuple[SoftKVStore, Te
 
 
 def weights_of(scores: Tensor, mode: str, k: int | None, normalizer: str, noise: Tensor) -> Tensor:
-    """One query's weights of all rows, by a plain rule."""
-    # A sparse normalizer's candidates are doubled until they hold all that it gives weight.
-    few = k if mode == "topk" and not is_sparse(normalizer) else 1 if mode == "hard" else None
+    """Compute the weights of all rows for one query, row by row."""
+    # With a sparse normalizer, k is doubled until the candidates contain all rows with weight.
+    few = k if mode == "topk" and normalizer not in SPARSE else 1 if mode == "hard" else None
     rows = scores.sort(descending=True, stable=True).indices[:few]
     seen = torch.full_like(scores, -math.inf)
     seen[rows] = scores[rows]
@@ -57,7 +59,7 @@ def weights_of(scores: Tensor, mode: str, k: int | None, normalizer: str, noise:
     return hard
 
 
-def test_every_figure_is_that_of_a_plain_loop(metric: str) -> None:
+def test_figures_equal_those_of_a_plain_loop(metric: str) -> None:
     store, queries = make(metric)
     targets = torch.randint(WIDTH, (QUERIES,))
     generator = torch.Generator().manual_seed(4)
@@ -104,7 +106,7 @@ def test_every_figure_is_that_of_a_plain_loop(metric: str) -> None:
         assert row.time > 0
 
 
-def test_float32_stores_give_the_same_figures() -> None:
+def test_float32_stores_have_the_same_figures() -> None:
     store, queries = make()
     narrow = SoftKVStore(DIM, WIDTH, temperature=0.4)
     narrow.add(store.keys[:ROWS], store.values[:ROWS], ids=store.ids)
@@ -115,7 +117,7 @@ def test_float32_stores_give_the_same_figures() -> None:
             assert getattr(row, field) == pytest.approx(getattr(wanted, field), abs=2e-6), (row, field)
 
 
-def test_hard_reads_are_there_once_and_the_ends_meet() -> None:
+def test_hard_reads_are_listed_once_and_equal_the_limits_of_topk() -> None:
     store, queries = make()
     found = lab.compare(store, queries, ks=(1, ROWS), normalizers=("softmax", "sparsemax"), temperatures=(0.4,))
     names = [row.name for row in found.settings]
@@ -128,7 +130,7 @@ def test_hard_reads_are_there_once_and_the_ends_meet() -> None:
     assert rows["hard"].entropy == 0
 
 
-def test_rows_that_are_equal_are_no_disagreement() -> None:
+def test_equal_rows_count_as_agreement() -> None:
     keys = torch.randn(20, DIM)
     for metric in ("l2", "cosine", "scaled_dot"):
         store = SoftKVStore(DIM, WIDTH, metric=metric)
@@ -137,9 +139,9 @@ def test_rows_that_are_equal_are_no_disagreement() -> None:
         assert all(row.agreement == 1 for row in found.settings), metric
 
 
-def test_many_queries_are_read_in_parts() -> None:
+def test_many_queries_are_read_in_batches() -> None:
     store, _ = make()
-    queries, sizes = torch.randn(BATCH + 200, DIM, dtype=torch.float64), set[int]()
+    queries, sizes = torch.randn(QUERIES_PER_READ + 200, DIM, dtype=torch.float64), set[int]()
 
     class Counted:
         temperature = store.temperature
@@ -150,9 +152,9 @@ def test_many_queries_are_read_in_parts() -> None:
 
     options = {"ks": (3,), "normalizers": ("softmax", "entmax15")}
     found = lab.compare(Counted(), queries, **options).settings
-    assert {BATCH, 200} <= sizes
-    assert max(sizes) == BATCH
-    parts = [lab.compare(store, part, **options).settings for part in queries.split([BATCH, 200])]
+    assert {QUERIES_PER_READ, 200} <= sizes
+    assert max(sizes) == QUERIES_PER_READ
+    parts = [lab.compare(store, part, **options).settings for part in queries.split([QUERIES_PER_READ, 200])]
     for row, first, second in zip(found, *parts, strict=True):
         way = {"mode": row.mode, "k": row.k, "temperature": row.temperature}
         if row.mode != "hard":
@@ -161,11 +163,11 @@ def test_many_queries_are_read_in_parts() -> None:
         distance = (store.read(queries, **way).values - blend).norm() / blend.norm()
         assert row.distance == pytest.approx(float(distance))
         for figure in ("agreement", "mass", "entropy"):
-            mean = (BATCH * getattr(first, figure) + 200 * getattr(second, figure)) / len(queries)
+            mean = (QUERIES_PER_READ * getattr(first, figure) + 200 * getattr(second, figure)) / len(queries)
             assert getattr(row, figure) == pytest.approx(mean)
 
 
-def test_targets() -> None:
+def test_targets_are_classes_or_values_or_for_a_metric() -> None:
     store, queries = make()
     wanted = torch.randn(QUERIES, WIDTH, dtype=torch.float64)
     found = lab.compare(store, queries, modes=("hard",), temperatures=(1.0,), targets=wanted)
@@ -190,7 +192,7 @@ def test_targets() -> None:
     assert found.to_dict()["furthest"] == [pytest.approx(float(furthest(answer, wanted)))]
 
 
-def test_an_empty_store_is_refused() -> None:
+def test_an_empty_store_raises() -> None:
     store = SoftKVStore(DIM, WIDTH)
     with pytest.raises(softdb.ArgumentError, match="store: expected at least one row, got none"):
         lab.compare(store, torch.randn(3, DIM), ks=(2,), normalizers=NORMALIZERS)
@@ -199,7 +201,7 @@ def test_an_empty_store_is_refused() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-8, 1e-4, 1e4, 1e30])
-def test_extreme_temperatures(temperature: float) -> None:
+def test_figures_at_extreme_temperatures(temperature: float) -> None:
     store = SoftKVStore(DIM, WIDTH)
     store.add(torch.randn(300, DIM), torch.randn(300, WIDTH))
     found = lab.compare(store, torch.randn(50, DIM), ks=(4,), temperatures=(temperature,), normalizers=NORMALIZERS)
@@ -210,18 +212,18 @@ def test_extreme_temperatures(temperature: float) -> None:
             assert (row.mass, row.effective_rows) == (pytest.approx(1), pytest.approx(1)), row
 
 
-def test_reads_in_inference_mode_are_compared_too() -> None:
+def test_comparisons_work_in_inference_mode() -> None:
     store, queries = make()
     wanted = lab.compare(store, queries, ks=(3,))
     with torch.inference_mode():
         found = lab.compare(store, queries + 0.0, ks=(3,))
         assert lab.explain(store, queries + 0.0, k=2).ids.shape == (QUERIES, 2)
-        lab.anneal(store, queries + 0.0, lambda values: values.sum(), draws=2)
+        lab.compare_gradients(store, queries + 0.0, lambda values: values.sum(), draws=2)
     for row, other in zip(found.settings, wanted.settings, strict=True):
         assert (row.distance, row.mass, row.entropy) == (other.distance, other.mass, other.entropy)
 
 
-def test_anything_that_reads_alike_will_do() -> None:
+def test_any_object_with_read_is_compared() -> None:
     store, queries = make()
 
     class Other:
@@ -234,7 +236,7 @@ def test_anything_that_reads_alike_will_do() -> None:
     assert lab.compare(Other(), queries, modes=("hard",)).settings[0].temperature == 8.0
 
 
-def test_an_approximate_index_that_misses_rows_is_told() -> None:
+def test_agreement_reports_rows_that_an_approximate_index_misses() -> None:
     store = SoftKVStore(DIM, WIDTH, index=softdb.IndexConfig("IVF64,Flat", recall=0.5))
     store.add(torch.randn(20_000, DIM), torch.randn(20_000, WIDTH))
     store.build_index()
@@ -269,27 +271,32 @@ BAD = [
         softdb.DtypeError,
         r"metric\(values, targets\): expected a number, got str 'good'",
     ),
-    (dict(metric=lambda values, targets: 0.0), softdb.ArgumentError, "targets: expected what metric compares"),
+    (
+        dict(metric=lambda values, targets: 0.0),
+        softdb.ArgumentError,
+        "targets: expected the targets that metric compares",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
+def test_bad_arguments_raise(change: dict[str, object], error: type[Exception], message: str) -> None:
     store, queries = make()
     with pytest.raises(error, match=message):
         lab.compare(store, **({"queries": queries} | change))
 
 
-def test_tables_dictionaries_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_convert_to_tables_dictionaries_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, queries = make()
     found = lab.compare(store, queries, ks=(2,), targets=torch.randint(WIDTH, (QUERIES,)))
-    found.table()
     out = io.StringIO()
-    found.table(out)
+    print(found.table(out))
     assert capsys.readouterr().out == out.getvalue() == str(found) + "\n"
+    assert "None" not in str(found)
+    assert repr(found.table()) == str(found)
     lines = str(found).splitlines()
     headings = ["read", "temperature", "accuracy", "distance", "agreement", "mass", "effective rows", "time"]
-    assert [heading for heading in lines[0].split("  ") if heading] == headings
+    assert re.split(r" {2,}", lines[0]) == headings
     assert len(lines) == 1 + 18
     columns = found.to_dict()
     assert list(columns) == [
@@ -304,10 +311,10 @@ def test_tables_dictionaries_and_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows[0]["k"] == ""
 
 
-# -- anneal ----------------------------------------------------------------------------------------------
+# -- gradients ----------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_those_of_plain_reads() -> None:
+def test_gradient_figures_equal_those_of_plain_reads() -> None:
     store, queries = make()
     direction = torch.randn(QUERIES, WIDTH, dtype=torch.float64)
 
@@ -316,7 +323,9 @@ def test_gradients_are_those_of_plain_reads() -> None:
 
     names = ("straight_through", "gumbel", "entmax15")
     generator = torch.Generator().manual_seed(3)
-    found = lab.anneal(store, queries, loss, temperatures=(0.2, 1.0), normalizers=names, draws=7, generator=generator)
+    found = lab.compare_gradients(
+        store, queries, loss, temperatures=(0.2, 1.0), normalizers=names, draws=7, generator=generator
+    )
     assert found.draws == 7
     assert [(row.temperature, row.normalizer) for row in found.gradients] == [
         (temperature, name) for temperature in (1.0, 0.2) for name in ("softmax", *names)
@@ -356,59 +365,61 @@ def test_gradients_are_those_of_plain_reads() -> None:
     assert found.to_dict()["bias"][0] == 0
 
 
-def test_the_straight_through_gradient_is_soft_where_the_loss_is_linear_and_biased_where_it_is_not() -> None:
+def test_straight_through_is_unbiased_for_a_linear_loss_only() -> None:
     store, queries = make()
-    linear = lab.anneal(store, queries, lambda values: values.sum(), normalizers=("straight_through",))
+    linear = lab.compare_gradients(store, queries, lambda values: values.sum(), normalizers=("straight_through",))
     assert all(row.bias < 1e-9 for row in linear.gradients)
-    bent = lab.anneal(store, queries, lambda values: values.square().sum(), normalizers=("straight_through",))
+    bent = lab.compare_gradients(
+        store, queries, lambda values: values.square().sum(), normalizers=("straight_through",)
+    )
     assert bent.gradients[1].bias > 0.1
 
 
-def test_a_loss_that_is_none_is_refused() -> None:
+def test_a_loss_that_is_not_a_scalar_of_the_values_raises() -> None:
     store, queries = make()
     with pytest.raises(softdb.DtypeError, match="loss: expected a scalar tensor"):
-        lab.anneal(store, queries, lambda values: values)
+        lab.compare_gradients(store, queries, lambda values: values)
     with pytest.raises(softdb.DtypeError, match="loss: expected a scalar tensor"):
-        lab.anneal(store, queries, lambda values: 3.0)
+        lab.compare_gradients(store, queries, lambda values: 3.0)
     with pytest.raises(softdb.ArgumentError, match="draws: expected an integer of at least 1"):
-        lab.anneal(store, queries, lambda values: values.sum(), draws=0)
+        lab.compare_gradients(store, queries, lambda values: values.sum(), draws=0)
 
 
 # -- explain ---------------------------------------------------------------------------------------------
 
 
-def test_an_explanation_adds_up(metric: str) -> None:
+def test_contributions_sum_to_the_answer(metric: str) -> None:
     store, queries = make(metric)
     store.delete(store.ids[[3, 10]])
-    told = lab.explain(store, queries, k=ROWS - 2, temperatures=(0.1, 0.4))
+    found = lab.explain(store, queries, k=ROWS - 2, temperatures=(0.1, 0.4))
     read = store.read(queries)
-    assert torch.allclose(told.contributions.sum(1), read.values)
-    assert torch.allclose(told.values, read.values)
-    assert torch.allclose(told.rest, torch.zeros(QUERIES, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(told.cooling[:, 0], told.weights)
-    assert told.temperatures == (0.4, 0.1)
+    assert torch.allclose(found.contributions.sum(1), read.values)
+    assert torch.allclose(found.values, read.values)
+    assert torch.allclose(found.rest, torch.zeros(QUERIES, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(found.cooling[:, 0], found.weights)
+    assert found.temperatures == (0.4, 0.1)
     some = lab.explain(store, queries[0], k=5)
     assert some.ids.shape == (1, 5)
-    assert torch.equal(some.ids[0], told.ids[0, :5])
-    assert float(some.rest) == pytest.approx(1 - float(told.weights[0, :5].sum()))
-    held = told.weights[0]
+    assert torch.equal(some.ids[0], found.ids[0, :5])
+    assert float(some.rest) == pytest.approx(1 - float(found.weights[0, :5].sum()))
+    held = found.weights[0]
     assert float(some.effective_rows) == pytest.approx(math.exp(float(torch.special.entr(held).sum())))
 
 
-def test_rows_are_called_by_their_labels() -> None:
+def test_rows_and_queries_have_their_labels() -> None:
     store, queries = make()
     names = [f"<{id}>" for id in store.ids.tolist()]
-    told = lab.explain(store, queries[:2], names, k=3, query_labels=["first", "second"])
-    for id, name in told.labels.items():
+    found = lab.explain(store, queries[:2], names, k=3, query_labels=["first", "second"])
+    for id, name in found.labels.items():
         assert name == f"<{id}>"
-    assert set(told.labels) == set(told.ids.flatten().tolist())
-    assert str(told).startswith("first  (temperature 0.4)\n")
-    assert "\n\nsecond  (temperature 0.4)\n" in str(told)
-    assert all(len(line) <= 79 for line in str(told).splitlines())
+    assert set(found.labels) == set(found.ids.flatten().tolist())
+    assert str(found).startswith("first  (temperature 0.4)\n")
+    assert "\n\nsecond  (temperature 0.4)\n" in str(found)
+    assert all(len(line) <= 79 for line in str(found).splitlines())
     assert torch.equal(
         lab.explain(store, queries, temperature=1.0).weights, store.read(queries, k=10, temperature=1.0).weights
     )
-    best = int(told.ids[0, 0])
+    best = int(found.ids[0, 0])
     assert lab.explain(store, queries[0], {best: "the best"}, k=2).labels[best] == "the best"
     assert lab.explain(store, queries[0], k=2).labels[best] == f"row {best}"
     with pytest.raises(softdb.ShapeError, match="labels: expected one for each of 60 rows"):
@@ -417,7 +428,7 @@ def test_rows_are_called_by_their_labels() -> None:
         lab.explain(store, queries, query_labels=["a"])
 
 
-def test_what_is_taken_away_is_not_called_added() -> None:
+def test_negative_contributions_keep_their_sign() -> None:
     store = SoftKVStore(2, 1)
     store.add(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([[-1.0], [-2.0]]))
     assert "adds    -0.944" in str(lab.explain(store, torch.tensor([1.0, 0.0])))
@@ -425,14 +436,14 @@ def test_what_is_taken_away_is_not_called_added() -> None:
     assert "adds a vector of norm" in str(lab.explain(wide, queries[0]))
 
 
-def test_labels_are_drawn_as_they_are(tmp_path: Path) -> None:
+def test_labels_are_plotted_literally(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     store = SoftKVStore(2, 1)
     store.add(torch.eye(2), torch.eye(2)[:, :1])
     names = ["a $\\frac$ b\n\x1b[31m", "_x_ $5"]
-    told = lab.explain(store, torch.eye(2), names, query_labels=["$", "_\\sum_"])
-    told.plot(tmp_path / "labels.svg")
-    assert "\x1b" not in str(told)
+    found = lab.explain(store, torch.eye(2), names, query_labels=["$", "_\\sum_"])
+    found.plot(tmp_path / "labels.svg")
+    assert "\x1b" not in str(found)
     with pytest.raises(softdb.DtypeError, match="labels: expected a sequence of strings"):
         lab.explain(store, torch.eye(2), "ab")
     with pytest.raises(softdb.ShapeError, match="query_labels"):
@@ -441,31 +452,31 @@ def test_labels_are_drawn_as_they_are(tmp_path: Path) -> None:
         lab.explain(store, torch.zeros(0, 2))
 
 
-def test_the_bank_of_a_river_is_not_that_of_an_account() -> None:
+def test_the_context_decides_which_bank_is_found() -> None:
     senses = load_senses()
     store = SoftKVStore(384, 3, metric="cosine", temperature=0.05)
     store.add(senses.keys, senses.parts_of_speech())
     sentences = ["the river bank was steep", "she checked her bank account"]
     queries = torch.stack([senses.query(sentence) for sentence in sentences])
-    told = lab.explain(store, queries, [str(row) for row in senses.rows], query_labels=sentences)
-    assert told.labels[int(told.ids[0, 0])].startswith("bank (noun): sloping land")
-    assert "bank account" in told.labels[int(told.ids[1, 0])]
-    assert float(told.weights[0, 0]) > 0.8
+    found = lab.explain(store, queries, [str(row) for row in senses.rows], query_labels=sentences)
+    assert found.labels[int(found.ids[0, 0])].startswith("bank (noun): sloping land")
+    assert "bank account" in found.labels[int(found.ids[1, 0])]
+    assert float(found.weights[0, 0]) > 0.8
 
 
-# -- pictures --------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_pictures(tmp_path: Path, ending: str) -> None:
+def test_results_plot_themselves(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     store, queries = make()
     targets = torch.randint(WIDTH, (QUERIES,))
-    path = tmp_path / f"picture.{ending}"
+    path = tmp_path / f"plot.{ending}"
     made = [
         lab.compare(store, queries, ks=(1, 4), normalizers=NORMALIZERS, targets=targets),
         lab.compare(store, queries, modes=("exact", "hard"), temperatures=(0.4,)),
-        lab.anneal(store, queries, lambda values: values.square().sum(), draws=2),
+        lab.compare_gradients(store, queries, lambda values: values.square().sum(), draws=2),
         lab.explain(store, queries[:3]),
         lab.explain(store, queries[0], k=3),
     ]
@@ -473,27 +484,27 @@ def test_pictures(tmp_path: Path, ending: str) -> None:
         found.plot(path)
         assert path.stat().st_size > 5_000
         path.unlink()
-    for name in ("picture.nothing", "picture"):
-        with pytest.raises(softdb.ArgumentError, match="path: expected the ending of a picture"):
+    for name in ("plot.nothing", "plot"):
+        with pytest.raises(softdb.ArgumentError, match="path: expected an image file"):
             made[1].plot(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_a_picture_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     store, queries = make()
     with pytest.raises(softdb.SoftDBError, match=r"pip install 'softdb\[plot\]'"):
-        lab.explain(store, queries).plot(tmp_path / "picture.png")
+        lab.explain(store, queries).plot(tmp_path / "plot.png")
 
 
-def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparisons_work_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     store, queries = make()
     assert lab.compare(store, queries, modes=("hard",)).settings
 
 
-def test_draws_are_those_of_a_store_in_training_mode() -> None:
+def test_gumbel_requires_training_mode() -> None:
     store = SoftKVStore(8, 2)
     store.add(torch.randn(20, 8), torch.randn(20, 2))
     store.eval()
@@ -501,5 +512,118 @@ def test_draws_are_those_of_a_store_in_training_mode() -> None:
     with pytest.raises(softdb.ArgumentError, match=r"store: expected one in training mode.*; call store\.train\(\)"):
         lab.compare(store, queries, normalizers=("softmax", "gumbel"))
     with pytest.raises(softdb.ArgumentError, match="store: expected one in training mode"):
-        lab.anneal(store, queries, lambda values: values.square().mean())
-    lab.anneal(store, queries, lambda values: values.square().mean(), normalizers=("straight_through",))
+        lab.compare_gradients(store, queries, lambda values: values.square().mean())
+    lab.compare_gradients(store, queries, lambda values: values.square().mean(), normalizers=("straight_through",))
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def test_equal_settings_of_one_temperature_share_a_line() -> None:
+    store, queries = make()
+    found = lab.compare(store, queries, ks=(1, 60, 100), temperatures=(0.4,))
+    names = [line.split("  ")[0] for line in str(found).splitlines()[1:]]
+    assert names == ["exact = topk 60 = topk 100", "topk 1 = hard"]
+    assert len(found.settings) == len(found.to_dict()["mode"]) == 5
+
+
+def test_equal_settings_of_consecutive_temperatures_share_a_line() -> None:
+    lines = [
+        Line(name, temperature, (figure,))
+        for temperature, figures in ((4.0, "aa"), (2.0, "ab"), (1.0, "ab"), (0.5, "aa"))
+        for name, figure in zip(("exact", "hard"), figures, strict=True)
+    ]
+    assert merge_equal_lines(lines) == [
+        ["exact = hard", "4", "a"],
+        ["exact", "2 to 1", "a"],
+        ["hard", "2 to 1", "b"],
+        ["exact = hard", "0.5", "a"],
+    ]
+
+
+def test_merged_lines_list_their_times() -> None:
+    lines = [Line("exact", 1.0, ("a",), "1.00"), Line("topk 4", 1.0, ("a",), "2.00"), Line("hard", 1.0, ("a",), "1.00")]
+    assert merge_equal_lines(lines) == [["exact = topk 4 = hard", "1", "a", "1.00, 2.00"]]
+
+
+def test_equal_rows_of_an_explanation_share_a_line() -> None:
+    store = SoftKVStore(2, 1)
+    store.add(torch.tensor([[4.0, 0.0]] * 3 + [[0.0, 4.0]]), torch.ones(4, 1))
+    found = lab.explain(store, torch.tensor([1.0, 0.0]), ["east"] * 3 + ["north"])
+    lines = found.table().splitlines()
+    assert lines[1].endswith("east  (3 equal rows)")
+    assert lines[2].endswith("north")
+    assert len(lines) == 5
+
+
+# -- explanations by other normalizers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_explain_reads_by_a_normalizer(normalizer: str) -> None:
+    store, queries = make()
+
+    def seeded() -> dict[str, torch.Generator]:
+        return {"generator": torch.Generator().manual_seed(5)} if normalizer == "gumbel" else {}
+
+    found = lab.explain(store, queries, k=ROWS, temperatures=(0.4,), normalizer=normalizer, **seeded())
+    read = store.read(queries, k=ROWS, normalizer=normalizer, **seeded())
+    assert torch.equal(found.ids, read.ids)
+    assert torch.allclose(found.weights, read.weights)
+    assert torch.allclose(found.values, read.values)
+    assert torch.allclose(found.contributions.sum(1), read.values)
+    assert torch.allclose(found.effective_rows, torch.special.entr(read.weights).sum(-1).exp())
+    assert found.normalizer == normalizer
+    assert (f", {normalizer})" in str(found)) is (normalizer != "softmax")
+    if normalizer != "gumbel":
+        assert torch.allclose(found.cooling[:, 0], found.weights)
+    few = lab.explain(store, queries, k=2, normalizer=normalizer, **seeded())
+    assert torch.allclose(few.effective_rows, found.effective_rows)
+    assert torch.allclose(few.rest, 1 - few.weights.sum(-1), atol=1e-9)
+
+
+def test_explain_by_gumbel_reports_the_normalizer_of_eval_mode() -> None:
+    store, queries = make()
+    assert lab.explain(store.eval(), queries, normalizer="gumbel").normalizer == "straight_through"
+
+
+def test_explain_checks_the_normalizer() -> None:
+    store, queries = make()
+    with pytest.raises(softdb.ArgumentError, match="normalizer: expected one of 'softmax'"):
+        lab.explain(store, queries, normalizer="relu")
+    with pytest.raises(softdb.ArgumentError, match="generator: "):
+        lab.explain(store, queries, generator=torch.Generator())
+
+
+def test_a_row_labelled_none_has_the_default_label() -> None:
+    store, queries = make()
+    found = lab.explain(store, queries[0], [None] * ROWS)
+    assert "None" not in str(found)
+
+
+# -- axes ------------------------------------------------------------------------------------------------
+
+
+def test_axes_of_fractions_end_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from softdb.lab import comparison
+
+    figures = []
+
+    def create(*arguments: object) -> object:
+        figures.append(create_figure(*arguments))
+        return figures[-1]
+
+    create_figure = comparison.create_figure
+    monkeypatch.setattr(comparison, "create_figure", create)
+    store, queries = make()
+
+    def accuracy(values: Tensor, targets: Tensor) -> float:
+        return 70.0
+
+    targets = torch.randint(WIDTH, (QUERIES,))
+    for options in ({}, {"targets": targets}, {"targets": targets, "metric": accuracy}):
+        lab.compare(store, queries, ks=(2,), **options).plot(tmp_path / "plot.png")
+    limits = [[axes.get_ylim() for axes in figure.axes[2:4]] for figure in figures]
+    assert limits[0] == limits[1] == [(0, 1), (0, 1)]  # mass, accuracy
+    assert limits[2][0][1] > 70  # in percent

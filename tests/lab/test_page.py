@@ -1,4 +1,4 @@
-"""`softdb.page`: the file that is written, and the page as a browser shows it."""
+"""Test the file that `write_page` writes, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from softdb import MissingPackageError, SoftKVStore
+from softdb import MissingPackageError, SoftKVStore, lab
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.lab import page, page_explorer
 from softdb.lab.page import write_page
@@ -60,7 +60,7 @@ def measurements() -> dict[str, list[Any]]:
 
 
 class _Parts(html.parser.HTMLParser):
-    """A page's tags with their attributes, and the text within each script."""
+    """Tags of a page with their attributes, and the text of each script."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ def embedded(path: Path) -> Any:
     return json.loads(_Parts(path.read_text(encoding="utf-8")).scripts[0])
 
 
-def as_the_page_weighs(query: Any, temperature: float, k: int | None) -> tuple[list[float], float]:
-    """The weights of the stored rows, and the effective number of rows, by the formula of the page's script."""
+def weigh_as_page(query: Any, temperature: float, k: int | None) -> tuple[list[float], float]:
+    """Compute weights and effective rows by the formula of the page's script."""
     rows = [math.exp(-gap / temperature) for gap in query["gaps"][:k]]
     rows += [0.0] * (len(query["gaps"]) - len(rows))
     tail = zip(query["tail"]["counts"], query["tail"]["gaps"], strict=True)
@@ -102,7 +102,7 @@ def as_the_page_weighs(query: Any, temperature: float, k: int | None) -> tuple[l
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_loads_nothing(tmp_path: Path) -> None:
+def test_the_file_needs_no_network(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", make_store(), make_queries(), columns=measurements(), metric="accuracy")
     parts = _Parts((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert not {tag for tag, _ in parts.tags} & {"link", "img", "iframe", "a", "base", "object", "embed"}
@@ -115,7 +115,7 @@ def test_the_file_loads_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["dot", "l2"])
-def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
+def test_the_numbers_equal_those_of_the_store(tmp_path: Path, metric: str) -> None:
     store, queries = make_store(metric=metric), make_queries()
     write_page(tmp_path / "page.html", store, queries)
     data = embedded(tmp_path / "page.html")
@@ -128,10 +128,10 @@ def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
         scores = read.scores[place].double() * 0.7
         torch.testing.assert_close(gaps, scores[0] - scores, rtol=6e-5, atol=1e-5)
         assert query["best"] == pytest.approx(float(scores[0]), rel=1e-6)
-        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page_explorer.SHOWN].tolist()]
+        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page_explorer.ROWS_WITH_BARS].tolist()]
         values = torch.tensor([data["values"][row] for row in query["rows"]])
         torch.testing.assert_close(values, store.get(read.ids[place]).values, rtol=1e-4, atol=1e-5)
-        weights, _ = as_the_page_weighs(query, 0.7, None)
+        weights, _ = weigh_as_page(query, 0.7, None)
         torch.testing.assert_close(torch.tensor(weights), read.weights[place], rtol=1e-3, atol=1e-6)
     assert data["rows"] == ROWS
     assert data["temperature"] in data["temperatures"]
@@ -142,16 +142,16 @@ def test_the_numbers_are_the_stores(tmp_path: Path, metric: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_rows_that_are_summed_up_weigh_what_they_should(
+def test_the_histogram_has_the_weight_of_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float
 ) -> None:
     monkeypatch.setattr(PageSizes, "usual", lambda: PageSizes(numbers=1000))
     store, queries = make_store(20_000), make_queries(2)
-    if offset:  # one row far ahead, and one far behind
+    if offset:  # one score far above the others, and one far below
         store.update(store.ids[:2], keys=torch.stack([queries[0] * 10, queries[0] * -1000]))
     write_page(tmp_path / "page.html", store, queries)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "The 256 best rows are on this page one by one" in text
+    assert "The page has the scores of the 256 best rows" in text
     data = embedded(tmp_path / "page.html")
     for place, query in enumerate(data["queries"]):
         assert len(query["gaps"]) == PageSizes().fewest_rows
@@ -161,20 +161,20 @@ def test_rows_that_are_summed_up_weigh_what_they_should(
         scores = (store.get(store.ids).keys.double() @ queries[place].double()).sort(descending=True).values
         for temperature in data["temperatures"][:-1]:
             exact = (scores / temperature).softmax(0)
-            weights, effective = as_the_page_weighs(query, temperature, None)
+            weights, effective = weigh_as_page(query, temperature, None)
             best = exact[: PageSizes().fewest_rows]
             torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), best, rtol=2e-3, atol=1e-6)
             assert effective == pytest.approx(float(torch.special.entr(exact).sum().exp()), rel=5e-3)
 
 
-def test_values_of_summed_up_rows_blend_as_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_histogram_has_the_values_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PageSizes, "usual", lambda: PageSizes(numbers=1000))
     store, query = make_store(5000), make_queries(1)
     write_page(tmp_path / "page.html", store, query)
     data = embedded(tmp_path / "page.html")
     (found,) = data["queries"]
     for temperature in (0.3, 1.0, 10.0):
-        weights, _ = as_the_page_weighs(found, temperature, None)
+        weights, _ = weigh_as_page(found, temperature, None)
         scale = weights[0]  # of the best row, whose gap is 0
         tail = zip(found["tail"]["counts"], found["tail"]["gaps"], found["tail"]["values"], strict=True)
         terms = [(scale * n * math.exp(-gap / temperature), value) for n, gap, value in tail]
@@ -183,7 +183,7 @@ def test_values_of_summed_up_rows_blend_as_they_should(tmp_path: Path, monkeypat
         torch.testing.assert_close(blend, store.read(query, temperature=temperature).values[0], rtol=0, atol=5e-3)
 
 
-def test_labels_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_labels_are_escaped(tmp_path: Path) -> None:
     store = make_store(4)
     names, entries = dict.fromkeys(store.ids.tolist(), NASTY), ["{{data}}", NASTY, "c"]
     write_page(
@@ -204,7 +204,7 @@ def test_labels_are_shown_as_they_are(tmp_path: Path) -> None:
     assert data["value_labels"] == entries
 
 
-def test_labels_go_by_id(tmp_path: Path) -> None:
+def test_labels_are_in_order_or_by_id(tmp_path: Path) -> None:
     store, query = make_store(3), make_queries(1)
     ids = store.read(query, "exact", k=3).ids
     assert ids is not None
@@ -218,7 +218,7 @@ def test_labels_go_by_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 13])
 @pytest.mark.parametrize("value_dim", [1, 12, 13])
-def test_small_stores_and_wide_values(tmp_path: Path, rows: int, value_dim: int) -> None:
+def test_small_stores_and_wide_values_have_pages(tmp_path: Path, rows: int, value_dim: int) -> None:
     write_page(tmp_path / "page.html", make_store(rows, value_dim), make_queries(1)[0])
     data = embedded(tmp_path / "page.html")
     assert len(data["value_labels"]) == (value_dim if value_dim <= 12 else 0)
@@ -227,7 +227,7 @@ def test_small_stores_and_wide_values(tmp_path: Path, rows: int, value_dim: int)
     assert all(math.isfinite(number) for number in data["temperatures"])
 
 
-def test_equal_rows_leave_the_slider_somewhere_to_go(tmp_path: Path) -> None:
+def test_the_slider_has_a_range_if_all_rows_are_equal(tmp_path: Path) -> None:
     store = SoftKVStore(WIDTH, 1, temperature=0.5)
     store.add(torch.ones(5, WIDTH), torch.ones(5, 1))
     write_page(tmp_path / "page.html", store, make_queries(2))
@@ -236,7 +236,7 @@ def test_equal_rows_leave_the_slider_somewhere_to_go(tmp_path: Path) -> None:
     assert data["temperatures"][0] > 0.5 > data["temperatures"][-2] > 0
 
 
-def test_measurements_become_lines(tmp_path: Path) -> None:
+def test_measurements_are_plotted_as_lines(tmp_path: Path) -> None:
     from plotly import graph_objects
 
     columns = measurements()
@@ -244,21 +244,43 @@ def test_measurements_become_lines(tmp_path: Path) -> None:
     figures = embedded(tmp_path / "page.html")["figures"]
     assert set(figures) == {"by-temperature", "by-k"}
     for figure in figures.values():
-        graph_objects.Figure(figure)  # plotly's own check of every property
+        graph_objects.Figure(figure)  # plotly checks every property
         assert {trace["line"]["dash"] for trace in figure["data"]} == {"solid", "longdash"}
     lines = {(trace["name"], trace["yaxis"]): trace for trace in figures["by-temperature"]["data"]}
     assert {name.split(",")[0] for name, _ in lines} == {"hard", "k = 4", "k = 16", "exact"}
     assert lines["k = 4, softmax", "y"]["x"] == [0.1, 1.0]
     assert lines["k = 4, softmax", "y"]["y"] == [0.025, 0.25]
     assert lines["k = 4, entmax15", "y2"]["y"] == [1 - 0.0125, 1 - 0.125]
-    assert 0 < max(lines["exact, softmax", "y"]["y"]) < 0.1 / 16  # its 0, where a logarithm can be taken
+    assert 0 < max(lines["exact, softmax", "y"]["y"]) < 0.1 / 16  # stands for 0 on the logarithmic axis
     along = {(trace["name"], trace["yaxis"]): trace for trace in figures["by-k"]["data"]}
     assert along["temperature 0.1, softmax", "y"]["x"] == [1, 4, 16, ROWS]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("<td") == len(columns) * len(columns["mode"])
 
 
-def test_measurements_with_gaps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [None, torch.arange(3)])
+def test_a_comparison_is_plotted_with_its_metric(tmp_path: Path, targets: torch.Tensor | None) -> None:
+    store, queries = make_store(), make_queries()
+    found = lab.compare(store, queries, ks=(4,), targets=targets)
+    write_page(tmp_path / "page.html", store, queries, columns=found)
+    metric = found.metric or "mass"
+    write_page(tmp_path / "columns.html", store, queries, columns=found.to_dict(), metric=metric)
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "columns.html").read_text()
+    write_page(tmp_path / "page.html", store, queries, columns=found, metric="agreement")
+    figure = embedded(tmp_path / "page.html")["figures"]["by-k"]
+    assert figure["layout"]["yaxis2"]["title"]["text"] == "agreement"
+
+
+@pytest.mark.parametrize(("scale", "limits"), [(1.0, [0, 1]), (100.0, None)])
+def test_the_axis_of_accuracy_ends_at_one(tmp_path: Path, scale: float, limits: list[int] | None) -> None:
+    columns = measurements()
+    columns["accuracy"] = [scale * accuracy for accuracy in columns["accuracy"]]
+    write_page(tmp_path / "page.html", make_store(), make_queries(), columns=columns, metric="accuracy")
+    for figure in embedded(tmp_path / "page.html")["figures"].values():
+        assert figure["layout"]["yaxis2"].get("range") == limits
+
+
+def test_missing_measurements_are_skipped(tmp_path: Path) -> None:
     columns = {
         "mode": ["hard", "topk", "exact"],
         "normalizer": ["softmax"] * 3,
@@ -276,7 +298,7 @@ def test_measurements_with_gaps(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", make_store(), make_queries(), columns=only_hard)
 
 
-def without(name: str) -> dict[str, list[Any]]:
+def measurements_without(name: str) -> dict[str, list[Any]]:
     return {key: column for key, column in measurements().items() if key != name}
 
 
@@ -297,9 +319,13 @@ def without(name: str) -> dict[str, list[Any]]:
         ({"value_labels": ["a"]}, ArgumentError, "value_labels: expected 3 strings, one for each value, got 1"),
         ({"title": 3}, DtypeError, "title: expected a string, got int 3"),
         ({"metric": "accuracy"}, ArgumentError, "metric: expected None without columns"),
-        ({"columns": [1]}, DtypeError, "columns: expected a mapping"),
-        ({"columns": without("distance")}, ArgumentError, "columns: expected .* got none named 'distance'"),
-        ({"columns": without("mass")}, ArgumentError, "columns: expected .* got none named 'mass'"),
+        ({"columns": [1]}, DtypeError, "columns: expected a Comparison or a mapping"),
+        (
+            {"columns": measurements_without("distance")},
+            ArgumentError,
+            "columns: expected .* got none named 'distance'",
+        ),
+        ({"columns": measurements_without("mass")}, ArgumentError, "columns: expected .* got none named 'mass'"),
         ({"columns": measurements(), "metric": "loss"}, ArgumentError, "columns: expected .* got none named 'loss'"),
         ({"columns": {**measurements(), "k": [1]}}, ArgumentError, "columns: expected lists of one length"),
         ({"columns": {**measurements(), "k": 1}}, DtypeError, r"columns\['k'\]: expected a list, got int 1"),
@@ -322,7 +348,7 @@ def without(name: str) -> dict[str, list[Any]]:
         ),
     ],
 )
-def test_bad_arguments_leave_the_file_alone(
+def test_bad_arguments_do_not_change_the_file(
     tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     path = tmp_path / "page.html"
@@ -333,12 +359,12 @@ def test_bad_arguments_leave_the_file_alone(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_paths_and_an_empty_store(tmp_path: Path) -> None:
+def test_bad_paths_and_an_empty_store_raise(tmp_path: Path) -> None:
     with pytest.raises(
-        ArgumentError, match=r"path: expected a file in a folder that exists, .*; make the folder first"
+        ArgumentError, match=r"path: expected a file in a directory that exists, .*; create the directory first"
     ):
         write_page(tmp_path / "none" / "page.html", make_store(), make_queries())
-    with pytest.raises(ArgumentError, match="path: expected the name of a file, got the folder"):
+    with pytest.raises(ArgumentError, match="path: expected the name of a file, got the directory"):
         write_page(tmp_path, make_store(), make_queries())
     with pytest.raises(DtypeError, match="path: expected the name of a file, got int 3"):
         write_page(3, make_store(), make_queries())  # type: ignore[arg-type]
@@ -347,7 +373,7 @@ def test_bad_paths_and_an_empty_store(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_removes_the_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no space left")
 
@@ -357,7 +383,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_without_plotly_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_without_plotly_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(MissingPackageError, match=re.escape("pip install 'softdb[page]'")):
         write_page(tmp_path / "page.html", make_store(), make_queries())
@@ -415,13 +441,16 @@ def console(browser: webdriver.Chrome) -> list[Any]:
 
 
 def requested(browser: webdriver.Chrome) -> list[str]:
-    """What pages from files have asked for; the browser's own start page asks, too."""
+    """Return the URLs that pages from files requested.
+
+    The start page of the browser requests some too.
+    """
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     return [parameters["request"]["url"] for parameters in sent if parameters["documentURL"].startswith("file:")]
 
 
-def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_the_sliders_change_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> None:
     store, queries = make_store(), make_queries()
     path = tmp_path / "page.html"
     write_page(path, store, queries, columns=measurements(), metric="accuracy")
@@ -436,9 +465,9 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
         assert read.weights is not None
         weights = read.weights
         shown: list[float] = bars(browser)["x"]
-        expected = torch.zeros(page_explorer.SHOWN + 1)
-        expected[: min(page_explorer.SHOWN, len(weights))] = weights[: page_explorer.SHOWN]
-        expected[-1] = weights[page_explorer.SHOWN :].sum()
+        expected = torch.zeros(page_explorer.ROWS_WITH_BARS + 1)
+        expected[: min(page_explorer.ROWS_WITH_BARS, len(weights))] = weights[: page_explorer.ROWS_WITH_BARS]
+        expected[-1] = weights[page_explorer.ROWS_WITH_BARS :].sum()
         torch.testing.assert_close(torch.tensor(shown, dtype=torch.float32), expected, rtol=0, atol=1e-3)
         effective = float(torch.special.entr(weights).sum().exp())
         said = browser.find_element(By.ID, "effective").text.split(" of ")
@@ -466,8 +495,8 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
         press(browser, "k", *keys)
         k = data["ks"][chosen(browser, "k")]
         shown = agrees(0, temperature, k)
-        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page_explorer.SHOWN)]
-    assert k > page_explorer.SHOWN
+        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page_explorer.ROWS_WITH_BARS)]
+    assert k > page_explorer.ROWS_WITH_BARS
 
     before = bars(browser)
     Select(browser.find_element(By.ID, "query")).select_by_index(2)
@@ -489,7 +518,7 @@ def test_sliders_move_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> Non
     assert all(url == path.as_uri() or url.startswith("data:") for url in urls), urls
 
 
-def test_labels_are_text_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_a_browser_shows_labels_as_text(browser: webdriver.Chrome, tmp_path: Path) -> None:
     store = make_store(4)
     options = {"labels": [NASTY] * 4, "query_labels": [NASTY], "value_labels": [NASTY, "b", "c"], "title": NASTY}
     write_page(tmp_path / "page.html", store, make_queries(1), **options)  # type: ignore[arg-type]
@@ -503,7 +532,7 @@ def test_labels_are_text_in_a_browser(browser: webdriver.Chrome, tmp_path: Path)
     for tick in ticks:
         assert tick.text.startswith("</script><script>")
         assert tick.text.endswith("…")
-    # The whole label shows where one points at a bar's line, however short the bar is.
+    # The line of a bar shows the whole label on hover, also where the bar is short.
     press(browser, "k", Keys.HOME)
     ticks = browser.find_elements(By.CSS_SELECTOR, "#weights .ytick text")
     ActionChains(browser).move_to_element(ticks[2]).move_by_offset(400, 0).perform()
@@ -515,7 +544,7 @@ def test_labels_are_text_in_a_browser(browser: webdriver.Chrome, tmp_path: Path)
 
 
 @pytest.mark.parametrize("width", [1200, 400])
-def test_nothing_is_wider_than_the_window(browser: webdriver.Chrome, tmp_path: Path, width: int) -> None:
+def test_the_page_fits_the_window(browser: webdriver.Chrome, tmp_path: Path, width: int) -> None:
     path = tmp_path / "page.html"
     options: dict[str, Any] = {"labels": ["a label that is as long as labels are"] * ROWS}
     write_page(path, make_store(), make_queries(), columns=measurements(), **options)

@@ -83,10 +83,10 @@ def compared(**options: Any) -> object:
     return [(row.name, row.temperature, type(row.temperature), row.metric) for row in found.settings]
 
 
-def annealed(**options: Any) -> object:
+def gradients_compared(**options: Any) -> object:
     generator = torch.Generator().manual_seed(0)
     options = {"temperatures": (1.0,), "draws": 2, "generator": generator, **options}
-    return repr(lab.anneal(filled(), QUERY, lambda values: values.square().mean(), **options).gradients)
+    return repr(lab.compare_gradients(filled(), QUERY, lambda values: values.square().mean(), **options).gradients)
 
 
 def explained(**options: Any) -> object:
@@ -133,7 +133,7 @@ WHOLE = [
     Number("ProductKeyMemory(key_dim=)", lambda n: shapes(ProductKeyMemory(4, 64, key_dim=n)), 2),
     Number("ProductKeyMemory(value_dim=)", lambda n: shapes(ProductKeyMemory(4, 64, value_dim=n)), 2),
     Number("lab.compare(ks=)", lambda n: compared(ks=(n, 2, n)), 3),
-    Number("lab.anneal(draws=)", lambda n: annealed(draws=n), 3),
+    Number("lab.compare_gradients(draws=)", lambda n: gradients_compared(draws=n), 3),
     Number("lab.explain(k=)", lambda n: explained(k=n), 3),
     Number("write_page(columns['k'])", lambda n: paged(k=n), 3),
 ]
@@ -167,7 +167,7 @@ REAL = [
     Number("clip_row_grad_norm_(norm_type=)", lambda x: clipped(norm_type=x), 2),
     Number("lab.compare(temperatures=)", lambda x: compared(temperatures=(x, 1.0, x)), 2),
     Number("lab.compare(metric=)", lambda x: compared(targets=VALUES[:3], metric=lambda values, targets: x), 2, True),
-    Number("lab.anneal(temperatures=)", lambda x: annealed(temperatures=(x,)), 2),
+    Number("lab.compare_gradients(temperatures=)", lambda x: gradients_compared(temperatures=(x,)), 2),
     Number("lab.explain(temperature=)", lambda x: explained(temperature=x), 2),
     Number("lab.explain(temperatures=)", lambda x: explained(temperatures=(x, 1.0)), 2),
     Number("write_page(columns['temperature'])", lambda x: paged(temperature=x), 2),

@@ -21,7 +21,7 @@ from torch.linalg import vector_norm
 from tqdm import tqdm
 
 from softdb import SoftKVStore, lab
-from softdb.cli.demo import load_senses, store_of
+from softdb.cli.demo import build_store, load_senses
 
 KS = {4: "C3", 16: "C4", 64: "black", 256: "C9"}  # k, and its colour in the plot.
 TAIL_SAMPLES = {0: "black", 128: "C1", 512: "C2", 2048: "C0"}
@@ -97,12 +97,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # The reads are too small for several threads.
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
-    tables = {"senses": (store_of(load_senses()), 1.28), "digits": (make_store(pixels.float() / 16, labels), 32.0)}
-    results = []
-    for name, (store, highest) in tables.items():  # At the highest, 256 rows hold less than a fifth of the mass.
-        temperatures = [highest / 2**halved for halved in range(0, 8, 2 if arguments.small else 1)]
-        results.append(measure(name, store, temperatures, 32 if arguments.small else 297))
-        results[-1].print_tables()
+    tables = {"senses": (build_store(load_senses()), 1.28), "digits": (table_of(pixels.float() / 16, labels), 32.0)}
+    found = []
+    for name, (store, softest) in tables.items():  # where softest, 256 rows hold less than a fifth of the mass
+        temperatures = [softest / 2**halved for halved in range(0, 8, 2 if arguments.small else 1)]
+        found.append(measure(name, store, temperatures, 32 if arguments.small else 297))
+        found[-1].table()
     if arguments.plot:
         try:
             from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The command ``softdb``."""
+"""Command-line interface: the command ``softdb``."""
 
 from softdb.cli.main import main
 

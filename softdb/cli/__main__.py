@@ -1,4 +1,4 @@
-"""Run the command, as ``python -m softdb.cli``."""
+"""Entry point of ``python -m softdb.cli``."""
 
 import sys
 

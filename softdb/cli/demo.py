@@ -1,4 +1,4 @@
-"""The tour behind ``softdb demo``: hard and soft answers to everyday sentences, from a real table of word senses."""
+"""Tour of ``softdb demo``: hard and soft answers from a store of word senses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from softdb.errors import ArgumentError
 from softdb.reading.result import Read
 from softdb.store import SoftKVStore
 
-__all__ = ["Sense", "Senses", "choose", "explanation", "load_senses", "store_of", "tour"]
+__all__ = ["Sense", "Senses", "build_store", "choose_sentences", "explain_sentences", "load_senses", "run_tour"]
 
 
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective"}  # by the first letter of a synset
 
 
-FEATURED = (
+FEATURED_SENTENCES = (
     "the river bank was steep",
     "she checked her bank account",
     "a crane stood on one leg in the marsh",
@@ -35,10 +35,11 @@ FEATURED = (
 )
 
 
-BANKS = FEATURED[:2]  # the same word, of which each asks for another row
+BANK_SENTENCES = FEATURED_SENTENCES[:2]  # the same word with two meanings
 
 
-CORRECTED = FEATURED[1]  # the table answers with a verb, and the row that one would rather have comes second
+# The best row is a verb; the wanted row, a noun, is the second best.
+CORRECTED_SENTENCE = FEATURED_SENTENCES[1]
 
 
 TEMPERATURE = 0.05
@@ -50,23 +51,23 @@ TEMPERATURES = (1.0, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02)
 LEARNING_RATE = 0.01
 
 
-TOP = 5
+REPORTED_ROWS = 5
 
 
-WIDTH = 79  # some terminals wrap when the last of 80 columns is written
+LINE_CHARACTERS = 79  # some terminals wrap when the last of 80 columns is written
 
 
-BAR_WIDTH = 20
+BAR_CHARACTERS = 20
 
 
-EIGHTHS = " ▏▎▍▌▋▊▉"
+EIGHTH_BLOCKS = " ▏▎▍▌▋▊▉"
 
 
-FULL = "█"
+FULL_BLOCK = "█"
 
 
 class Sense(NamedTuple):
-    """One meaning of a word.
+    """Meaning of a word in WordNet.
 
     Attributes:
         word: The word.
@@ -80,12 +81,12 @@ class Sense(NamedTuple):
 
     @property
     def part_of_speech(self) -> str:
-        """Noun, verb or adjective."""
+        """Part of speech: "noun", "verb" or "adjective"."""
         return PARTS_OF_SPEECH[self.synset[0]]
 
     @property
     def definition(self) -> str:
-        """The gloss without its examples."""
+        """Gloss without its examples."""
         return self.gloss.split('; "')[0]
 
     def __str__(self) -> str:
@@ -94,13 +95,13 @@ class Sense(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Senses:
-    """The packaged word senses and sentences, embedded by one sentence encoder.
+    """Word senses and sentences of the package, embedded by one sentence encoder.
 
     Attributes:
-        keys: An embedding of "word: gloss" for each row, (4096, 384) float32, of length 1 each.
-        rows: The sense behind each key.
-        queries: An embedding of each sentence, (32, 384) float32, of length 1 each.
-        sentences: The sentence behind each query.
+        keys: Embeddings of "word: gloss", (4096, 384) float32, of norm 1.
+        rows: The sense of each key.
+        queries: Embeddings of the sentences, (32, 384) float32, of norm 1.
+        sentences: The sentence of each query.
     """
 
     keys: Tensor
@@ -109,11 +110,14 @@ class Senses:
     sentences: tuple[str, ...]
 
     def query(self, sentence: str) -> Tensor:
-        """The embedding of one of the sentences, (384,)."""
+        """Return the embedding of a sentence, (384,)."""
         return self.queries[self.sentences.index(sentence)]
 
     def parts_of_speech(self) -> Tensor:
-        """Each row's part of speech, one-hot in the order of `PARTS_OF_SPEECH`, (4096, 3) float32."""
+        """Return the parts of speech of the rows, one-hot, (4096, 3) float32.
+
+        The columns are in the order of `PARTS_OF_SPEECH`.
+        """
         letters = list(PARTS_OF_SPEECH)
         numbers = torch.tensor([letters.index(row.synset[0]) for row in self.rows], device="cpu")
         return torch.nn.functional.one_hot(numbers, len(letters)).float()
@@ -121,7 +125,10 @@ class Senses:
 
 @functools.cache
 def load_senses() -> Senses:
-    """The packaged senses, read once a process: callers share the tensors and must not write into them."""
+    """Load the word senses of the package, once per process.
+
+    Callers share the tensors and must not change them.
+    """
     folder = resources.files("softdb") / "data"
     tensors = safetensors.torch.load((folder / "senses.safetensors").read_bytes())
     texts = json.loads((folder / "senses.json").read_text(encoding="utf-8"))
@@ -133,33 +140,36 @@ def load_senses() -> Senses:
     )
 
 
-def store_of(senses: Senses, *, trainable: bool = False) -> SoftKVStore:
-    """A store of the senses, each with its part of speech; its ids, 0, 1, 2, ..., are positions in ``senses.rows``."""
+def build_store(senses: Senses, *, trainable: bool = False) -> SoftKVStore:
+    """Build a store with the senses as keys and their parts of speech as values.
+
+    The ids are positions in ``senses.rows``.
+    """
     widths = senses.keys.shape[1], len(PARTS_OF_SPEECH)
     store = SoftKVStore(*widths, metric="cosine", temperature=TEMPERATURE, trainable=trainable, device="cpu")
     store.add(senses.keys, senses.parts_of_speech())
     return store
 
 
-def explanation(sentences: Sequence[str]) -> lab.Explanation:
-    """Which senses answer some of the packaged sentences."""
+def explain_sentences(sentences: Sequence[str]) -> lab.Explanation:
+    """Explain the answers to some of the packaged sentences."""
     senses = load_senses()
     queries = torch.stack([senses.query(sentence) for sentence in sentences])
     labels = [str(row) for row in senses.rows]
-    return lab.explain(store_of(senses), queries, labels, query_labels=sentences)
+    return lab.explain(build_store(senses), queries, labels, query_labels=sentences)
 
 
-def choose(words: Sequence[str]) -> tuple[str, ...]:
-    """The packaged sentences that contain one of ``words``; a few telling ones if no words are given.
+def choose_sentences(words: Sequence[str]) -> tuple[str, ...]:
+    """Choose the packaged sentences that contain at least one of ``words``.
 
     Args:
-        words: Each a word, or several in one string, all of which a sentence must contain.
+        words: The words. A sentence must contain all words of one string. Without words, some examples are chosen.
 
     Raises:
-        ArgumentError: No sentence contains one of them; the message lists the sentences.
+        ArgumentError: No sentence contains one of the words; the message lists the sentences.
     """
     if not words:
-        return FEATURED
+        return FEATURED_SENTENCES
     sentences = load_senses().sentences
     chosen: set[str] = set()
     for word in words:
@@ -167,7 +177,7 @@ def choose(words: Sequence[str]) -> tuple[str, ...]:
         matching = {sentence for sentence in sentences if wanted and wanted <= _tokens(sentence)}
         if not matching:
             listed = "\n".join(f"  {sentence}" for sentence in sentences)
-            raise ArgumentError(f"no sentence here contains {word!r}. Try a word of one of these:\n{listed}")
+            raise ArgumentError(f"word: expected one of the sentences below to contain it, got {word!r}\n{listed}")
         chosen |= matching
     return tuple(sentence for sentence in sentences if sentence in chosen)
 
@@ -176,164 +186,166 @@ def _tokens(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
 
 
-def tour(sentences: Sequence[str], *, blocks: bool = True) -> Iterator[str]:
-    """The lines of the tour, each fit for 80 columns.
+def run_tour(sentences: Sequence[str], *, blocks: bool = True) -> Iterator[str]:
+    """Yield the lines of the tour, which fit a terminal of 80 columns.
 
     Args:
-        sentences: Which of the packaged sentences to ask, at least one.
-        blocks: Whether bars are drawn with Unicode's block elements, else with "#".
+        sentences: Some of the packaged sentences, at least one.
+        blocks: Whether bars consist of Unicode block elements; otherwise of "#".
     """
     started = time.perf_counter()
     senses = load_senses()
-    store = store_of(senses, trainable=True)
-    yield from _introduction(senses)
+    store = build_store(senses, trainable=True)
+    yield from _introduce(senses)
     for sentence in sentences:
-        yield from _answers(store, senses, sentence, blocks)
-    yield from _cooling(store, senses, sentences[0])
-    yield from _step(store, senses, CORRECTED if CORRECTED in sentences else sentences[0], blocks)
-    yield ""
-    yield f"All this took {time.perf_counter() - started:.1f} s."
-
-
-def _introduction(senses: Senses) -> Iterator[str]:
-    yield "softdb: a table that answers softly"
-    yield ""
-    yield from _paragraph(
-        "A query is compared with the key of every row. The answer is a blend of the rows' values, each weighted by "
-        "how well its key matched. In this demo they are:"
+        yield from _show_answers(store, senses, sentence, blocks)
+    yield from _show_temperatures(store, senses, sentences[0])
+    yield from _show_training_step(
+        store, senses, CORRECTED_SENTENCE if CORRECTED_SENTENCE in sentences else sentences[0], blocks
     )
     yield ""
-    yield "  query   what is looked for: a sentence, as 384 numbers that hold its meaning"
-    yield "  key     what a row is found by: a word with its definition, as 384 numbers"
-    yield "  value   what a row hands over: here just noun, verb or adjective"
+    yield f"The tour took {time.perf_counter() - started:.1f} s."
+
+
+def _introduce(senses: Senses) -> Iterator[str]:
+    yield "softdb: a soft key-value store"
     yield ""
-    yield from _paragraph(
-        f"The table has {len(senses.rows):,} rows, senses of words from WordNet 3.0. A match is the cosine between "
-        f"query and key, divided by a temperature, here {TEMPERATURE}; a softmax turns matches into weights."
+    yield from _wrap(
+        "A read scores the key of every row against a query. The answer is a blend of the rows' values, weighted by "
+        "the softmax of the scores. In this demo:"
+    )
+    yield ""
+    yield "  query   the embedding of a sentence, 384 numbers"
+    yield "  key     the embedding of a word with its definition, 384 numbers"
+    yield "  value   the part of speech: noun, verb or adjective"
+    yield ""
+    yield from _wrap(
+        f"The store has {len(senses.rows):,} rows, word senses from WordNet 3.0. A score is the cosine similarity of "
+        f"query and key, divided by the temperature {TEMPERATURE}."
     )
 
 
-def _answers(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> Iterator[str]:
+def _show_answers(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> Iterator[str]:
     query = senses.query(sentence)
     with torch.no_grad():
         hard = store.read(query, mode="hard")
-        soft = store.read(query, k=TOP)
-    best = senses.rows[_top(hard)[0][0]]
+        soft = store.read(query, k=REPORTED_ROWS)
+    best = senses.rows[_flatten_rows(hard)[0][0]]
     yield ""
     yield f'"{sentence}"'
-    yield from _paragraph(f"{best} [{best.synset}]", first="  hard answer  ")
-    yield "  soft answer  a blend of all rows; these five weigh most:"
-    yield from _bars(soft, senses, blocks)
-    yield from _paragraph(
-        f"the five hold {_percent(float(soft.mass))} of the weight; in effect "
-        f"{_effective_rows(store, query, TEMPERATURE):,.1f} rows answer",
+    yield from _wrap(f"{best} [{best.synset}]", first="  hard answer  ")
+    yield "  soft answer  a blend of all rows; the five with the highest weight are:"
+    yield from _draw_bars(soft, senses, blocks)
+    yield from _wrap(
+        f"the five rows hold {_format_percent(float(soft.mass))} of the weight; "
+        f"{_compute_effective_rows(store, query, TEMPERATURE):,.1f} effective rows",
         first=f"  of all {len(store):,} ",
     )
-    yield f"  the blend    {_blend(soft)}"
+    yield f"  the blend    {_format_blend(soft)}"
 
 
-def _cooling(store: SoftKVStore, senses: Senses, sentence: str) -> Iterator[str]:
+def _show_temperatures(store: SoftKVStore, senses: Senses, sentence: str) -> Iterator[str]:
     query = senses.query(sentence)
     yield ""
     yield "FROM SOFT TO HARD"
     yield ""
-    yield from _paragraph(
-        f'A high temperature weighs all rows alike; a low one leaves only the best. For "{sentence}":'
+    yield from _wrap(
+        "At a high temperature all rows have similar weights; at a low one the best row has all weight. For "
+        f'"{sentence}":'
     )
     yield ""
     yield "  temperature   best row   top five   effective rows   soft - hard"
     with torch.no_grad():
         hard = store.read(query, mode="hard")
         for temperature in TEMPERATURES:
-            soft = store.read(query, k=TOP, temperature=temperature)
-            best, five = _percent(_top(soft)[1].tolist()[0]), _percent(float(soft.mass))
-            rows = _effective_rows(store, query, temperature)
+            soft = store.read(query, k=REPORTED_ROWS, temperature=temperature)
+            best, five = _format_percent(_flatten_rows(soft)[1].tolist()[0]), _format_percent(float(soft.mass))
+            rows = _compute_effective_rows(store, query, temperature)
             distance = float((soft.values - hard.values).norm())
             yield f"  {temperature:11g}   {best:>8}   {five:>8}   {rows:14,.1f}   {distance:11.3f}"
     yield ""
-    yield from _paragraph(
-        "Best row, top five: their share of the weight. Effective rows: so many rows of equal weight would be as "
-        "spread out (exp of the entropy). Soft - hard: the distance from the blend to the best row's value."
+    yield from _wrap(
+        "Best row, top five: fraction of the weight that they hold. Effective rows: exp(entropy of the weights), which "
+        "is n for n rows of equal weight. Soft - hard: distance from the blend to the value of the best row."
     )
 
 
-def _step(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> Iterator[str]:
+def _show_training_step(store: SoftKVStore, senses: Senses, sentence: str, blocks: bool) -> Iterator[str]:
     query = senses.query(sentence)
     others = senses.queries[[other != sentence for other in senses.sentences]]
     with torch.no_grad():
-        best_before, _ = _top(store.read(others, mode="hard"))
+        best_before, _ = _flatten_rows(store.read(others, mode="hard"))
 
-    before = store.read(query, k=TOP)
-    ids, weights = _top(before)
+    before = store.read(query, k=REPORTED_ROWS)
+    ids, weights = _flatten_rows(before)
     loss = -weights[1].log()
     (gradient,) = torch.autograd.grad(loss, [store.keys])
-    # A step of torch.optim.SGD, by hand: importing what that needs takes longer than the whole tour.
+    # A step of SGD. Importing torch.optim takes longer than the tour.
     store.update(store.ids, keys=store.keys - LEARNING_RATE * gradient)
 
     with torch.no_grad():
-        after = store.read(query, k=TOP)
-        best_after, _ = _top(store.read(others, mode="hard"))
+        after = store.read(query, k=REPORTED_ROWS)
+        best_after, _ = _flatten_rows(store.read(others, mode="hard"))
     wanted = ids[1]
     kept = sum(old == new for old, new in zip(best_before, best_after, strict=True))
     yield ""
-    yield "ONE STEP OF LEARNING"
+    yield "ONE TRAINING STEP"
     yield ""
-    yield from _paragraph(
-        f'Say that for "{sentence}" we want the second row, {senses.rows[wanted]}. Loss: -log of its weight. The '
-        "gradient goes back through the lookup into the keys, and one step of gradient descent moves them. (> marks "
-        "the row.)"
+    yield from _wrap(
+        f'The wanted row for "{sentence}" is the second one, {senses.rows[wanted]}. The loss is -log of its weight. '
+        "Its gradient reaches the keys, and one step of gradient descent updates them. (> marks the wanted row.)"
     )
     yield ""
     yield "  before"
-    yield from _bars(before, senses, blocks, wanted)
-    yield f"  the blend    {_blend(before)}"
+    yield from _draw_bars(before, senses, blocks, wanted)
+    yield f"  the blend    {_format_blend(before)}"
     yield "  after"
-    yield from _bars(after, senses, blocks, wanted)
-    yield f"  the blend    {_blend(after)}"
+    yield from _draw_bars(after, senses, blocks, wanted)
+    yield f"  the blend    {_format_blend(after)}"
     yield ""
-    yield from _paragraph(
-        f"Of the {len(others)} other sentences that come with the demo, {kept} keep their best row: "
-        "the step moved almost only the keys that this sentence had matched."
+    yield from _wrap(
+        f"{kept} of the {len(others)} other sentences of the demo keep their best row: the step changed mainly the "
+        "keys with a high weight for this sentence."
     )
 
 
-def _top(read: Read) -> tuple[list[int], Tensor]:
-    """The rows that a read reports and their weights, best first; for a batch of one row each, one after the other."""
+def _flatten_rows(read: Read) -> tuple[list[int], Tensor]:
+    """Return the reported ids and their weights, flattened over queries."""
     if read.ids is None or read.weights is None:
-        raise ArgumentError("read: expected one that reports its rows; read with k")
+        raise ArgumentError("read: expected one that reports ids and weights, got one without; pass k")
     return read.ids.flatten().tolist(), read.weights.flatten()
 
 
-def _effective_rows(store: SoftKVStore, query: Tensor, temperature: float) -> float:
+def _compute_effective_rows(store: SoftKVStore, query: Tensor, temperature: float) -> float:
     with torch.no_grad():
-        _, weights = _top(store.read(query, k=len(store), temperature=temperature))
+        _, weights = _flatten_rows(store.read(query, k=len(store), temperature=temperature))
     return float(torch.special.entr(weights).sum().exp())
 
 
-def _bars(read: Read, senses: Senses, blocks: bool, marked: int | None = None) -> Iterator[str]:
-    ids, weights = _top(read)
+def _draw_bars(read: Read, senses: Senses, blocks: bool, marked: int | None = None) -> Iterator[str]:
+    ids, weights = _flatten_rows(read)
     for row, weight in zip(ids, weights.tolist(), strict=True):
         mark = ">" if row == marked else " "
-        start = f"  {mark} {_percent(weight):>5}  {_bar(weight, blocks)}  "
-        yield start + textwrap.shorten(str(senses.rows[row]), WIDTH - len(start), placeholder="...")
+        start = f"  {mark} {_format_percent(weight):>5}  {_draw_bar(weight, blocks)}  "
+        yield start + textwrap.shorten(str(senses.rows[row]), LINE_CHARACTERS - len(start), placeholder="...")
 
 
-def _bar(share: float, blocks: bool) -> str:
-    """A bar for a share of 1, padded to `BAR_WIDTH` columns."""
+def _draw_bar(share: float, blocks: bool) -> str:
+    """Draw a bar for a fraction, padded to `BAR_CHARACTERS` columns."""
     if not blocks:
-        return ("#" * round(share * BAR_WIDTH)).ljust(BAR_WIDTH)
-    whole, eighths = divmod(round(share * BAR_WIDTH * 8), 8)
-    return (FULL * whole + EIGHTHS[eighths].strip()).ljust(BAR_WIDTH)
+        return ("#" * round(share * BAR_CHARACTERS)).ljust(BAR_CHARACTERS)
+    whole, eighths = divmod(round(share * BAR_CHARACTERS * 8), 8)
+    return (FULL_BLOCK * whole + EIGHTH_BLOCKS[eighths].strip()).ljust(BAR_CHARACTERS)
 
 
-def _blend(read: Read) -> str:
+def _format_blend(read: Read) -> str:
     named = zip(PARTS_OF_SPEECH.values(), read.values.tolist(), strict=True)
-    return ", ".join(f"{name} {_percent(share)}" for name, share in named)
+    return ", ".join(f"{name} {_format_percent(share)}" for name, share in named)
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _paragraph(text: str, first: str = "") -> Iterator[str]:
-    yield from textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+def _wrap(text: str, first: str = "") -> Iterator[str]:
+    yield from textwrap.wrap(text, LINE_CHARACTERS, initial_indent=first, subsequent_indent=" " * len(first))

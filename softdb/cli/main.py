@@ -1,4 +1,4 @@
-"""The command ``softdb``."""
+"""The command ``softdb``: its arguments, its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TextIO
 from softdb import __version__, lab
 from softdb._checks import is_out_of_memory
 from softdb.cli import demo
-from softdb.cli.files import read_array, read_store
-from softdb.errors import ArgumentError, DtypeError, MissingPackageError, UnsupportedSystemError
+from softdb.cli.files import load_saved_store, read_array, read_labels, read_queries, read_store
+from softdb.cli.labels import compare_labels
+from softdb.cli.query import find_best_rows, format_json, format_rows
+from softdb.errors import ArgumentError, DtypeError, MissingPackageError, SoftDBError, UnsupportedSystemError
 from softdb.lab import comparison, page
 from softdb.scoring.metrics import METRICS
 from softdb.scoring.normalizers import NORMALIZERS
@@ -22,59 +24,65 @@ from softdb.snapshot.format import FORMAT
 __all__ = ["main"]
 
 
-# As shells report a process that a signal ended: 128 and the signal's number.
-INTERRUPTED = 130
+# Exit codes of a shell for a process that a signal ended: 128 plus the number of the signal.
+EXIT_INTERRUPTED = 130
 
 
-PIPE_CLOSED = 141
+EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments, without the command's own name; those of the process if None.
+        argv: Arguments without the name of the command; those of the process if None.
 
     Returns:
-        The exit code: 0 if all went well, 1 if a snapshot is damaged, a file cannot be read or written or memory runs
-        out, 2 for arguments that make no sense, 130 after Ctrl-C, 141 if the reader of the output went away.
+        The exit code: 0 on success; 1 if a snapshot is damaged, a file cannot be read or written, or memory runs out; 2
+        for invalid arguments; 130 after Ctrl-C; 141 if the reader of the output closed the pipe.
 
     Raises:
-        SystemExit: From argparse, after ``--help``, ``--version`` or arguments it cannot parse.
+        SystemExit: From argparse, after ``--help``, ``--version`` or arguments that it cannot parse.
     """
-    parser = _parser()
+    parser = _build_parser()
     options = parser.parse_args(argv)
     try:
         if options.command == "demo":
-            _demo(options)
+            _run_demo(options)
         elif options.command == "compare":
             _compare(options)
+        elif options.command == "query":
+            _query(options)
         elif options.command in ("info", "verify"):
-            return _examine(options.path, tell=options.command == "info")
+            return _examine(options.path, list_contents=options.command == "info")
         else:
             print(parser.format_help(), end="", flush=True)
     except (ArgumentError, DtypeError, MissingPackageError, UnsupportedSystemError) as error:
-        print(f"softdb: {error}", file=sys.stderr)
+        # The message of the demo lists the sentences, one per line.
+        _print_error(str(error) if options.command == "demo" else _join_lines(str(error)))
         return 2
+    except SoftDBError as error:
+        _print_error(_join_lines(str(error)))
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except OSError as error:
         if not _can_print():
             _discard_output()
         if isinstance(error, BrokenPipeError):
-            return PIPE_CLOSED
-        print(f"softdb: {error}", file=sys.stderr)
+            return EXIT_BROKEN_PIPE
+        _print_error(_join_lines(str(error)))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"softdb: there is not enough memory: {error}", file=sys.stderr)
+        _print_error(f"out of memory: {_join_lines(str(error))}")
         return 1
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softdb", description="softdb: a differentiable soft key-value store.", epilog="Start with: softdb demo"
     )
@@ -82,31 +90,38 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="command")
     tour = commands.add_parser(
         "demo",
-        help="see hard and soft answers from a table of 4,096 word senses",
-        description="Ask a table of 4,096 word senses what everyday sentences mean: hard, softly, and learning.",
+        help="show hard and soft answers of a store of 4,096 word senses",
+        description="Query a store of 4,096 word senses with everyday sentences: hard, soft, and with a training step.",
     )
     tour.add_argument(
-        "words", nargs="*", metavar="word", help="ask the sentences with this word, as in: softdb demo seal bark"
+        "words", nargs="*", metavar="word", help="query the sentences with this word, as in: softdb demo seal bark"
     )
-    tour.add_argument("--plot", metavar="FILE", help="draw which rows answer instead, as a .png, .svg or .pdf")
+    tour.add_argument("--plot", metavar="FILE", help="plot the weights of the rows instead, as a .png, .svg or .pdf")
     _add_compare(
         commands.add_parser(
             "compare",
-            help="read the same queries hard, softly and by top-k, and compare",
-            description="Read the same queries in several ways, and set what comes beside the exact soft blend.",
+            help="compare hard, top-k and soft reads of the same queries",
+            description="Compare reads of the same queries with the exact softmax read.",
             epilog="For example: softdb compare --demo --html page.html",
         )
     )
-    for name, what, more in (
-        ("info", "tell what a saved store holds, and whether it is whole", "Tell what a saved store holds, and"),
-        ("verify", "read a saved store, and tell whether it is as it was saved", "Tell"),
-    ):
+    query = commands.add_parser(
+        "query",
+        help="print the best rows of a saved store for each query",
+        description="Print ids, weights and fields of the rows with the highest scores, for each query.",
+        epilog="For example: softdb query memory queries.npy -k 3 --json",
+    )
+    query.add_argument("store", metavar="STORE_DIR", help="the directory that store.save() wrote")
+    query.add_argument("queries", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
+    query.add_argument("-k", type=int, default=5, metavar="K", help="number of rows for each query (default: 5)")
+    query.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for name, what in (("info", "list the contents of a saved store, and check it"), ("verify", "check a saved store")):
         command = commands.add_parser(
             name,
             help=what,
             description=(
-                f"{more} whether every byte is as it was saved. The exit code is 0 if so, 1 if it is damaged, or not "
-                "there, or cannot be read, and 2 if a newer softdb saved it."
+                f"{what[0].upper()}{what[1:]}: compare every byte with its hash. The exit code is 0 if the store is "
+                "complete, 1 if it is damaged, missing or cannot be read, and 2 if a newer softdb saved it."
             ),
         )
         command.add_argument("path", metavar="PATH", help="the directory that store.save() wrote")
@@ -114,17 +129,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", metavar="STORE", help="keys and values, in a .safetensors or .npz file")
-    parser.add_argument("queries", nargs="?", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
-    parser.add_argument("--demo", action="store_true", help="take the word senses and sentences of softdb demo")
-    parser.add_argument("--targets", metavar="FILE", help="classes or values that answers should be, in a .npy file")
-    parser.add_argument("--metric", choices=METRICS, help="how keys are compared; scaled_dot")
-    parser.add_argument("--temperature", type=float, metavar="T", help="what scores are divided by; 1")
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", metavar="T", help="those to compare; 8 times that to a quarter of it"
+        "store",
+        nargs="?",
+        metavar="STORE",
+        help="a directory that store.save() wrote, or a .safetensors or .npz file with keys and values",
     )
-    parser.add_argument("--modes", nargs="+", choices=comparison.MODES, default=comparison.MODES, help="all three")
-    parser.add_argument("--ks", type=int, nargs="+", metavar="K", default=(1, 4, 16, 64), help="of top-k; 1 4 16 64")
+    parser.add_argument("queries", nargs="?", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
+    parser.add_argument("--demo", action="store_true", help="use the word senses and sentences of softdb demo")
+    parser.add_argument("--targets", metavar="FILE", help="the wanted answers, classes or values, in a .npy file")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels of the rows, in the order of store.ids: text with one label per line, or a .npy file",
+    )
+    parser.add_argument(
+        "--query-labels",
+        metavar="FILE",
+        help="labels of the queries; with --labels, the table shows the accuracy of the label with the most weight",
+    )
+    parser.add_argument("--metric", choices=METRICS, help="metric (default: scaled_dot); a saved store has its own")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="divides the scores (default: 1); a saved store has its own"
+    )
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="temperatures to compare (default: 8 to 0.25 times the temperature of the store)",
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=comparison.MODES, default=comparison.MODES, help="modes (default: all)"
+    )
+    parser.add_argument(
+        "--ks",
+        type=int,
+        nargs="+",
+        metavar="K",
+        default=(1, 4, 16, 64),
+        help="numbers of candidates of top-k reads (default: 1 4 16 64)",
+    )
     others = ", ".join(NORMALIZERS[1:])
     parser.add_argument(
         "--normalizers",
@@ -132,46 +177,53 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         choices=NORMALIZERS,
         default=("softmax",),
         metavar="NAME",
-        help=f"softmax; others are {others}",
+        help=f"normalizers (default: softmax); others are {others}",
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the comparison, as a .png, .svg or .pdf")
-    parser.add_argument("--csv", metavar="FILE", help="write the comparison as a table")
-    parser.add_argument("--html", metavar="FILE", help="write a page with it, and sliders from soft to hard")
+    parser.add_argument("--plot", metavar="FILE", help="plot the comparison, as a .png, .svg or .pdf")
+    parser.add_argument("--csv", metavar="FILE", help="write the comparison as a CSV file")
+    parser.add_argument("--html", metavar="FILE", help="write the comparison as an HTML page with sliders")
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _run_demo(options: argparse.Namespace) -> None:
     if options.plot is None:
-        for line in demo.tour(demo.choose(options.words), blocks=_draws_blocks(sys.stdout)):
+        for line in demo.run_tour(demo.choose_sentences(options.words), blocks=_can_encode_blocks(sys.stdout)):
             print(line, flush=True)
         return
-    demo.explanation(demo.choose(options.words) if options.words else demo.BANKS).plot(options.plot)
+    sentences = demo.choose_sentences(options.words) if options.words else demo.BANK_SENTENCES
+    demo.explain_sentences(sentences).plot(options.plot)
     print(f"wrote {options.plot}", flush=True)
 
 
-def _examine(path: str, *, tell: bool) -> int:
+def _query(options: argparse.Namespace) -> None:
+    store = load_saved_store(options.store, verify=False)
+    found = find_best_rows(store, read_queries(options.queries), options.k)
+    print(format_json(found) if options.json else format_rows(found, store.fields), flush=True)
+
+
+def _examine(path: str, *, list_contents: bool) -> int:
     progress = _Progress(f"reading {path}")
     try:
         found = examine_snapshot(path, progress=progress.show)
     finally:
         progress.clear()
-    if tell:
-        for line in _contents(path, found):
-            print(_printable(line))
+    if list_contents:
+        for line in _describe_contents(path, found):
+            print(_make_printable(line))
     problems = [problem for problem in (found.problem, *(state.problem for state in found.files)) if problem]
     for problem in problems:
-        print(_printable(f"damaged: {problem}"))
-    total = _size(sum(state.nbytes for state in found.files))
+        print(_make_printable(f"damaged: {problem}"))
+    total = _format_size(sum(state.nbytes for state in found.files))
     if not problems:
-        print(_printable(f"{path}: every byte is as it was saved ({len(found.files)} files, {total})"))
+        print(_make_printable(f"{path}: every byte is as it was saved ({len(found.files)} files, {total})"))
     sys.stdout.flush()
     return 1 if problems else 0
 
 
-def _contents(path: str, found: Examination) -> Iterator[str]:
-    """What a snapshot holds, line by line."""
+def _describe_contents(path: str, found: Examination) -> Iterator[str]:
+    """Yield the lines that describe a snapshot."""
     description = found.description or {}
     index, fields = description.get("index"), description.get("fields")
-    told = {
+    settings = {
         "rows": description.get("rows"),
         "key_dim": description.get("key_dim"),
         "value_dim": description.get("value_dim"),
@@ -185,29 +237,39 @@ def _contents(path: str, found: Examination) -> Iterator[str]:
     }
     if description:
         yield f"{path}: a snapshot of format {FORMAT}, saved by softdb {description.get('softdb', '(unknown)')}"
-        for name, value in told.items():
+        for name, value in settings.items():
             if value is not None:
                 yield f"  {name:<12} {value:,}" if type(value) is int else f"  {name:<12} {value}"
     else:
-        yield f"{path}: a snapshot whose manifest is damaged, so that nobody can tell what it holds"
+        yield f"{path}: a snapshot with a damaged manifest; its settings are unknown"
     for state in found.files:
         shape = " x ".join(f"{size:,}" for size in state.shape) or "1"
         dtype = str(state.dtype).removeprefix("torch.")
         verdict = "as saved" if state.problem is None else "DAMAGED"
-        yield f"  {state.file:<32} {dtype:<9} {shape:>18}  {_size(state.nbytes):>9}  {verdict}"
+        yield f"  {state.file:<32} {dtype:<9} {shape:>18}  {_format_size(state.nbytes):>9}  {verdict}"
     if found.others:
-        yield f"  {'not of this snapshot' if description else 'files there'}: {', '.join(found.others)}"
+        yield f"  {'other files' if description else 'files'}: {', '.join(found.others)}"
 
 
-def _printable(line: str) -> str:
-    """A line with what others may have put into names, but nothing that a terminal would obey or cannot show."""
+def _make_printable(line: str) -> str:
+    """Replace characters that the terminal interprets or cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
     shown = "".join(character if character.isprintable() else "?" for character in line)
     return shown.encode(encoding, "replace").decode(encoding)
 
 
-def _size(count: int) -> str:
-    """A number of bytes as people read it."""
+def _join_lines(text: str) -> str:
+    """Join the lines of a message; replace control characters."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _print_error(message: str) -> None:
+    print(f"softdb: {message}", file=sys.stderr)
+
+
+def _format_size(count: int) -> str:
+    """Format a number of bytes with a unit."""
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
@@ -217,7 +279,7 @@ def _size(count: int) -> str:
 
 
 class _Progress:
-    """How far long work has come: a line on a terminal, and nothing elsewhere."""
+    """Progress line on standard error; silent if that is not a terminal."""
 
     def __init__(self, work: str) -> None:
         self._work = work
@@ -225,15 +287,16 @@ class _Progress:
         self._visible = sys.stderr.isatty()
 
     def show(self, done: int, total: int) -> None:
-        """Say that ``done`` of ``total`` bytes are done."""
-        share = 100 * done // max(1, total)
-        if self._visible and share != self._shown:
-            self._shown = share
-            bar = "#" * (share // 5)
-            print(f"\r{self._work} [{bar:<20}] {share:3d} % of {_size(total)}", end="", file=sys.stderr, flush=True)
+        """Show that ``done`` of ``total`` bytes are read."""
+        percent = 100 * done // max(1, total)
+        if self._visible and percent != self._shown:
+            self._shown = percent
+            bar = "#" * (percent // 5)
+            size = _format_size(total)
+            print(f"\r{self._work} [{bar:<20}] {percent:3d} % of {size}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Leave an empty line."""
+        """Clear the line."""
         if self._shown is not None:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -242,34 +305,41 @@ def _compare(options: argparse.Namespace) -> None:
     written = [path for path in (options.csv, options.plot, options.html) if path is not None]
     for path in written:
         if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ArgumentError(f"{path}: expected a file in a folder that exists; make it first")
-    labels = sentences = value_labels = None
+            raise ArgumentError(f"{path}: expected a file in a directory that exists; create the directory first")
+    settings = {
+        "modes": options.modes,
+        "ks": options.ks,
+        "temperatures": options.temperatures,
+        "normalizers": options.normalizers,
+    }
+    labels = query_labels = value_labels = None
     if options.demo:
-        if any(x is not None for x in (options.store, options.targets, options.metric, options.temperature)):
+        inputs = (options.store, options.targets, options.labels, options.query_labels)
+        if any(x is not None for x in (*inputs, options.metric, options.temperature)):
             raise ArgumentError(
-                "--demo: expected no STORE, QUERIES, --targets, --metric or --temperature beside it; leave them out"
+                "--demo: expected no STORE, QUERIES, --targets, --labels, --query-labels, --metric or --temperature "
+                "with it; remove them"
             )
         senses = demo.load_senses()
-        store, queries, targets = demo.store_of(senses), senses.queries, None
-        labels, sentences = [str(row) for row in senses.rows], senses.sentences
+        store, queries = demo.build_store(senses), senses.queries
+        labels, query_labels = [str(row) for row in senses.rows], list(senses.sentences)
         value_labels = list(demo.PARTS_OF_SPEECH.values())
+        found = lab.compare(store, queries, **settings)
     else:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
-        store = read_store(options.store, options.metric or "scaled_dot", options.temperature)
-        queries = read_array(options.queries)
-        if queries.dim() != 2:
-            raise ArgumentError(f"QUERIES: expected shape (B, key_dim), got {tuple(queries.shape)}")
-        targets = None if options.targets is None else read_array(options.targets)
-    found = lab.compare(
-        store,
-        queries,
-        modes=options.modes,
-        ks=options.ks,
-        temperatures=options.temperatures,
-        normalizers=options.normalizers,
-        targets=targets,
-    )
+        if options.query_labels is not None and (options.labels is None or options.targets is not None):
+            raise ArgumentError("--query-labels: expected --labels with it, and no --targets")
+        store = read_store(options.store, options.metric, options.temperature)
+        queries = read_queries(options.queries)
+        if options.labels is not None:
+            labels = read_labels("--labels", options.labels, len(store), "rows of the store")
+        if labels is not None and options.query_labels is not None:
+            query_labels = read_labels("--query-labels", options.query_labels, len(queries), "queries")
+            found = compare_labels(store, queries, labels, query_labels, **settings)
+        else:
+            targets = None if options.targets is None else read_array(options.targets)
+            found = lab.compare(store, queries, targets=targets, **settings)
     print(found, flush=True)
     if options.csv is not None:
         found.to_csv(options.csv)
@@ -281,19 +351,18 @@ def _compare(options: argparse.Namespace) -> None:
             store,
             queries,
             labels=labels,
-            query_labels=sentences,
+            query_labels=query_labels,
             value_labels=value_labels,
-            columns=found.to_dict(),
-            metric=found.metric,
+            columns=found,
         )
     for path in written:
         print(f"wrote {path}", flush=True)
 
 
-def _draws_blocks(stream: TextIO) -> bool:
+def _can_encode_blocks(stream: TextIO) -> bool:
     try:
-        (demo.FULL + demo.EIGHTHS).encode(stream.encoding or "ascii")
-    except (AttributeError, LookupError, UnicodeEncodeError):  # no stream, or one that is no terminal or file
+        (demo.FULL_BLOCK + demo.EIGHTH_BLOCKS).encode(stream.encoding or "ascii")
+    except (AttributeError, LookupError, UnicodeEncodeError):  # no stream, or one without a known encoding
         return False
     return True
 
@@ -307,6 +376,6 @@ def _can_print() -> bool:
 
 
 def _discard_output() -> None:
-    """Send what is left to nowhere, so that Python's own flush at exit does not fail once more."""
+    """Discard unwritten output, so that Python's flush at exit does not fail again."""
     if sys.__stdout__ is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

@@ -1,7 +1,9 @@
-"""The command ``softdb``, as a shell sees it."""
+"""Test the command ``softdb``: output, messages and exit codes."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import signal
@@ -43,7 +45,7 @@ def environment(encoding: str = "utf-8") -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": encoding}
 
 
-def test_the_demo_answers() -> None:
+def test_the_demo_prints_hard_and_soft_answers() -> None:
     done = run("demo")
     check_exit(done)
     assert done.stderr == ""
@@ -53,7 +55,7 @@ def test_the_demo_answers() -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_bars_are_plain_where_the_encoding_has_no_blocks() -> None:
+def test_bars_are_ascii_if_the_encoding_has_no_blocks() -> None:
     done = run("demo", "river", encoding="ascii")
     check_exit(done)
     assert "####" in done.stdout
@@ -68,23 +70,23 @@ def test_words_choose_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     assert "river" not in out
 
 
-def test_an_unknown_word_is_answered_kindly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_word_lists_the_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "bank", "zebra"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("softdb: no sentence here contains 'zebra'. Try a word of one of these:\n")
+    assert err.startswith("softdb: word: expected one of the sentences below to contain it, got 'zebra'\n")
     assert "  the river bank was steep\n" in err
     assert "Traceback" not in err
 
 
-def test_without_arguments_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
     assert "softdb demo" in out
     assert err == ""
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
@@ -92,7 +94,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["demo", "--nonsense"]])
-def test_arguments_that_make_no_sense_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -104,7 +106,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell and s
 
 @posix
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-"], ids=["stdin", "stdin and stdout"])
-def test_it_runs_with_closed_streams(closed: str) -> None:
+def test_the_command_runs_with_closed_streams(closed: str) -> None:
     done = run("demo", "river", command=["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND])
     check_exit(done)
     assert done.stderr == ""
@@ -112,7 +114,7 @@ def test_it_runs_with_closed_streams(closed: str) -> None:
 
 
 @posix
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_exits_with_141() -> None:
     with subprocess.Popen(
         [*COMMAND, "demo"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -125,7 +127,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_said_plainly() -> None:
+def test_a_full_disk_exits_with_1() -> None:
     with Path("/dev/full").open("w") as full:
         done = run("demo", stdout=full)
     check_exit(done, 1)
@@ -135,15 +137,15 @@ def test_a_full_disk_is_said_plainly() -> None:
 
 
 @posix
-def test_ctrl_c_ends_it_quietly() -> None:
-    # All sentences keep it busy for long enough to be interrupted.
+def test_ctrl_c_exits_with_130() -> None:
+    # All sentences take long enough to be interrupted.
     command = [*COMMAND, "demo", "the", "a", "bank"]
     with subprocess.Popen(
         command,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell has what it runs in the background ignore interrupts, and the children of that too.
+        # Background processes of a shell ignore interrupts, and so do their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
@@ -160,7 +162,7 @@ def test_ctrl_c_ends_it_quietly() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder with a store, its queries and targets."""
+    """Write a store, its queries and targets to a directory."""
     torch.manual_seed(0)
     keys, values, queries = torch.randn(40, 6), torch.randn(40, 3), torch.randn(7, 6)
     np.savez(tmp_path / "store.npz", keys=keys, values=values)
@@ -189,11 +191,11 @@ def test_compare_reads_a_file(files: Path, ending: str, capsys: pytest.CaptureFi
     assert [line[1:-1] for line in found[1:]] == [line[1:-1] for line in table(str(wanted))[1:]]
 
 
-def test_compare_has_targets_and_writes_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_takes_targets_and_writes_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("plotly")
     start = ["compare", str(files / "store.npz"), str(files / "queries.npy"), "--temperatures", "1", "--metric", "l2"]
-    written = [str(files / name) for name in ("table.csv", "picture.png", "page.html")]
+    written = [str(files / name) for name in ("table.csv", "plot.png", "page.html")]
     options = [part for pair in zip(("--csv", "--plot", "--html"), written, strict=True) for part in pair]
     assert main([*start, "--targets", str(files / "classes.npy"), "--normalizers", "softmax", "gumbel", *options]) == 0
     out = capsys.readouterr().out
@@ -204,7 +206,7 @@ def test_compare_has_targets_and_writes_files(files: Path, capsys: pytest.Captur
     assert "loss" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_compare_of_the_demo() -> None:
+def test_compare_reads_the_demo() -> None:
     done = run("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
     check_exit(done)
     assert done.stderr == ""
@@ -217,14 +219,14 @@ def test_compare_of_the_demo() -> None:
         ([], "STORE, QUERIES: expected both, or --demo"),
         (["store.npz"], "STORE, QUERIES: expected both, or --demo"),
         (["store.npz", "--demo"], "--demo: expected no STORE"),
-        (["queries.npy", "queries.npy"], "expected arrays as numpy or safetensors write them"),
-        (["single.npz", "queries.npy"], "expected arrays as numpy .* it is a single array"),
-        (["empty.npz", "queries.npy"], "expected arrays as numpy"),
-        (["store.npz", "empty.npy"], "expected arrays as numpy"),
+        (["queries.npy", "queries.npy"], "expected arrays in the format of numpy or safetensors"),
+        (["single.npz", "queries.npy"], "expected arrays in the format .* it is a single array"),
+        (["empty.npz", "queries.npy"], "expected arrays in the format of numpy"),
+        (["store.npz", "empty.npy"], "expected arrays in the format of numpy"),
         (["store.npz", "words.npy"], "expected one array of numbers of at most 64 bits"),
         (["store.npz", "one.npy"], r"QUERIES: expected shape \(B, key_dim\), got \(6,\)"),
-        (["--demo", "--metric", "l2"], "--demo: expected no STORE, QUERIES, --targets, --metric"),
-        (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in a folder that exists"),
+        (["--demo", "--metric", "l2"], "--demo: expected no STORE, QUERIES, --targets, --labels"),
+        (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in a directory that exists"),
         (["bare.npz", "queries.npy"], "STORE: expected arrays 'keys' and 'values' in .*, got 'rows'"),
         (["whole.npz", "queries.npy"], "STORE: expected keys of floating-point numbers"),
         (["store.npz", "store.npz"], "expected one array of numbers of at most 64 bits"),
@@ -233,7 +235,7 @@ def test_compare_of_the_demo() -> None:
         (["store.npz", "queries.npy", "--temperatures", "-1"], "temperature: expected a finite number above 0"),
     ],
 )
-def test_compare_says_what_is_wrong(
+def test_compare_reports_invalid_arguments(
     files: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez(files / "bare.npz", rows=np.zeros(3))
@@ -253,22 +255,22 @@ def test_compare_says_what_is_wrong(
     assert re.match(rf"softdb: (.*: )?{message}", captured.err), captured.err
 
 
-def test_compare_of_a_file_that_is_not_there(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_of_a_missing_file_exits_with_1(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(files / "none.npz"), str(files / "queries.npy")]) == 1
     assert "No such file" in capsys.readouterr().err
 
 
-def test_the_demo_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bank.svg"
     assert main(["demo", "--plot", str(path)]) == 0
     assert capsys.readouterr().out == f"wrote {path}\n"
     assert path.stat().st_size > 20_000
     assert main(["demo", "crane", "--plot", str(tmp_path / "crane.nothing")]) == 2
-    assert "expected the ending of a picture" in capsys.readouterr().err
+    assert "expected an image file" in capsys.readouterr().err
 
 
-def test_numbers_of_other_machines_and_kinds_are_read(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reads_big_endian_numbers(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(files / "other.npy", np.load(files / "queries.npy").astype(">f4"))
     found = []
     for name in ("queries.npy", "other.npy"):
@@ -278,24 +280,217 @@ def test_numbers_of_other_machines_and_kinds_are_read(files: Path, capsys: pytes
     assert found[0] == found[1]
 
 
-def test_a_file_that_is_not_there_leaves_the_output_open(files: Path) -> None:
+def test_a_missing_file_does_not_close_the_output(files: Path) -> None:
     script = "from softdb.cli import main\nprint(main(['compare', 'none.npz', 'none.npy']))\nprint('after')"
     done = run(command=[sys.executable, "-W", "error", "-c", script])
     assert done.stdout.split() == ["1", "after"]
 
 
+# -- saved stores ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Write a saved store, queries and labels to a directory."""
+    torch.manual_seed(0)
+    store = softdb.SoftKVStore(6, 3, metric="l2", temperature=0.5, fields=("time", "place"))
+    store.add(torch.randn(40, 6), torch.randn(40, 3), ids=torch.randperm(100)[:40], fields={"time": 7, "place": 0})
+    store.delete(store.ids[:2])
+    store.update(store.ids, fields={"place": torch.arange(38)})
+    store.save(tmp_path / "store")
+    np.save(tmp_path / "queries.npy", torch.randn(7, 6))
+    labels = [f"class {number % 3}" for number in range(38)]
+    (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    (tmp_path / "query_labels.txt").write_text("class 1\r\n" * 6 + "class 9", encoding="utf-8")
+    np.save(tmp_path / "labels.npy", np.arange(38) % 3)
+    np.save(tmp_path / "query_labels.npy", np.array([1] * 6 + [9]))
+    return tmp_path
+
+
+def paths(directory: Path) -> list[str]:
+    return [str(directory / "store"), str(directory / "queries.npy")]
+
+
+def load(directory: Path) -> tuple[softdb.SoftKVStore, torch.Tensor]:
+    return softdb.SoftKVStore.load(directory / "store"), torch.from_numpy(np.load(directory / "queries.npy"))
+
+
+def test_compare_reads_a_saved_store_with_its_own_settings(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *paths(directory), "--ks", "2"]) == 0
+    store, queries = load(directory)
+    wanted = table(str(softdb.lab.compare(store, queries, ks=(2,))))
+    assert [line[:-1] for line in table(capsys.readouterr().out)] == [line[:-1] for line in wanted]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "npy"])
+def test_compare_shows_the_accuracy_of_labels(directory: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    options = [
+        "--labels",
+        str(directory / f"labels.{suffix}"),
+        "--query-labels",
+        str(directory / f"query_labels.{suffix}"),
+    ]
+    files = [str(directory / "found.csv"), str(directory / "page.html")]
+    options += ["--csv", files[0], "--html", files[1], "--normalizers", "softmax", "gumbel", "--ks", "2"]
+    assert main(["compare", *paths(directory), *options]) == 0
+    assert "accuracy" in capsys.readouterr().out.splitlines()[0]
+    store, queries = load(directory)
+    classes = torch.nn.functional.one_hot(torch.arange(38) % 3, 3).float()
+    with open(files[0], newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 * 5
+    for row in rows:
+        if row["normalizer"] != "softmax":
+            continue
+        mode, temperature = row["mode"], float(row["temperature"])
+        read = store.read(queries, mode, temperature=temperature, k={"topk": 2, "exact": 38, "hard": None}[mode])
+        places = (read.ids.unsqueeze(-1) == store.ids).int().argmax(-1)
+        answers = (read.weights.unsqueeze(-1) * classes[places]).sum(-2).argmax(-1)
+        assert float(row["accuracy"]) == pytest.approx(int((answers[:6] == 1).sum()) / 7)
+    text = Path(files[1]).read_text(encoding="utf-8")
+    assert ("class 1" if suffix == "txt" else '<option value="0">1</option>') in text
+
+
+def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(files / "labels.npy", np.arange(40) % 3)
+    start = ["compare", str(files / "store.npz"), str(files / "queries.npy"), "--temperatures", "1"]
+    options = ["--labels", str(files / "labels.npy"), "--query-labels", str(files / "classes.npy")]
+    assert main([*start, *options]) == 0
+    assert "accuracy" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metric", "dot"], "--metric, --temperature: expected neither with a saved store"),
+        (["--temperature", "1"], "--metric, --temperature: expected neither with a saved store"),
+        (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels with it"),
+        (
+            ["--labels", "labels.txt", "--query-labels", "query_labels.txt", "--targets", "x.npy"],
+            "--query-labels: .* no",
+        ),
+        (["--labels", "query_labels.txt"], "--labels: expected 38 labels, one for each of the rows .* got 7"),
+        (
+            ["--labels", "labels.txt", "--query-labels", "labels.txt"],
+            "--query-labels: expected 7 labels, one for each of the queries, got 38",
+        ),
+        (["--labels", "queries.npy"], "--labels: expected a 1-dimensional array of strings or integers"),
+        (["--labels", "latin.txt"], "--labels: expected a text file in UTF-8"),
+    ],
+)
+def test_compare_reports_invalid_labels(
+    directory: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "latin.txt").write_bytes(b"\xe4\n")
+    given = [str(directory / part) if "." in part else part for part in options]
+    assert main(["compare", *paths(directory), *given]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.match(rf"softdb: {message}", captured.err), captured.err
+
+
+def test_query_prints_the_best_rows(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", *paths(directory), "-k", "3"]) == 0
+    found = table(capsys.readouterr().out)
+    assert found[0] == ["query", "id", "weight", "time", "place"]
+    store, queries = load(directory)
+    read = store.read(queries, k=3)
+    places = store.get(read.ids.flatten()).fields["place"].tolist()
+    assert [line[0] for line in found[1:]] == [str(number) for number in range(7) for _ in range(3)]
+    assert [int(line[1]) for line in found[1:]] == read.ids.flatten().tolist()
+    assert [float(line[2]) for line in found[1:]] == pytest.approx(read.weights.flatten().tolist(), rel=1e-3)
+    assert [line[3:] for line in found[1:]] == [["7", str(place)] for place in places]
+
+
+def test_query_prints_json(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", *paths(directory), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    store, queries = load(directory)
+    read = store.read(queries, k=5)
+    assert [entry["query"] for entry in found] == list(range(7))
+    for entry, ids, weights in zip(found, read.ids.tolist(), read.weights.tolist(), strict=True):
+        assert [row["id"] for row in entry["rows"]] == ids
+        assert [row["weight"] for row in entry["rows"]] == pytest.approx(weights)
+        assert all(
+            row["fields"] == {"time": 7, "place": int(store.get([row["id"]]).fields["place"])} for row in entry["rows"]
+        )
+
+
+def test_query_lists_all_rows_of_a_small_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "queries.npy", np.ones((2, 4), dtype=np.float32))
+    for rows in (3, 0):
+        store = softdb.SoftKVStore(4, 1)
+        store.add(torch.randn(rows, 4), torch.randn(rows, 1))
+        store.save(tmp_path / "store")
+        assert main(["query", *paths(tmp_path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * rows
+        assert main(["query", *paths(tmp_path), "--json"]) == 0
+        assert [len(entry["rows"]) for entry in json.loads(capsys.readouterr().out)] == [rows, rows]
+
+
+def test_query_maps_the_rows(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+    original = softdb.SoftKVStore.load
+
+    def load(path: str, **given: Any) -> softdb.SoftKVStore:
+        options.update(given)
+        return original(path, **given)
+
+    monkeypatch.setattr(softdb.SoftKVStore, "load", load)
+    assert main(["query", *paths(directory)]) == 0
+    assert options["mmap"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere", "queries.npy"], 1, r"\[Errno 2\] No such file or directory"),
+        (["queries.npy", "queries.npy"], 2, "STORE_DIR: expected a directory that store.save"),
+        (["store", "nowhere.npy"], 1, r"\[Errno 2\] No such file or directory"),
+        (["store", "labels.npy"], 2, r"QUERIES: expected shape \(B, key_dim\), got \(38,\)"),
+        (["store", "wide.npy"], 2, "query: expected"),
+        (["store", "queries.npy", "-k", "0"], 2, "k: expected an integer of at least 1, got 0"),
+        (["damaged", "queries.npy"], 1, ".*manifest.json: expected"),
+    ],
+)
+def test_query_reports_errors_in_one_line(
+    directory: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(directory / "wide.npy", np.zeros((7, 5), dtype=np.float32))
+    (directory / "damaged").mkdir()
+    (directory / "damaged" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert main(["query", *(str(directory / part) for part in arguments[:2]), *arguments[2:]]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert re.match(rf"softdb: {message}", captured.err), captured.err
+
+
+def test_compare_of_a_damaged_store_exits_with_1(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = (directory / "store").glob("values-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["compare", *paths(directory)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "values-1" in captured.err
+
+
 # -- info and verify -------------------------------------------------------------------------------------
 
 
-def saved(path: Path, rows: int = 1200) -> Path:
+def save_store(path: Path, rows: int = 1200) -> Path:
     store = softdb.SoftKVStore(4, 3, fields=("time",), metric="l2")
     store.add(torch.randn(rows, 4), torch.randn(rows, 3), fields={"time": 0})
     store.save(path)
     return path
 
 
-def test_info_tells_what_a_snapshot_holds(tmp_path: Path) -> None:
-    done = run("info", str(saved(tmp_path / "store")))
+def test_info_describes_a_snapshot(tmp_path: Path) -> None:
+    done = run("info", str(save_store(tmp_path / "store")))
     check_exit(done)
     assert done.stderr == ""
     for part in (
@@ -310,8 +505,8 @@ def test_info_tells_what_a_snapshot_holds(tmp_path: Path) -> None:
         assert re.search(part, done.stdout), part
 
 
-def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path) -> None:
-    path = saved(tmp_path / "store")
+def test_verify_exits_with_1_if_a_snapshot_is_damaged(tmp_path: Path) -> None:
+    path = save_store(tmp_path / "store")
     done = run("verify", str(path))
     check_exit(done)
     assert done.stderr == ""
@@ -332,8 +527,8 @@ def test_verify_says_by_its_exit_code_whether_a_snapshot_is_whole(tmp_path: Path
     assert re.search(r"values-1.safetensors.* DAMAGED\n", done.stdout)
 
 
-def test_a_path_that_the_terminal_cannot_show_is_shown_in_part(tmp_path: Path) -> None:
-    path = saved(tmp_path / "späces 数据")
+def test_characters_that_the_terminal_cannot_encode_are_replaced(tmp_path: Path) -> None:
+    path = save_store(tmp_path / "späces 数据")
     done = run("verify", str(path), encoding="ascii")
     check_exit(done)
     assert done.stderr == ""
@@ -346,26 +541,20 @@ def test_a_path_that_the_terminal_cannot_show_is_shown_in_part(tmp_path: Path) -
         assert "odd?: every byte is as it was saved" in done.stdout
 
 
-def test_a_saved_store_is_not_a_file_to_compare(tmp_path: Path) -> None:
-    done = run("compare", str(saved(tmp_path / "store")), "queries.npy")
-    check_exit(done, 2)
-    assert re.search(r"STORE: expected a .safetensors or .npz file, got the directory .*lab.compare", done.stderr)
-
-
-def test_info_of_a_damaged_manifest_tells_what_is_there(tmp_path: Path) -> None:
-    path = saved(tmp_path / "store")
+def test_info_of_a_damaged_manifest_lists_the_files(tmp_path: Path) -> None:
+    path = save_store(tmp_path / "store")
     (path / "manifest.json").write_text("{}", encoding="utf-8")
     (path / "odd\x1b[2Jname").write_text("", encoding="utf-8")
     done = run("info", str(path))
     check_exit(done, 1)
-    assert "a snapshot whose manifest is damaged" in done.stdout
-    assert re.search(r"files there: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
+    assert "a snapshot with a damaged manifest" in done.stdout
+    assert re.search(r"  files: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
     assert "\x1b" not in done.stdout
     assert re.search(r"damaged: .*manifest.json: expected the saved bytes", done.stdout)
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
-def test_what_is_no_snapshot_is_a_plain_message(command: str, tmp_path: Path) -> None:
+def test_a_directory_without_a_snapshot_exits_with_1(command: str, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         done = run(command, str(path))
         check_exit(done, 1)
@@ -376,7 +565,7 @@ def test_what_is_no_snapshot_is_a_plain_message(command: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "shortage", [MemoryError("none left"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_too_little_memory_is_no_fault_of_the_files(
+def test_running_out_of_memory_exits_with_1(
     shortage: Exception, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
@@ -386,4 +575,4 @@ def test_too_little_memory_is_no_fault_of_the_files(
         with monkeypatch.context() as patch:
             patch.setattr(name, refuse)
             assert main(["compare", str(files / "store.npz"), str(files / "queries.npy")]) == 1
-        assert capsys.readouterr().err == f"softdb: there is not enough memory: {shortage}\n"
+        assert capsys.readouterr().err == f"softdb: out of memory: {shortage}\n"

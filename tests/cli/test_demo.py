@@ -1,4 +1,4 @@
-"""`softdb.cli.demo`: the packaged rows, and what the tour says about them."""
+"""Test the packaged word senses, and the tour of ``softdb demo``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softdb import SoftKVStore
-from softdb.cli.demo import FEATURED, choose, load_senses, tour
+from softdb.cli.demo import FEATURED_SENTENCES, choose_sentences, load_senses, run_tour
 from softdb.errors import ArgumentError
 
 RIVER, ACCOUNT = "the river bank was steep", "she checked her bank account"
@@ -16,18 +16,18 @@ RIVER, ACCOUNT = "the river bank was steep", "she checked her bank account"
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    return list(tour(FEATURED))
+    return list(run_tour(FEATURED_SENTENCES))
 
 
 def section(lines: list[str], first: str, last: str | None = None) -> list[str]:
-    """The lines after the one that is ``first``, up to the one that is ``last`` or the next empty one."""
+    """Return the lines after ``first``, up to ``last`` or the next empty line."""
     start = lines.index(first) + 1
     rest = lines[start:]
     return rest[: rest.index(last if last is not None else "")]
 
 
 def weights(lines: list[str]) -> list[tuple[float, str]]:
-    """The weight in per cent and the word of each line with a bar."""
+    """Return the weight in percent and the label of each line with a bar."""
     found = [re.match(r"  [ >] +([\d.]+)%  [\W_]*(\w.*)", line.replace("#", " ")) for line in lines]
     return [(float(match[1]), match[2]) for match in found if match]
 
@@ -46,17 +46,18 @@ def test_the_packaged_rows_are_complete() -> None:
         torch.testing.assert_close(table.norm(dim=-1), torch.ones(len(table)), atol=1e-3, rtol=0)
 
 
-def test_the_rows_are_read_once() -> None:
+def test_the_rows_are_loaded_once() -> None:
     assert load_senses() is load_senses()
 
 
-def test_a_sense_says_what_it_is() -> None:
+def test_a_sense_has_a_word_a_part_of_speech_and_a_definition() -> None:
     senses = load_senses()
     bank = next(row for row in senses.rows if row.synset == "n09213565")
     assert bank.word == "bank"
     assert bank.part_of_speech == "noun"
     assert bank.gloss.startswith(bank.definition)
-    assert str(bank) == "bank (noun): sloping land (especially the slope beside a body of water)"
+    assert bank.definition.startswith("sloping land (especially the slope ")
+    assert str(bank) == f"bank (noun): {bank.definition}"
 
 
 def test_parts_of_speech_are_one_hot() -> None:
@@ -68,16 +69,16 @@ def test_parts_of_speech_are_one_hot() -> None:
     assert values[first_verb].tolist() == [0.0, 1.0, 0.0]
 
 
-# -- which sentences --------------------------------------------------------------------------------------------------
+# -- sentences --------------------------------------------------------------------------------------------------------
 
 
 def test_no_words_choose_the_featured_sentences() -> None:
-    assert choose([]) == FEATURED
-    assert FEATURED[:2] == (RIVER, ACCOUNT)
+    assert choose_sentences([]) == FEATURED_SENTENCES
+    assert FEATURED_SENTENCES[:2] == (RIVER, ACCOUNT)
 
 
 def test_words_choose_the_sentences_that_contain_one_of_them() -> None:
-    assert choose(["seal", "bark"]) == (
+    assert choose_sentences(["seal", "bark"]) == (
         "the seal barked on the rocks",
         "the king pressed his seal into the wax",
         "the dog's bark woke the neighbours",
@@ -85,21 +86,21 @@ def test_words_choose_the_sentences_that_contain_one_of_them() -> None:
     )
 
 
-def test_words_in_one_string_must_all_be_there() -> None:
-    assert choose(["River BANK"]) == (RIVER,)
+def test_a_sentence_must_contain_all_words_of_a_string() -> None:
+    assert choose_sentences(["River BANK"]) == (RIVER,)
 
 
 @pytest.mark.parametrize("word", ["zebra", "ban", "river account", "", "!?"])
 def test_an_unknown_word_lists_the_sentences(word: str) -> None:
-    with pytest.raises(ArgumentError, match="no sentence here contains") as caught:
-        choose(["bank", word])
+    with pytest.raises(ArgumentError, match="word: expected one of the sentences below to contain it") as caught:
+        choose_sentences(["bank", word])
     assert all(sentence in str(caught.value) for sentence in load_senses().sentences)
 
 
 # -- the tour ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_explains_query_key_and_value(lines: list[str]) -> None:
+def test_the_tour_explains_query_key_and_value(lines: list[str]) -> None:
     for word in ("query", "key", "value"):
         assert any(line.startswith(f"  {word} ") for line in lines)
 
@@ -116,8 +117,8 @@ def test_the_bank_account_is_about_money(lines: list[str]) -> None:
     assert any("bank (noun): a financial institution" in line for line in answer)
 
 
-@pytest.mark.parametrize("sentence", FEATURED)
-def test_bars_show_the_store_s_own_weights(lines: list[str], sentence: str) -> None:
+@pytest.mark.parametrize("sentence", FEATURED_SENTENCES)
+def test_bars_show_the_weights_of_the_store(lines: list[str], sentence: str) -> None:
     senses = load_senses()
     store = SoftKVStore(384, 3, metric="cosine", temperature=0.05)
     store.add(senses.keys, senses.parts_of_speech())
@@ -128,10 +129,10 @@ def test_bars_show_the_store_s_own_weights(lines: list[str], sentence: str) -> N
     shown = weights(answer)
     assert [word.split(" (")[0] for _, word in shown] == [senses.rows[row].word for row in read.ids.tolist()]
     assert [weight for weight, _ in shown] == pytest.approx((100 * read.weights).tolist(), abs=0.051)
-    assert f"the five hold {float(read.mass):.1%}" in " ".join(answer)
+    assert f"the five rows hold {float(read.mass):.1%}" in " ".join(answer)
 
 
-def test_a_lower_temperature_is_harder(lines: list[str]) -> None:
+def test_lower_temperatures_concentrate_the_weight(lines: list[str]) -> None:
     table = section(lines, "  temperature   best row   top five   effective rows   soft - hard")
     numbers = [[float(word.strip("%").replace(",", "")) for word in line.split()] for line in table]
     temperature, best, five, rows, distance = (list(column) for column in zip(*numbers, strict=True))
@@ -145,36 +146,36 @@ def test_a_lower_temperature_is_harder(lines: list[str]) -> None:
     assert distance[-1] < 0.01
 
 
-@pytest.mark.parametrize("sentences", [FEATURED, (RIVER,)])
-def test_one_step_makes_the_chosen_sense_more_likely(sentences: tuple[str, ...]) -> None:
-    lines = list(tour(sentences))
+@pytest.mark.parametrize("sentences", [FEATURED_SENTENCES, (RIVER,)])
+def test_one_training_step_increases_the_weight_of_the_wanted_row(sentences: tuple[str, ...]) -> None:
+    lines = list(run_tour(sentences))
     before = weights([line for line in section(lines, "  before", "  after") if line.startswith("  >")])
     after = weights([line for line in section(lines, "  after") if line.startswith("  >")])
     assert before[0][1].split(" (")[0] == after[0][1].split(" (")[0]
     assert after[0][0] > before[0][0] + 10
 
 
-def test_the_bank_account_becomes_a_financial_institution(lines: list[str]) -> None:
+def test_the_training_step_makes_the_financial_institution_the_best_row(lines: list[str]) -> None:
     after = section(lines, "  after")
     assert after[0].startswith("  >")
     assert "bank (noun): a financial institution" in after[0]
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-def test_it_fits_80_columns_whatever_is_asked(blocks: bool) -> None:
-    lines = list(tour(load_senses().sentences, blocks=blocks))
+def test_all_sentences_fit_80_columns(blocks: bool) -> None:
+    lines = list(run_tour(load_senses().sentences, blocks=blocks))
     assert max(map(len, lines)) < 80
     assert all(line.isascii() for line in lines) is not blocks
 
 
-def test_bars_are_as_long_as_weights_are_large() -> None:
-    lines = list(tour([RIVER], blocks=False))
+def test_the_length_of_bars_is_proportional_to_the_weight() -> None:
+    lines = list(run_tour([RIVER], blocks=False))
     bars = [line.count("#") for line in section(lines, f'"{RIVER}"') if "%  " in line and "blend" not in line]
     assert bars[0] == 17  # 87.4 % of 20
     assert bars == sorted(bars, reverse=True)
 
 
-def test_the_tour_changes_no_shared_row() -> None:
+def test_the_tour_does_not_change_shared_rows() -> None:
     before = load_senses().keys.clone()
-    list(tour([RIVER]))
+    list(run_tour([RIVER]))
     assert torch.equal(load_senses().keys, before)

@@ -302,7 +302,7 @@ def test_the_page_does_not_follow_the_default_device(
 def test_the_demo_does_not_follow_the_default_device(elsewhere: Callable[[], None]) -> None:
     senses = demo.load_senses()
     elsewhere()
-    assert demo.store_of(senses).keys.device.type == senses.parts_of_speech().device.type == "cpu"
+    assert demo.build_store(senses).keys.device.type == senses.parts_of_speech().device.type == "cpu"
 
 
 def test_a_norm_without_gradients_is_on_the_device_of_the_parameters(elsewhere: Callable[[], None]) -> None:

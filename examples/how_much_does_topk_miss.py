@@ -1,7 +1,7 @@
 """Measure the softmax mass that top-k reads miss and the error of their blends, on two data sets.
 
 A top-k read blends the k best rows and ignores the others. Held-out rows are queries to a store of word senses
-(embedding, part of speech) and to one of digits (pixels, label). Tables show the softmax mass of the k best rows and the
+(embedding, part of speech) and to one of digits (pixels, label). Tables show the mass of the k best rows and the
 mean error norm(answer - exact) / norm(exact), without and with a tail sample, for each temperature. They also show the
 error that the read reports, and how often it is an upper bound. Requires scikit-learn and tqdm.
 

@@ -111,7 +111,7 @@ class Comparison(Tabular):
         figures = [f"{row.distance:.4f}", f"{row.agreement:.3f}", f"{row.mass:.4f}", f"{row.effective_rows:,.1f}"]
         if self.metric is not None:
             figures.insert(0, "–" if row.metric is None else f"{row.metric:.4f}")
-        return Line(row.name, row.temperature, tuple(figures), f"{row.time:.2f}")
+        return Line(row.name, row.temperature, tuple(figures), row.time)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot distance and metric against temperature and against k.

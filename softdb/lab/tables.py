@@ -9,7 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
-__all__ = ["Line", "TableText", "Tabular", "TextResult", "format_range", "format_table", "merge_equal_lines", "shorten"]
+__all__ = [
+    "Line",
+    "TableText",
+    "Tabular",
+    "TextResult",
+    "format_range",
+    "format_table",
+    "join_names",
+    "merge_equal_lines",
+    "shorten",
+]
 
 
 class TableText(str):
@@ -62,20 +72,21 @@ class Line(NamedTuple):
         name: The setting, without its temperature.
         temperature: Divides the scores.
         figures: Cells that decide whether two lines are equal.
-        time: Cell that equal lines may differ in, or None where the table has no such column.
+        time: Number that equal lines may differ in, or None if the table has no such column.
     """
 
     name: str
     temperature: float
     figures: tuple[str, ...]
-    time: str | None = None
+    time: float | None = None
 
 
 def merge_equal_lines(lines: Iterable[Line]) -> list[list[str]]:
     """Merge the lines whose figures are equal; return the cells of the table.
 
-    Settings of one temperature with equal figures become one line, named "exact = topk 64". The same settings with the
-    same figures at consecutive temperatures become one line, with the temperatures "8 to 0.25".
+    Settings of one temperature with equal figures become one line, named "exact = topk 64, 256", with the range of
+    their times. The same settings with equal figures at consecutive temperatures become one line, with the temperatures
+    "8 to 0.25".
 
     Args:
         lines: The lines, grouped by temperature.
@@ -91,9 +102,9 @@ def merge_equal_lines(lines: Iterable[Line]) -> list[list[str]]:
             equal.setdefault(line.figures, []).append(line)
         current = []
         for figures, members in equal.items():
-            name = " = ".join(line.name for line in members)
-            times = dict.fromkeys(line.time for line in members if line.time is not None)
-            time = ", ".join(times) if times else None
+            name = join_names(line.name for line in members)
+            times = [line.time for line in members if line.time is not None]
+            time = " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(times), max(times)))) if times else None
             for place in previous:
                 if (merged[place][0], *merged[place][2:]) == (name, figures, time):
                     merged[place][1].append(temperature)
@@ -107,6 +118,21 @@ def merge_equal_lines(lines: Iterable[Line]) -> list[list[str]]:
         [name, format_range(temperatures), *figures, *([] if time is None else [time])]
         for name, temperatures, figures, time in merged
     ]
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Join the names of equal settings; list the k of top-k reads together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        mode, _, rest = name.partition(" ")
+        k, _, normalizer = rest.partition(" ")
+        if mode == "topk":
+            groups.setdefault((mode, normalizer), []).append(k)
+        else:
+            groups[name, ""] = []
+    return " = ".join(
+        " ".join(filter(None, (mode, ", ".join(ks), normalizer))) for (mode, normalizer), ks in groups.items()
+    )
 
 
 def format_range(temperatures: Sequence[float], digits: int = 4) -> str:

@@ -523,7 +523,7 @@ def test_equal_settings_of_one_temperature_share_a_line() -> None:
     store, queries = make()
     found = lab.compare(store, queries, ks=(1, 60, 100), temperatures=(0.4,))
     names = [line.split("  ")[0] for line in str(found).splitlines()[1:]]
-    assert names == ["exact = topk 60 = topk 100", "topk 1 = hard"]
+    assert names == ["exact = topk 60, 100", "topk 1 = hard"]
     assert len(found.settings) == len(found.to_dict()["mode"]) == 5
 
 
@@ -541,9 +541,11 @@ def test_equal_settings_of_consecutive_temperatures_share_a_line() -> None:
     ]
 
 
-def test_merged_lines_list_their_times() -> None:
-    lines = [Line("exact", 1.0, ("a",), "1.00"), Line("topk 4", 1.0, ("a",), "2.00"), Line("hard", 1.0, ("a",), "1.00")]
-    assert merge_equal_lines(lines) == [["exact = topk 4 = hard", "1", "a", "1.00, 2.00"]]
+def test_merged_lines_show_the_range_of_their_times() -> None:
+    names = ("exact", "topk 4", "topk 4 entmax15", "topk 16", "hard")
+    lines = [Line(name, 1.0, ("a",), time) for name, time in zip(names, (1.0, 2.0, 12.0, 3.0, 0.5), strict=True)]
+    assert merge_equal_lines(lines) == [["exact = topk 4, 16 = topk 4 entmax15 = hard", "1", "a", "0.50 to 12.00"]]
+    assert merge_equal_lines([Line("exact", 1.0, ("a",), 1.0)]) == [["exact", "1", "a", "1.00"]]
 
 
 def test_equal_rows_of_an_explanation_share_a_line() -> None:

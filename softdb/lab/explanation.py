@@ -186,10 +186,11 @@ class Explanation(TextResult):
             if row >= 0:
                 color = "#d55e00" if place == 0 else sample_color(place, shown)
                 weights = self.cooling[query, :, place].tolist()
-                axes.plot(self.temperatures, weights, ".-", label=escape_label(self.labels[row], 28), color=color)
+                label = escape_label(self.labels[row], 28)
+                axes.plot(self.temperatures, weights, ".-", label=label, color=color, clip_on=False)
         axes.axvline(self.temperature, color="#999999", linestyle=":")
         set_temperature_axis(axes, self.temperatures)
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, 1)
         axes.set_ylabel("weight", fontsize="small")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", loc="upper left")

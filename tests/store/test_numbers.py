@@ -96,7 +96,7 @@ def explained(**options: Any) -> object:
 
 def paged(**changed: Any) -> object:
     columns = {"mode": "topk", "normalizer": "softmax", "temperature": 1.0, "k": 2, "distance": 0.5, "mass": 0.5}
-    settings, _ = page_module._checked_columns({name: [value] for name, value in (columns | changed).items()}, None)
+    settings, _ = page_module._check_columns({name: [value] for name, value in (columns | changed).items()}, None)
     return settings
 
 

@@ -26,7 +26,7 @@ def _make_case(rows: int, queries: int, width: int, value_width: int) -> Case:
 
     @torch.no_grad()
     def read_exactly() -> None:
-        for factor in 4 * choices_module.FACTORS:
+        for factor in 4 * choices_module.TEMPERATURE_FACTORS:
             store.read(query, temperature=factor)
 
     return Case(

@@ -93,11 +93,11 @@ def main() -> None:
     for stored, held_out in tqdm(list(folds.split(pixels, digits)), disable=None, leave=False):
         store = build_digit_store(images[stored], labels[stored])
         queries, targets = images[held_out], labels[held_out]
-        found.append(lab.compare(store, queries, ks=KS, normalizers=NORMALIZERS, targets=targets))
-    names = list(dict.fromkeys(setting.name for setting in found[0].settings))
-    temperatures = list(dict.fromkeys(setting.temperature for setting in found[0].settings))
-    accuracy = 100 * torch.stack([collect(fold, "metric") for fold in found])  # (folds, reads, temperatures)
-    distance = torch.stack([collect(fold, "distance") for fold in found])
+        comparisons.append(lab.compare(store, queries, ks=KS, normalizers=NORMALIZERS, targets=targets))
+    names = list(dict.fromkeys(setting.name for setting in comparisons[0].settings))
+    temperatures = list(dict.fromkeys(setting.temperature for setting in comparisons[0].settings))
+    accuracy = 100 * torch.stack([collect(fold, "metric") for fold in comparisons])  # (folds, reads, temperatures)
+    distance = torch.stack([collect(fold, "distance") for fold in comparisons])
     print_table("accuracy, %, at temperature", names, temperatures, accuracy.mean(0), 1)
     print_table("distance from the exact blend", names, temperatures, distance.mean(0), 3)
 
@@ -108,7 +108,8 @@ def main() -> None:
         parts = chosen[:, read], ahead[:, read]
         cells = [f"{part.mean().round(decimals=2) + 0.0:.2f} ± {part.std():.2f}" for part in parts]
         print(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
-    print(f"mean and deviation of {len(found)} folds, {len(images):,} images, {time.perf_counter() - started:.0f} s\n")
+    seconds = time.perf_counter() - started
+    print(f"mean and deviation of {len(comparisons)} folds, {len(images):,} images, {seconds:.0f} s\n")
     conclude(accuracy.mean(0), names, temperatures, len(images))
     explain_error(store, labels[stored], queries, targets)
     if arguments.plot:

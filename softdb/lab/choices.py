@@ -51,10 +51,11 @@ def check_choices(name: str, values: Iterable[str], choices: Sequence[str]) -> l
 
 def check_can_draw(store: Any, normalizers: Sequence[str]) -> None:
     """Raise if a normalizer is random and the store is in eval mode."""
-    if "gumbel" in normalizers and not getattr(store, "training", True):
+    drawn = [name for name in normalizers if is_random(name)]
+    if drawn and not getattr(store, "training", True):
         raise ArgumentError(
-            "store: expected one in training mode, since 'gumbel' draws nothing in eval mode; call store.train(), or "
-            "remove it from normalizers"
+            f"store: expected one in training mode, since {drawn[0]!r} draws nothing in eval mode; call store.train(), "
+            "or remove it from normalizers"
         )
 
 

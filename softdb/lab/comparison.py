@@ -337,7 +337,7 @@ def _measure_setting(
         options["normalizer"] = normalizer
     if k is not None:
         options["k"] = k
-    if normalizer == "gumbel":
+    if is_random(normalizer):
         options |= {"k": k or 1, "generator": generator}  # with k, the read reports the row that was drawn
     reads: list[Read] = []
 
@@ -379,18 +379,18 @@ def _compare_weights(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute agreement, softmax mass and entropy of each query, (B,) each."""
-    if mode == "exact" and normalizer == "straight_through":
+    if mode == "exact" and is_hard(normalizer) and not is_random(normalizer):
         held = (reference.best_score - reference.lse).exp().nan_to_num(0.0)
         return torch.ones_like(held), held, torch.zeros_like(held)
     agreement, mass, entropy = [], [], []
     places = torch.arange(len(reference.lse), device=reference.lse.device).split(QUERIES_PER_READ)
     for batch, read, place in zip(batches, reads, places, strict=True):
-        if mode == "exact" and normalizer in SPARSE:
+        if mode == "exact" and is_sparse(normalizer):
             read = read_support(store, batch, options)
         if read.ids is None or read.weights is None or read.scores is None:
             raise DtypeError(f"store: expected a {mode} read to report ids, weights and scores, got none")
         weights, scores = read.weights.double(), read.scores.double()
-        if normalizer == "gumbel":  # whose reported scores include the noise
+        if is_random(normalizer):  # whose reported scores include the noise
             scores = scores.new_full(scores.shape, -torch.inf)
             scores[:, 0] = _score_rows(store, batch, read.ids[:, 0], reference.temperature)
         best_score = reference.best_score[place]

@@ -26,7 +26,7 @@ from softdb.lab.comparison import Reference, read_support
 from softdb.lab.plotting import create_figure, escape_label, sample_color, set_temperature_axis
 from softdb.lab.tables import TextResult, format_range, shorten
 from softdb.reading.result import Read
-from softdb.scoring.normalizers import NORMALIZERS, SPARSE, is_hard
+from softdb.scoring.normalizers import NORMALIZERS, is_hard, is_sparse
 
 __all__ = ["Explanation", "explain"]
 
@@ -298,7 +298,7 @@ def _effective_rows(store: Any, queries: Tensor, reference: Reference, read: Rea
     """Compute exp(entropy of all weights) of each query."""
     if is_hard(read.normalizer):
         return torch.ones_like(reference.entropy)
-    if read.normalizer not in SPARSE:
+    if not is_sparse(read.normalizer):
         return reference.entropy.exp()
     options = {"normalizer": read.normalizer, "temperature": reference.temperature}
     weights = read_support(store, queries.double(), options).weights

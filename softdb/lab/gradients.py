@@ -17,7 +17,7 @@ from softdb.errors import DtypeError
 from softdb.lab.choices import Readable, check_can_draw, check_choices, progress, resolve_temperatures
 from softdb.lab.plotting import create_figure, sample_color, set_temperature_axis
 from softdb.lab.tables import Line, Tabular, format_table, merge_equal_lines
-from softdb.scoring.normalizers import NORMALIZERS
+from softdb.scoring.normalizers import NORMALIZERS, is_random
 
 __all__ = ["Gradient", "GradientComparison", "compare_gradients"]
 
@@ -167,7 +167,7 @@ def compare_gradients(
     check_can_draw(store, names)
 
     def compute_gradient(name: str, temperature: float) -> tuple[Tensor, float]:
-        options: dict[str, Any] = {"generator": generator} if name == "gumbel" else {}
+        options: dict[str, Any] = {"generator": generator} if is_random(name) else {}
         with torch.inference_mode(False), torch.enable_grad():
             leaf = queries.detach().clone().requires_grad_()
             result = loss(store.read(leaf, normalizer=name, temperature=temperature, **options).values)
@@ -181,7 +181,7 @@ def compare_gradients(
         for temperature in resolved:
             soft, _ = compute_gradient("softmax", temperature)
             for name in names:
-                drawn = [compute_gradient(name, temperature) for _ in range(draws if name == "gumbel" else 1)]
+                drawn = [compute_gradient(name, temperature) for _ in range(draws if is_random(name) else 1)]
                 rows.append(_compare_draws(name, temperature, soft, drawn))
                 advance()
     return GradientComparison(tuple(rows), draws)
@@ -197,7 +197,7 @@ def _compare_draws(name: str, temperature: float, soft: Tensor, drawn: Sequence[
         temperature=temperature,
         size=size,
         bias=_divide(float((mean - soft).norm()), norm),
-        deviation=math.nan if name == "gumbel" and len(drawn) < 2 else _divide(spread, norm),
+        deviation=math.nan if is_random(name) and len(drawn) < 2 else _divide(spread, norm),
         cosine=_divide(float(mean @ soft), size * norm),
         loss=sum(loss for _, loss in drawn) / len(drawn),
     )

@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from softdb.lab.plotting import is_fraction
+from softdb.scoring.normalizers import NORMALIZERS
 
 __all__ = ["DASHES", "Measurement", "build_figures", "render_measurements"]
 
 MAX_TICKS = 6
 
 
-DRAWN_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
-
-
 SVG_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
+
+# Line style of each normalizer, by its name in Plotly.
+DASHES = dict(zip(NORMALIZERS, itertools.cycle(SVG_DASHES), strict=False))
 
 
 HARD_COLOR, EXACT_COLOR, NEUTRAL_COLOR = "#d55e00", "#000000", "#56616d"

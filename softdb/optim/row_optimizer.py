@@ -212,8 +212,8 @@ class RowOptimizer(Optimizer):
     def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
         """Update the rows of ``parameter`` that have a gradient."""
         table = table_of(parameter)
-        # Write to a store's rows through .data, which torch's version counter does not count: `record_update` records which
-        # rows have changed, whereas a new version would mean that any row may have changed.
+        # Write to a store's rows through .data, which torch's version counter does not count: `record_update` records
+        # which rows have changed, whereas a new version would mean that any row may have changed.
         rows = parameter if table is None else parameter.data
         gradient = parameter.grad
         if gradient is None:

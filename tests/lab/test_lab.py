@@ -44,7 +44,7 @@ def make(metric: str = "scaled_dot", **options: object) -> tuple[SoftKVStore, Te
 def weights_of(scores: Tensor, mode: str, k: int | None, normalizer: str, noise: Tensor) -> Tensor:
     """Compute the weights of all rows for one query, row by row."""
     # With a sparse normalizer, k is doubled until the candidates contain all rows with weight.
-    few = k if mode == "topk" and normalizer not in SPARSE else 1 if mode == "hard" else None
+    few = k if mode == "topk" and not is_sparse(normalizer) else 1 if mode == "hard" else None
     rows = scores.sort(descending=True, stable=True).indices[:few]
     seen = torch.full_like(scores, -math.inf)
     seen[rows] = scores[rows]

@@ -1,4 +1,4 @@
-"""Averages of keys and values alone: find slots in which they mix two rows of the store that was copied."""
+"""Detection of averages of keys and values that mix two rows in one slot."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class _Sample(NamedTuple):
 
 
 class SourceWatch:
-    """Watch for averages of keys and values alone, which mix two rows where one takes the slot of another.
+    """Detector of averages of keys and values that mix two rows in one slot.
 
     Such an average (of ``parameters()`` or of a ``state_dict()``) starts as a deep copy and is updated in place::
 
@@ -136,7 +136,10 @@ class SourceWatch:
 
     @torch.no_grad()
     def observe(self, own: Tensors) -> MixedRows:
-        """Return the rows that the last update of an average has mixed; keep a sample for the next call."""
+        """Return the rows that the last update of an average has mixed.
+
+        Keeps a sample for the next call.
+        """
         source = self._live_source()
         if source is None or is_active() or _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
             return MixedRows()
@@ -200,7 +203,10 @@ class SourceWatch:
         self._sample = _Sample(slots[chosen], own_rows, source_rows, version)
 
     def _find_changed(self, source: Tensors) -> tuple[_Version, Tensor] | None:
-        """Return the version of the source, and the slots that hold other rows than at the last update."""
+        """Find the slots whose row differs from that at the last update.
+
+        Returns the version of the source, too.
+        """
         version = _Version.of(source)
         if version is None:
             return None
@@ -242,7 +248,10 @@ def _rows_at(table: Tensors, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _find_rates(sample: _Sample, after: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[float | None]:
-    """Return the rates of keys and values; one for both where one has too few numbers; none where both have."""
+    """Estimate the rates of keys and values.
+
+    Returns one rate for both where one of them has too few numbers, and none where both have.
+    """
     parts = list(zip(sample.own, sample.source, after, strict=True))
     if any((before != source).sum() < STEP_NUMBERS for before, source, _ in parts):
         before, source, after_both = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -251,7 +260,10 @@ def _find_rates(sample: _Sample, after: tuple[Tensor, Tensor], dtype: torch.dtyp
 
 
 def _find_rate(before: Tensor, source: Tensor, after: Tensor, dtype: torch.dtype) -> float | None:
-    """Return the rate of ``after = before + rate * (source - before)``, from 0 to 1; None if there is none."""
+    """Estimate the rate from 0 to 1 of ``after = before + rate * (source - before)``.
+
+    Returns None if there is no such rate.
+    """
     step, way = after - before, source - before
     if not step.any():
         return 0.0

@@ -566,7 +566,7 @@ def test_an_average_of_parameters_alone_may_begin_with_a_copy_of_other_rows(upda
         update(average, store, 0.2)
     add(store, 1)
     update(average, store, 0.2)
-    if update is average_state:  # follows the ids, and clears the rows of those that are deleted
+    if update is average_state:  # The average follows the ids and clears deleted rows.
         with pytest.warns(UserWarning, match="1 rows came into empty slots"):
             update(average, store, 0.2)
     else:

@@ -220,7 +220,7 @@ def test_concurrent_first_saves_run_one_after_the_other(tmp_path: Path) -> None:
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     with snapshot.lock_directory(tmp_path, 0.0):
-        child = FORK.Process(target=time.sleep, args=(faults.PATIENCE,), daemon=True)
+        child = FORK.Process(target=time.sleep, args=(faults.CHILD_TIMEOUT_SECONDS,), daemon=True)
         child.start()
     make(2.0).save(tmp_path)
     child.kill()
@@ -237,7 +237,7 @@ def test_a_lock_is_released_while_a_forked_child_has_a_copy_of_it(tmp_path: Path
 
 
 def test_loads_during_saves_return_complete_stores(tmp_path: Path) -> None:
-    holds(faults.loads_beside_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
+    holds(faults.load_during_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
 
 
 def loaded_whole(path: Path) -> bool:

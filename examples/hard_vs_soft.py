@@ -89,15 +89,15 @@ def main() -> None:
     folds = StratifiedKFold(3 if arguments.small else 5, shuffle=True, random_state=0)
     torch.set_num_threads(1)  # the reads are too small for several threads
     started = time.perf_counter()
-    comparisons = []
+    results = []
     for stored, held_out in tqdm(list(folds.split(pixels, digits)), disable=None, leave=False):
         store = build_digit_store(images[stored], labels[stored])
         queries, targets = images[held_out], labels[held_out]
-        comparisons.append(lab.compare(store, queries, ks=KS, normalizers=NORMALIZERS, targets=targets))
-    names = list(dict.fromkeys(setting.name for setting in comparisons[0].settings))
-    temperatures = list(dict.fromkeys(setting.temperature for setting in comparisons[0].settings))
-    accuracy = 100 * torch.stack([collect(fold, "metric") for fold in comparisons])  # (folds, reads, temperatures)
-    distance = torch.stack([collect(fold, "distance") for fold in comparisons])
+        results.append(lab.compare(store, queries, ks=KS, normalizers=NORMALIZERS, targets=targets))
+    names = list(dict.fromkeys(setting.name for setting in results[0].settings))
+    temperatures = list(dict.fromkeys(setting.temperature for setting in results[0].settings))
+    accuracy = 100 * torch.stack([collect(fold, "metric") for fold in results])  # (folds, reads, temperatures)
+    distance = torch.stack([collect(fold, "distance") for fold in results])
     print_table("accuracy, %, at temperature", names, temperatures, accuracy.mean(0), 1)
     print_table("distance from the exact blend", names, temperatures, distance.mean(0), 3)
 
@@ -108,12 +108,11 @@ def main() -> None:
         parts = chosen[:, read], ahead[:, read]
         cells = [f"{part.mean().round(decimals=2) + 0.0:.2f} ± {part.std():.2f}" for part in parts]
         print(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
-    seconds = time.perf_counter() - started
-    print(f"mean and deviation of {len(comparisons)} folds, {len(images):,} images, {seconds:.0f} s\n")
+    print(f"mean and deviation of {len(results)} folds, {len(images)} images, {time.perf_counter() - started:.0f} s\n")
     conclude(accuracy.mean(0), names, temperatures, len(images))
     explain_error(store, labels[stored], queries, targets)
     if arguments.plot:
-        comparisons[-1].plot(arguments.plot)
+        results[-1].plot(arguments.plot)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ class _Version(NamedTuple):
 
     @classmethod
     def of(cls, source: Tensors) -> _Version | None:
-        """Copy the generations; return None if another thread writes meanwhile."""
+        """Copy the generations; return None on meta, and if another thread writes."""
+        if source.rows.ids.is_meta:
+            return None
         writes = _writes_of(source)
         ids, generations = source.rows.ids.cpu(), source.rows.generation.cpu()
         if len(ids) != len(generations):

@@ -417,7 +417,7 @@ def test_sparse_reads_of_groups(normalizer: str) -> None:
 
 @pytest.mark.parametrize("normalizer", sorted(SPARSE_NORMALIZERS))
 def test_a_support_too_large_to_gather_raises(normalizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force_tiling(Tiling(most_gathered=10_500), monkeypatch)
+    force_tiling(Tiling(max_sparse_elements=10_500), monkeypatch)
     problem = Problem.random(rows=2000, scale=0.01)  # weight on all rows
     with pytest.raises(softdb.ArgumentError, match=f"normalizer: expected '{normalizer}' .* lower the temperature"):
         soft_read(problem.query, problem.keys, problem.values, normalizer=normalizer)
@@ -758,7 +758,7 @@ def test_the_mean_of_a_million_equal_rows_is_accurate(queries: int, width: int, 
 @pytest.mark.parametrize("queries", [1, 2, 13])
 def test_the_mean_of_equal_rows_in_one_small_tile_is_accurate(queries: int) -> None:
     """All weights but one are equal, and differ from 1 before normalisation."""
-    rows = Tiling().small_scores // queries
+    rows = Tiling().max_dense_scores // queries
     query, keys = torch.ones(queries, 1), torch.cat([torch.zeros(1, 1), torch.full((rows - 1, 1), -0.1)])
     check_equal_summands(soft_read(query, keys, torch.full((rows, 3), 0.1), metric="dot").values, rows)
 
@@ -800,7 +800,7 @@ def test_sums_of_gradients_over_many_equal_rows_are_accurate(queries: int, rows:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_sums_of_gradients_over_many_queries_are_accurate(rows: int) -> None:
-    queries = Tiling().small_scores // rows
+    queries = Tiling().max_dense_scores // rows
     values = torch.zeros(rows, 3, requires_grad=True)
     read = soft_read(torch.ones(queries, 1), torch.zeros(rows, 1), values)
     (grad,) = torch.autograd.grad(read.values, values, torch.full((queries, 3), 0.1))

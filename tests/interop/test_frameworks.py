@@ -871,7 +871,7 @@ def test_a_functional_read_is_stale_only_if_its_tensors_are_written_to() -> None
     assert replacements["keys"].grad is not None
     with torch.no_grad():
         replacements["values"].add_(1.0)
-    with pytest.raises(softdb.StaleReadError, match="in the place of the store's own"):
+    with pytest.raises(softdb.StaleReadError, match="tensors that replace the store's own"):
         after.sum().backward()
 
 

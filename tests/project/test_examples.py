@@ -147,7 +147,7 @@ def test_hard_vs_soft_is_less_accurate_at_high_temperatures() -> None:
         assert distance[name] == sorted(distance[name], reverse=True)
     for hard, four, sixteen in zip(*(distance[name] for name in ("hard", "topk 4", "topk 16")), strict=True):
         assert hard > four > sixteen
-    assert list(parse_table(lines, "temperature chosen", 36)) == list(accuracy)
+    assert list(parse_table(lines, "temperature of the other folds", 36)) == list(accuracy)
     better, worse = (next(line for line in lines if line.startswith(word)) for word in ("better", "worse"))
     assert better.endswith("none")
     assert "exact at 4" in worse
@@ -167,8 +167,8 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
     output = run("how_much_does_topk_miss.py", "--small").splitlines()
-    second = next(number for number, line in enumerate(output) if line.startswith("digits: 32 queries, 1,765 rows"))
-    assert output[0].startswith("senses: 32 queries, 4,064 rows")
+    second = next(number for number, line in enumerate(output) if line.startswith("digits: 32 queries to 1,765 rows"))
+    assert output[0].startswith("senses: 32 queries to 4,064 rows")
     for lines, samples in ((output[:second], ("128", "512", "2,048")), (output[second:], ("128", "512"))):
         (effective,) = parse_table(lines, "effective rows", 36).values()
         assert effective == sorted(effective, reverse=True)  # The highest temperature is first.
@@ -176,10 +176,10 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
         assert list(masses) == ["k = 4", "k = 16", "k = 64", "k = 256"]
         assert all(mass == sorted(mass) and mass[0] < 0.2 for mass in masses.values())
         assert masses["k = 256"][-1] > 0.99
-        error, estimate = (parse_table(lines, title, 36) for title in ("relative error", "estimated error"))
-        reads = [[name, *(f"{name}, {count} samples" for count in samples)] for name in masses]
+        error, estimate = (parse_table(lines, title, 36) for title in ("relative error", "error that the read reports"))
+        reads = [[name, *(f"{name}, {count} sampled" for count in samples)] for name in masses]
         assert list(error) == [name for names in reads for name in names]
-        assert list(estimate) == list(parse_table(lines, "estimate is", 36)) == reads[2][1:]
+        assert list(estimate) == list(parse_table(lines, "reported error is a bound", 36)) == reads[2][1:]
         for (plain, *sampled), (wider, *_) in itertools.pairwise(reads):
             assert all(more > less for more, less in zip(error[plain], error[wider], strict=True))
             for column in (column for column, mass in enumerate(masses[plain]) if mass < 0.5):
@@ -187,7 +187,7 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
                 assert masses[plain][column] > 0.4 or all(
                     error[name][column] < error[plain][column] for name in sampled
                 )
-                assert error[f"{plain}, 512 samples"][column] < error[wider][column]  # `wider` has four times k.
+                assert error[f"{plain}, 512 sampled"][column] < error[wider][column]  # `wider` has four times k.
         assert all(estimate[name][0] > error[name][0] for name in estimate)
 
 

@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_file_and_its_tensor(tmp_path: 
 
 
 def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
-    holds(damage.failing_reads, tmp_path, 10)
+    holds(damage.fail_reads, tmp_path, 10)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 def test_a_hostile_directory_is_a_typed_error_without_side_effects(tmp_path: Path) -> None:
-    holds(damage.hostile, tmp_path, len(damage.CASES))
+    holds(damage.load_hostile_directories, tmp_path, len(damage.CASES))
 
 
 @pytest.mark.parametrize("name", ["../x", "a\0b", "a\nb", "a b", "", ".", "\ud800"])

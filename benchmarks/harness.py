@@ -142,24 +142,28 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
     options = parser.parse_args()
     seconds = options.seconds or (0.05 if options.small else 10.0)
     out = options.out or (None if options.small else RESULTS)
-    print(compare(name, cases(options.small), seconds=seconds, out=out))
+    min_rounds = 2 if options.small else MIN_ROUNDS
+    print(compare(name, cases(options.small), seconds=seconds, out=out, min_rounds=min_rounds))
 
 
-def compare(name: str, cases: Iterable[Case], *, seconds: float = 10.0, out: Path | None = None) -> str:
+def compare(
+    name: str, cases: Iterable[Case], *, seconds: float = 10.0, out: Path | None = None, min_rounds: int = MIN_ROUNDS
+) -> str:
     """Measure the cases one by one; return the table as aligned Markdown.
 
     Args:
         name: Name of the result.
         cases: The cases. A generator holds the tensors of one case at a time.
-        seconds: Seconds of measurement per case. At least `MIN_ROUNDS` rounds are measured, whatever their duration.
+        seconds: Seconds of measurement per case.
         out: Folder to write NAME.json to; None writes nothing.
+        min_rounds: Minimum number of rounds, whatever their duration; at least 2.
     """
-    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", THREADS))))
     machine = _describe_machine()
     lines: list[Line] = []
     for case in cases:
         print(f"{name}: {case.label}", file=sys.stderr, flush=True)
-        lines += _measure_case(case, seconds)
+        lines += _measure_case(case, seconds, min_rounds)
         del case  # Free its tensors before the next case is made.
         gc.collect()
     if out is not None:
@@ -209,14 +213,14 @@ def _read_memory_counter(counter: str) -> int:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def _measure_case(case: Case, seconds: float) -> list[Line]:
+def _measure_case(case: Case, seconds: float, min_rounds: int) -> list[Line]:
     contestants: dict[tuple[str, str], Contestant] = {}
     contestants.update({("softdb", name): run for name, run in case.softdb.items()})
     contestants.update({("peer", name): run for name, run in case.peers.items()})
     if case.work is not None:
         contestants["floor", "product"] = _make_matrix_product(case.work)
         contestants["floor", "memory"] = _make_memory_read(case.work)
-    times = _time_contestants(contestants, seconds)
+    times = _time_contestants(contestants, seconds, min_rounds)
     peers = {name: times["peer", name] for name in case.peers}
     floors = {}
     if case.work is not None:
@@ -234,7 +238,7 @@ def _measure_case(case: Case, seconds: float) -> list[Line]:
     return lines
 
 
-def _time_contestants(contestants: Mapping[Name, Contestant], seconds: float) -> dict[Name, Timing]:
+def _time_contestants(contestants: Mapping[Name, Contestant], seconds: float, min_rounds: int) -> dict[Name, Timing]:
     """Time the contestants in alternating turns."""
     calls: dict[Name, int] = {}
     for name, run in contestants.items():
@@ -244,7 +248,7 @@ def _time_contestants(contestants: Mapping[Name, Contestant], seconds: float) ->
     names = list(contestants)
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < MIN_ROUNDS or time.perf_counter() < end:
+    while rounds < min_rounds or time.perf_counter() < end:
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
             turns[name].append(_time_turn(contestants[name], calls[name]))

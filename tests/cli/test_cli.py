@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -38,6 +40,16 @@ def run(
         timeout=120,
         check=False,
     )
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which is faster."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(arguments))
+    for stream in (out, err):
+        stream.seek(0)
+    return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
 
 
 def environment(encoding: str = "utf-8") -> dict[str, str]:
@@ -207,7 +219,7 @@ def test_compare_takes_targets_and_writes_files(files: Path, capsys: pytest.Capt
 
 
 def test_compare_reads_the_demo() -> None:
-    done = run("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
+    done = call("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
     check_exit(done)
     assert done.stderr == ""
     assert [line[0] for line in table(done.stdout)] == ["read", "exact", "topk", "hard"]
@@ -490,7 +502,7 @@ def save_store(path: Path, rows: int = 1200) -> Path:
 
 
 def test_info_describes_a_snapshot(tmp_path: Path) -> None:
-    done = run("info", str(save_store(tmp_path / "store")))
+    done = call("info", str(save_store(tmp_path / "store")))
     check_exit(done)
     assert done.stderr == ""
     for part in (
@@ -507,7 +519,7 @@ def test_info_describes_a_snapshot(tmp_path: Path) -> None:
 
 def test_verify_exits_with_1_if_a_snapshot_is_damaged(tmp_path: Path) -> None:
     path = save_store(tmp_path / "store")
-    done = run("verify", str(path))
+    done = call("verify", str(path))
     check_exit(done)
     assert done.stderr == ""
     assert done.stdout.endswith("every byte is as it was saved (6 files, 62.4 kB)\n")
@@ -518,7 +530,7 @@ def test_verify_exits_with_1_if_a_snapshot_is_damaged(tmp_path: Path) -> None:
     (other,) = path.glob("keys-*")
     other.write_bytes(other.read_bytes()[:-3])
     for command in ("verify", "info"):
-        done = run(command, str(path))
+        done = call(command, str(path))
         check_exit(done, 1)
         assert re.search(r"damaged: .*values-1.*the saved bytes of the tensor 'values'", done.stdout)
         assert re.search(r"damaged: .*keys-1.*bytes for the tensor 'keys'", done.stdout)
@@ -545,7 +557,7 @@ def test_info_of_a_damaged_manifest_lists_the_files(tmp_path: Path) -> None:
     path = save_store(tmp_path / "store")
     (path / "manifest.json").write_text("{}", encoding="utf-8")
     (path / "odd\x1b[2Jname").write_text("", encoding="utf-8")
-    done = run("info", str(path))
+    done = call("info", str(path))
     check_exit(done, 1)
     assert "a snapshot with a damaged manifest" in done.stdout
     assert re.search(r"  files: keys-1.safetensors, odd\?\[2Jname, ", done.stdout)
@@ -556,7 +568,7 @@ def test_info_of_a_damaged_manifest_lists_the_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_a_directory_without_a_snapshot_exits_with_1(command: str, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
-        done = run(command, str(path))
+        done = call(command, str(path))
         check_exit(done, 1)
         assert re.match(r"softdb: .*No such file or directory", done.stderr)
         assert done.stdout == ""

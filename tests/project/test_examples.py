@@ -134,10 +134,13 @@ def parse_table(lines: list[str], title: str, width: int) -> dict[str, list[floa
     return {line[:width].strip(): [float(cell) for cell in re.findall(r"-?[0-9.]+", line[width:])] for line in rows}
 
 
-def test_hard_vs_soft_is_less_accurate_at_high_temperatures() -> None:
+def test_hard_vs_soft_is_less_accurate_at_high_temperatures(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
-    lines = run("hard_vs_soft.py", "--small").splitlines()
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "compared.png"
+    lines = run("hard_vs_soft.py", "--small", "--plot", str(plot)).splitlines()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     accuracy, distance = parse_table(lines, "accuracy", 36), parse_table(lines, "distance", 36)
     assert len(accuracy) == 10
     assert accuracy["exact"][0] < accuracy["hard"][0] - 2  # At the highest temperature.
@@ -154,19 +157,13 @@ def test_hard_vs_soft_is_less_accurate_at_high_temperatures() -> None:
     assert lines[lines.index("Misclassified by the hard read:") + 1 :]
 
 
-def test_hard_vs_soft_writes_a_plot(tmp_path: Path) -> None:
+def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "compared.png"
-    run("hard_vs_soft.py", "--small", "--plot", str(picture))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail() -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("tqdm")
-    output = run("how_much_does_topk_miss.py", "--small").splitlines()
+    plot = tmp_path / "missed.png"
+    output = run("how_much_does_topk_miss.py", "--small", "--plot", str(plot)).splitlines()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     second = next(number for number, line in enumerate(output) if line.startswith("digits: 32 queries to 1,765 rows"))
     assert output[0].startswith("senses: 32 queries to 4,064 rows")
     for lines, samples in ((output[:second], ("128", "512", "2,048")), (output[second:], ("128", "512"))):
@@ -189,15 +186,6 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
                 )
                 assert error[f"{plain}, 512 sampled"][column] < error[wider][column]  # `wider` has four times k.
         assert all(estimate[name][0] > error[name][0] for name in estimate)
-
-
-def test_how_much_does_topk_miss_writes_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "missed.png"
-    run("how_much_does_topk_miss.py", "--small", "--plot", str(picture))
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_hard_lookup_has_the_lowest_hard_error_with_gumbel() -> None:

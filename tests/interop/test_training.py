@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.programs import run_ranks
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import softdb
 from softdb import IndexConfig, SoftKVStore
@@ -148,29 +147,6 @@ def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_i
         stale.values.sum().backward()
     if kind != "AdamW fused":
         fine.values.sum().backward()
-
-
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: str(how["mode"]))
-def test_activation_checkpointing_gives_the_same_gradients(how: dict[str, Any]) -> None:
-    found = []
-    for repeated in (False, True):
-        store, encoder = make(), nn.Linear(8, 8)
-        with torch.no_grad():
-            encoder.weight.copy_(torch.eye(8))
-            encoder.bias.zero_()
-        optimiser = RowAdam(store.parameters(), lr=0.1)
-
-        def answer(query: Tensor, store: SoftKVStore = store, encoder: nn.Linear = encoder) -> Tensor:
-            return store(encoder(query), **how)
-
-        for seed in range(4):
-            optimiser.zero_grad()
-            query = queries(seed=seed)
-            values = checkpoint(answer, query, use_reentrant=False) if repeated else answer(query)
-            (values - 1).square().sum().backward()
-            optimiser.step()
-        found.append(store.values.detach())
-    assert torch.allclose(*found, atol=1e-6)
 
 
 @pytest.mark.parametrize("fails", ["step", "hook"])

@@ -19,7 +19,6 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from support import reference
 from support.contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, largest_error
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import softdb
 from softdb import SoftKVStore
@@ -267,24 +266,6 @@ def test_candidates_are_doubled_until_they_hold_all_sparse_weight(normalizer: st
         strict=True,
     ):
         assert largest_error(mine.to_dense(), other.to_dense()) < 1e-8
-
-
-def test_checkpointed_draws_are_repeated_or_refused() -> None:
-    store = store_of(Problem.random(rows=30), trainable=True)
-    query = torch.randn(4, 8)
-
-    def gradient(generator: torch.Generator | None, repeat: bool) -> Tensor:
-        def loss(query: Tensor) -> Tensor:
-            return store.read(query, normalizer="gumbel", generator=generator).values.square().sum()
-
-        torch.manual_seed(3)
-        leaf = query.clone().requires_grad_()
-        (checkpoint(loss, leaf, use_reentrant=False) if repeat else loss(leaf)).backward()
-        return leaf.grad
-
-    assert torch.equal(gradient(None, True), gradient(None, False))
-    with pytest.raises(softdb.ArgumentError, match="generator: expected None under activation checkpointing"):
-        gradient(torch.Generator(), True)
 
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
@@ -774,28 +755,6 @@ def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int,
     limit[0] = after
     with pytest.raises(softdb.StaleReadError, match="where: the callable gives another answer"):
         read.values.sum().backward()
-
-
-@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=str)
-def test_activation_checkpointing(how: dict[str, object]) -> None:
-    problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
-    store.reserve(60)
-
-    def checkpointed() -> Tensor:
-        return torch.utils.checkpoint.checkpoint(
-            lambda x: store.read(x, **how).values, problem.query * 1.0, use_reentrant=False
-        )
-
-    leaves = [problem.query, store.keys]
-    ours = torch.autograd.grad(checkpointed().square().sum(), leaves)
-    wanted = torch.autograd.grad(store.read(problem.query, **how).values.square().sum(), leaves)
-    for mine, other in zip(ours, wanted, strict=True):
-        assert torch.allclose(mine.to_dense(), other.to_dense(), atol=1e-6)
-    values = checkpointed()
-    store.add(torch.randn(5, 8), torch.randn(5, 3))
-    with pytest.raises(softdb.StaleReadError, match="activation checkpointing"):
-        values.sum().backward()
 
 
 def test_the_answer_may_be_written_to_in_place() -> None:

@@ -578,18 +578,6 @@ def test_reads_do_not_change_the_version() -> None:
     first.values.sum().backward()
 
 
-def test_reads_recomputed_by_checkpointing_are_counted_again() -> None:
-    store = full("lru", track_usage=True, trainable=True)
-    query = torch.ones(3, 2, requires_grad=True)
-    values = torch.utils.checkpoint.checkpoint(
-        lambda x: store.read(x, "topk", k=4).values.sin(), query, use_reentrant=False
-    )
-    assert store.usage.reads.tolist() == [3] * 4
-    values.sum().backward()
-    assert store.usage.reads.tolist() == [6] * 4
-    assert store.usage.weight.sum().item() == pytest.approx(6)
-
-
 def test_a_store_filled_and_read_in_inference_mode() -> None:
     with torch.inference_mode():
         store = full("lru", track_usage=True)

@@ -15,7 +15,7 @@ import torch
 from support.programs import check_exit
 from torch import Tensor, nn
 
-from softdb import ArgumentError, GrowthError, Read, SoftKVStore, StaleReadError, UnknownIdError
+from softdb import ArgumentError, GrowthError, Read, SoftKVStore, UnknownIdError
 from softdb.interop import compile as compile_module
 
 # Importing inductor makes torch warn of itself.
@@ -307,20 +307,6 @@ def test_the_graph_may_write_to_its_own_tensors() -> None:
     inputs = (weight, store.keys, store.values)
     ours = torch.autograd.grad(torch.compile(altered, backend="aot_eager", fullgraph=True)(x, weight), inputs)
     torch.testing.assert_close(ours, torch.autograd.grad(wanted(x, weight), inputs))
-
-
-@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
-def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
-    store = make_store()
-    run = torch.compile(lambda x: store(x, **how).sum(), backend="aot_eager", fullgraph=True)
-    answer = run(torch.randn(4, 8))
-    store.update(torch.arange(30), values=torch.randn(30, 3))
-    with pytest.raises(StaleReadError, match="rows that this read used"):
-        answer.backward()
-    del answer
-    answer = run(torch.randn(4, 8))
-    store.add(torch.randn(1, 8), torch.randn(1, 3))  # appending is fine
-    answer.backward()
 
 
 def test_errors_are_those_of_the_read() -> None:

@@ -10,7 +10,6 @@ import torch
 from support.programs import run_ranks
 from torch import Tensor, nn
 
-import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 
@@ -123,52 +122,6 @@ def test_reads_and_appended_rows_between_forward_and_backward_change_no_gradient
         each.found = (query.grad, each.values.grad.to_dense())  # type: ignore[assignment, union-attr]
     for mine, other in zip(store.found, alone.found, strict=True):  # type: ignore[arg-type]
         assert torch.equal(mine, other)
-
-
-@pytest.mark.parametrize("kind", ["RowAdam", "SparseAdam", "AdamW fused"])
-def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_it_moved(kind: str) -> None:
-    store = make(sparse_grad=kind != "AdamW fused")
-    makers: dict[str, Any] = {
-        "RowAdam": lambda: RowAdam(store.parameters(), lr=0.1),
-        "SparseAdam": lambda: torch.optim.SparseAdam(list(store.parameters()), lr=0.1),
-        "AdamW fused": lambda: torch.optim.AdamW(store.parameters(), lr=0.1, fused=True),
-    }
-    optimiser = makers[kind]()
-    one, other = store.get([3]).keys, store.get([8]).keys
-    stale, fine = (store.read(4 * query, "topk", k=1) for query in (one, other))
-    assert stale.ids is not None
-    assert fine.ids is not None
-    assert stale.ids.tolist() != fine.ids.tolist()
-    store.read(4 * one, "topk", k=1).values.sum().backward()
-    store.keys.grad = None
-    optimiser.step()
-    store.read(queries(), "topk", k=2)
-    with pytest.raises(softdb.StaleReadError):
-        stale.values.sum().backward()
-    if kind != "AdamW fused":
-        fine.values.sum().backward()
-
-
-@pytest.mark.parametrize("fails", ["step", "hook"])
-def test_a_step_that_fails_half_way_leaves_no_read_that_goes_backward(fails: str) -> None:
-    store = make()
-    optimiser = RowAdam([{"params": [store.keys]}, {"params": [store.values]}], lr=0.1)
-    store.read(queries(), "topk", k=3).values.sum().backward()
-    read = store.read(queries(), "topk", k=3)
-    keys = store.keys.detach().clone()
-    if fails == "hook":
-        optimiser.register_step_post_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            optimiser.step()
-        assert not torch.equal(store.keys, keys)
-        with pytest.raises(softdb.StaleReadError):
-            read.values.sum().backward()
-    else:
-        optimiser.param_groups[1]["betas"] = (0.9,)
-        with pytest.raises(softdb.DtypeError, match="betas: expected two numbers"):
-            optimiser.step()
-        assert torch.equal(store.keys, keys)
-        read.values.sum().backward()
 
 
 SCRIPT = """

@@ -544,26 +544,6 @@ def test_state_follows_a_conversion_of_the_store() -> None:
     assert optimizer.state[store.keys]["exp_avg"].dtype == torch.float64
 
 
-def test_step_makes_only_the_updated_rows_stale() -> None:
-    store = SoftKVStore(4, 3, trainable=True)
-    store.add(torch.eye(4), torch.ones(4, 3))
-    optimizer = RowAdam(store.parameters(), lr=0.1)
-    first = store.read(torch.tensor([9.0, 9, 0, 0]), "topk", k=2)
-    second = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
-    first.values.sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    store.read(torch.ones(4), "topk", k=1)  # A read detects writes that bypass the store.
-    second.values.sum().backward()
-    optimizer.step()
-    assert store.rows.all_changed_at == 0 or store.rows.all_changed_at < store.rows.version - 1
-
-    third = store.read(torch.tensor([0.0, 0, 9, 9]), "topk", k=2)
-    optimizer.step()  # Updates the rows of the second read again.
-    with pytest.raises(softdb.StaleReadError):
-        third.values.sum().backward()
-
-
 def test_topk_finds_keys_moved_by_the_optimizer() -> None:
     store = make_store(50, index="Flat")
     optimizer = RowAdam(store.parameters(), lr=0.5)

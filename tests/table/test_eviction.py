@@ -307,19 +307,6 @@ def test_a_large_store_rarely_scans_all_rows(monkeypatch: pytest.MonkeyPatch) ->
 # -- effects of eviction ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("evict", EVICTIONS)
-def test_backward_raises_after_a_row_that_was_read_is_evicted(evict: str, trainable: bool) -> None:
-    store = full(evict, trainable=trainable)
-    query = torch.ones(1, 2, requires_grad=True)
-    stale = store.read(query, where=torch.tensor([0, 1]))
-    good = store.read(query, where=torch.tensor([1, 2]))
-    store.add(*rows_of(1))
-    good.values.sum().backward()
-    with pytest.raises(softdb.StaleReadError, match="slots 0"):
-        stale.values.sum().backward()
-
-
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 4}], ids=["dense", "sparse"])
 @pytest.mark.parametrize("write", ["add", "revive"])
 def test_gradients_of_evicted_and_revived_rows_are_dropped(how: dict[str, object], write: str) -> None:

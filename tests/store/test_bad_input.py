@@ -790,3 +790,42 @@ def test_tensors_of_a_dtype_that_no_read_works_in_are_refused(dtype: torch.dtype
             with pytest.raises(DtypeError, match=rf"state_dict\['{name}'\]: expected "):
                 store.load_state_dict(state | {name: state[name].to(dtype)})
     assert all(torch.equal(tensor, state[name]) for name, tensor in store.state_dict().items())
+
+
+# -- options of a store ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(key_dim=0), ArgumentError, "key_dim: expected an integer of at least 1, got 0"),
+        (dict(value_dim=2.0), DtypeError, "value_dim: expected an integer"),
+        (dict(metric="l1"), ArgumentError, "metric: expected one of"),
+        (dict(temperature=0), ArgumentError, "temperature: "),
+        (
+            dict(temperature=torch.ones((), requires_grad=True)),
+            DtypeError,
+            r"pass it to read\(temperature=...\)",
+        ),
+        (dict(dtype=torch.int32), DtypeError, "dtype: expected one of float16, .* got torch.int32"),
+        (dict(fields=("id",)), FieldError, "'id' is reserved"),
+        (dict(fields=("a", "a")), FieldError, "each name once"),
+        (dict(fields=("a b",)), FieldError, "Python identifiers, got str 'a b'"),
+        (dict(fields=5), DtypeError, "fields: expected a sequence of names, got int 5"),
+        (dict(dtype="float32"), DtypeError, "dtype: expected one of float16, .* got str 'float32'"),
+        (dict(fields="time"), DtypeError, "fields: expected a sequence of names"),
+        (dict(index="IVFmany"), ArgumentError, "index: .* got 'IVFmany', which FAISS does not accept"),
+        (dict(index=7), DtypeError, "index: expected 'auto', 'Flat'"),
+        (dict(evict="lru"), ArgumentError, "evict='lru': expected a capacity, got None; pass capacity="),
+        (
+            dict(capacity=3, evict="random"),
+            ArgumentError,
+            "evict: expected one of 'lru', 'oldest', got 'random'",
+        ),
+        (dict(capacity=0), ArgumentError, "capacity: expected an integer of at least 1, got 0"),
+        (dict(capacity=2.0), DtypeError, "capacity: expected an integer"),
+    ],
+)
+def test_invalid_options_of_a_store_raise(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SoftKVStore(**({"key_dim": 3, "value_dim": 1} | options))  # type: ignore[arg-type]

@@ -454,37 +454,6 @@ def test_ids_of_any_size(ids: list[int]) -> None:
             store.add(rows, rows)
 
 
-# -- bad options -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (dict(key_dim=0), softdb.ArgumentError, "key_dim: expected an integer of at least 1, got 0"),
-        (dict(value_dim=2.0), softdb.DtypeError, "value_dim: expected an integer"),
-        (dict(metric="l1"), softdb.ArgumentError, "metric: expected one of"),
-        (dict(temperature=0), softdb.ArgumentError, "temperature: "),
-        (
-            dict(temperature=torch.ones((), requires_grad=True)),
-            softdb.DtypeError,
-            r"pass it to read\(temperature=...\)",
-        ),
-        (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected one of float16, .* got torch.int32"),
-        (dict(fields=("id",)), softdb.FieldError, "'id' is reserved"),
-        (dict(fields=("a", "a")), softdb.FieldError, "each name once"),
-        (dict(fields=("a b",)), softdb.FieldError, "Python identifiers, got str 'a b'"),
-        (dict(fields=5), softdb.DtypeError, "fields: expected a sequence of names, got int 5"),
-        (dict(dtype="float32"), softdb.DtypeError, "dtype: expected one of float16, .* got str 'float32'"),
-        (dict(fields="time"), softdb.DtypeError, "fields: expected a sequence of names"),
-        (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS does not accept"),
-        (dict(index=7), softdb.DtypeError, "index: expected 'auto', 'Flat'"),
-    ],
-)
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        SoftKVStore(**({"key_dim": 3, "value_dim": 1} | options))  # type: ignore[arg-type]
-
-
 # -- between a read and its backward ---------------------------------------------------------------------
 
 

@@ -400,24 +400,6 @@ def test_errors_change_nothing(evict, write, error: type[Exception], message: st
     assert store.rows.clock.now == other.rows.clock.now
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (dict(evict="lru"), softdb.ArgumentError, "evict='lru': expected a capacity, got None; pass capacity="),
-        (
-            dict(capacity=3, evict="random"),
-            softdb.ArgumentError,
-            "evict: expected one of 'lru', 'oldest', got 'random'",
-        ),
-        (dict(capacity=0), softdb.ArgumentError, "capacity: expected an integer of at least 1, got 0"),
-        (dict(capacity=2.0), softdb.DtypeError, "capacity: expected an integer"),
-    ],
-)
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        SoftKVStore(2, 1, **options)  # type: ignore[arg-type]
-
-
 def test_optional_buffers_are_saved_only_with_their_option() -> None:
     expected = {"keys", "values", "rows.ids", "rows.next_id", "rows.generation"}
     assert set(SoftKVStore(2, 1).state_dict()) == expected

@@ -123,7 +123,10 @@ class GrowthError(SoftDBError, RuntimeError):
 
 
 class StaleReadError(SoftDBError, RuntimeError):
-    """A row that a read used changed before the backward of the read."""
+    """A row that a read used changed before the backward of the read.
+
+    Call ``backward()`` before writes and optimizer steps, or read again.
+    """
 
 
 class SecondDerivativeError(SoftDBError, RuntimeError):

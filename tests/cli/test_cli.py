@@ -57,6 +57,7 @@ def environment(encoding: str = "utf-8") -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": encoding}
 
 
+@pytest.mark.slow
 def test_the_demo_prints_hard_and_soft_answers() -> None:
     done = run("demo")
     check_exit(done)
@@ -67,6 +68,7 @@ def test_the_demo_prints_hard_and_soft_answers() -> None:
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 def test_bars_are_ascii_if_the_encoding_has_no_blocks() -> None:
     done = run("demo", "river", encoding="ascii")
     check_exit(done)
@@ -116,6 +118,7 @@ def test_invalid_arguments_exit_with_2(arguments: list[str], capsys: pytest.Capt
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell and signals")
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-"], ids=["stdin", "stdin and stdout"])
 def test_the_command_runs_with_closed_streams(closed: str) -> None:
@@ -125,6 +128,7 @@ def test_the_command_runs_with_closed_streams(closed: str) -> None:
     assert ("sloping land" in done.stdout) is (closed == "<&-")
 
 
+@pytest.mark.slow
 @posix
 def test_a_closed_pipe_exits_with_141() -> None:
     with subprocess.Popen(
@@ -138,6 +142,7 @@ def test_a_closed_pipe_exits_with_141() -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_exits_with_1() -> None:
     with Path("/dev/full").open("w") as full:
@@ -148,6 +153,7 @@ def test_a_full_disk_exits_with_1() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_exits_with_130() -> None:
     # All sentences take long enough to be interrupted.
@@ -203,6 +209,7 @@ def test_compare_reads_a_file(files: Path, ending: str, capsys: pytest.CaptureFi
     assert [line[1:-1] for line in found[1:]] == [line[1:-1] for line in table(str(wanted))[1:]]
 
 
+@pytest.mark.slow
 def test_compare_takes_targets_and_writes_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("plotly")
@@ -218,6 +225,7 @@ def test_compare_takes_targets_and_writes_files(files: Path, capsys: pytest.Capt
     assert "loss" in capsys.readouterr().out.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_compare_reads_the_demo() -> None:
     done = call("compare", "--demo", "--temperatures", "0.05", "--ks", "4")
     check_exit(done)
@@ -272,6 +280,7 @@ def test_compare_of_a_missing_file_exits_with_1(files: Path, capsys: pytest.Capt
     assert "No such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_demo_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "bank.svg"
@@ -292,6 +301,7 @@ def test_compare_reads_big_endian_numbers(files: Path, capsys: pytest.CaptureFix
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_missing_file_does_not_close_the_output(files: Path) -> None:
     script = "from softdb.cli import main\nprint(main(['compare', 'none.npz', 'none.npy']))\nprint('after')"
     done = run(command=[sys.executable, "-W", "error", "-c", script])
@@ -378,17 +388,24 @@ def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureF
         (["--metric", "dot"], "--metric, --temperature: expected neither with a saved store"),
         (["--temperature", "1"], "--metric, --temperature: expected neither with a saved store"),
         (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels with it"),
+        (["--labels", "labels.txt"], "--labels: expected --query-labels or --html with it"),
         (
             ["--labels", "labels.txt", "--query-labels", "query_labels.txt", "--targets", "x.npy"],
             "--query-labels: .* no",
         ),
-        (["--labels", "query_labels.txt"], "--labels: expected 38 labels, one for each of the rows .* got 7"),
+        (
+            ["--labels", "query_labels.txt", "--html", "page.html"],
+            "--labels: expected 38 labels, one for each of the rows .* got 7",
+        ),
         (
             ["--labels", "labels.txt", "--query-labels", "labels.txt"],
             "--query-labels: expected 7 labels, one for each of the queries, got 38",
         ),
-        (["--labels", "queries.npy"], "--labels: expected a 1-dimensional array of strings or integers"),
-        (["--labels", "latin.txt"], "--labels: expected a text file in UTF-8"),
+        (
+            ["--labels", "queries.npy", "--html", "page.html"],
+            "--labels: expected a 1-dimensional array of strings or integers",
+        ),
+        (["--labels", "latin.txt", "--html", "page.html"], "--labels: expected a text file in UTF-8"),
     ],
 )
 def test_compare_reports_invalid_labels(
@@ -501,6 +518,7 @@ def save_store(path: Path, rows: int = 1200) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_info_describes_a_snapshot(tmp_path: Path) -> None:
     done = call("info", str(save_store(tmp_path / "store")))
     check_exit(done)
@@ -517,6 +535,7 @@ def test_info_describes_a_snapshot(tmp_path: Path) -> None:
         assert re.search(part, done.stdout), part
 
 
+@pytest.mark.slow
 def test_verify_exits_with_1_if_a_snapshot_is_damaged(tmp_path: Path) -> None:
     path = save_store(tmp_path / "store")
     done = call("verify", str(path))
@@ -539,6 +558,7 @@ def test_verify_exits_with_1_if_a_snapshot_is_damaged(tmp_path: Path) -> None:
     assert re.search(r"values-1.safetensors.* DAMAGED\n", done.stdout)
 
 
+@pytest.mark.slow
 def test_characters_that_the_terminal_cannot_encode_are_replaced(tmp_path: Path) -> None:
     path = save_store(tmp_path / "späces 数据")
     done = run("verify", str(path), encoding="ascii")
@@ -553,6 +573,7 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(tmp_path: Path)
         assert "odd?: every byte is as it was saved" in done.stdout
 
 
+@pytest.mark.slow
 def test_info_of_a_damaged_manifest_lists_the_files(tmp_path: Path) -> None:
     path = save_store(tmp_path / "store")
     (path / "manifest.json").write_text("{}", encoding="utf-8")
@@ -565,6 +586,7 @@ def test_info_of_a_damaged_manifest_lists_the_files(tmp_path: Path) -> None:
     assert re.search(r"damaged: .*manifest.json: expected the saved bytes", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_a_directory_without_a_snapshot_exits_with_1(command: str, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):

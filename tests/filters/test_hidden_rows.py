@@ -156,6 +156,7 @@ READ_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_options", READ_OPTIONS, ids=str)
 @pytest.mark.parametrize("where", FILTER_KINDS)
 @pytest.mark.parametrize("metric", METRICS)
@@ -164,6 +165,7 @@ def test_hidden_rows_of_a_store_have_no_effect(metric: str, where: str, read_opt
         Case(metric, read_options, where, keys, values).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", DISPATCH)
 @pytest.mark.parametrize("where", FILTER_KINDS)
 @pytest.mark.parametrize("metric", ["scaled_dot", "l2"])
@@ -190,6 +192,7 @@ def make_filter(kind: str, store: SoftKVStore) -> dict[str, Any]:
     return {"exclude": torch.where(SEES_INVALID_ROWS[:, None], -1, torch.tensor(INVALID_ROWS))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "two partitions"])
 @pytest.mark.parametrize("kind", ["callable", "exclude"])
 @pytest.mark.parametrize(
@@ -247,6 +250,7 @@ def test_an_invalid_key_that_some_query_sees_raises() -> None:
 # -- soft_read ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "three partitions, rows first"])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("k", [None, 3])

@@ -47,6 +47,7 @@ class TestSoftRead(ReadContract):
         return read_problem(problem), problem.leaves
 
 
+@pytest.mark.slow
 class TestSoftReadInSmallTiles(TestSoftRead):
     """Reads in tiles, with each setting of the dispatcher."""
 
@@ -55,6 +56,7 @@ class TestSoftReadInSmallTiles(TestSoftRead):
         force_dispatch(request.param, monkeypatch)
 
 
+@pytest.mark.slow
 class TestSoftReadRowsFirst(TestSoftRead):
     """Reads in one tile, with rows as its first dimension."""
 
@@ -79,6 +81,7 @@ class TestSoftReadWithBestRows(ReadContract):
         return read, problem.leaves
 
 
+@pytest.mark.slow
 class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
     @pytest.fixture(
         autouse=True,
@@ -88,6 +91,7 @@ class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
         force_dispatch(request.param, monkeypatch)
 
 
+@pytest.mark.slow
 class TestRoundingNoise:
     """Gradients stay accurate if products round differently for other shapes and layouts."""
 
@@ -177,6 +181,7 @@ class TestMergeOfThreeParts(ReadContract):
 # -- soft_read -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [None, 3])
 def test_gradcheck(metric: str, k: int | None) -> None:
@@ -479,6 +484,7 @@ def test_gumbel_in_groups_draws_independently_for_each_query() -> None:
     assert not torch.equal(drawn[:9], drawn[9:18])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [11, 1003])
 def test_gumbel_draws_rows_by_their_softmax_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force_tiling(Tiling(tile_elements=2**16), monkeypatch)

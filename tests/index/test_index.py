@@ -132,6 +132,7 @@ def test_a_read_after_a_write_finds_the_new_rows(factory: str) -> None:
     assert store.read(query, "topk", k=3).ids.tolist() == [[-1, -1, -1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_no_stale_row_is_found_after_random_writes(factory: str) -> None:
     chance = random.Random(0)
@@ -280,6 +281,7 @@ def check_current(store: SoftKVStore) -> None:
     assert base.visibility.at(base.entry_of[slots[seen]]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "tolerance"),
     [("IVF16,Flat", 0.0), ("IVF16,Flat", 0.02), ("IVF16,Flat", 0.5), ("PCA15,IVF8,Flat", 0.02), ("HNSW16", 0.02)],
@@ -461,6 +463,7 @@ def test_rows_keep_their_entries_and_trained_lists_are_reused(monkeypatch: pytes
     assert (store._index.base.index.quantizer.reconstruct_n(0, 16) != centroids).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW16"])
 def test_norm_outliers_are_found_for_distant_queries(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By dot product the longest rows are among the best for queries far from them."""
@@ -619,6 +622,7 @@ def test_writes_by_a_global_optimizer_hook_are_detected(when: str) -> None:
     assert store.read(far, "topk", k=1).ids.tolist() == [[9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 @pytest.mark.parametrize("distribution", ["one outlier", "distant clusters"])
 def test_the_tolerance_is_robust_to_outliers_and_clusters(distribution: str, metric: str) -> None:
@@ -981,6 +985,7 @@ def test_an_audit_of_all_rows_or_none_has_recall_one() -> None:
     assert (excluded.recall == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.6, 0.9, 0.99])
 @pytest.mark.parametrize("k", [10, 100])
 def test_other_queries_reach_the_recall_target(target: float, k: int) -> None:
@@ -1033,6 +1038,7 @@ def test_single_queries_accumulate_until_the_recall_can_be_measured() -> None:
     assert store.audit(2 * torch.randn(400, 16), 10).mean_recall > 0.92
 
 
+@pytest.mark.slow
 def test_the_recall_is_checked_rarely() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.9), 20_000)
     queries = clustered(500, seed=3)
@@ -1056,6 +1062,7 @@ def test_the_recall_is_checked_rarely() -> None:
     assert store._index.base is base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF64,Flat", "PCA8,IVF64,Flat"])
 def test_checks_change_the_search_width_only(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=64)
@@ -1075,6 +1082,7 @@ def test_checks_change_the_search_width_only(factory: str, monkeypatch: pytest.M
     assert recall(store, queries) > 0.85
 
 
+@pytest.mark.slow
 def test_concurrent_reads_return_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0, check_after=100)
     store = SoftKVStore(16, 2, metric="dot", index=IndexConfig("IVF64,Flat", recall=0.97))
@@ -1106,6 +1114,7 @@ def test_filtered_searches_reach_the_recall_target() -> None:
     assert store.audit(queries[256:], 1000).mean_recall > 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["", "RR16,", "PCA12,"])
 @pytest.mark.parametrize("inner", ["IVF64,Flat", "IVF64,SQ8,RFlat", "HNSW16"])
 def test_the_search_width_reaches_the_inner_index(wrapper: str, inner: str) -> None:
@@ -1126,6 +1135,7 @@ def test_the_search_width_reaches_the_inner_index(wrapper: str, inner: str) -> N
     assert base.search_width[0] == now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "is_raised"),
     [

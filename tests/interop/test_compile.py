@@ -119,6 +119,7 @@ HOW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_compiled_reads_equal_eager_reads(how: dict[str, Any]) -> None:
     check_parity(make_store(), "aot_eager", dict(how), torch.randn(4, 8))
@@ -385,6 +386,7 @@ def test_opcheck(mode: str, wanted: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_importing_softdb_does_not_import_the_compiler() -> None:
     program = "import sys, softdb; sys.exit('torch._dynamo' in sys.modules)"
     check_exit(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False))

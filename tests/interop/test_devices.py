@@ -258,6 +258,7 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(own, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_follows_the_default_device(name: str, elsewhere: Callable[[], None]) -> None:
     wanted = CASES[name]()
@@ -274,6 +275,7 @@ def test_saved_stores_do_not_follow_the_default_device(
     assert_same(copied(tmp_path / "there", mmap), wanted)
 
 
+@pytest.mark.slow
 def test_lab_does_not_follow_the_default_device(elsewhere: Callable[[], None], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     store, queries, labels = make(30, fields=()), normal(3, 8, seed=2), [f"row {number}" for number in range(30)]

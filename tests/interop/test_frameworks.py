@@ -684,6 +684,7 @@ def averaging(name: str) -> Any:
     return getattr(callbacks, name)
 
 
+@pytest.mark.slow
 def test_lightnings_averages_of_parameters_follow_a_store_that_stays(tmp_path: Path) -> None:
     callback = averaging("EMAWeightAveraging")(decay=0.9, use_buffers=False)
     module, _ = trained_by_lightning(callback, tmp_path)
@@ -1162,6 +1163,7 @@ class Lookups(torch.utils.data.Dataset[Tensor]):
         return self.store(normal(4, seed=place)).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_data_loader_read_a_store(context: str) -> None:
     store = make(trainable=False)
@@ -1230,6 +1232,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [dict(json.loads(line) for line in out.splitlines()) for out in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

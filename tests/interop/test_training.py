@@ -173,6 +173,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"

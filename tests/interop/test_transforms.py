@@ -666,6 +666,7 @@ def test_export_refuses_reads_that_depend_on_data(strict: bool) -> None:
     memory(segment)
 
 
+@pytest.mark.slow
 @exports
 def test_an_exported_program_reads_no_other_store(tmp_path: Path) -> None:
     module = StoreReading()

@@ -467,6 +467,7 @@ def test_the_context_decides_which_bank_is_found() -> None:
 # -- plots -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_results_plot_themselves(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
@@ -606,6 +607,7 @@ def test_a_row_labelled_none_has_the_default_label() -> None:
 # -- axes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_axes_of_fractions_end_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     from softdb.lab import comparison

@@ -450,6 +450,7 @@ def requested(browser: webdriver.Chrome) -> list[str]:
     return [parameters["request"]["url"] for parameters in sent if parameters["documentURL"].startswith("file:")]
 
 
+@pytest.mark.slow
 def test_the_sliders_change_the_bars(browser: webdriver.Chrome, tmp_path: Path) -> None:
     store, queries = make_store(), make_queries()
     path = tmp_path / "page.html"
@@ -518,6 +519,7 @@ def test_the_sliders_change_the_bars(browser: webdriver.Chrome, tmp_path: Path) 
     assert all(url == path.as_uri() or url.startswith("data:") for url in urls), urls
 
 
+@pytest.mark.slow
 def test_a_browser_shows_labels_as_text(browser: webdriver.Chrome, tmp_path: Path) -> None:
     store = make_store(4)
     options = {"labels": [NASTY] * 4, "query_labels": [NASTY], "value_labels": [NASTY, "b", "c"], "title": NASTY}
@@ -543,6 +545,7 @@ def test_a_browser_shows_labels_as_text(browser: webdriver.Chrome, tmp_path: Pat
     assert console(browser) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 400])
 def test_the_page_fits_the_window(browser: webdriver.Chrome, tmp_path: Path, width: int) -> None:
     path = tmp_path / "page.html"

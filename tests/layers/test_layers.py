@@ -703,6 +703,7 @@ def test_long_past_is_indexed() -> None:
     assert read.lse.shape == (1, 2, 50)
 
 
+@pytest.mark.slow
 def test_recall_learned_within_segments_works_across_segments() -> None:
     # A row holds a symbol and its label. The target of a query for symbol i is the label of symbol i + 1.
     symbols, classes, batch = 20, 4, 32
@@ -996,6 +997,7 @@ def test_pickles_with_one_past_still_load() -> None:
     assert "evaluation_past.written" in old.state_dict()
 
 
+@pytest.mark.slow
 @ignore_compile_warnings
 def test_compiled_layer_uses_the_past_of_its_mode() -> None:
     torch._dynamo.reset()

@@ -79,6 +79,7 @@ def test_peak_memory_includes_memory_that_is_freed_again():
     assert measure_peak_memory(lambda: None) < 4 * megabyte
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_runs_at_small_sizes(name, tmp_path):
     script = str(BENCHMARKS / f"{name}.py")

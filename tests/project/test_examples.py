@@ -53,6 +53,7 @@ def test_every_example_has_a_test() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_quickstart() -> None:
     output = {line[:44].strip(): line[44:].split() for line in run("quickstart.py").splitlines()}
     assert output["hard: the best row"][0] == "5.0"
@@ -61,6 +62,7 @@ def test_quickstart() -> None:
     assert "4 rows, ids [0, 1, 2, 3]; 7 in store: False" in output
 
 
+@pytest.mark.slow
 def test_retrieval_in_training_beats_the_linear_classifier() -> None:
     pytest.importorskip("sklearn")
     out = run("retrieval_in_training.py", "--small")
@@ -73,6 +75,7 @@ def test_retrieval_in_training_beats_the_linear_classifier() -> None:
     assert accuracy["softdb, exact read"] > linear
 
 
+@pytest.mark.slow
 def test_train_keys_reduces_the_error_at_a_high_recall() -> None:
     pytest.importorskip("tqdm")
     lines = run("train_keys.py", "--small").splitlines()
@@ -83,6 +86,7 @@ def test_train_keys_reduces_the_error_at_a_high_recall() -> None:
     assert float(after) < 0.7 * float(before)
 
 
+@pytest.mark.slow
 def test_associative_recall_needs_the_memory() -> None:
     pytest.importorskip("tqdm")
     lines = run("associative_recall.py", "--small").splitlines()
@@ -98,6 +102,7 @@ def test_associative_recall_needs_the_memory() -> None:
     assert accuracy["16 segments, with memory"][0] - accuracy["16 segments, without"][0] > 30
 
 
+@pytest.mark.slow
 def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None:
     pytest.importorskip("tqdm")
     header, *lines = run("memory_lm.py", "--small").splitlines()
@@ -114,6 +119,7 @@ def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None
     assert min(after_steps["ContextMemory"], after_steps["ProductKeyMemory"]) < after_steps["no memory"]
 
 
+@pytest.mark.slow
 def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
@@ -134,6 +140,7 @@ def parse_table(lines: list[str], title: str, width: int) -> dict[str, list[floa
     return {line[:width].strip(): [float(cell) for cell in re.findall(r"-?[0-9.]+", line[width:])] for line in rows}
 
 
+@pytest.mark.slow
 def test_hard_vs_soft_is_less_accurate_at_high_temperatures(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
@@ -157,6 +164,7 @@ def test_hard_vs_soft_is_less_accurate_at_high_temperatures(tmp_path: Path) -> N
     assert lines[lines.index("Misclassified by the hard read:") + 1 :]
 
 
+@pytest.mark.slow
 def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
@@ -188,6 +196,7 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
         assert all(estimate[name][0] > error[name][0] for name in estimate)
 
 
+@pytest.mark.slow
 def test_train_hard_lookup_has_the_lowest_hard_error_with_gumbel() -> None:
     pytest.importorskip("tqdm")
     cells = parse_table(run("train_hard_lookup.py", "--small").splitlines(), "trained by", 32)

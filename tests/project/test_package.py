@@ -66,6 +66,7 @@ def test_documented_error_tree_equals_the_classes() -> None:
     assert str(softdb.UnknownIdError("ids: no 5")) == "ids: no 5"
 
 
+@pytest.mark.slow
 def test_import_prints_nothing_and_changes_no_setting_of_torch() -> None:
     code = """
 import torch
@@ -86,6 +87,7 @@ assert len(hooks) == 1
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.slow
 def test_torch_is_imported_before_faiss() -> None:
     code = "import sys, softdb; names = list(sys.modules); assert names.index('torch') < names.index('faiss')"
     check_exit(run("-c", code))
@@ -112,6 +114,7 @@ for module, names in missing.items():
 """
 
 
+@pytest.mark.slow
 def test_rows_are_added_and_read_on_a_system_without_posix() -> None:
     """Saving raises an error that names the requirement; torch.save saves the state."""
     code = """
@@ -143,6 +146,7 @@ assert torch.equal(other(query), store(query))
     assert done.stderr.startswith("softdb: path: expected a system with POSIX")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_reads_copy_no_rows_and_hold_no_matrix_of_scores() -> None:
     """A store is filled and read with little memory in addition to its rows."""

@@ -64,6 +64,7 @@ def make_layouts(rows: int) -> dict[str, tuple[ListLayout | None, Tensor | None]
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", make_layouts(10))
 @pytest.mark.parametrize("count", [1, 2, 7, 30, 90, 149, 150])
 def test_each_row_is_represented_once_on_average(kind: str, count: int) -> None:
@@ -143,6 +144,7 @@ def test_a_sample_of_all_rows_gives_the_exact_read(metric: str, where: dict[str,
         assert largest_error(mine.to_dense(), other.to_dense()) < 1e-8
 
 
+@pytest.mark.slow
 def test_numerator_normaliser_and_their_gradients_are_unbiased() -> None:
     problem = Problem.random(rows=123, dtype=torch.float64)
     store = make_store(problem, trainable=True)
@@ -224,6 +226,7 @@ def test_a_tail_with_few_or_no_rows_or_queries() -> None:
     assert batched.error.shape == batched.mass.shape == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [False, True])
 def test_lists_reduce_the_error_and_stay_unbiased_while_rows_change(trainable: bool) -> None:
     store, query = make_clustered_store(6000, trainable=trainable)
@@ -363,6 +366,7 @@ def test_a_query_that_may_see_nothing_does_not_change_list_importance() -> None:
     )  # measured: 0.06 without lists
 
 
+@pytest.mark.slow
 def test_gradients_of_a_tail_pass_gradcheck() -> None:
     problem = Problem.random(rows=60, dtype=torch.float64)
     store = make_store(problem, trainable=True, sparse_grad=False)
@@ -393,6 +397,7 @@ def make_samples_free(monkeypatch: pytest.MonkeyPatch) -> None:
 TEMPERATURES = (0.3, 1.0, 2.0, 4.0, 30.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 16])
 @pytest.mark.parametrize("queries", [1, 48])
 def test_errors_stay_below_error_and_tolerance(width: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:

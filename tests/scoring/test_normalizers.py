@@ -78,6 +78,7 @@ def test_straight_through_returns_hard_and_passes_the_gradient_to_soft() -> None
 SPARSE_NAMES = sorted(SPARSE_NORMALIZERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPARSE_NAMES)
 def test_sparse_weights_equal_those_of_the_entmax_package(name: str) -> None:
     entmax = pytest.importorskip("entmax")

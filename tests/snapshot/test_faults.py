@@ -58,6 +58,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 # -- processes that are killed ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_operation_leaves_the_old_snapshot_or_the_new_one(size: str, tmp_path: Path) -> None:
     holds(faults.kills_at_every_step, tmp_path, {"old": 10, "new": 2}, every=3)
 
@@ -94,6 +95,7 @@ def test_an_interrupt_right_after_an_operation_leaves_a_whole_snapshot(
 # -- disks that fail -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sticky", [False, True])
 def test_an_error_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
     sticky: bool, size: str, tmp_path: Path
@@ -102,6 +104,7 @@ def test_an_error_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
     holds(faults.errors_at_every_step, tmp_path, {"old": 20, "new": 2}, codes=codes, sticky=sticky)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     make(1.0).save(tmp_path)
     script = (
@@ -127,6 +130,7 @@ def test_a_disk_that_takes_few_bytes_at_a_time(tmp_path: Path) -> None:
 # -- power that fails ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a snapshot", "a directory", "nothing"])
 def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
     place: str, size: str, tmp_path: Path
@@ -134,6 +138,7 @@ def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one
     holds(faults.power_failures, tmp_path, {"new": 1}, place=place, again=40)
 
 
+@pytest.mark.slow
 def test_a_missing_fsync_is_detected_by_simulated_power_failures(tmp_path: Path) -> None:
     """Omit each fsync in turn; every time, some state of the disk reveals it."""
     for place, least in (("a snapshot", 9), ("nothing", 10)):
@@ -394,6 +399,7 @@ class Failing:
         patch.setattr(*step, failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortage", SHORTAGES)
 @pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
 @pytest.mark.parametrize("name", CHANGES)

@@ -35,6 +35,7 @@ def holds(campaign: Callable[..., Any], folder: Path, least: int, **options: Any
 # -- damage ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cut_file_is_an_error_that_names_it_and_its_tensor(tmp_path: Path) -> None:
     holds(damage.truncate_files, tmp_path, 700, every=53)
 
@@ -61,6 +62,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 # -- hostile directories ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hostile_directory_is_a_typed_error_without_side_effects(tmp_path: Path) -> None:
     holds(damage.load_hostile_directories, tmp_path, len(damage.CASES))
 
@@ -179,6 +181,7 @@ def test_a_known_attack_does_no_harm(recipe: Any, tmp_path: Path) -> None:
     assert fuzz.violations(recipe, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_loading_changed_files_returns_the_store_or_a_known_error(tmp_path: Path) -> None:
     @settings(
         max_examples=50,

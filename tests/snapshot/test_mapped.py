@@ -194,6 +194,7 @@ print(grown)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_mapped_rows_are_not_read_before_they_are_used(tmp_path: Path) -> None:
     saved(tmp_path / "small")

@@ -149,6 +149,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["atexit", "thread"])
 def test_a_store_can_be_saved_during_interpreter_shutdown(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", AT_THE_END, str(tmp_path / "saved"), way]

@@ -486,6 +486,7 @@ def test_bad_input_is_a_typed_error_that_names_the_argument_and_changes_nothing(
         assert complaint(case, store) is None
 
 
+@pytest.mark.slow
 def test_bad_input_is_an_error_without_asserts() -> None:
     """``python -O`` removes assert statements: the same table holds there."""
     code = "import sys, test_bad_input; print(sys.flags.optimize, test_bad_input.check_all())"

@@ -231,6 +231,7 @@ def test_a_whole_number_is_refused_as_any_other_type(number: Number) -> None:
             print(name, number.call(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", REAL, ids=lambda number: number.name)
 def test_a_real_number_is_accepted_as_any_type_of_number(number: Number) -> None:
     wanted = number.call(float(number.good))

@@ -102,6 +102,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("first", ["torch", "faiss"])
 def test_a_child_process_reads_the_same_as_its_parent(first: str, threads: int, tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in METHODS, reason="no fork on this system")
 @pytest.mark.parametrize(
     ("parent", "threads"), [("import", 2), ("store", 1), ("soft_read", 1), ("topk_read", 1), ("layer", 1)]
@@ -200,6 +202,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_store_sent_to_a_process_is_a_copy_unless_its_memory_is_shared(tmp_path: Path) -> None:
     program = tmp_path / "separate.py"
     program.write_text(SEPARATE)
@@ -237,6 +240,7 @@ def load_by_workers() -> None:
         print(method)
 
 
+@pytest.mark.slow
 def test_data_loader_workers_read_a_store() -> None:
     assert finish(start("-c", "import test_processes as t; t.load_by_workers()", threads=2)) == METHODS
 
@@ -391,6 +395,7 @@ def train(folder: str, kill_at: int = -1, kill: str = "") -> None:
             save_run(Path(folder), step + 1, store, state, kill=step == kill_at)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on this system")
 def test_a_killed_run_resumes_with_identical_losses(tmp_path: Path) -> None:
     """Kill the run within a step, and between the two files of a checkpoint."""

@@ -837,6 +837,7 @@ def test_conversion_to_another_dtype() -> None:
     assert store.read(problem.query, "topk", k=3).values.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler
 def test_in_a_compiled_model() -> None:
     torch._dynamo.reset()

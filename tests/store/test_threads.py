@@ -182,6 +182,7 @@ def test_a_forked_child_can_read_while_a_parent_thread_reads() -> None:
 # -- concurrent readers and a writer ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"factory": "HNSW8"}, {"factory": "Flat"}])
 def test_each_read_sees_exactly_one_version(options: dict[str, Any]) -> None:
     report = Report("race")
@@ -528,6 +529,7 @@ def test_a_signal_handler_can_save_during_a_write(name: str, kind: str, tmp_path
         assert contents(SoftKVStore.load(tmp_path)) in (before, contents(whole))
 
 
+@pytest.mark.slow
 def test_a_signal_handler_can_search_during_a_search() -> None:
     queries = torch.randn(20, 4, generator=torch.Generator().manual_seed(5))
 
@@ -690,6 +692,7 @@ print("enough", added)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["plain", "trainable"])
 def test_a_store_is_unchanged_when_memory_runs_out(kind: str) -> None:

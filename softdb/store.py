@@ -80,7 +80,8 @@ class SoftKVStore(ModuleWithProperties):
             `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`, `torch.optim.Adagrad` or
             `torch.optim.SGD`. If False, gradients are dense. Exact reads always give dense gradients.
         fields: Names of the int64 fields of every row. ``where`` filters by them.
-        index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`.
+        index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, which
+            describes them.
         capacity: Maximum number of rows. The storage is allocated once at this size and never grows, so optimizers and
             DistributedDataParallel can be constructed before rows are added. If None, the storage grows when it is
             full.
@@ -99,8 +100,9 @@ class SoftKVStore(ModuleWithProperties):
         device: Device of the stored tensors.
         dtype: Floating-point dtype of ``keys`` and ``values``.
 
-    ``state_dict`` includes the eviction clock and the usage counters. A store that loads it evicts and counts as the
-    saved store would. Activation checkpointing repeats reads, and each repetition is counted.
+    ``state_dict`` includes the eviction clock and the usage counters, so a store that loads it evicts the same rows as
+    the saved store and continues its counts. Activation checkpointing runs a read again in backward: usage counters and
+    the eviction clock count that read too.
 
     Attributes:
         keys: (capacity, key_dim), in slot order.
@@ -108,7 +110,8 @@ class SoftKVStore(ModuleWithProperties):
 
             You may read them, pass them to an optimizer, or write to them in place. The contents of a slot without a
             row are undefined. Call `touch` after a write through ``.data`` or NumPy. The store itself writes through
-            ``.data``, so autograd does not detect that change in a graph of your own over these tensors.
+            ``.data``. If you compute with these tensors directly, do not write to the store before ``backward``:
+            autograd does not detect the change, and the gradients would be wrong.
 
     Raises:
         ArgumentError: A number is out of range, or arguments do not fit together.
@@ -231,11 +234,11 @@ class SoftKVStore(ModuleWithProperties):
     def usage(self) -> Usage:
         """Usage counters: how often, and with which weight, reads reported each row.
 
-        Counting starts when a row is added, and again at `reset_usage`. A read counts the rows in ``read.ids``. An
-        exact read without ``k`` counts the rows that have weight, unless its normalizer is softmax: softmax gives
-        weight to every row, so such a read counts no row. Pass ``k`` to count the best rows. A hard read counts its row
-        with weight 1. Reads count with and without gradients. The counters are copies; the cost is linear in the number
-        of slots.
+        Counting starts when a row is added, and starts again after `reset_usage` and `revive`. A read counts the rows
+        in ``read.ids``; a hard read counts its row with weight 1. For an exact read without ``k``, the count depends on
+        the normalizer: with softmax every row has weight, so no row is counted; with another normalizer, the rows with
+        weight above 0 are counted. Pass ``k`` to count the best rows of a softmax read. Reads under ``torch.no_grad()``
+        count too. The counters are copies; the cost is linear in the number of slots.
 
         Raises:
             NotApplicableError: The store was constructed without ``track_usage=True``.
@@ -272,8 +275,8 @@ class SoftKVStore(ModuleWithProperties):
         Args:
             keys: (m, key_dim), floating point.
             values: (m, value_dim), floating point.
-            ids: Ids of the new rows, (m,), none of them in the store. If None, the next m ids are assigned: they start
-                at 0, rise by one, and are never assigned twice.
+            ids: Ids of the new rows, (m,), none of them in the store. If None, the store assigns m consecutive ids,
+                starting one above the highest id that it has ever held, or at 0. It assigns no id twice.
             fields: Value of every field of the store, by name: m integers, or one integer for all m rows.
 
         Returns:
@@ -375,11 +378,12 @@ class SoftKVStore(ModuleWithProperties):
 
     @without_transforms
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
-        """Replace the contents of rows that no read uses any more, and keep their ids.
+        """Replace the contents of existing rows and treat them as new rows.
 
-        It does what `update` does and also discards the past of the rows: their pending gradients are dropped, their
-        `usage` starts at 0, and `softdb.optim.RowAdam` resets their optimizer state. Optimizers of ``torch.optim`` do
-        not reset theirs: the old momentum is applied to the new contents.
+        Use it to restart rows that reads no longer select. It does what `update` does and also resets what belongs to
+        the old contents: pending gradients are dropped, `usage` starts at 0, and `softdb.optim.RowAdam` and
+        `softdb.optim.RowAdagrad` reset the optimizer state of the rows. Optimizers of ``torch.optim`` do not: they
+        apply the old momentum to the new contents.
 
         The cost is linear in m.
 
@@ -455,7 +459,7 @@ class SoftKVStore(ModuleWithProperties):
             n: Total number of rows, including the rows in the store.
 
         Raises:
-            GrowthError: A read of the present storage has not gone backward yet, or ``n`` exceeds ``capacity``.
+            GrowthError: ``n`` exceeds ``capacity``, or ``backward`` of a read of the current storage is still due.
 
         Example:
             >>> from softdb import SoftKVStore
@@ -513,21 +517,21 @@ class SoftKVStore(ModuleWithProperties):
         Ties go to the row in the lowest slot. If there is no row to read, because the store is empty or the filters
         hide every row, values are 0, ids are -1, lse is -inf, mass is 0, and gradients are 0.
 
-        For B queries of N rows, exact and hard reads take O(B N (key_dim + value_dim)) operations and a few megabytes
-        of memory beyond the result. A topk read takes a search of the index and O(B k (key_dim + value_dim))
-        operations; it gathers the k rows of each query. An exact read with a sparse normalizer gathers all rows that
-        have weight.
+        For B queries and N rows, exact and hard reads take O(B N (key_dim + value_dim)) operations and a few megabytes
+        of memory in addition to the result. A topk read takes a search of the index and O(B k (key_dim + value_dim))
+        operations; it gathers the k rows of each query. An exact read with a sparse normalizer gathers all rows with
+        weight above 0.
 
         Under `torch.compile`, a read is one operator of the graph. A callable ``where``, ``tail_samples``,
-        ``tolerance``, ``generator``, the gumbel normalizer, and a sparse normalizer in topk mode break the graph. Write
-        rows outside of compiled functions. If a graph reads the same store more than once, the gradients of its rows
-        are dense. `torch.export` supports the same reads. The exported program reads this store itself: it needs the
-        store in the same process, with unchanged rows.
+        ``tolerance``, ``generator``, the gumbel normalizer, and a sparse normalizer in topk mode cause a graph break.
+        Write rows outside of compiled functions. If a graph reads the same store more than once, the gradients of its
+        rows are dense. `torch.export` exports every read that compiles without a graph break. The exported program
+        reads the store object itself: the store must exist in the same process, and its storage must not be resized.
 
         The transforms `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` are supported in any nesting, as are
-        per-sample gradients with ``functional_call``. vmap reads all samples at once, unless each sample has its own
-        rows or its own ``where``, or ``where`` is callable. Inside of a transform, writes store plain tensors; they
-        cannot store a separate tensor for each sample of vmap.
+        per-sample gradients with ``functional_call``. Under vmap, one read answers all samples. If each sample has its
+        own rows or its own ``where``, or if ``where`` is callable, each sample is read separately. Writes in a
+        transform store detached tensors. A vmapped function cannot write a different tensor for each sample.
 
         Args:
             query: (..., key_dim), floating point.
@@ -550,23 +554,24 @@ class SoftKVStore(ModuleWithProperties):
                 - "softmax".
                 - "straight_through": one-hot weights in forward, the gradient of softmax in backward.
                 - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its
-                  softmax probability. ``scores`` and ``lse`` include the noise. In eval mode (``store.eval()``) it
-                  reads by "straight_through", and ``read.normalizer`` says so.
-                - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows. In exact mode these
-                  rows are gathered; too many raise `ArgumentError`. In topk mode, k is doubled while it is smaller than
-                  the number of rows with weight, up to 16 k or 1,024. ``mass`` is 1 where all rows with weight are
-                  known to be candidates, and NaN elsewhere: so wherever the search was approximate.
+                  softmax probability. ``scores`` and ``lse`` include the noise. In eval mode (``store.eval()``),
+                  "straight_through" replaces it, also in ``read.normalizer``.
+                - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows. In exact mode the rows
+                  with weight above 0 are gathered; if they are too many, `ArgumentError` is raised. In topk mode, k is
+                  doubled while all candidates of a query have weight, up to the larger of 16 k and 1,024. ``mass`` is 1
+                  if the candidates are known to include all rows with weight, else NaN. An approximate search cannot
+                  know it, so its mass is NaN.
             tail_samples: Number of rows to sample, in topk mode, to estimate the contribution of the rows that are not
-                candidates. If it is at least the number of the other rows, the read is exact. With a sample,
-                ``weights`` and ``mass`` are relative to the estimated softmax over all allowed rows, ``lse`` is its
-                estimate, and ``error`` is an estimate of ‖values − exact values‖ / ‖exact values‖ that is not exceeded
-                in nine of ten cases (see docs/approximation.md). All queries of the batch share the sample, which is
-                stratified by the lists of the index. The sampled rows get gradients too, each scaled for the rows it
-                represents.
-            tolerance: Maximum ``error`` of each query in topk mode, such as 0.05. The number of candidates, of lists
-                visited and of samples are chosen for it. Queries that cannot meet it, or for which the exact read is
-                cheaper, are read exactly and have error 0. The gradients of rows are dense. Rows are reported only with
-                a ``k``, which doubles the cost of queries that are read exactly.
+                candidates. If the sample has room for all other rows, the read is exact. With a sample, ``lse`` is an
+                estimate over all allowed rows, ``weights`` and ``mass`` are relative to it, and ``error`` is an upper
+                bound of ‖values − exact values‖ / ‖exact values‖ that holds in about nine of ten cases (see
+                docs/approximation.md). All queries of the batch share the sample, which is stratified by the lists of
+                the index. The sampled rows get gradients too. Each gradient is multiplied by the number of rows that
+                its row represents.
+            tolerance: Maximum ``error`` of each query in topk mode, such as 0.05. The read chooses the number of
+                candidates, of visited lists and of samples. Queries that cannot meet the tolerance, or for which an
+                exact read is cheaper, are read exactly and have error 0. The gradients of rows are dense. Rows are
+                reported only if ``k`` is given, which doubles the cost of the queries that are read exactly.
             generator: Generator for the noise of "gumbel" and for the sample. If None, the default generator of torch.
                 In eval mode "gumbel" draws no numbers and leaves the generator unchanged.
 
@@ -578,10 +583,10 @@ class SoftKVStore(ModuleWithProperties):
             ShapeError: A tensor has the wrong shape.
             DtypeError: An argument has the wrong type.
             DeviceError: A tensor is not on the device of the store.
-            NonFiniteError: The query is NaN or infinite somewhere.
+            NonFiniteError: A query is NaN or infinite somewhere.
             UnknownIdError: ``where`` has an id that is not in the store.
-            StaleReadError: In backward, if a row that the read used was changed or evicted after it. Appending rows is
-                allowed.
+            StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
+                read. Appending rows is allowed.
             SecondDerivativeError: In a second derivative of an exact read, or of any read under `torch.func`.
             TransformError: In forward mode (jvp, jacfwd, hessian), or if the read draws random numbers in a vmap with
                 ``randomness="error"``.
@@ -674,7 +679,7 @@ class SoftKVStore(ModuleWithProperties):
     def refresh(self, *, wait: bool = False) -> None:
         """Add the pending rows to the index, so that searches do not scan them.
 
-        The cost is linear in the number of pending rows, or that of `build_index` if a rebuild is due.
+        The cost is linear in the number of pending rows. If a rebuild is due, it is the cost of `build_index`.
 
         Args:
             wait: With ``IndexConfig(background=True)``, whether to wait for a build in progress, and use its result.
@@ -707,9 +712,9 @@ class SoftKVStore(ModuleWithProperties):
         directory still holds its previous snapshot. Rows are written without a copy in memory.
 
         Args:
-            path: Directory. It is created if it does not exist, but its parents are not. An existing snapshot is
+            path: Directory. It is created if it does not exist; its parent must exist. An existing snapshot is
                 replaced once the new one is complete, so the disk needs room for both. Use a separate directory: a
-                ``manifest.json`` of another program is replaced too.
+                ``manifest.json`` of another program would be replaced too.
             timeout: Seconds to wait while another save to the same path is in progress.
 
         Raises:
@@ -856,12 +861,13 @@ class SoftKVStore(ModuleWithProperties):
         If ``state_dict`` has no counters (``rows.reads``, ``rows.weight``) or no eviction clock (``rows.used_at``,
         ``rows.added_at``), they start at 0; rows of equal age are evicted in slot order. Such names are reported as
         missing. Counters or clocks that this store does not keep are reported as unexpected. Both are errors if
-        ``strict``. If the rows cannot be loaded, the missing names include ``keys`` and ``values``.
+        ``strict``. If another name is missing, nothing is loaded, and the missing names include ``keys`` and
+        ``values``.
 
         Args:
             state_dict: Result of ``state_dict()`` of a store.
-            strict: Whether missing or unexpected names are an error; nothing is loaded then. If the store is part of
-                another module, its rows are loaded before that module raises the error.
+            strict: Whether missing or unexpected names raise an error, before anything is loaded. If another module
+                that contains the store loads the state dict, the error may come after the rows are loaded.
             assign: As for `torch.nn.Module.load_state_dict`.
 
         Returns:

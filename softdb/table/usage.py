@@ -19,9 +19,9 @@ class Usage:
     `SoftKVStore.usage` returns them.
 
     Attributes:
-        reads: (n,) int64: number of queries that read the row. These are queries with its id in ``read.ids``, and
-            queries of exact reads without ``k`` in which its weight was not 0.
-        weight: (n,) float64: sum of the row's weights in these reads.
+        reads: (n,) int64: number of queries that the row was counted for. A query counts the rows in its ``read.ids``.
+            A query of an exact read without ``k`` counts the rows with weight above 0, but no row with softmax.
+        weight: (n,) float64: sum of the row's weights over the same queries.
     """
 
     reads: Tensor

@@ -12,7 +12,7 @@
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
-    ├── GrowthError            (RuntimeError)  the storage cannot grow now, or exceeds its capacity
+    ├── GrowthError            (RuntimeError)  the storage cannot grow now, or would exceed its capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
     ├── ForeignWriteError      (RuntimeError)  other code replaced or overwrote the tensors of the store
@@ -20,10 +20,10 @@
     ├── IndexBuildError        (RuntimeError)  the index build failed; reads use exact search
     ├── LockedError            (RuntimeError)  another save to the same path is in progress
     ├── MissingPackageError    (ImportError)   a package of an extra of softdb is not installed
-    ├── ReadOnlyError          (RuntimeError)  the rows are in the files of a snapshot: call materialize() first
+    ├── ReadOnlyError          (RuntimeError)  the rows are memory-mapped files: call materialize() first
     ├── TransformError         (NotImplementedError)  a transform of torch.func or torch.export is not supported
-    ├── UnfinishedWriteError   (RuntimeError)  a write is recorded, and completed at the next use of the store
-    └── UnsupportedSystemError (RuntimeError)  the operating system lacks what saving and loading need
+    ├── UnfinishedWriteError   (RuntimeError)  a write is recorded; the next use of the store completes it
+    └── UnsupportedSystemError (RuntimeError)  the operating system lacks the files and locks of save and load
 
 If a method that writes raises one of them, nothing has been written, except for `UnfinishedWriteError`.
 """
@@ -117,8 +117,8 @@ class ForeignWriteError(SoftDBError, RuntimeError):
 class GrowthError(SoftDBError, RuntimeError):
     """The storage cannot grow or shrink now, or would exceed its capacity.
 
-    Call ``reserve()`` before the read, or before wrapping in DDP. A state dict of another size is loaded before the
-    read, or before wrapping.
+    Call ``reserve()``, or load a state dict of another size, before the read and before wrapping the module in
+    DistributedDataParallel.
     """
 
 
@@ -134,7 +134,7 @@ class SecondDerivativeError(SoftDBError, RuntimeError):
 
 
 class CorruptSnapshotError(SoftDBError, ValueError):
-    """A snapshot differs from what was saved: a file is missing, cut or changed."""
+    """A snapshot differs from what was saved: a file is missing, truncated or changed."""
 
 
 class IndexBuildError(SoftDBError, RuntimeError):
@@ -150,18 +150,18 @@ class MissingPackageError(SoftDBError, ImportError):
 
 
 class ReadOnlyError(SoftDBError, RuntimeError):
-    """The rows are in the files of a snapshot: call ``materialize()`` first.
+    """The rows are memory-mapped snapshot files: call ``materialize()`` first.
 
-    ``load(mmap=True)`` leaves them there.
+    ``load(mmap=True)`` maps them instead of reading them.
     """
 
 
 class TransformError(SoftDBError, NotImplementedError):
-    """A transform (vmap, jvp, forward mode, export) is not supported."""
+    """A transform (of torch.func, forward mode, export) is not supported."""
 
 
 class UnsupportedSystemError(SoftDBError, RuntimeError):
-    """The operating system lacks what saving and loading need.
+    """The operating system lacks the POSIX files and locks of ``save`` and ``load``.
 
-    Save ``state_dict()`` with ``torch.save`` there.
+    Use ``torch.save(store.state_dict(), file)`` instead.
     """

@@ -100,14 +100,14 @@ def soft_read(
 
     without allocating the (B, N) scores and weights: forward and backward hold a few megabytes of them at a time. A
     query that may see no row gets zeros instead of NaN, and the read includes the log-sum-exp. Gradients reach every
-    floating-point input. There are no second derivatives: they raise `SecondDerivativeError`. A sparse normalizer holds
-    the rows with weight, separately for each query.
+    floating-point input. Second derivatives raise `SecondDerivativeError`. A sparse normalizer gathers the rows with
+    weight above 0, separately for each query.
 
-    `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` work and can be nested: vmap makes one read of all samples.
-    Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
+    `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` work and can be nested; under vmap, one read answers all
+    samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
 
-    Batch dimensions broadcast: the tensors of a multi-head layer, (batch, heads, n, d), need no reshaping, and neither
-    do keys that several heads share, (batch, 1, n, d).
+    Batch dimensions broadcast: pass the tensors of a multi-head layer as (batch, heads, n, d), and keys that all heads
+    share as (batch, 1, n, d).
 
     Args:
         query: Queries, (*batch, B, d), floating point.
@@ -118,17 +118,20 @@ def soft_read(
         mask: True where a query may see a row, bool, broadcastable to (*batch, B, N). A row that no query may see has
             no effect, even if it holds NaN or infinity.
         k: Number of best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
-        normalizer: "softmax"; "straight_through": forward gives the value of the best row, backward the gradient of the
-            blend; "gumbel": the same for scores plus Gumbel noise, which samples a row by its weight, and ``scores``
-            and ``lse`` include the noise; "sparsemax" or "entmax15": weights that are 0 for all but some of the best
-            rows, which are gathered. See `softdb.scoring.normalizers`.
-        generator: Generator of the noise of "gumbel"; None for torch's default generator.
+        normalizer: Function from scores to weights; see `softdb.scoring.normalizers`:
+
+            - "softmax".
+            - "straight_through": forward returns the value of the best row, backward is that of softmax.
+            - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its softmax
+              probability. ``scores`` and ``lse`` include the noise.
+            - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows.
+        generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
     Returns:
         A `Read` whose ids are row numbers.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is not as above.
+        ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is invalid.
         TransformError: In forward mode; under torch.export; for "gumbel" in a vmap whose ``randomness`` is "error".
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; computed as FlashAttention (arXiv 2205.14135).
@@ -206,7 +209,7 @@ def topk_read(
 
     The candidates may come from any search: scores are computed from ``keys``. Gradients reach every floating-point
     input and are twice differentiable, in reverse and in forward mode. Every transform of torch.func except
-    ``functionalize`` works. Allocates the gathered rows, (*batch, B, k, d) and (*batch, B, k, dv).
+    ``functionalize`` works. The gathered rows are allocated: (*batch, B, k, d) and (*batch, B, k, dv).
 
     Args:
         query: Queries, (*batch, B, d), floating point.
@@ -223,8 +226,7 @@ def topk_read(
         of the other rows is unknown.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError, ArgumentError: An argument is not as
-            above.
+        ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError, ArgumentError: An argument is invalid.
 
     Example:
         >>> import torch

@@ -15,19 +15,20 @@ class IndexConfig:
     """Configuration of the index that finds candidates of top-k reads.
 
     Args:
-        factory: "auto" (exact search below a measured number of rows, FAISS IVF above), "Flat" (exact search by softdb,
+        factory: "auto" (exact search below 500,000 rows, FAISS IVF from there on), "Flat" (exact search by softdb,
             without a FAISS index), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
         recall: Recall target: the fraction of the k best rows that a search should find. When the index is built, the
             search width (nprobe or efSearch) is raised until a sample of queries reaches the target. It is tuned again
-            after a quarter of the rows has been merged.
-        tolerance: Distance that an optimiser may move a key before the index treats the row as changed. It is relative
-            to the median distance of the keys from their centre: for keys around the origin their norm (of normalised
-            keys for metric="cosine"), and less for keys in distant clusters. Scores are always computed from the
-            current keys. With 0 every move counts. The index keeps a float32 copy of the keys of a trainable store for
-            this comparison.
+            after new rows equal to a quarter to half of the index have been merged.
+        tolerance: Distance that an optimiser may move a key before the index treats the row as changed, as a fraction
+            of the median distance of the keys from their centre. If the keys form distant clusters, the unit is
+            smaller, because it is measured within clusters. With metric="cosine", distances are those of normalised
+            keys. With 0, every change of a key counts. Scores are always computed from the current keys. For the
+            comparison, the index of a trainable store keeps a float32 copy of the keys.
         garbage: Rebuild the index when more than this fraction of its entries belongs to changed or deleted rows.
-        background: Whether to build the index in a background thread. Searches use the previous index until the build
-            is done and rows change again. False by default, so that results never depend on timing.
+        background: Whether to build the index in a background thread. The first search after the build has finished and
+            rows have changed again uses the new index, as does every search after `SoftKVStore.refresh`. With False,
+            the default, results never depend on timing.
     """
 
     factory: str = "auto"
@@ -54,15 +55,16 @@ class IndexStats:
 
     Attributes:
         rows: Number of rows in the store.
-        pending: Number of pending rows: rows that changed since the base index merged them, and are searched exactly.
+        pending: Number of pending rows: new or changed rows that the base index has not merged. They are searched
+            exactly.
         factory: FAISS factory string of the base index; "Flat" if searches are exact.
         nprobe: Number of IVF lists that each query visits; None for other indexes.
         recall: Recall measured on a sample of queries when the base index was built or last checked; 1.0 without a base
-            index. Reads for which an exact search is faster use that, and find all of the k best rows.
+            index. Reads for which an exact search is faster use it, and have recall 1.
         builds: Number of times that a base index has been built.
-        search_seconds: Total time of searches.
-        upkeep_seconds: Total time to track changes, merge rows and check the recall.
-        rebuild_seconds: Total time of builds.
+        search_seconds: Total time of searches, in seconds.
+        upkeep_seconds: Total time to track changes, merge rows and check the recall, in seconds.
+        rebuild_seconds: Total time of builds, in seconds.
         error: Error of the last build, or None if it succeeded. Searches are exact until a build succeeds.
     """
 

@@ -14,7 +14,7 @@ from softdb.reading.result import Read
 __all__ = ["Audit", "compare_reads"]
 
 # Relative difference up to which two scores count as a tie.
-RELATIVE_TIE = 1e-5
+TIE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,10 @@ class Audit:
 
     Attributes:
         k: Number of candidates.
-        recall: Fraction of the k best rows that are among the candidates, (...,). Rows that tie count as equal. 1 where
-            no row may be seen.
+        recall: Fraction of the k best rows that are among the candidates, (...,). A candidate whose score equals that
+            of the k-th best row counts as one of the k best. 1 where no row may be seen.
         mass: Fraction of the exact softmax that the candidates hold, (...,).
-        error: Norm of the difference of the values, relative to the norm of the exact values, (...,).
+        error: ``norm(topk values - exact values) / norm(exact values)``, (...,).
     """
 
     k: int
@@ -71,7 +71,7 @@ def compare_reads(exact: Read, topk: Read, k: int) -> Audit:
     present = best > -torch.inf
     # The lowest of the k best scores. A row that ties with it up to rounding counts as one of the k best.
     worst = best.masked_fill(~present, torch.inf).amin(-1, keepdim=True)
-    hits = ((scores >= worst - RELATIVE_TIE * worst.abs()) & (scores > -torch.inf)).sum(-1)
+    hits = ((scores >= worst - TIE_TOLERANCE * worst.abs()) & (scores > -torch.inf)).sum(-1)
     count = present.sum(-1)
     recall = torch.where(count > 0, hits.clamp(max=count) / count.clamp(min=1), 1.0)
     total = exact.lse.masked_fill(exact.lse == -torch.inf, 0.0).unsqueeze(-1)

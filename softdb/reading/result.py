@@ -23,26 +23,26 @@ __all__ = ["Read", "merge"]
 class Read:
     """Result of a read of a batch of queries.
 
-    The leading shape is that of the query. ``values``, ``weights``, ``scores``, ``lse`` and ``mass`` are
-    differentiable.
+    The leading dimensions, written ``...``, are those of the query. ``values``, ``weights``, ``scores``, ``lse`` and
+    ``mass`` are differentiable.
 
     Attributes:
-        values: Blended values, (..., value_dim), in the query's dtype (under autocast: its dtype).
-        ids: Ids of the reported rows, (..., k) int64, best first; -1 where fewer than k rows may be seen. None for an
-            exact read, or one to a tolerance, without ``k``. A top-k read with a sparse normalizer may double k.
-        weights: Weights of the reported rows, (..., k); 0 at padding. None where ``ids`` is None.
-        scores: Scores of the reported rows, divided by the temperature, (..., k); -inf at padding. None where ``ids``
-            is None.
+        values: Blended values, (..., value_dim), in the query's dtype (under autocast: the dtype of autocast).
+        ids: Ids of the reported rows, (..., k) int64, best first. If fewer than k rows may be seen, the rest is padding
+            of -1. None if ``k`` was not given, in an exact read or a read with ``tolerance``. A top-k read with a
+            sparse normalizer may report more than k rows.
+        weights: Weights of the reported rows, (..., k); 0 at padding. None if ``ids`` is None.
+        scores: Scores of the reported rows, divided by the temperature, (..., k); -inf at padding. None if ``ids`` is
+            None.
         lse: Log-sum-exp of the scores of all rows considered, (...,); -inf where there are none.
-        mass: Fraction of the weight of all visible rows that the reported rows hold, (...,): the weight of
-            ``normalizer`` if it is sparse, else of softmax. 1 for an exact read without ``k``; the mass of the
-            candidates for a read to a tolerance without ``k``; 0 where there is nothing to read; NaN where it is
-            unknown.
-        error: Upper bound of the relative error of ``values``, ``|values - exact| / |exact|``, (...,). It is
-            statistical, not a guarantee: it is meant to hold in nine of ten cases, counted over queries and samples. 0
-            where the read is exact; infinity where the sample cannot tell the exact values from 0. It has no gradient.
-            None unless ``tail_samples`` or ``tolerance`` was given. See docs/approximation.md for its derivation and
-            limits.
+        mass: Fraction of the total weight of all visible rows that the reported rows hold, (...,). The weights are
+            those of softmax, or those of ``normalizer`` if it is sparse. 1 for an exact read without ``k``. For a read
+            with ``tolerance`` and without ``k``, the mass of the candidates. 0 where there is nothing to read; NaN
+            where it is unknown.
+        error: Upper bound of the relative error of ``values``, ``|values - exact| / |exact|``, (...,). It is an
+            estimate from a sample, not a guarantee: it should hold for nine of ten pairs of query and sample. 0 where
+            the read is exact; infinity where the sample does not exclude exact values of 0. It has no gradient. None
+            unless ``tail_samples`` or ``tolerance`` was given. See docs/approximation.md for its derivation and limits.
         normalizer: Name of the normalizer that gave the weights; "hard" for a hard read.
     """
 
@@ -158,16 +158,17 @@ def merge(reads: Sequence[Read]) -> Read:
     Gradients reach every tensor that the gradients of the reads reach.
 
     Args:
-        reads: At least one `Read`, all with softmax weights, one leading shape and one value width. The caller ensures
-            that their rows are disjoint.
+        reads: At least one `Read`. All have softmax weights and ``values`` of the same shape. The caller ensures that
+            their rows are disjoint.
 
     Returns:
-        A `Read`. If all reads have ids, it has the ids of all of them, best first. Ids of different sources may
-        coincide; the caller has to tell them apart. ``mass`` counts the rows that each read considered, and is NaN if
-        the mass of a read is NaN. ``error`` is None.
+        A `Read`. If all reads have ids, it reports the rows of all reads, best first. Reads of different stores may
+        report the same id for different rows; use distinct ids to distinguish them. ``mass`` is the sum of m_i times
+        the mass of read i, and NaN if the mass of a read is NaN. ``error`` is None.
 
     Raises:
-        ArgumentError: There are no reads, or one whose weights are not those of softmax.
+        ArgumentError: There are no reads, or a read has other than softmax weights.
+        DtypeError: ``reads`` is not a sequence of `Read` objects.
         ShapeError: Shapes differ.
 
     Example:

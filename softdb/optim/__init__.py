@@ -1,7 +1,7 @@
 """Optimisers that update only the rows with a gradient.
 
-They accept any Parameter; a row is an index of its first dimension. If the Parameter holds the keys or values of a
-`SoftKVStore`, state follows the rows: it is reset when a slot gets a new row, and grows with the storage.
+They accept any Parameter; a row is a slice along its first dimension. If the Parameter holds the keys or values of a
+`SoftKVStore`, the state of a slot is reset when the slot gets a new row, and the state grows with the storage.
 """
 
 from softdb.optim.adagrad import RowAdagrad

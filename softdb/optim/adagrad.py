@@ -22,13 +22,13 @@ class RowAdagrad(RowOptimizer):
 
     For each row with a gradient::
 
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, including this one)
         a   = a + mean(g**2)
         p   = p - lr * g / (sqrt(a) + eps)
 
     It needs little memory in addition to the rows, so it suits large embedding tables. New rows, growth, weight decay
     and the stochastic rounding of rows in bfloat16 or float16 work as in `RowAdam`. Rows without a gradient are neither
-    read nor written, and no memory is allocated for them.
+    read nor written, and no memory is allocated for their update.
 
     Args:
         params: Parameters, or parameter groups with their own options, as for any optimiser.

@@ -22,34 +22,34 @@ __all__ = ["RowAdam"]
 class RowAdam(RowOptimizer):
     r"""Row-wise AdamW: updates only rows with a gradient.
 
-    For each row with a gradient, at the Parameter's t-th step, with s = t − born::
+    For each row with a gradient, with s the step number of the row::
 
-        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, this one included)
+        p   = p * prod(1 - lr_i * weight_decay  for every step i since the row's last update, including this one)
         m   = beta1 * m + (1 - beta1) * g
         v   = beta2 * v + (1 - beta2) * g**2
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
-    This is `torch.optim.SparseAdam` with weight decay. ``born`` is 0, so that s is the Parameter's step count; only
-    rows that were added to a store later start at s = 1, as in a new optimiser. Rows without a gradient are neither
-    read nor written, and no memory is allocated for them. A dense gradient updates every row, one block of rows at a
-    time.
+    This is `torch.optim.SparseAdam` with weight decay. s is the step count of the Parameter. Rows that are added to a
+    store later are the exception: their first update has s = 1, as in a new optimiser. Rows without a gradient are
+    neither read nor written, and no memory is allocated for their update. A dense gradient updates every row, one block
+    of rows at a time.
 
-    The state of a store's row is reset when its slot has got a new row since its last step, and when
+    The state of a store's row is reset when its slot has received a new row since the last step of the slot, and when
     `SoftKVStore.revive` has replaced the row's content. State grows with the storage. Free slots are not updated.
 
     Weight decay is decoupled as in AdamW: it depends neither on the gradient nor on how often a row is read. A row's
-    update first applies the decay of all steps since its last update, also if ``lr`` or ``weight_decay`` has changed in
-    between. If decay were applied for the current step only, rarely read rows would hardly be regularised, and the
-    regularisation would depend on the batch size. Reads between two updates see the row without the pending decay. The
-    decay of a row that was added later begins with its first step.
+    update first applies the decay of all steps since its last update, each with the ``lr`` and ``weight_decay`` of that
+    step. If decay were applied for the current step only, rarely read rows would hardly be regularised, and the
+    regularisation would depend on the batch size. Reads between two updates see the row without the pending decay. A
+    row that is added later decays from its first update on.
 
-    Rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the neighbours
-    of p in the rows' dtype, a <= p < b::
+    Updates of rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the
+    neighbours of p in the rows' dtype, a <= p < b::
 
         p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
 
-    The expected value of the stored number is p, so steps far smaller than b - a accumulate; rounding to nearest would
-    drop each of them. A number that the dtype can represent is stored exactly. u is a hash of a seed, the Parameter's
+    The expected value of the stored number is p, so steps far smaller than b - a accumulate. Rounding to nearest would
+    discard each of these steps. A number that the dtype can represent is stored exactly. u is a hash of a seed, the Parameter's
     step, the row and the column. torch's default generator draws one seed per Parameter at its first step, so
     `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal. In
     a process group of `torch.distributed` the seed is the Parameter's index in the optimiser, so replicas stay equal.
@@ -61,8 +61,8 @@ class RowAdam(RowOptimizer):
         eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
 
-    Memory: two numbers per number of the Parameter, in its dtype but at least float32; for a store 16 more bytes per
-    row; with weight decay 8 more bytes per row.
+    Memory: two numbers for each number of the Parameter, in its dtype but at least float32; for a store 16 more bytes
+    per row; with weight decay 8 more bytes per row.
 
     Raises:
         ArgumentError, DtypeError: An argument is invalid.

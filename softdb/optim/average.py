@@ -26,11 +26,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         average = decay * average + (1 - decay) * model
 
     A row that is new in ``model``, or whose content `SoftKVStore.revive` has replaced, is copied. Rows that ``model``
-    has deleted are deleted. Storage grows with the storage of ``model``. Ids, fields, counters and clocks of stores,
-    and all other buffers, are copied from ``model``.
+    has deleted are deleted. The storage of ``average`` is resized to that of ``model``. Ids, fields, usage counters and
+    eviction clocks of stores, and all other buffers, are copied from ``model``.
 
-    `torch.optim.swa_utils.AveragedModel` averages tensors slot by slot instead: it cannot follow growth, and it mixes
-    two rows when a row has taken the slot of another.
+    `torch.optim.swa_utils.AveragedModel` averages tensors slot by slot instead. It raises an error when a store has
+    grown, and mixes two rows when a new row has reused the slot of a deleted row.
 
     Args:
         average: A store, or a module that contains stores: initially ``copy.deepcopy(model)``, or an
@@ -44,7 +44,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     Raises:
         ArgumentError: The modules do not match, or ``decay`` is out of range.
         ShapeError: A Parameter or buffer outside of the stores has another shape in ``average``.
-        GrowthError: The storage of ``average`` would have to be resized while a read of it awaits its backward.
+        ReadOnlyError: The rows of ``average`` are memory-mapped files.
+        GrowthError: The storage of ``average`` must be resized, but ``backward`` of a read of it is still due.
         DtypeError: An argument has the wrong type.
 
     Source: Polyak & Juditsky 1992 (doi 10.1137/0330046), with the exponential weights of Tarvainen & Valpola 2017
@@ -73,7 +74,9 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             raise DtypeError(f"{name}: expected a module, got {describe(module)}")
     averaged, source = _unwrap(average), _unwrap(model)
     if averaged is source:
-        raise ArgumentError("average: expected a copy of the model, got the model itself; begin with copy.deepcopy")
+        raise ArgumentError(
+            "average: expected a copy of the model, got the model itself; start from copy.deepcopy(model)"
+        )
     stores = _pair_stores(averaged, source)
     pairs = _pair_other_tensors(averaged, source, stores)
     for own, other in stores.values():
@@ -115,14 +118,15 @@ def _pair_stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKV
     )
     if stores.keys() != model_stores.keys():
         raise ArgumentError(
-            f"average: expected stores at {sorted(model_stores)}, as in the model, got {sorted(stores)}; begin with "
+            f"average: expected stores at {sorted(model_stores)}, as in the model, got {sorted(stores)}; start from "
             "copy.deepcopy(model)"
         )
     pairs = {name: (stores[name], model_stores[name]) for name in stores}
     for name, (mine, theirs) in pairs.items():
         if mine is theirs:
             raise ArgumentError(
-                f"average: expected a copy of each store, got the model's own at {name!r}; begin with copy.deepcopy"
+                f"average: expected a copy of each store, got the model's own store at {name!r}; start from "
+                "copy.deepcopy(model)"
             )
     return pairs
 
@@ -145,13 +149,13 @@ def _pair_other_tensors(
         if mine.keys() != theirs.keys():
             raise ArgumentError(
                 "average: expected the Parameters and buffers of the model, got a difference in "
-                f"{sorted(mine.keys() ^ theirs)[:5]}; begin with copy.deepcopy(model)"
+                f"{sorted(mine.keys() ^ theirs)[:5]}; start from copy.deepcopy(model)"
             )
         for name, tensor in mine.items():
             if tensor.shape != theirs[name].shape:
                 raise ShapeError(
                     f"average: expected {name} of shape {tuple(theirs[name].shape)}, as in the model, got "
-                    f"{tuple(tensor.shape)}"
+                    f"{tuple(tensor.shape)}; start from copy.deepcopy(model)"
                 )
             pairs.append((tensor, theirs[name], is_parameter))
     return pairs

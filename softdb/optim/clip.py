@@ -39,7 +39,7 @@ def clip_row_grad_norm_(
         The norm before clipping, a tensor without dimensions.
 
     Raises:
-        NonFiniteError: ``error_if_nonfinite`` is true and the norm is not finite; no gradient has been scaled.
+        NonFiniteError: ``error_if_nonfinite`` is True and the norm is not finite. The gradients are unchanged.
         ArgumentError, DtypeError: An argument is invalid, or a gradient is neither dense nor row-sparse.
 
     Example:

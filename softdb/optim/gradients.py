@@ -25,9 +25,9 @@ def check_gradient(parameter: Tensor) -> None:
             f"{layout}; convert it with .to_dense()"
         )
     if not gradient.is_floating_point():
-        raise DtypeError(f"gradient: expected a floating-point tensor, got {gradient.dtype}; use its real part")
+        raise DtypeError(f"gradient: expected a floating-point tensor, got {gradient.dtype}; pass its real part")
     if gradient.shape != parameter.shape:
         raise ShapeError(
-            f"gradient: expected shape {tuple(parameter.shape)}, as its Parameter, got {tuple(gradient.shape)}; "
+            f"gradient: expected shape {tuple(parameter.shape)}, that of its Parameter, got {tuple(gradient.shape)}; "
             "call zero_grad() and backward() again"
         )

@@ -92,14 +92,14 @@ class RowOptimizer(Optimizer):
             if is_sharded(parameter):
                 self.param_groups.pop()
                 raise DtypeError(
-                    "params: expected whole Parameters, got the shard of a DTensor; use an optimiser of torch, or "
-                    "pass the rows to fully_shard as ignored_params"
+                    "params: expected whole Parameters, got the shard of a DTensor; use an optimiser of torch.optim, "
+                    "or pass the Parameters to fully_shard as ignored_params"
                 )
             if parameter.dtype not in FLOAT_DTYPES or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
-                    "use an optimiser of torch for others"
+                    "use an optimiser of torch.optim for others"
                 )
 
     @torch.no_grad()
@@ -114,7 +114,8 @@ class RowOptimizer(Optimizer):
 
         Raises:
             ArgumentError: ``lr * weight_decay`` is 1 or more.
-            DtypeError, ShapeError: A gradient is neither dense nor row-sparse, or has another shape than its Parameter.
+            DtypeError: A gradient is neither dense nor row-sparse, or an option has the wrong type.
+            ShapeError: A gradient has another shape than its Parameter.
         """
         loss = None
         if closure is not None:
@@ -146,12 +147,12 @@ class RowOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimiser, as in torch.
 
-        Load the store before the next step. Tensors are copied. Moments of any floating dtype keep their values, in at
-        least float32. `RowAdam` also loads the state of `torch.optim.SparseAdam` and `torch.optim.AdamW`; options that
-        it lacks keep this optimiser's defaults.
+        Load the state of the store, too, before the next step. Tensors are copied; moments are stored in float32, or in
+        float64 if they are float64. `RowAdam` also loads the state of `torch.optim.SparseAdam` and
+        `torch.optim.AdamW`. Options that the loaded state lacks keep the defaults of this optimiser.
 
         Raises:
-            ArgumentError, DtypeError, ShapeError: The state or an option does not fit; nothing has changed.
+            ArgumentError, DtypeError, ShapeError: The state or an option is invalid. Nothing has changed.
         """
         loaded: dict[Tensor, State] = {}
 

@@ -93,13 +93,13 @@ def check_state_names(given: State, moments: Iterable[str], optimizer: str) -> N
     for name in given:
         if name not in known:
             expected = ", ".join(map(repr, known))
-            raise ArgumentError(f"state: expected the names {expected}, got {name!r}; load the state of a {optimizer}")
+            raise ArgumentError(f"state: expected the entries {expected}, got {name!r}; load a state of {optimizer}")
     for names in groups:
         missing = [name for name in names if name not in given]
         if given and missing and ("step" in names or len(missing) < len(names)):
             raise ArgumentError(
-                f"state: expected {', '.join(map(repr, names))} together, {missing[0]!r} is missing; "
-                "load a complete state"
+                f"state: expected all of {', '.join(map(repr, names))}, got none named {missing[0]!r}; load a complete "
+                "state"
             )
 
 

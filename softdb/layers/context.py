@@ -47,19 +47,21 @@ __all__ = ["ContextMemory"]
 
 
 UNTRACED_MESSAGE = (
-    "softdb: a ContextMemory writes to itself as it runs, which cannot be part of a compiled or exported graph; leave "
-    "out fullgraph=True"
+    "softdb: ContextMemory: expected to run outside of graphs of torch.compile and torch.export, since it stores the "
+    "tokens of each call; leave out fullgraph=True"
 )
 
 
 class ContextMemory(nn.Module):
-    r"""Attend causally to the present segment and to past segments of the sequence.
+    r"""Attend causally to the current segment and to past segments of the sequence.
 
-    Each call takes the next segment of the same sequences, in the same order in the batch. Call `reset` before each
-    batch of new sequences. Otherwise they attend to tokens of the previous sequences, which the layer cannot detect.
-    See the second example. Training and evaluation have separate pasts: after ``eval()`` the layer reads and writes the
-    past of evaluation, which starts empty; after ``train()`` it continues with the past of training. `reset` clears the
-    past of the current mode, so call it at the start of every validation, too.
+    Each call takes the next segment of the same sequences, in the same order in the batch. The layer stores the tokens
+    of all segments; the stored tokens are called the past. Call `reset` before each batch of new sequences. Otherwise
+    the new sequences attend to tokens of the previous ones, which the layer cannot detect. See the second example.
+
+    Training and evaluation have separate pasts: after ``eval()`` the layer reads and writes the past of evaluation,
+    which starts empty; after ``train()`` it continues with the past of training. `reset` clears the past of the current
+    mode, so call it at the start of every validation, too.
 
     A sequence is split into segments, one per call. Let K and V be the keys and values of the last ``rows`` tokens
     before this segment, and k and v the keys and values of this segment::
@@ -68,17 +70,18 @@ class ContextMemory(nn.Module):
         a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim)) @ cat([V, v[: t + 1]])
         y = a.flatten(-2) @ W_O.T
 
-    So for a sequence of up to ``rows`` tokens the result equals full causal attention, whatever the length of the
-    segments. All heads share one key and one value per token. Keys and queries are both normalised (with learned
-    gains), so that keys that were computed some steps ago still match current queries. The layer has no positional
+    For a sequence of up to ``rows`` tokens the result equals full causal attention, for any length of the segments.
+    All heads share one key and one value per token. Keys and queries are both normalised (with learned gains), so that
+    keys that were computed some steps ago still match current queries. The layer has no positional
     encoding: add one to x if positions within a segment matter.
 
     Stored tokens are detached from the graph: gradients reach W_Q through both parts, and W_K and W_V through the
-    segment only. When the memory is full, each new token replaces the oldest. Tokens are written at the next call, so
-    that ``backward`` may follow the segment's forward; after another forward, ``backward`` raises
-    `softdb.StaleReadError` if rows that it needs have been overwritten. The weights over all tokens are never held.
+    segment only. When the memory is full, each new token replaces the oldest. The tokens of a segment are stored at the
+    next call. So call ``backward`` of a segment before the next forward; later, ``backward`` raises
+    `softdb.StaleReadError` if tokens that it needs have been overwritten. The weights over all tokens are never
+    allocated.
 
-    The memory is part of ``state_dict`` (a resumed run continues exactly) and follows ``.to``. It is not a buffer,
+    The past is part of ``state_dict``, so a resumed run continues exactly, and follows ``.to``. It is not a buffer,
     since DistributedDataParallel would overwrite the buffers of every rank with those of rank 0. In ``state_dict`` the
     past of training is stored under ``past.`` in either mode; the past of evaluation is stored under
     ``evaluation_past.`` unless it is empty. A loaded past is dropped, with a warning, if the next segment has another
@@ -92,8 +95,8 @@ class ContextMemory(nn.Module):
         key_dim: Width of queries and keys.
         value_dim: Width of values; default: ``key_dim``.
         k: Number of past tokens that each query attends to: the k with the highest scores, which an index finds for
-            each sequence. Default: all. Then the cost of a segment is proportional to ``rows``, which is faster up to
-            about ten thousand tokens.
+            each sequence. If None, each query attends to all past tokens, and the cost of a segment is proportional to
+            ``rows``. This is faster up to about ten thousand tokens.
         device, dtype: Device and dtype of the parameters and of the stored tokens, as for any module.
 
     Raises:
@@ -231,12 +234,12 @@ class ContextMemory(nn.Module):
             The output, (batch, n, dim); with ``return_read`` a tuple of the output and a `softdb.Read`.
 
         Raises:
-            ShapeError: A shape is wrong. If ``x`` has another number of sequences than the memory, call `reset` first.
-                A memory that was loaded, and has had no segment since, is dropped instead, with a warning.
+            ShapeError: A shape is wrong, or ``x`` has another number of sequences than the past: call `reset` first. A
+                past that was loaded, with no segment since, is dropped instead, with a warning.
             DtypeError, DeviceError, NonFiniteError: An argument is invalid.
-            StaleReadError: In backward, if tokens that the read used have been evicted since, or if activation
+            StaleReadError: In backward, if tokens that the read used have been overwritten since, or if activation
                 checkpointing recomputes a segment other than the last.
-            TransformError: ``write`` is true under torch.vmap.
+            TransformError: ``write`` is True under torch.vmap.
         """
         if is_active() and not is_wrapped(x, documents, *self.parameters()):
             with suspend_transforms():
@@ -345,8 +348,8 @@ def _attend(
         if not past.is_loaded or is_recomputing or batch == 0:
             _check_batch(past, batch)
         warnings.warn(
-            f"a ContextMemory that was loaded with the past of {past.batch} sequences got {batch} sequences and drops "
-            "that past; call reset() after load_state_dict() before new sequences",
+            f"x: expected {past.batch} sequences, as in the loaded past of the ContextMemory, got {batch}; the past is "
+            "dropped; call reset() after load_state_dict() before new sequences",
             UserWarning,
             stacklevel=2,
         )
@@ -383,7 +386,7 @@ def _attend_under_transform(
     if dtype is not None and any(map(is_batched, (keys, values))):
         raise TransformError(
             "write: expected False under torch.vmap, since a ContextMemory cannot store a segment for each sample; "
-            "pass write=False, or more sequences in x"
+            "pass write=False, or pass the samples as sequences of x"
         )
     if is_wrapped(documents):
         raise TransformError(
@@ -410,7 +413,7 @@ def _check_batch(past: ContextState, batch: int) -> None:
     """Raise unless the past is empty or has ``batch`` sequences."""
     if past.batch not in (0, batch):
         raise ShapeError(
-            f"x: expected {past.batch} sequences, as in the memory, got {batch}; call reset() before new sequences"
+            f"x: expected {past.batch} sequences, as in the past, got {batch}; call reset() before new sequences"
         )
 
 
@@ -434,7 +437,7 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
     if not isinstance(documents, Tensor) or documents.dtype not in INTEGER_DTYPES:
         raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
     if documents.is_meta:
-        raise DeviceError("documents: expected a tensor with data, got one on the meta device; move it to another")
+        raise DeviceError("documents: expected a tensor with data, got one on the meta device; pass one with data")
     if documents.shape not in ((batch,), (batch, count)):
         raise ShapeError(
             f"documents: expected shape ({batch},) or ({batch}, {count}), one number per sequence or per token, "

@@ -245,8 +245,8 @@ class Ring:
         is_same_storage = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
         if is_same_storage and self.written > limit:
             raise StaleReadError(
-                "tokens that this read used have been evicted since, and its gradients need them; call backward() "
-                "before the next segment, or make the layer with more rows"
+                "backward: expected the tokens that the read used, got tokens that later segments have overwritten; "
+                "call backward() before the next segment, or make the layer with more rows"
             )
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -31,10 +31,10 @@ STORE_OPTIONS = ("metric", "temperature", "index", "sparse_grad", "track_usage")
 # Options of stores and reads that a `MemoryLayer` refuses, with the reason and the alternative.
 REFUSED_OPTIONS = {
     "trainable": "the rows of a MemoryLayer are learned; freeze them with layer.stores.requires_grad_(False), or pass "
-    "store=...",
+    "store=... with your own store",
     **dict.fromkeys(
         ("fields", "capacity", "evict"),
-        "a MemoryLayer makes stores without it; pass store=... with a store that has it",
+        "a MemoryLayer makes stores without it; pass store=... with your own store",
     ),
     **dict.fromkeys(
         ("exclude", "tail_samples", "tolerance", "generator"),
@@ -53,8 +53,8 @@ class MemoryLayer(ModuleWithProperties):
         a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # (..., heads, value_dim)
         y = a.flatten(-2) @ W_O.T
 
-    and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. The layer takes the memory of the store's
-    reads: the weights over all rows are never held.
+    and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. The weights over all rows are computed in
+    blocks and never allocated, as in `softdb.SoftKVStore.read`.
 
     Queries and keys are independent: keys are Parameters, and queries have their own projection.
 
@@ -76,14 +76,14 @@ class MemoryLayer(ModuleWithProperties):
         query_norm: "layer" applies layer normalization to each query, "batch" applies batch normalization to each
             feature of the queries, None applies neither.
         gate: Whether to multiply the outputs of the heads elementwise by a gate that is computed from x.
-        store: A store to read instead of new rows: another layer's ``store``, to share it, or your own store, which you
-            may write to. It must have ``rows`` rows when the layer is made, and it keeps its own options.
+        store: Store to read instead of new rows: the ``store`` of another layer, to share its rows, or your own store,
+            which you may write to. It must have ``rows`` rows when the layer is made, and it keeps its own options.
         device, dtype: Device and dtype of the parameters, as for any module.
         **store_options: Options of the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``,
             ``track_usage``, as for `softdb.SoftKVStore`. In topk and hard mode gradients of the rows are row-sparse
             unless ``sparse_grad=False``: train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the rows
-            that reads report; a softmax over all rows reports none, so the mode "exact" needs ``k`` or another
-            normalizer with it.
+            that reads report. An exact softmax read without ``k`` reports none, so with ``track_usage`` the mode
+            "exact" needs ``k`` or another normalizer.
 
     Attributes:
         stores: The store that all heads read, or one store per head.
@@ -159,9 +159,11 @@ class MemoryLayer(ModuleWithProperties):
         if not isinstance(store, SoftKVStore):
             raise DtypeError(f"store: expected a SoftKVStore, got {describe(store)}")
         if not shared:
-            raise ArgumentError("shared: expected True with store=..., which all heads share")
+            raise ArgumentError("shared: expected True with store=..., which all heads share, got False; leave it out")
         if options:
-            raise ArgumentError(f"{next(iter(options))}: expected nothing, since the given store has its own options")
+            raise ArgumentError(
+                f"{next(iter(options))}: expected no value with store=..., which has its own options; leave it out"
+            )
         count = store.rows.capacity if store.keys.is_meta else len(store)  # A store on meta is filled later.
         wanted, found = (rows, self.key_dim, self.value_dim), (count, store.key_dim, store.value_dim)
         if wanted != found:
@@ -179,7 +181,7 @@ class MemoryLayer(ModuleWithProperties):
         """
         if len(self.stores) > 1:
             raise NotApplicableError(
-                f"shared: expected heads that share one store, got {len(self.stores)} stores; use layer.stores"
+                f"store: expected one store that all heads share, got {len(self.stores)} stores; use layer.stores"
             )
         (store,) = self.stores
         return store  # type: ignore[return-value]
@@ -210,8 +212,8 @@ class MemoryLayer(ModuleWithProperties):
 
         Args:
             x: The input, (..., dim).
-            where: The rows to read, as in `softdb.SoftKVStore.read`. A callable gets the flattened queries of all
-                heads: B is the number of inputs times ``heads``, or the number of inputs if each head has its own
+            where: Rows that may be read, as in `softdb.SoftKVStore.read`. For a callable, B is the number of queries
+                of a store: the number of inputs times ``heads``, or the number of inputs if each head has its own
                 store.
             return_read: Whether to return the read as well. Its leading shape is (..., heads).
 
@@ -248,7 +250,7 @@ def _check_store_options(options: Mapping[str, Any]) -> None:
     """Raise for options that a `MemoryLayer` refuses or does not have."""
     for name in options:
         if name in REFUSED_OPTIONS:
-            raise ArgumentError(f"{name}: expected nothing, since {REFUSED_OPTIONS[name]}")
+            raise ArgumentError(f"{name}: expected no value, since {REFUSED_OPTIONS[name]}")
         if name not in STORE_OPTIONS:
             known = [*inspect.signature(MemoryLayer).parameters, *STORE_OPTIONS]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
@@ -262,8 +264,8 @@ def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> N
     if tracked:
         name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
         raise ArgumentError(
-            f"{name}, since a softmax over all rows reports no rows to count; pass k=... to count the k best rows, "
-            "mode='topk', or another normalizer"
+            f"{name}, since an exact softmax read without k reports no rows to count; pass k=... to count the k best "
+            "rows, mode='topk', or another normalizer"
         )
 
 

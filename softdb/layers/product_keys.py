@@ -80,7 +80,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     def usage(self) -> Usage:
         """Number of reads of each row, and the sum of its weights.
 
-        Counted since the layer was made, or since the last `reset_usage`.
+        Counting starts when the layer is made, and starts again after `reset_usage`.
 
         Raises:
             NotApplicableError: The layer was made without ``track_usage=True``.
@@ -123,14 +123,15 @@ class ProductKeyMemory(nn.Module):
         best, rows = topk(scores.flatten(-2), k)
         y = (softmax(best)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
 
-    The search is exact and searches two lists of n keys. The k best sums are among the pairs of the k best keys of each
-    half; only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared. Neither the n² scores nor a tensor of shape
-    (..., heads, k, value_dim) is held. Of several rows with equal scores, it is undefined which ones are read.
+    The search is exact, and scores only the 2 n keys of the two lists. The k best sums are among the pairs of the k
+    best keys of each half; with ranks from 0, only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared. Neither
+    the n² scores nor a tensor of shape (..., heads, k, value_dim) is allocated. Among rows with equal scores, the
+    choice is undefined.
 
-    The gradient of the values is row-sparse. Train the values with `softdb.optim.RowAdam` (or `RowAdagrad`, or
-    SparseAdam), whose step updates only the rows that were read, and the other Parameters with any optimiser. See the
-    example. Clip gradients with `softdb.optim.clip_row_grad_norm_`, since `torch.nn.utils.clip_grad_norm_` supports no
-    sparse gradients.
+    The gradient of the values is row-sparse, unless ``sparse_grad=False``. Train the values with
+    `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or `torch.optim.SparseAdam`, whose step updates only the rows that
+    were read, and the other Parameters with any optimiser. See the example. Clip gradients with
+    `softdb.optim.clip_row_grad_norm_`, since `torch.nn.utils.clip_grad_norm_` supports no sparse gradients.
 
     Args:
         dim: Width of input and output.

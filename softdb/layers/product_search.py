@@ -17,7 +17,7 @@ class PairSearch:
     """Sizes of the search of a `ProductKeyMemory`.
 
     Attributes:
-        max_scores: Number of scores that are held at a time.
+        max_scores: Maximum number of scores that are allocated at a time.
         group_columns: Number of columns per group, in a top-k of two stages.
         min_columns_per_k: Ratio of columns to k from which two stages are faster than one `torch.topk`.
     """

@@ -49,10 +49,11 @@ class RowAdam(RowOptimizer):
         p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
 
     The expected value of the stored number is p, so steps far smaller than b - a accumulate. Rounding to nearest would
-    discard each of these steps. A number that the dtype can represent is stored exactly. u is a hash of a seed, the Parameter's
-    step, the row and the column. torch's default generator draws one seed per Parameter at its first step, so
-    `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal. In
-    a process group of `torch.distributed` the seed is the Parameter's index in the optimiser, so replicas stay equal.
+    discard each such step. A number that the dtype can represent is stored exactly. u is a hash of a seed, the
+    Parameter's step, the row and the column. torch's default generator draws one seed per Parameter at its first step,
+    so `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal.
+    In a process group of `torch.distributed` the seed is the Parameter's index in the optimiser, so replicas stay
+    equal.
 
     Args:
         params: Parameters, or parameter groups with their own options, as for any optimiser.

@@ -223,7 +223,7 @@ def test_memory_layers_share_a_store() -> None:
     assert again[0].store is again[1].store
     with pytest.raises(ShapeError, match=r"store: expected 21 rows with key_dim=4 .* got 20"):
         MemoryLayer(8, 21, key_dim=4, store=first.store)
-    with pytest.raises(ArgumentError, match="metric: expected nothing, since the given store has its own options"):
+    with pytest.raises(ArgumentError, match=r"metric: expected no value with store=.*, which has its own options"):
         MemoryLayer(8, 20, key_dim=4, store=first.store, metric="l2")
     with pytest.raises(ArgumentError, match="shared: expected True"):
         MemoryLayer(8, 20, key_dim=4, store=first.store, shared=False)
@@ -529,7 +529,7 @@ def test_reset_forgets_the_given_sequences(k: int | None) -> None:
     assert not torch.allclose(y[0], alone[0], atol=1e-3)
     with pytest.raises(ArgumentError, match="sequences: expected indices into a batch of 2, got"):
         layer.reset([2])
-    with pytest.raises(ShapeError, match=r"x: expected 2 sequences, as in the memory, got 3; call reset\(\)"):
+    with pytest.raises(ShapeError, match=r"x: expected 2 sequences, as in the past, got 3; call reset\(\)"):
         layer(torch.randn(3, 5, 12))
     layer.reset()
     assert layer(torch.randn(3, 5, 12)).shape == (3, 5, 12)
@@ -606,7 +606,7 @@ def test_backward_raises_after_tokens_of_the_read_were_evicted() -> None:
         layer(part)
     third = layer(parts[2])
     layer(parts[3])
-    with pytest.raises(StaleReadError, match="evicted since"):
+    with pytest.raises(StaleReadError, match="tokens that later segments have overwritten"):
         third.sum().backward()
     fourth = layer(parts[4])
     layer.reset()
@@ -743,7 +743,7 @@ def test_eviction_is_detected_after_a_conversion_that_changes_nothing(move: Call
     move(layer)
     layer(xs[2])
     layer(xs[3])
-    with pytest.raises(StaleReadError, match="have been evicted"):
+    with pytest.raises(StaleReadError, match="got tokens that later segments have overwritten"):
         y.backward()
 
 
@@ -968,7 +968,9 @@ def test_loaded_past_is_dropped_when_the_batch_size_changes(k: int | None, train
     fresh = copy.deepcopy(loaded)
     fresh.reset()
     x = torch.randn(3, 20, 12).split(10, dim=1)
-    with pytest.warns(UserWarning, match=r"past of 2 sequences got 3 .* and drops .* call reset\(\)") as warned:
+    with pytest.warns(
+        UserWarning, match=r"expected 2 sequences, as in the loaded past .*, got 3; .* call reset\(\)"
+    ) as warned:
         y = loaded(x[0], write=write)
     assert len(warned) == 1
     assert torch.equal(y, fresh(x[0], write=write))

@@ -163,7 +163,8 @@ def choose_sentences(words: Sequence[str]) -> tuple[str, ...]:
     """Choose the packaged sentences that contain at least one of ``words``.
 
     Args:
-        words: The words. A sentence must contain all words of one string. Without words, some examples are chosen.
+        words: Strings of one or more words. A sentence matches a string if it contains all its words. If there are no
+            strings, some examples are chosen.
 
     Raises:
         ArgumentError: No sentence contains one of the words; the message lists the sentences.
@@ -177,7 +178,7 @@ def choose_sentences(words: Sequence[str]) -> tuple[str, ...]:
         matching = {sentence for sentence in sentences if wanted and wanted <= _tokens(sentence)}
         if not matching:
             listed = "\n".join(f"  {sentence}" for sentence in sentences)
-            raise ArgumentError(f"word: expected one of the sentences below to contain it, got {word!r}\n{listed}")
+            raise ArgumentError(f"word: expected a word of the sentences below, got {word!r}\n{listed}")
         chosen |= matching
     return tuple(sentence for sentence in sentences if sentence in chosen)
 
@@ -191,7 +192,7 @@ def run_tour(sentences: Sequence[str], *, blocks: bool = True) -> Iterator[str]:
 
     Args:
         sentences: Some of the packaged sentences, at least one.
-        blocks: Whether bars consist of Unicode block elements; otherwise of "#".
+        blocks: Whether to draw bars with Unicode block elements instead of "#".
     """
     started = time.perf_counter()
     senses = load_senses()
@@ -250,7 +251,7 @@ def _show_temperatures(store: SoftKVStore, senses: Senses, sentence: str) -> Ite
     yield "FROM SOFT TO HARD"
     yield ""
     yield from _wrap(
-        "At a high temperature all rows have similar weights; at a low one the best row has all weight. For "
+        "At a high temperature all rows have similar weights; at a low temperature the best row has all weight. For "
         f'"{sentence}":'
     )
     yield ""

@@ -37,8 +37,8 @@ def read_store(path: str, metric: Any, temperature: float | None) -> SoftKVStore
 
     Args:
         path: A directory that `softdb.SoftKVStore.save` wrote, or a .safetensors or .npz file.
-        metric: Metric of the store of a file; "scaled_dot" if None. A saved store has its own.
-        temperature: Temperature of the store of a file; 1 if None. A saved store has its own.
+        metric: Metric of a store that is made from a file; "scaled_dot" if None. Must be None for a saved store.
+        temperature: Temperature of a store that is made from a file; 1 if None. Must be None for a saved store.
     """
     if os.path.isdir(path):
         if metric is not None or temperature is not None:

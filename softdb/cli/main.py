@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 on success; 1 if a snapshot is damaged, a file cannot be read or written, or memory runs out; 2
-        for invalid arguments; 130 after Ctrl-C; 141 if the reader of the output closed the pipe.
+        for invalid arguments; 130 after Ctrl-C; 141 if the process that reads the output closed the pipe.
 
     Raises:
         SystemExit: From argparse, after ``--help``, ``--version`` or arguments that it cannot parse.
@@ -91,10 +91,16 @@ def _build_parser() -> argparse.ArgumentParser:
     tour = commands.add_parser(
         "demo",
         help="show hard and soft answers of a store of 4,096 word senses",
-        description="Query a store of 4,096 word senses with everyday sentences: hard, soft, and with a training step.",
+        description=(
+            "Query a store of 4,096 word senses with everyday sentences: by hard reads, by soft reads, and after a "
+            "training step."
+        ),
     )
     tour.add_argument(
-        "words", nargs="*", metavar="word", help="query the sentences with this word, as in: softdb demo seal bark"
+        "words",
+        nargs="*",
+        metavar="word",
+        help="query the sentences that contain this word, as in: softdb demo seal bark",
     )
     tour.add_argument("--plot", metavar="FILE", help="plot the weights of the rows instead, as a .png, .svg or .pdf")
     _add_compare(
@@ -115,7 +121,7 @@ def _build_parser() -> argparse.ArgumentParser:
     query.add_argument("queries", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
     query.add_argument("-k", type=int, default=5, metavar="K", help="number of rows for each query (default: 5)")
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for name, what in (("info", "list the contents of a saved store, and check it"), ("verify", "check a saved store")):
+    for name, what in (("info", "list and check the contents of a saved store"), ("verify", "check a saved store")):
         command = commands.add_parser(
             name,
             help=what,
@@ -137,7 +143,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("queries", nargs="?", metavar="QUERIES", help="queries, (B, key_dim), in a .npy file")
     parser.add_argument("--demo", action="store_true", help="use the word senses and sentences of softdb demo")
-    parser.add_argument("--targets", metavar="FILE", help="the wanted answers, classes or values, in a .npy file")
+    parser.add_argument("--targets", metavar="FILE", help="expected answers, classes or values, in a .npy file")
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -146,11 +152,21 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--query-labels",
         metavar="FILE",
-        help="labels of the queries; with --labels, the table shows the accuracy of the label with the most weight",
+        help=(
+            "labels of the queries, in a file as for --labels, which is required; the table shows the accuracy of the "
+            "label with the highest total weight"
+        ),
     )
-    parser.add_argument("--metric", choices=METRICS, help="metric (default: scaled_dot); a saved store has its own")
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="divides the scores (default: 1); a saved store has its own"
+        "--metric",
+        choices=METRICS,
+        help="metric for a file of keys and values (default: scaled_dot); not allowed with a saved store",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="divisor of the scores for a file of keys and values (default: 1); not allowed with a saved store",
     )
     parser.add_argument(
         "--temperatures",
@@ -305,7 +321,7 @@ def _compare(options: argparse.Namespace) -> None:
     written = [path for path in (options.csv, options.plot, options.html) if path is not None]
     for path in written:
         if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ArgumentError(f"{path}: expected a file in a directory that exists; create the directory first")
+            raise ArgumentError(f"{path}: expected a file in an existing directory; create the directory first")
     settings = {
         "modes": options.modes,
         "ks": options.ks,
@@ -329,9 +345,7 @@ def _compare(options: argparse.Namespace) -> None:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
         if options.query_labels is not None and (options.labels is None or options.targets is not None):
-            raise ArgumentError("--query-labels: expected --labels with it, and no --targets")
-        if options.labels is not None and options.query_labels is None and options.html is None:
-            raise ArgumentError("--labels: expected --query-labels or --html with it, which use the labels")
+            raise ArgumentError("--query-labels: expected --labels and no --targets with it; add --labels FILE")
         store = read_store(options.store, options.metric, options.temperature)
         queries = read_queries(options.queries)
         if options.labels is not None:

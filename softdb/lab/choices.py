@@ -32,7 +32,7 @@ class Readable(Protocol):
 def check_list(name: str, values: Iterable[Any], check: Callable[[Any], T]) -> list[T]:
     """Check each value of a sequence; return the distinct ones, at least one."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise DtypeError(f"{name}: expected a sequence, got {values!r}; write ({values!r},)")
+        raise DtypeError(f"{name}: expected a sequence, got {values!r}; pass ({values!r},)")
     distinct = list(dict.fromkeys(map(check, values)))
     if not distinct:
         raise ArgumentError(f"{name}: expected at least one, got none")
@@ -54,8 +54,8 @@ def check_can_draw(store: Any, normalizers: Sequence[str]) -> None:
     drawn = [name for name in normalizers if is_random(name)]
     if drawn and not getattr(store, "training", True):
         raise ArgumentError(
-            f"store: expected one in training mode, since {drawn[0]!r} draws nothing in eval mode; call store.train(), "
-            "or remove it from normalizers"
+            f"store: expected training mode, since {drawn[0]!r} adds no noise in eval mode; call store.train(), or "
+            f"remove {drawn[0]!r} from normalizers"
         )
 
 

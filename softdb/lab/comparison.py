@@ -43,22 +43,22 @@ INITIAL_SUPPORT_ROWS = 32  # rows of the first read in the search for all rows w
 
 @dataclass(frozen=True)
 class Setting:
-    """One mode, normalizer, temperature and k, with its figures over all queries.
+    """One mode, normalizer, temperature and k, with its measurements over all queries.
 
     Attributes:
         mode: "exact", "topk" or "hard".
-        normalizer: Function from scores to weights.
-        temperature: Divides the scores.
+        normalizer: Name of the normalizer.
+        temperature: Divisor of the scores.
         k: Number of candidates of a top-k read; None in other modes.
-        distance: Relative distance of the values from those of the exact softmax read at this temperature, by the
-            Frobenius norm.
+        distance: ``norm(values - exact) / norm(exact)`` over all queries, with the exact softmax read at this
+            temperature.
         agreement: Fraction of queries whose row with the highest weight is the row with the highest score.
-        mass: Softmax mass of the rows with weight: their fraction of the exact softmax at this temperature, averaged
-            over queries.
+        mass: Softmax mass of the rows with weight above 0, in the exact softmax at this temperature, averaged over
+            queries.
         entropy: Entropy of the weights, in nats, averaged over queries.
         effective_rows: exp(entropy of the weights of a query), averaged over queries.
         metric: Accuracy, loss or the caller's metric; None without targets.
-        time: Duration relative to the exact softmax read; both are medians over the temperatures.
+        time: Duration, as a multiple of that of the exact softmax read. Both are medians over the temperatures.
     """
 
     mode: str
@@ -86,7 +86,7 @@ class Comparison(Tabular):
 
     Attributes:
         settings: One for each combination of mode, normalizer, temperature and k; highest temperature first.
-        metric: Name of the settings' ``metric``: "accuracy", "loss" or the name of the caller's function; None without
+        metric: Name of the settings' ``metric``: "accuracy", "loss", or the name of the caller's function; None without
             targets.
         queries: Number of queries.
     """
@@ -97,7 +97,7 @@ class Comparison(Tabular):
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Return a list for each column; the column ``metric`` has the metric's name."""
-        columns = {field.name: [getattr(row, field.name) for row in self.settings] for field in FIELDS}
+        columns = {field.name: [getattr(row, field.name) for row in self.settings] for field in SETTING_FIELDS}
         metric = columns.pop("metric")
         return columns if self.metric is None else columns | {self.metric: metric}
 
@@ -116,10 +116,10 @@ class Comparison(Tabular):
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot distance and metric against temperature and against k.
 
-        Without targets, the softmax mass takes the place of the metric.
+        Without targets, the softmax mass is plotted instead of the metric.
 
         Args:
-            path: The image to write; its suffix chooses the format.
+            path: Image file to write. Its suffix selects the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -157,7 +157,7 @@ class Comparison(Tabular):
             first = rows[0]
             color = MODE_COLORS[first.mode] if first.k is None else sample_color(ks.index(first.k), len(ks))
             points = [row.temperature for row in rows], [getattr(row, field) for row in rows]
-            axes.plot(*points, marker=".", label=name, color=color, linestyle=DASHES[first.normalizer])
+            axes.plot(*points, marker=".", label=name, color=color, linestyle=NORMALIZER_STYLES[first.normalizer])
         set_temperature_axis(axes, [row.temperature for row in self.settings])
 
     def _plot_against_k(self, axes: Any, field: str) -> None:
@@ -180,7 +180,7 @@ class Comparison(Tabular):
         axes.legend(title="temperature", fontsize="x-small", title_fontsize="x-small", ncols=2)
 
 
-FIELDS = dataclasses.fields(Setting)
+SETTING_FIELDS = dataclasses.fields(Setting)
 
 
 MODE_COLORS = {"exact": "black", "hard": "#d55e00"}
@@ -189,7 +189,7 @@ MODE_COLORS = {"exact": "black", "hard": "#d55e00"}
 LINE_STYLES = ("-", ":", "-.", "--", (0, (5, 1, 1, 1, 1, 1)))
 
 
-DASHES: dict[str, Any] = dict(zip(NORMALIZERS, itertools.cycle(LINE_STYLES), strict=False))
+NORMALIZER_STYLES: dict[str, Any] = dict(zip(NORMALIZERS, itertools.cycle(LINE_STYLES), strict=False))
 
 
 @torch.no_grad()
@@ -207,35 +207,35 @@ def compare(
 ) -> Comparison:
     """Compare reads of the same queries with the exact softmax read.
 
-    One `Setting` for each temperature, mode, normalizer and, in mode "topk", k. Equal to a loop over the settings, of
-    ``store.read(queries, mode, ...)``, with the figures::
+    The result has one `Setting` for each temperature, mode, normalizer and, in mode "topk", k. Equal to a loop over the
+    settings that calls ``store.read(queries, mode, ...)`` and computes::
 
         distance = norm(values - exact) / norm(exact)               # over all queries, exact at the same temperature
         mass = exact_weights[weights > 0].sum()                     # averaged over queries, as is the entropy
         entropy = -(weights * weights.log()).sum()
 
     A hard read has no normalizer. It is listed once for each temperature, because the exact read that it is compared
-    with depends on the temperature. The printed table merges settings of one temperature whose figures are equal, apart
-    from the time, and settings with equal figures at consecutive temperatures. On a terminal, a progress bar is shown
-    if tqdm is installed. The reads count in the store's ``usage``.
+    with depends on the temperature. The printed table merges settings whose numbers are equal, apart from the time, at
+    the same temperature or at consecutive temperatures. On a terminal, a progress bar is shown if tqdm is installed.
+    The reads count in the store's ``usage``.
 
     Args:
         store: A `softdb.SoftKVStore`, or another object with its `read`.
         queries: (B, key_dim), floating point.
         modes: Some of "exact", "topk" and "hard".
         ks: Numbers of candidates of the top-k reads.
-        temperatures: Divide the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
-        normalizers: Some of `softdb.scoring.normalizers`.
-        targets: The wanted answers. Either classes, (B,) integers, for the accuracy of ``values.argmax(-1)``; or
-            values, (B, value_dim) floating point, for the mean squared error, "loss".
-        metric: ``metric(values, targets)``, which returns a number, instead of accuracy or loss.
-        generator: Random number generator of "gumbel".
+        temperatures: Divisors of the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own temperature.
+        normalizers: Names of normalizers, as in `softdb.SoftKVStore.read`.
+        targets: Expected answers. Classes, (B,) integers, give the metric "accuracy", that of ``values.argmax(-1)``.
+            Values, (B, value_dim) floating point, give the metric "loss", the mean squared error.
+        metric: Function ``metric(values, targets)`` that returns a number, to use instead of accuracy or loss.
+        generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
     Returns:
         A `Comparison`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is invalid.
 
     Example:
         >>> import torch
@@ -446,7 +446,7 @@ def _resolve_metric(
         )
     if metric is not None:
         name = getattr(metric, "__name__", "")
-        if not name.isidentifier() or name in {field.name for field in FIELDS}:
+        if not name.isidentifier() or name in {field.name for field in SETTING_FIELDS}:
             name = "metric"
         return lambda values: _number(metric(values, targets)), name
     if targets.is_floating_point():

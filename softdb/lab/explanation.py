@@ -43,7 +43,7 @@ BAR_CHARACTERS = 12
 MIN_LABEL_CHARACTERS = 20
 
 
-MAX_PLOTTED_ROWS, MAX_CURVES = 8, 5  # of each query, in the bars and in the plot against temperature
+MAX_BARS, MAX_CURVES = 8, 5  # rows of each query in the bar chart and in the plot against temperature
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +57,13 @@ class Explanation(TextResult):
         scores: Their scores, (Q, k).
         weights: Their weights, (Q, k).
         contributions: ``weight * value`` of each row, (Q, k, value_dim).
-        values: The answers, from all rows, (Q, value_dim).
+        values: Result of the read, blended from all rows, (Q, value_dim).
         rest: Weight of all other rows, (Q,).
         effective_rows: exp(entropy of all weights), (Q,).
-        temperature: Divides the scores.
-        temperatures: Temperatures of ``cooling``, highest first.
-        cooling: Weights of the same rows at each temperature, (Q, temperatures, k).
-        normalizer: Function from scores to weights; "straight_through" for "gumbel" in eval mode.
+        temperature: Divisor of the scores.
+        temperatures: Temperatures of the weights in ``cooling``, highest first.
+        cooling: Weights of the same rows at each of ``temperatures``, (Q, temperatures, k).
+        normalizer: Name of the normalizer; "straight_through" for "gumbel" in eval mode.
     """
 
     queries: tuple[str, ...]
@@ -121,13 +121,13 @@ class Explanation(TextResult):
         With several queries, a heat map of the weights of all reported rows comes first.
 
         Args:
-            path: The image to write; its suffix chooses the format.
+            path: Image file to write. Its suffix selects the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
             ArgumentError: matplotlib does not support the suffix.
         """
-        count, shown = len(self.queries), min(self.ids.shape[1], MAX_PLOTTED_ROWS)
+        count, shown = len(self.queries), min(self.ids.shape[1], MAX_BARS)
         lines = count + (count > 1)
         heat = 0.3 * len(self._reported_rows(shown)) + 1.4 if count > 1 else 0.0
         figure = create_figure(path, (13, heat + 3.0 * count))
@@ -212,7 +212,7 @@ def explain(
     """List the rows that an exact read blends, with their weights and contributions.
 
     Equal to ``store.read(query, temperature=temperature, normalizer=normalizer)``, with
-    ``values = sum of contributions`` over all rows. The k rows with the highest scores are listed, also with their
+    ``values = sum of contributions`` over all rows. The result lists the k rows with the highest scores, and their
     weights at other temperatures.
 
     Args:
@@ -221,17 +221,17 @@ def explain(
         labels: Labels of the rows: one for each, in the order of ``store.ids``, or by id. By default "row 17".
         k: Number of rows to list for each query.
         query_labels: Labels of the queries. By default "query 0".
-        temperature: Divides the scores; by default the store's own.
-        temperatures: For the weights at other temperatures; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
-        normalizer: Function from scores to weights, as in `softdb.SoftKVStore.read`. With "gumbel" each temperature
-            has a draw of its own, and ``scores`` include the noise.
-        generator: Random number generator of "gumbel".
+        temperature: Divisor of the scores; by default the store's own temperature.
+        temperatures: Temperatures to list weights at; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
+        normalizer: Name of the normalizer, as in `softdb.SoftKVStore.read`. With "gumbel", each temperature draws its
+            own noise, and ``scores`` include the noise.
+        generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
     Returns:
         An `Explanation`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is invalid.
 
     Example:
         >>> import torch

@@ -22,7 +22,7 @@ from softdb.scoring.normalizers import NORMALIZERS, is_random
 __all__ = ["Gradient", "GradientComparison", "compare_gradients"]
 
 
-COLUMNS = ("size", "bias", "deviation", "cosine", "loss")
+MEASUREMENT_COLUMNS = ("size", "bias", "deviation", "cosine", "loss")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Gradient:
     """Gradient of the queries through one normalizer at one temperature.
 
     Attributes:
-        normalizer: Function from scores to weights.
-        temperature: Divides the scores.
-        size: Norm of the gradient, averaged over draws.
+        normalizer: Name of the normalizer.
+        temperature: Divisor of the scores.
+        size: Norm of the mean gradient over draws.
         bias: Norm of the difference between the mean gradient and the softmax gradient, relative to the norm of the
             softmax gradient.
         deviation: Root mean square distance of single gradients from their mean, relative to the norm of the softmax
@@ -70,16 +70,16 @@ class GradientComparison(Tabular):
 
     def __str__(self) -> str:
         lines = [
-            Line(row.normalizer, row.temperature, tuple(f"{getattr(row, name):.4g}" for name in COLUMNS))
+            Line(row.normalizer, row.temperature, tuple(f"{getattr(row, name):.4g}" for name in MEASUREMENT_COLUMNS))
             for row in self.gradients
         ]
-        return format_table(["normalizer", "temperature", *COLUMNS], merge_equal_lines(lines))
+        return format_table(["normalizer", "temperature", *MEASUREMENT_COLUMNS], merge_equal_lines(lines))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot size, bias and deviation of the gradients against temperature.
 
         Args:
-            path: The image to write; its suffix chooses the format.
+            path: Image file to write. Its suffix selects the format.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
@@ -138,16 +138,16 @@ def compare_gradients(
         store: A `softdb.SoftKVStore`, or another object with its `read`.
         queries: (B, key_dim), floating point.
         loss: Function from the values, (B, value_dim), to a scalar tensor.
-        temperatures: Divide the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
+        temperatures: Divisors of the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own temperature.
         normalizers: The normalizers to compare with "softmax".
         draws: Number of draws of a random normalizer.
-        generator: Random number generator of "gumbel".
+        generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
     Returns:
         A `GradientComparison`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is not as described.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is invalid.
 
     Example:
         >>> import torch

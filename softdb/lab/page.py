@@ -18,8 +18,8 @@ from torch import Tensor
 from softdb._checks import check_choice, check_float_tensor, check_number, check_positive, check_real, describe
 from softdb.errors import ArgumentError, DtypeError, MissingPackageError, ShapeError
 from softdb.lab.comparison import MODES, Comparison
-from softdb.lab.page_charts import DASHES, Measurement, build_figures, render_measurements
-from softdb.lab.page_explorer import BINS, PageSizes, build_explorer
+from softdb.lab.page_charts import NORMALIZER_DASHES, Measurement, build_figures, render_measurements
+from softdb.lab.page_explorer import HISTOGRAM_BINS, PageSizes, build_explorer
 from softdb.store import SoftKVStore
 
 __all__ = ["write_page"]
@@ -45,32 +45,33 @@ def write_page(
 ) -> None:
     """Write an HTML page with the weights and answers of a store.
 
-    The page shows ``softmax(scores / temperature)`` over the k best rows, or over all rows. Sliders choose the
-    temperature and k; a list chooses the query. The page is one file of 5 to 7 MB, mostly plotly, and needs no network.
-    It contains the score of every row if these are about 200,000 numbers at most; otherwise the scores of the best
-    rows, and a histogram of the other scores. Requires plotly: ``pip install 'softdb[page]'``.
+    The page shows ``softmax(scores / temperature)`` over the k best rows, or over all rows. Sliders select the
+    temperature and k; a list selects the query. The page is one file of 5 to 7 MB, mostly plotly, and needs no network.
+    It contains the score of every row for every query if these are about 200,000 numbers at most. Otherwise it contains
+    the scores of the best rows, and a histogram of the other scores. Requires plotly: ``pip install 'softdb[page]'``.
 
-    The store is read exactly, once for each query, with all rows reported. In a store with ``track_usage`` these reads
-    count.
+    The store is read once for each query, by an exact read that reports all rows. In a store with ``track_usage`` these
+    reads count.
 
     Args:
-        path: The file to write, in a directory that exists. An existing file is replaced atomically.
-        store: The store, or an object with its ``read``, ``get``, ``ids``, ``temperature`` and ``metric``.
+        path: File to write, in an existing directory. An existing file is replaced atomically.
+        store: A store, or an object with the ``read``, ``get``, ``ids``, ``temperature`` and ``metric`` of a store.
         queries: (Q, key_dim) or (key_dim,), floating point; at most 1,000.
         labels: Labels of the rows: one for each, in the order of ``store.ids``, or by id. By default "row 17".
         query_labels: Labels of the queries. By default "query 1".
         value_labels: Labels of the entries of a value. By default "value 1". Values with more than 12 entries are not
             shown.
-        columns: Measurements to plot: a `softdb.lab.Comparison`, or lists with one entry per setting, by name: "mode"
-            ("exact", "topk", "hard"), "normalizer", "temperature" (None is allowed for hard), "k" (None unless topk),
-            "distance" from the exact blend, and the metric. Other columns are shown in the table only.
-        metric: The column to plot next to the distance, such as "accuracy". By default the metric of the
+        columns: Measurements to plot: a `softdb.lab.Comparison`, or a mapping from column names to lists with one entry
+            per setting. The columns "mode" ("exact", "topk", "hard"), "normalizer", "temperature" (None is allowed for
+            hard), "k" (None unless topk), "distance" from the exact read, and the metric are required. Other columns
+            are shown in the table only.
+        metric: Column to plot next to the distance, such as "accuracy". By default the metric of the
             `softdb.lab.Comparison`, or "mass".
         title: Heading of the page.
 
     Raises:
         ArgumentError: The store is empty, the directory does not exist, or labels or columns do not match the rows.
-        DtypeError, ShapeError, DeviceError, NonFiniteError: An argument is not as described.
+        DtypeError, ShapeError, DeviceError, NonFiniteError: An argument is invalid.
         MissingPackageError: plotly is not installed.
 
     If an error is raised, no file has been written.
@@ -120,7 +121,8 @@ def write_page(
         "temperature": f"{float(store.temperature):g}",
         "accuracy": ""
         if kept == len(ids)
-        else f" The page has the scores of the {kept:,} best rows, and a histogram of the others with {BINS} bins.",
+        else f" The page has the scores of the {kept:,} best rows, and a histogram of the other scores with "
+        f"{HISTOGRAM_BINS} bins.",
         "measured": "" if columns is None else render_measurements(columns, measurements, metric, len(ids)),
         "data": _embed(data),
         "plotly": script,
@@ -137,7 +139,7 @@ def _check_path(path: str | os.PathLike[str]) -> Path:
         raise DtypeError(f"path: expected the name of a file, got {describe(path)}") from error
     if not target.parent.is_dir():
         raise ArgumentError(
-            f"path: expected a file in a directory that exists, got {str(target)!r}; create the directory first"
+            f"path: expected a file in an existing directory, got {str(target)!r}; create the directory first"
         )
     if target.is_dir():
         raise ArgumentError(f"path: expected the name of a file, got the directory {str(target)!r}; append a file name")
@@ -190,7 +192,7 @@ def _check_columns(columns: Mapping[str, Sequence[Any]] | None, metric: str | No
     needed = ("mode", "normalizer", "temperature", "k", "distance", chosen)
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ArgumentError(f"columns: expected {', '.join(map(repr, needed))}, got none named {missing[0]!r}")
+        raise ArgumentError(f"columns: expected {', '.join(map(repr, needed))}, got none named {missing[0]!r}; add it")
     for name, column in columns.items():
         if isinstance(column, str) or not hasattr(column, "__len__") or not hasattr(column, "__getitem__"):
             raise DtypeError(f"columns[{name!r}]: expected a list, got {describe(column)}")
@@ -202,7 +204,7 @@ def _check_columns(columns: Mapping[str, Sequence[Any]] | None, metric: str | No
     measurements = []
     for mode, normalizer, temperature, k, distance, score in zip(*(columns[name] for name in needed), strict=True):
         check_choice("columns['mode']", mode, MODES)
-        check_choice("columns['normalizer']", normalizer, tuple(DASHES))
+        check_choice("columns['normalizer']", normalizer, tuple(NORMALIZER_DASHES))
         number = _check_measurement("temperature", temperature)
         if mode != "hard" and not (number is not None and number > 0):
             raise ArgumentError(
@@ -236,7 +238,7 @@ def _load_plotly() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise MissingPackageError(
-            "plotly: expected it to be installed, to write a page; pip install 'softdb[page]'"
+            "plotly: expected an installed package to write a page, got none; run pip install 'softdb[page]'"
         ) from error
     # The HTML parser would end the script at "</script"; JavaScript reads the escaped string as the same one.
     return re.sub("</(?=script)", r"<\\/", str(get_plotlyjs()), flags=re.IGNORECASE)

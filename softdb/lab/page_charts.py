@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from softdb.lab.plotting import is_fraction
 from softdb.scoring.normalizers import NORMALIZERS
 
-__all__ = ["DASHES", "Measurement", "build_figures", "render_measurements"]
+__all__ = ["NORMALIZER_DASHES", "Measurement", "build_figures", "render_measurements"]
 
 MAX_TICKS = 6
 
@@ -19,7 +19,7 @@ MAX_TICKS = 6
 SVG_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "14 5"}
 
 # Line style of each normalizer, by its name in Plotly.
-DASHES = dict(zip(NORMALIZERS, itertools.cycle(SVG_DASHES), strict=False))
+NORMALIZER_DASHES = dict(zip(NORMALIZERS, itertools.cycle(SVG_DASHES), strict=False))
 
 
 HARD_COLOR, EXACT_COLOR, NEUTRAL_COLOR = "#d55e00", "#000000", "#56616d"
@@ -96,7 +96,7 @@ def _render_legend(lines: list[Line]) -> str:
     entries = {line.name: (line.color, "solid") for line in lines}
     normalizers = list(dict.fromkeys(line.normalizer for line in lines))
     if normalizers != ["softmax"]:
-        entries |= {normalizer: (NEUTRAL_COLOR, DASHES[normalizer]) for normalizer in normalizers}
+        entries |= {normalizer: (NEUTRAL_COLOR, NORMALIZER_DASHES[normalizer]) for normalizer in normalizers}
     drawn = [
         '<li><svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="2.5" '
         f'stroke="{color}" stroke-dasharray="{SVG_DASHES[dash]}"/></svg>{name}</li>'
@@ -204,7 +204,7 @@ def _build_lines_by_k(measurements: list[Measurement], rows: int) -> list[Line]:
 
 def _list_normalizers(measurements: list[Measurement]) -> list[str]:
     found = {measurement.normalizer for measurement in measurements}
-    return [normalizer for normalizer in DASHES if normalizer in found]
+    return [normalizer for normalizer in NORMALIZER_DASHES if normalizer in found]
 
 
 def _sample_scale(count: int) -> list[str]:
@@ -260,7 +260,7 @@ def _build_figure(lines: list[Line], across: str, metric: str, ticks: dict[str, 
                         for _, s in line.points
                     ],
                     "yaxis": "y" if panel == "distance" else "y2",
-                    "line": {"color": line.color, "dash": DASHES[line.normalizer], "width": 2},
+                    "line": {"color": line.color, "dash": NORMALIZER_DASHES[line.normalizer], "width": 2},
                     "marker": {"size": 6},
                     "hoverinfo": "text",
                     "hovertext": [_format_hover(s, shown) for _, s in line.points],

@@ -13,15 +13,15 @@ from torch import Tensor
 from softdb.errors import ArgumentError
 from softdb.store import SoftKVStore
 
-__all__ = ["BINS", "PageSizes", "build_explorer"]
+__all__ = ["HISTOGRAM_BINS", "PageSizes", "build_explorer"]
 
-ROWS_WITH_BARS = 12
+MAX_BARS = 12
 
 
 SIGNIFICANT_DIGITS = 5
 
 
-BINS = 512  # of the histogram of the scores that the page does not contain
+HISTOGRAM_BINS = 512  # of the histogram of the scores that the page does not contain
 
 
 TEMPERATURE_STOPS = 61  # of the slider
@@ -75,7 +75,7 @@ def build_explorer(
                 "best": best,
                 "gaps": round_to_digits(gaps[:kept]),
                 "rows": [places.setdefault(row, len(places)) for row in top] if width else [],
-                "labels": [" ".join(names.get(row, f"row {row}").split()) for row in top[:ROWS_WITH_BARS]],
+                "labels": [" ".join(names.get(row, f"row {row}").split()) for row in top[:MAX_BARS]],
                 "tail": build_histogram(gaps[kept:], rest),
             }
         )
@@ -119,14 +119,18 @@ def build_histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) asc
     high = float(gaps[-1])
     low = max(float(gaps[0]), high * 1e-6)
     if low < high:
-        bins = ((gaps.clamp(min=low) / low).log() * (BINS / math.log(high / low))).long().clamp(max=BINS - 1)
+        bins = (
+            ((gaps.clamp(min=low) / low).log() * (HISTOGRAM_BINS / math.log(high / low)))
+            .long()
+            .clamp(max=HISTOGRAM_BINS - 1)
+        )
     else:
         bins = torch.zeros_like(gaps, dtype=torch.int64)
-    counts = torch.bincount(bins, minlength=BINS)
+    counts = torch.bincount(bins, minlength=HISTOGRAM_BINS)
     filled = counts > 0
     totals = counts[filled].double()
-    gap_sums = gaps.new_zeros(BINS).index_add_(0, bins, gaps)
-    value_sums = gaps.new_zeros(BINS, values.shape[1]).index_add_(0, bins, values.double())
+    gap_sums = gaps.new_zeros(HISTOGRAM_BINS).index_add_(0, bins, gaps)
+    value_sums = gaps.new_zeros(HISTOGRAM_BINS, values.shape[1]).index_add_(0, bins, values.double())
     return {
         "counts": counts[filled].tolist(),
         "gaps": round_to_digits(gap_sums[filled] / totals),

@@ -9,9 +9,9 @@ from typing import Any
 from softdb.errors import ArgumentError, MissingPackageError
 from softdb.lab.tables import shorten
 
-__all__ = ["FRACTIONS", "create_figure", "escape_label", "is_fraction", "sample_color", "set_temperature_axis"]
+__all__ = ["FRACTION_COLUMNS", "create_figure", "escape_label", "is_fraction", "sample_color", "set_temperature_axis"]
 
-FRACTIONS = ("accuracy", "agreement", "mass")  # columns whose values lie in [0, 1]
+FRACTION_COLUMNS = ("accuracy", "agreement", "mass")  # columns whose values lie in [0, 1]
 
 
 def is_fraction(name: str, values: Iterable[float | None]) -> bool:
@@ -19,7 +19,7 @@ def is_fraction(name: str, values: Iterable[float | None]) -> bool:
 
     A metric of the caller that is called "accuracy" may be in percent, so the values are checked too.
     """
-    return name in FRACTIONS and all(value is None or 0 <= value <= 1 for value in values)
+    return name in FRACTION_COLUMNS and all(value is None or 0 <= value <= 1 for value in values)
 
 
 def create_figure(path: str | os.PathLike[str], size: tuple[float, float]) -> Any:
@@ -28,13 +28,14 @@ def create_figure(path: str | os.PathLike[str], size: tuple[float, float]) -> An
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            f"matplotlib: expected it to be installed, to draw {os.fspath(path)!r}; pip install 'softdb[plot]'"
+            f"matplotlib: expected an installed package to plot {os.fspath(path)!r}, got none; run pip install "
+            "'softdb[plot]'"
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     suffixes = figure.canvas.get_supported_filetypes()
     if os.path.splitext(path)[1][1:].lower() not in suffixes:
         raise ArgumentError(
-            f"path: expected an image file, with one of the suffixes {', '.join(sorted(suffixes))}, got "
+            f"path: expected an image file with one of the suffixes {', '.join(sorted(suffixes))}, got "
             f"{os.fspath(path)!r}"
         )
     return figure

@@ -88,7 +88,7 @@ def test_an_unknown_word_lists_the_sentences(capsys: pytest.CaptureFixture[str])
     assert main(["demo", "bank", "zebra"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("softdb: word: expected one of the sentences below to contain it, got 'zebra'\n")
+    assert err.startswith("softdb: word: expected a word of the sentences below, got 'zebra'\n")
     assert "  the river bank was steep\n" in err
     assert "Traceback" not in err
 
@@ -246,7 +246,7 @@ def test_compare_reads_the_demo() -> None:
         (["store.npz", "words.npy"], "expected one array of numbers of at most 64 bits"),
         (["store.npz", "one.npy"], r"QUERIES: expected shape \(B, key_dim\), got \(6,\)"),
         (["--demo", "--metric", "l2"], "--demo: expected no STORE, QUERIES, --targets, --labels"),
-        (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in a directory that exists"),
+        (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in an existing directory"),
         (["bare.npz", "queries.npy"], "STORE: expected arrays 'keys' and 'values' in .*, got 'rows'"),
         (["whole.npz", "queries.npy"], "STORE: expected keys of floating-point numbers"),
         (["store.npz", "store.npz"], "expected one array of numbers of at most 64 bits"),
@@ -387,8 +387,7 @@ def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureF
     [
         (["--metric", "dot"], "--metric, --temperature: expected neither with a saved store"),
         (["--temperature", "1"], "--metric, --temperature: expected neither with a saved store"),
-        (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels with it"),
-        (["--labels", "labels.txt"], "--labels: expected --query-labels or --html with it"),
+        (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels and no --targets"),
         (
             ["--labels", "labels.txt", "--query-labels", "query_labels.txt", "--targets", "x.npy"],
             "--query-labels: .* no",

@@ -128,7 +128,7 @@ def test_the_numbers_equal_those_of_the_store(tmp_path: Path, metric: str) -> No
         scores = read.scores[place].double() * 0.7
         torch.testing.assert_close(gaps, scores[0] - scores, rtol=6e-5, atol=1e-5)
         assert query["best"] == pytest.approx(float(scores[0]), rel=1e-6)
-        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page_explorer.ROWS_WITH_BARS].tolist()]
+        assert query["labels"] == [f"row {id}" for id in read.ids[place, : page_explorer.MAX_BARS].tolist()]
         values = torch.tensor([data["values"][row] for row in query["rows"]])
         torch.testing.assert_close(values, store.get(read.ids[place]).values, rtol=1e-4, atol=1e-5)
         weights, _ = weigh_as_page(query, 0.7, None)
@@ -156,7 +156,7 @@ def test_the_histogram_has_the_weight_of_its_rows(
     for place, query in enumerate(data["queries"]):
         assert len(query["gaps"]) == PageSizes().fewest_rows
         assert sum(query["tail"]["counts"]) == 20_000 - PageSizes().fewest_rows
-        assert len(query["tail"]["counts"]) <= page_explorer.BINS
+        assert len(query["tail"]["counts"]) <= page_explorer.HISTOGRAM_BINS
         assert max(k for k in data["ks"] if k) <= PageSizes().fewest_rows
         scores = (store.get(store.ids).keys.double() @ queries[place].double()).sort(descending=True).values
         for temperature in data["temperatures"][:-1]:
@@ -361,7 +361,7 @@ def test_bad_arguments_do_not_change_the_file(
 
 def test_bad_paths_and_an_empty_store_raise(tmp_path: Path) -> None:
     with pytest.raises(
-        ArgumentError, match=r"path: expected a file in a directory that exists, .*; create the directory first"
+        ArgumentError, match=r"path: expected a file in an existing directory, .*; create the directory first"
     ):
         write_page(tmp_path / "none" / "page.html", make_store(), make_queries())
     with pytest.raises(ArgumentError, match="path: expected the name of a file, got the directory"):
@@ -466,9 +466,9 @@ def test_the_sliders_change_the_bars(browser: webdriver.Chrome, tmp_path: Path) 
         assert read.weights is not None
         weights = read.weights
         shown: list[float] = bars(browser)["x"]
-        expected = torch.zeros(page_explorer.ROWS_WITH_BARS + 1)
-        expected[: min(page_explorer.ROWS_WITH_BARS, len(weights))] = weights[: page_explorer.ROWS_WITH_BARS]
-        expected[-1] = weights[page_explorer.ROWS_WITH_BARS :].sum()
+        expected = torch.zeros(page_explorer.MAX_BARS + 1)
+        expected[: min(page_explorer.MAX_BARS, len(weights))] = weights[: page_explorer.MAX_BARS]
+        expected[-1] = weights[page_explorer.MAX_BARS :].sum()
         torch.testing.assert_close(torch.tensor(shown, dtype=torch.float32), expected, rtol=0, atol=1e-3)
         effective = float(torch.special.entr(weights).sum().exp())
         said = browser.find_element(By.ID, "effective").text.split(" of ")
@@ -496,8 +496,8 @@ def test_the_sliders_change_the_bars(browser: webdriver.Chrome, tmp_path: Path) 
         press(browser, "k", *keys)
         k = data["ks"][chosen(browser, "k")]
         shown = agrees(0, temperature, k)
-        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page_explorer.ROWS_WITH_BARS)]
-    assert k > page_explorer.ROWS_WITH_BARS
+        assert [share > 0 for share in shown[:-1]] == [place < k for place in range(page_explorer.MAX_BARS)]
+    assert k > page_explorer.MAX_BARS
 
     before = bars(browser)
     Select(browser.find_element(By.ID, "query")).select_by_index(2)

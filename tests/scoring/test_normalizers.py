@@ -14,8 +14,8 @@ from torch import Tensor
 from softdb import Read, SoftKVStore
 from softdb.errors import ArgumentError, DtypeError
 from softdb.functional import merge, soft_read
-from softdb.lab.comparison import DASHES
-from softdb.lab.page_charts import DASHES as PAGE_DASHES
+from softdb.lab.comparison import NORMALIZER_STYLES
+from softdb.lab.page_charts import NORMALIZER_DASHES
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import (
     NORMALIZERS,
@@ -261,8 +261,8 @@ def test_properties_of_each_normalizer_are_consistent(name: str) -> None:
     assert not is_random(replacement)
     assert (replacement == name) == (not is_random(name))
     assert (is_hard(replacement), is_sparse(replacement)) == (is_hard(name), is_sparse(name))
-    assert DASHES[name]
-    assert PAGE_DASHES[name]
+    assert NORMALIZER_STYLES[name]
+    assert NORMALIZER_DASHES[name]
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)

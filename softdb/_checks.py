@@ -243,7 +243,7 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         ids = value.detach()
     else:
         if isinstance(value, (list, tuple)) and any(isinstance(number, bool) for number in value):
-            raise DtypeError(f"{name}: expected int64 ids, got torch.bool among them; ids are integers")
+            raise DtypeError(f"{name}: expected int64 ids, got torch.bool in a list; pass integers")
         try:
             ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -253,7 +253,7 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         if ids.numel() == 0:
             ids = ids.to(torch.int64)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; ids are integers")
+        raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; pass integers")
     check_dense(name, ids)
     if ids.is_meta:
         raise DeviceError(f"{name}: expected ids with data, got a tensor on the meta device")

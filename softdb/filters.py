@@ -287,7 +287,10 @@ class _RuleOnSlots:
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             raise DtypeError(f"where: expected the callable to return a bool tensor, got {describe(allowed)}")
         if allowed.device != row["id"].device:
-            raise DeviceError(f"where: expected the callable to return a tensor on {row['id'].device}")
+            raise DeviceError(
+                f"where: expected the callable to return a tensor on {row['id'].device}, got one on {allowed.device}; "
+                "compare with tensors on that device"
+            )
         shape = (self.batch, row["id"].shape[-1])
         if not is_broadcastable(allowed.shape, shape):
             raise ShapeError(

@@ -534,9 +534,9 @@ def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)
     if query.is_meta:
-        raise DeviceError("query: expected a tensor that holds numbers, got one on meta, which holds none")
+        raise DeviceError("query: expected a tensor with data, got one on the meta device; pass one with data")
     if query.shape[-1] == 0:
-        raise ShapeError("query: expected at least one number per query, got width 0")
+        raise ShapeError("query: expected a width of at least 1, got 0; pass queries of shape (..., d)")
     return _broadcast_batch(query, keys, values)
 
 
@@ -565,7 +565,9 @@ def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, de
     if not isinstance(candidates, Tensor):
         raise DtypeError(f"candidates: expected an int64 tensor, got {describe(candidates)}")
     if candidates.device != device:
-        raise DeviceError(f"candidates: expected a tensor on {device}, got one on {candidates.device}")
+        raise DeviceError(
+            f"candidates: expected a tensor on {device}, got one on {candidates.device}; move it with .to()"
+        )
     ids = check_ids("candidates", candidates, repeats=True, padding=True)
     if ids.dim() == 0 or not is_broadcastable(ids.shape[:-1], shape):
         raise ShapeError(

@@ -172,7 +172,8 @@ class IndexUpkeep:
         unreported, self.error_unreported = self.error_unreported, False
         if unreported:
             raise IndexBuildError(
-                f"index: the build failed ({self.error}); searches are exact until the number of rows doubles"
+                f"index: the build failed ({self.error}); top-k reads use exact search until the number of rows "
+                "doubles; choose another factory, or free memory and call build_index()"
             )
 
     # -- changes ---------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Te
 def _check_weights(weights: Tensor) -> None:
     if not is_finite(weights):
         raise NonFiniteError(
-            "x: expected finite numbers, got NaN or infinite weights, from x or from the parameters (did training "
-            "diverge?)"
+            "x: expected finite numbers, got NaN or infinite weights; x or the parameters contain NaN or infinity, so "
+            "training may have diverged"
         )
 
 

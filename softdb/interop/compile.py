@@ -96,8 +96,8 @@ def _find_store(handle: Tensor) -> Store:
     store = _stores_by_number.get(int(handle))
     if store is None:
         raise ArgumentError(
-            "store: a compiled or exported graph reads a store that no longer exists in this process, or is in another "
-            "process; compile or export the model again in the process of its store"
+            "store: expected the store that the compiled or exported graph reads, got none in this process; keep a "
+            "reference to the store, or compile or export the model again in the process of the store"
         )
     return store
 
@@ -221,8 +221,9 @@ def _read(
             continue
         if not torch.equal(given, own.detach()):  # a copy is accepted
             raise ArgumentError(
-                f"{name}: expected the store's own tensor in its compiled graph, got another tensor; write to a store "
-                "outside of graphs, and read tensors that a graph computes with softdb.functional"
+                f"{name}: expected the store's own tensor in the compiled or exported graph, got another tensor; write "
+                "to a store outside of graphs, export again after its storage was resized, and read tensors that a "
+                "graph computes with softdb.functional"
             )
     divisor = None if number is None else float(number)
     options: dict[str, Any] = {"mode": mode, "k": k, "where": where, "exclude": exclude, "normalizer": normalizer}
@@ -453,8 +454,8 @@ def _check_recompute(store: Store) -> None:
         _last_read_version[store] = version
     elif _last_read_version.get(store, version) != version:
         raise StaleReadError(
-            "activation checkpointing repeated a compiled read after rows were written, so its gradients would be "
-            "those of another read; call backward() before writing to the store"
+            "backward: expected activation checkpointing to repeat a compiled read with unchanged rows, got rows that "
+            "were written since, so the gradients would be wrong; call backward() before writing to the store"
         )
 
 

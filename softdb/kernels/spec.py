@@ -183,6 +183,6 @@ def check_scores(scores: Tensor, *, empty: bool = False) -> None:
     if is_finite(scores) or (empty and bool((scores < torch.inf).all())):
         return
     raise NonFiniteError(
-        "query, keys, temperature: expected finite scores, got NaN or infinity; the rows hold NaN (did training "
-        "diverge?), or query times key divided by temperature overflows: rescale them"
+        "query, keys, temperature: expected finite scores, got NaN or infinity; if keys or values contain NaN, "
+        "training may have diverged; if query times key divided by temperature overflows, rescale them"
     )

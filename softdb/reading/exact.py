@@ -89,10 +89,9 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
         support = int((SPARSE_NORMALIZERS[normalizer](scores) > 0).sum(-1).max()) if len(query) else 0
         if support > max_support:
             raise ArgumentError(
-                f"normalizer: expected {normalizer!r} to give weight to no more rows than can be gathered, "
-                f"{spec.tiling.max_sparse_elements:,} numbers in all, "
-                f"got {len(query):,} queries with at least {support:,} "
-                f"rows of {width:,} numbers; lower the temperature, or read fewer queries at once"
+                f"normalizer: expected {normalizer!r} to gather at most {spec.tiling.max_sparse_elements:,} numbers, "
+                f"got {len(query):,} queries with at least {support:,} rows of {width:,} numbers; lower the "
+                "temperature, or read fewer queries at once"
             )
         # Rows outside of the search score at most as high as the last row in it: if that has no weight, they have none.
         if support < searched or searched >= count:

@@ -94,5 +94,5 @@ def _check_is_softmax(normalizer: str, name: str) -> None:
     if normalizer != "softmax":
         raise ArgumentError(
             f"normalizer: expected 'softmax' with {name}=..., since a sample estimates softmax weights only, got "
-            f"{normalizer!r}; leave it out"
+            f"{normalizer!r}; leave normalizer out"
         )

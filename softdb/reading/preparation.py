@@ -45,9 +45,8 @@ class SearchPreparation:
             if not table.has_warned_of_writes:
                 table.has_warned_of_writes = True
                 warnings.warn(
-                    "keys: expected writes that torch counts, got keys that were written to by .data or numpy; "
-                    "the index was out of date and has been compared with all rows; call store.touch(ids) after such "
-                    "writes",
+                    "keys: expected writes that autograd records, got a write through .data or NumPy; the index was "
+                    "stale, so all rows were compared with it; call store.touch(ids) after such a write",
                     stacklevel=2,
                 )
         if not index.is_current(table.rows):

@@ -45,8 +45,9 @@ class StalenessCheck:
         """Raise `StaleReadError` if a row that the read used has changed since."""
         if any(version_of(tensor) != version for tensor, version in self._substitutes):
             raise StaleReadError(
-                "keys, values: expected tensors that replace the store's own to be unchanged between this read and its "
-                "backward, got a write to them, so the gradients would be wrong; call backward() before writing to them"
+                "keys, values: expected the tensors that are substituted for the store's own to be unchanged between "
+                "this read and its backward, got a write to them, so the gradients would be wrong; call backward() "
+                "before writing to them"
             )
         if self._table is None or self._table.version == self._version:
             return
@@ -59,9 +60,9 @@ class StalenessCheck:
                 changed = changed[torch.isin(changed, self._used)]
         if len(changed):
             raise StaleReadError(
-                f"{len(changed)} of the rows that this read used (slots {list_ids(changed)}) were changed, deleted or "
-                "moved by an optimiser before its backward, so their gradients would be wrong; call backward() "
-                "before writing to the store, or read again"
+                f"backward: expected the rows that this read used to be unchanged, got {len(changed)} changed or "
+                f"deleted rows (slots {list_ids(changed)}), so the gradients would be wrong; call backward() before "
+                "writing to the store or stepping an optimiser, or read again"
             )
 
 
@@ -135,8 +136,8 @@ class _CheckedRead(torch.autograd.Function):
         ctx.token = None
         if int(token) != ctx.version:
             raise StaleReadError(
-                "activation checkpointing repeated this read after rows had been written, so its gradients would be "
-                "those of another read; call backward() before writing to the store"
+                "backward: expected activation checkpointing to repeat the read with unchanged rows, got rows that "
+                "were written since, so the gradients would be wrong; call backward() before writing to the store"
             )
         ctx.check.check()
         return None, None, *grads

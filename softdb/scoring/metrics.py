@@ -101,8 +101,8 @@ def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torc
         return dtype
     if widest_dtype(device) != torch.float64:
         raise DeviceError(
-            f"metric: 'l2' is computed in float64, which {device.type} devices do not have; use another metric, or "
-            "read on the CPU"
+            f"metric: expected a device with float64 for 'l2', got {device.type}; use another metric, or read on the "
+            "CPU"
         )
     return torch.float64
 

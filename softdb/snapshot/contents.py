@@ -158,7 +158,7 @@ def resolve_device(device: torch.device | str | None, *, mapped: bool) -> torch.
     if mapped and place.type != "cpu":
         raise ArgumentError(f"device: expected the CPU with mmap=True, got {place}; load without mmap")
     if place.type == "meta":
-        raise DeviceError("device: expected a device that stores data, got meta")
+        raise DeviceError("device: expected a device that stores data, got meta; load to the CPU")
     return place
 
 

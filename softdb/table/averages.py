@@ -51,9 +51,14 @@ def prepare_average(average: Table, model: Table, decay: float) -> Callable[[], 
                 "copy.deepcopy(model)"
             )
     if average.config.track_usage != model.config.track_usage:
-        raise ArgumentError("average: expected a store with the model's track_usage; start from copy.deepcopy(model)")
+        raise ArgumentError(
+            f"average: expected a store with track_usage={model.config.track_usage}, as the model's, got "
+            f"{average.config.track_usage}; start from copy.deepcopy(model)"
+        )
     if average.files is not None:
-        raise ReadOnlyError("average: expected a store in memory; call store.materialize() first")
+        raise ReadOnlyError(
+            "average: expected a store in memory, got memory-mapped rows; call store.materialize() first"
+        )
     for table in (average, model):
         table.check_not_meta()
         table.check_not_substituted()

@@ -22,7 +22,7 @@ def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not name.isidentifier():
             raise FieldError(f"fields: expected names that are Python identifiers, got {describe(name)}")
     if "id" in names:
-        raise FieldError("fields: 'id' is reserved for the row's id; choose another name")
+        raise FieldError("fields: expected names other than 'id', which is reserved for the row's id; rename the field")
     if len(set(names)) != len(names):
         raise FieldError(f"fields: expected each name once, got {names}")
     return names
@@ -50,7 +50,7 @@ def check_fields(fields: Sequence[str], given: object, count: int, *, complete: 
         raise FieldError(f"fields: expected names among this store's fields ({known}), got {unknown[0]!r}")
     missing = [name for name in fields if name not in given]
     if complete and missing:
-        raise FieldError(f"fields: expected a column for every field ({known}), {missing[0]!r} is missing")
+        raise FieldError(f"fields: expected a column for every field ({known}), got none for {missing[0]!r}")
     return {name: check_column(name, column, count) for name, column in given.items()}
 
 

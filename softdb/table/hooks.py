@@ -205,11 +205,11 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
             continue
         if state.shape[1:] == parameter.shape[1:] and len(state) != len(parameter):
             grown = len(parameter) > len(state)
-            remedy = "call store.reserve() before building an optimizer, or build" if grown else "build"
+            remedy = "call store.reserve() before constructing the optimizer, construct" if grown else "construct"
             raise GrowthError(
-                f"the storage has {'grown' if grown else 'shrunk'} to {len(parameter)} rows, but the optimizer's "
-                f"{name!r} has shape {tuple(state.shape)}: {remedy} a new one; softdb.optim.RowAdam follows "
-                f"{'growth' if grown else 'such changes'}"
+                f"optimizer: expected its state {name!r} to have {len(parameter)} rows, to which the storage has "
+                f"{'grown' if grown else 'shrunk'}, got shape {tuple(state.shape)}; {remedy} a new optimizer, or use "
+                "softdb.optim.RowAdam, which resizes its state"
             )
 
 

@@ -26,9 +26,9 @@ HASH_MASK, INVALID_CHECK = 2**20 - 1, -1
 CHECK_SIZE = 64
 CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(CHECK_SIZE, device="cpu")
 AVERAGED_IDS = (
-    "rows.ids: expected the ids of rows, got numbers that other code has averaged or overwritten (an average with "
-    "use_buffers=True or of a state_dict, or one that mixes two rows); average by id with "
-    "softdb.optim.update_average(average, model, decay), and load a state_dict to go on"
+    "rows.ids: expected the ids of rows, got numbers that other code has averaged or overwritten, as averages with "
+    "use_buffers=True, averages of a state_dict and averages that mix two rows do; average by id with "
+    "softdb.optim.update_average(average, model, decay), and load a state_dict to use this store again"
 )
 
 

@@ -181,8 +181,9 @@ def _mixed_rows(ids: Tensor) -> ForeignWriteError:
 def warn_of_zero_start(count: int) -> None:
     """Warn about rows whose average started from zero."""
     warnings.warn(
-        f"{count} rows came into empty slots of an averaged store between two updates, so their averages started from "
-        "zero; softdb.optim.update_average(average, model, decay) averages by id and starts from the rows",
+        f"average: expected averages that start from the rows, got {count} rows that were added to empty slots of an "
+        "averaged store between two updates and started from zero; use softdb.optim.update_average(average, model, "
+        "decay), which averages by id",
         stacklevel=3,
     )
 

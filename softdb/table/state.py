@@ -32,5 +32,5 @@ def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str,
             raise ShapeError(f"state_dict[{name!r}]: expected shape {shape}, got {tuple(tensor.shape)}")
     if len(state["rows.ids"]) and int(state["rows.ids"].min()) < -1:
         raise ArgumentError(
-            "state_dict['rows.ids']: expected ids of at least 0, and -1 at free slots, got a lower number"
+            "state_dict['rows.ids']: expected ids of at least 0, and -1 at free slots, got numbers below -1"
         )

@@ -149,8 +149,8 @@ class Table:
         """Raise if keys or values are substituted, since writes to them would be lost."""
         for name in self.substituted_tensors():
             raise ForeignWriteError(
-                f"{name}: expected the store's own tensor to write to, got a substituted one (by "
-                "torch.func.functional_call, fully_shard or pruning); write before it is substituted, or remove it"
+                f"{name}: expected the store's own tensor to write to, got a tensor that torch.func.functional_call, "
+                "fully_shard or pruning has substituted; write before the substitution, or after it is removed"
             )
 
     def check_not_sharded(self) -> None:
@@ -167,8 +167,9 @@ class Table:
         shape = self.shape_of(name)
         if tuple(table.shape) != shape:
             raise ForeignWriteError(
-                f"{name}: expected shape {shape}, got {tuple(table.shape)}: another store that shares the tensor has "
-                "grown, or it was resized; call reserve() on both before sharing a tensor, or share the whole store"
+                f"{name}: expected shape {shape}, got {tuple(table.shape)}, since it was resized by other code or by "
+                "another store that shares it; call reserve() on both stores before sharing a tensor, or share the "
+                "whole store"
             )
 
     # -- writing ---------------------------------------------------------------------------------------------
@@ -278,8 +279,8 @@ class Table:
         config, capacity = self.config, self.rows.capacity
         if config.capacity is not None:
             raise GrowthError(
-                f"the store would have to hold {needed} rows, but was made with capacity={config.capacity}: delete "
-                "rows first, or make it with evict='lru' or evict='oldest', or with a larger capacity"
+                f"rows: expected at most {config.capacity}, the store's capacity, got {needed}; delete rows first, or "
+                "make the store with evict='lru' or evict='oldest', or with a larger capacity"
             )
         if not config.trainable:
             return
@@ -287,18 +288,18 @@ class Table:
             change, remedy = "shrink", ""
         else:
             exact = "" if loaded else " or more"  # A loaded state requires exactly this capacity.
-            change, remedy = "grow", f"call store.reserve({needed}){exact} before, or "
+            change, remedy = "grow", f"call store.reserve({needed}){exact} before the read, or "
         change = f"the storage must {change} from {capacity} to {needed} rows"
         if self.open_reads:
             raise GrowthError(
-                f"{change}, but a read of it has not gone backward yet, and its gradients have the old size: "
-                f"{remedy}call backward() or drop the read first, or read under torch.no_grad()"
+                f"{change}, but backward of a read is still due, and its gradients have the old size; {remedy}call "
+                "backward() or delete the read first, or read under torch.no_grad()"
             )
         # `reserve` is called before DistributedDataParallel wraps the store; an empty store is not wrapped.
         if not reserved and capacity > 0 and is_distributed():
             raise GrowthError(
-                f"{change}, which DistributedDataParallel cannot follow: "
-                f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping"
+                f"{change}, which DistributedDataParallel does not support; "
+                f"{'load the state' if loaded else f'call store.reserve({needed}) or more'} before wrapping the module"
             )
 
 

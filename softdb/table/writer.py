@@ -164,8 +164,8 @@ class Writer:
         count, total = len(new), len(new) + len(replaced)
         if config.capacity is not None and total > config.capacity:
             raise ArgumentError(
-                f"keys: expected at most {config.capacity} rows, the store's capacity, got {total}; write fewer at "
-                "a time, or make the store with a larger capacity"
+                f"keys: expected at most {config.capacity} rows, the store's capacity, got {total}; write fewer rows "
+                "at a time, or make the store with a larger capacity"
             )
         rows.slots.widen(new, len(rows))
         needed = rows.used + max(0, count - len(rows.free))
@@ -179,7 +179,7 @@ class Writer:
         """Return the next ``count`` ids, which stay available until the rows are inserted."""
         first = self._table.rows.first_new_id
         if first + count - 1 > MAX_ID:
-            raise ArgumentError(f"ids: the ids up to {MAX_ID} are used up; give ids of deleted rows explicitly")
+            raise ArgumentError(f"ids: expected unused ids up to {MAX_ID}, got none; pass ids of deleted rows")
         return torch.arange(first, first + count, device="cpu")
 
     def _check_new(self, ids: Tensor) -> None:

@@ -273,7 +273,7 @@ def test_the_graph_is_freed_with_the_result() -> None:
     for _ in range(3):
         answer = run(torch.randn(4, 8))
     assert len(compile_module._pending_reads) == 1
-    with pytest.raises(GrowthError, match="has not gone backward"):
+    with pytest.raises(GrowthError, match="backward of a read is still due"):
         store.reserve(200)
     answer.sum().backward()
     store.reserve(200)
@@ -308,6 +308,45 @@ def test_the_graph_may_write_to_its_own_tensors() -> None:
     inputs = (weight, store.keys, store.values)
     ours = torch.autograd.grad(torch.compile(altered, backend="aot_eager", fullgraph=True)(x, weight), inputs)
     torch.testing.assert_close(ours, torch.autograd.grad(wanted(x, weight), inputs))
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
+def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
+    store = make_store()
+    run = torch.compile(lambda x: store(x, **how).sum(), backend="aot_eager", fullgraph=True)
+    answer = run(torch.randn(4, 8))
+    store.update(torch.arange(30), values=torch.randn(30, 3))
+    with pytest.raises(StaleReadError, match="the rows that this read used to be unchanged"):
+        answer.backward()
+    del answer
+    answer = run(torch.randn(4, 8))
+    store.add(torch.randn(1, 8), torch.randn(1, 3))  # appending is fine
+    answer.backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_activation_checkpointing(inside: bool) -> None:
+    store, encoder = make_store(), nn.Linear(8, 8)
+
+    def read(x: Tensor) -> Tensor:
+        return store(encoder(x), mode="topk", k=3).sin()
+
+    def repeated(function: Any) -> Any:
+        return lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+    def compile_(function: Any) -> Any:
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    run = compile_(repeated(read)) if inside else repeated(compile_(read))
+    x = torch.randn(4, 8)
+    inputs = (store.keys, encoder.weight)
+    wanted = torch.autograd.grad(read(x).sum(), inputs)
+    for ours, gradient in zip(torch.autograd.grad(run(x).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(ours.to_dense(), gradient.to_dense())
+    answer = run(x).sum()
+    store.add(torch.randn(1, 8), torch.randn(1, 3))
+    with pytest.raises(StaleReadError, match="activation checkpointing"):
+        answer.backward()
 
 
 def test_errors_are_those_of_the_read() -> None:
@@ -361,7 +400,7 @@ def test_a_graph_of_a_deleted_store_raises() -> None:
     handle, keys, values, number = store._handle, store.keys.detach(), store.values.detach(), None
     del store
     gc.collect()
-    with pytest.raises(ArgumentError, match="a store that no longer exists"):
+    with pytest.raises(ArgumentError, match="expected the store that the compiled or exported graph reads"):
         torch.ops.softdb.read(
             torch.randn(4, 8), keys, values, None, None, None, handle, "exact", None, number, "softmax", torch.float32,
             [False] * 4, False,

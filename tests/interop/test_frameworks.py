@@ -63,7 +63,7 @@ def assert_same_rows(one: SoftKVStore, other: SoftKVStore) -> None:
 
 
 @pytest.mark.parametrize("updates_before", [0, 1])
-@pytest.mark.filterwarnings("ignore:.*came into empty slots")
+@pytest.mark.filterwarnings("ignore:average. expected averages that start from the rows")
 def test_an_averaged_store_follows_ids(updates_before: int) -> None:
     store = make()
     average = AveragedModel(store)
@@ -131,7 +131,7 @@ def test_rows_that_come_into_an_average_begin_with_zeros_and_a_warning() -> None
     assert len(average.module) == 6
     add(store, 1)
     average.update_parameters(store)
-    with pytest.warns(UserWarning, match=r"1 rows came into empty slots.*update_average"):
+    with pytest.warns(UserWarning, match=r"got 1 rows that were added to empty slots.*update_average"):
         assert 6 in average.module
     torch.testing.assert_close(average.module.get([6]).keys, 0.1 * store.get([6]).keys)
 
@@ -567,7 +567,7 @@ def test_an_average_of_parameters_alone_may_begin_with_a_copy_of_other_rows(upda
     add(store, 1)
     update(average, store, 0.2)
     if update is average_state:  # The average follows the ids and clears deleted rows.
-        with pytest.warns(UserWarning, match="1 rows came into empty slots"):
+        with pytest.warns(UserWarning, match="got 1 rows that were added to empty slots"):
             update(average, store, 0.2)
     else:
         with pytest.raises(ForeignWriteError, match=r"1 slots \(ids 8\)"):
@@ -579,7 +579,7 @@ def test_rows_that_come_into_an_average_of_parameters_alone_begin_with_zeros_and
     average = copy.deepcopy(store)
     add(store, 3)
     average_parameters(average, store, 0.3)
-    with pytest.warns(UserWarning, match=r"3 rows came into empty slots.*update_average"):
+    with pytest.warns(UserWarning, match=r"got 3 rows that were added to empty slots.*update_average"):
         average_parameters(average, store, 0.3)
     average_parameters(average, store, 0.3)
 
@@ -820,7 +820,7 @@ def test_keys_written_through_data_are_detected_by_a_sample_and_reported_once(tr
             assert torch.isin(read.ids, best.ids).double().mean() > 0.8
             assert store.audit(queries, k=5).mean_recall > 0.85
     (warning,) = caught
-    assert "written to by .data or numpy" in str(warning.message)
+    assert "got a write through .data or NumPy" in str(warning.message)
     assert "store.touch(ids)" in str(warning.message)
     store._check()
 
@@ -1109,7 +1109,7 @@ def test_growth_waits_for_reads_whose_saved_tensors_are_replaced() -> None:
     store = make(6, capacity=None)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
         read = store.read(normal(2, 4))
-    with pytest.raises(softdb.GrowthError, match="has not gone backward yet"):
+    with pytest.raises(softdb.GrowthError, match="backward of a read is still due"):
         add(store, 30)
     read.values.sum().backward()
     add(store, 30)

@@ -173,7 +173,7 @@ def test_to_empty_of_a_store_in_memory_forgets_its_rows() -> None:
 
 
 def test_functions_of_tensors_on_meta_are_refused() -> None:
-    with pytest.raises(softdb.DeviceError, match="query: expected a tensor that holds numbers, got one on meta"):
+    with pytest.raises(softdb.DeviceError, match="query: expected a tensor with data, got one on the meta device"):
         soft_read(KEYS, KEYS, VALUES)
 
 

@@ -77,7 +77,7 @@ def test_l2_without_float64_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     store = SoftKVStore(8, 3, metric="l2")
     store.add(torch.randn(5, 8), torch.randn(5, 3))
-    with pytest.raises(softdb.DeviceError, match="metric: 'l2' is computed in float64, which cpu devices do not have"):
+    with pytest.raises(softdb.DeviceError, match="metric: expected a device with float64 for 'l2', got cpu"):
         store.read(torch.randn(2, 8))
-    with pytest.raises(softdb.DeviceError, match="metric: 'l2' is computed in float64"):
+    with pytest.raises(softdb.DeviceError, match="metric: expected a device with float64 for 'l2'"):
         soft_read(torch.randn(2, 8), torch.randn(5, 8), torch.randn(5, 3), metric="l2")

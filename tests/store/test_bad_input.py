@@ -123,7 +123,7 @@ def id_faults(*, padding: bool = False, many: bool = False) -> Iterator[Fault]:
     for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), ([True, 2], "bool"), ([0, 1j], "complex64")):
         yield Fault(short(ids), ids, DtypeError, whole + f"torch.{dtype}")
     for dtype in (torch.float64, torch.bool, torch.complex64, torch.uint8, torch.uint64):
-        yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; ids are integers")
+        yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; pass integers")
     for kind in (np.float64, np.bool_, np.uint64):
         yield Fault(str(kind), np.array([0, 1], dtype=kind), DtypeError, whole + "torch")
     yield Fault("objects", np.array([0, None]), DtypeError, whole)
@@ -325,7 +325,7 @@ def cases_of_fields() -> Iterator[Case]:
                 f"{method}: fields {fields}",
                 lambda s, call=call, fields=fields: call(s, fields),
                 FieldError,
-                r"fields: expected a column for every field \('time'\), 'time' is missing",
+                r"fields: expected a column for every field \('time'\), got none for 'time'",
             )
 
 

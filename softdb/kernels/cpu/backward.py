@@ -140,8 +140,8 @@ def check_rule_unchanged(seen: Tensor, fingerprint: Tensor) -> None:
     """
     if not torch.equal(seen, fingerprint):
         raise StaleReadError(
-            "where: the callable gives another answer in backward than it gave in forward, so gradients would be "
-            "wrong; do not change the tensors it uses between a read and its backward"
+            "where: expected the callable to return the same rows in backward as in forward, got other rows, so the "
+            "gradients would be wrong; do not change the tensors that it uses between a read and its backward"
         )
 
 

@@ -101,8 +101,8 @@ class SoftKVStore(ModuleWithProperties):
         dtype: Floating-point dtype of ``keys`` and ``values``.
 
     ``state_dict`` includes the eviction clock and the usage counters, so a store that loads it evicts the same rows as
-    the saved store and continues its counts. Activation checkpointing runs a read again in backward: usage counters and
-    the eviction clock count that read too.
+    the saved store and continues its counts. Activation checkpointing may run a read again in backward: usage counters
+    and the eviction clock count that read too.
 
     Attributes:
         keys: (capacity, key_dim), in slot order.

@@ -77,7 +77,7 @@ class ContextMemory(nn.Module):
 
     Stored tokens are detached from the graph: gradients reach W_Q through both parts, and W_K and W_V through the
     segment only. When the memory is full, each new token replaces the oldest. The tokens of a segment are stored at the
-    next call. So call ``backward`` of a segment before the next forward; later, ``backward`` raises
+    next call. Call ``backward`` of a segment before the next forward. Later, ``backward`` raises
     `softdb.StaleReadError` if tokens that it needs have been overwritten. The weights over all tokens are never
     allocated.
 

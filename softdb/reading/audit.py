@@ -26,7 +26,7 @@ class Audit:
     Attributes:
         k: Number of candidates.
         recall: Fraction of the k best rows that are among the candidates, (...,). A candidate whose score equals that
-            of the k-th best row counts as one of the k best. 1 where no row may be seen.
+            of the k-th best row, up to rounding, counts as one of the k best. 1 where no row may be seen.
         mass: Fraction of the exact softmax that the candidates hold, (...,).
         error: ``norm(topk values - exact values) / norm(exact values)``, (...,).
     """

@@ -162,9 +162,10 @@ def merge(reads: Sequence[Read]) -> Read:
             their rows are disjoint.
 
     Returns:
-        A `Read`. If all reads have ids, it reports the rows of all reads, best first. Reads of different stores may
-        report the same id for different rows; use distinct ids to distinguish them. ``mass`` is the sum of m_i times
-        the mass of read i, and NaN if the mass of a read is NaN. ``error`` is None.
+        A `Read`. If all reads have ids, it reports the rows of all reads, best first, and ``mass`` is the sum of m_i
+        times the mass of read i. Otherwise ``ids`` is None, and ``mass`` is 1, or 0 where there is nothing to read. In
+        both cases, ``mass`` is NaN where the mass of a read is NaN. ``error`` is None. Reads of different stores may
+        report the same id for different rows; give their rows distinct ids to distinguish them.
 
     Raises:
         ArgumentError: There are no reads, or a read has other than softmax weights.

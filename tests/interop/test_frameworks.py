@@ -382,7 +382,7 @@ def test_update_average_refuses_meta_tensors_and_the_store_of_the_model() -> Non
         update_average(copy.deepcopy(store), copy.deepcopy(store).to("meta"), 0.5)
     model = nn.Sequential(store)
     with pytest.raises(
-        softdb.ArgumentError, match="average: expected a copy of each store, got the model's own at '0'"
+        softdb.ArgumentError, match="average: expected a copy of each store, got the model's own store at '0'"
     ):
         update_average(copy.copy(model), model, 0.5)
 

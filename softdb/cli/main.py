@@ -346,6 +346,8 @@ def _compare(options: argparse.Namespace) -> None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
         if options.query_labels is not None and (options.labels is None or options.targets is not None):
             raise ArgumentError("--query-labels: expected --labels and no --targets with it; add --labels FILE")
+        if options.labels is not None and options.query_labels is None and options.html is None:
+            raise ArgumentError("--labels: expected --query-labels or --html with it, which use the labels")
         store = read_store(options.store, options.metric, options.temperature)
         queries = read_queries(options.queries)
         if options.labels is not None:

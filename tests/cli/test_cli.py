@@ -388,6 +388,7 @@ def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureF
         (["--metric", "dot"], "--metric, --temperature: expected neither with a saved store"),
         (["--temperature", "1"], "--metric, --temperature: expected neither with a saved store"),
         (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels and no --targets"),
+        (["--labels", "labels.txt"], "--labels: expected --query-labels or --html with it"),
         (
             ["--labels", "labels.txt", "--query-labels", "query_labels.txt", "--targets", "x.npy"],
             "--query-labels: .* no",

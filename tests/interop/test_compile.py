@@ -310,45 +310,6 @@ def test_the_graph_may_write_to_its_own_tensors() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(wanted(x, weight), inputs))
 
 
-@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
-def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
-    store = make_store()
-    run = torch.compile(lambda x: store(x, **how).sum(), backend="aot_eager", fullgraph=True)
-    answer = run(torch.randn(4, 8))
-    store.update(torch.arange(30), values=torch.randn(30, 3))
-    with pytest.raises(StaleReadError, match="the rows that this read used to be unchanged"):
-        answer.backward()
-    del answer
-    answer = run(torch.randn(4, 8))
-    store.add(torch.randn(1, 8), torch.randn(1, 3))  # appending is fine
-    answer.backward()
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_activation_checkpointing(inside: bool) -> None:
-    store, encoder = make_store(), nn.Linear(8, 8)
-
-    def read(x: Tensor) -> Tensor:
-        return store(encoder(x), mode="topk", k=3).sin()
-
-    def repeated(function: Any) -> Any:
-        return lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
-
-    def compile_(function: Any) -> Any:
-        return torch.compile(function, backend="aot_eager", fullgraph=True)
-
-    run = compile_(repeated(read)) if inside else repeated(compile_(read))
-    x = torch.randn(4, 8)
-    inputs = (store.keys, encoder.weight)
-    wanted = torch.autograd.grad(read(x).sum(), inputs)
-    for ours, gradient in zip(torch.autograd.grad(run(x).sum(), inputs), wanted, strict=True):
-        torch.testing.assert_close(ours.to_dense(), gradient.to_dense())
-    answer = run(x).sum()
-    store.add(torch.randn(1, 8), torch.randn(1, 3))
-    with pytest.raises(StaleReadError, match="activation checkpointing"):
-        answer.backward()
-
-
 def test_errors_are_those_of_the_read() -> None:
     store, x = make_store(), torch.randn(4, 8)
 

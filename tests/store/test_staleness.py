@@ -147,7 +147,7 @@ def test_a_callable_whose_answer_changes_before_backward_is_an_error() -> None:
     now = torch.full((5, 1), 20)
     read = store.read(problem.query, where=lambda row: row["id"] < now)
     now += 5
-    with pytest.raises(softdb.StaleReadError, match="where: the callable gives another answer"):
+    with pytest.raises(softdb.StaleReadError, match="where: expected the callable to return the same rows"):
         read.values.sum().backward()
 
 
@@ -161,7 +161,7 @@ def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int,
         where=lambda row: (row["id"] + (modulus == 2) * limit) % modulus < (limit if modulus > 2 else 1),
     )
     limit[0] = after
-    with pytest.raises(softdb.StaleReadError, match="where: the callable gives another answer"):
+    with pytest.raises(softdb.StaleReadError, match="where: expected the callable to return the same rows"):
         read.values.sum().backward()
 
 

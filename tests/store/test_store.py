@@ -454,112 +454,13 @@ def test_ids_of_any_size(ids: list[int]) -> None:
             store.add(rows, rows)
 
 
-# -- bad options -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (dict(key_dim=0), softdb.ArgumentError, "key_dim: expected an integer of at least 1, got 0"),
-        (dict(value_dim=2.0), softdb.DtypeError, "value_dim: expected an integer"),
-        (dict(metric="l1"), softdb.ArgumentError, "metric: expected one of"),
-        (dict(temperature=0), softdb.ArgumentError, "temperature: "),
-        (
-            dict(temperature=torch.ones((), requires_grad=True)),
-            softdb.DtypeError,
-            r"pass it to read\(temperature=...\)",
-        ),
-        (dict(dtype=torch.int32), softdb.DtypeError, "dtype: expected one of float16, .* got torch.int32"),
-        (dict(fields=("id",)), softdb.FieldError, "expected names other than 'id', which is reserved"),
-        (dict(fields=("a", "a")), softdb.FieldError, "each name once"),
-        (dict(fields=("a b",)), softdb.FieldError, "Python identifiers, got str 'a b'"),
-        (dict(fields=5), softdb.DtypeError, "fields: expected a sequence of names, got int 5"),
-        (dict(dtype="float32"), softdb.DtypeError, "dtype: expected one of float16, .* got str 'float32'"),
-        (dict(fields="time"), softdb.DtypeError, "fields: expected a sequence of names"),
-        (dict(index="IVFmany"), softdb.ArgumentError, "index: .* got 'IVFmany', which FAISS does not accept"),
-        (dict(index=7), softdb.DtypeError, "index: expected 'auto', 'Flat'"),
-    ],
-)
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        SoftKVStore(**({"key_dim": 3, "value_dim": 1} | options))  # type: ignore[arg-type]
-
-
 # -- between a read and its backward ---------------------------------------------------------------------
-
-MODES = [("exact", {}), ("exact", {"k": 4}), ("topk", {"k": 4}), ("hard", {})]
-
-
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
-def test_appending_between_read_and_backward_gives_right_gradients(mode: str, how: dict, trainable: bool) -> None:  # type: ignore[type-arg]
-    problem = Problem.random(rows=30)
-
-    def gradients(append: bool) -> list[Tensor]:
-        store = store_of(problem, trainable=trainable)
-        store.delete([3, 4])
-        store.reserve(40)
-        problem.query.grad = None
-        read = store.read(problem.query, mode, **how)
-        if append:
-            store.add(100 * torch.randn(8, 8), torch.randn(8, 3))  # fills the holes 3 and 4 first
-        (read.values.sum() + read.lse.sum()).backward()
-        tables = [store.keys.grad.to_dense(), store.values.grad.to_dense()] if trainable else []
-        return [problem.query.grad.clone(), *tables]
-
-    for mine, wanted in zip(gradients(True), gradients(False), strict=True):
-        assert torch.allclose(mine, wanted)
-
-
-CHANGES = {
-    "update": lambda s, slot: s.update([slot], keys=torch.zeros(1, 8)),
-    "put": lambda s, slot: s.put([slot], torch.zeros(1, 8), torch.zeros(1, 3)),
-    "delete": lambda s, slot: s.delete([slot]),
-    "touch": lambda s, slot: s.touch([slot]),
-    "optimiser": lambda s, slot: step(s),
-    "load": lambda s, slot: s.load_state_dict(copy.deepcopy(s.state_dict())),
-}
 
 
 def step(store: SoftKVStore) -> None:
     for table in (store.keys, store.values):
         table.grad = torch.ones_like(table)
     torch.optim.SGD(store.parameters(), lr=0.1).step()
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
-def test_changing_a_row_that_was_read_is_an_error_in_backward(mode, how, trainable: bool, change: str) -> None:  # type: ignore[no-untyped-def]
-    if change == "optimiser" and not trainable:
-        return
-    problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=trainable)
-    read = store.read(problem.query, mode, **how)
-    used = 0 if read.ids is None else int(read.ids[0, 0])
-    CHANGES[change](store, used)
-    with pytest.raises(softdb.StaleReadError, match=r"call backward\(\) before writing"):
-        read.values.sum().backward()
-
-
-def test_changing_a_row_that_was_not_read_is_fine() -> None:
-    problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
-    read = store.read(problem.query, "topk", k=3)
-    filtered = store.read(problem.query, where=store.ids < 20)
-    unread = sorted(set(range(20, 30)) - set(read.ids.flatten().tolist()))
-    store.update(unread, keys=torch.zeros(len(unread), 8))
-    (read.values.sum() + filtered.values.sum()).backward()
-
-
-def test_a_callable_whose_answer_changes_before_backward_is_an_error() -> None:
-    problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
-    now = torch.full((5, 1), 20)
-    read = store.read(problem.query, where=lambda row: row["id"] < now)
-    now += 5
-    with pytest.raises(softdb.StaleReadError, match="where: expected the callable to return the same rows"):
-        read.values.sum().backward()
 
 
 def test_growth_while_a_read_waits_for_its_backward() -> None:
@@ -745,42 +646,6 @@ def test_other_optimizers_can_step(kind: str) -> None:
 
     for _ in range(3):
         optimiser.step(closure)
-
-
-@pytest.mark.parametrize(("modulus", "before", "after"), [(10**6, 10, 0), (2, 1, 2)], ids=["to none", "to others"])
-def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int, before: int, after: int) -> None:
-    problem = Problem.random(rows=2000)
-    store = store_of(problem, trainable=True)
-    limit = torch.tensor([before])
-    read = store.read(
-        1e-3 * problem.query,
-        where=lambda row: (row["id"] + (modulus == 2) * limit) % modulus < (limit if modulus > 2 else 1),
-    )
-    limit[0] = after
-    with pytest.raises(softdb.StaleReadError, match="where: expected the callable to return the same rows"):
-        read.values.sum().backward()
-
-
-@pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=str)
-def test_activation_checkpointing(how: dict[str, object]) -> None:
-    problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
-    store.reserve(60)
-
-    def checkpointed() -> Tensor:
-        return torch.utils.checkpoint.checkpoint(
-            lambda x: store.read(x, **how).values, problem.query * 1.0, use_reentrant=False
-        )
-
-    leaves = [problem.query, store.keys]
-    ours = torch.autograd.grad(checkpointed().square().sum(), leaves)
-    wanted = torch.autograd.grad(store.read(problem.query, **how).values.square().sum(), leaves)
-    for mine, other in zip(ours, wanted, strict=True):
-        assert torch.allclose(mine.to_dense(), other.to_dense(), atol=1e-6)
-    values = checkpointed()
-    store.add(torch.randn(5, 8), torch.randn(5, 3))
-    with pytest.raises(softdb.StaleReadError, match="activation checkpointing"):
-        values.sum().backward()
 
 
 def test_the_answer_may_be_written_to_in_place() -> None:

@@ -19,15 +19,15 @@ UNBIASED_DRAWS = 10_000
 
 
 class ClusteredData:
-    """Rows and queries around 2,000 centres, whose values depend on the centre."""
+    """Rows and queries around 2,000 centers, whose values depend on the center."""
 
     def __init__(self, rows: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.centres = torch.randn(2000, WIDTH, generator=generator)
-        centre = torch.randint(2000, (rows,), generator=generator)
-        self.keys = self.centres[centre] + 0.5 * torch.randn(rows, WIDTH, generator=generator)
-        centre_values = 0.3 * self.centres @ torch.randn(WIDTH, WIDTH, generator=generator)
-        self.values = centre_values[centre] + torch.randn(rows, WIDTH, generator=generator)
+        self.centers = torch.randn(2000, WIDTH, generator=generator)
+        center = torch.randint(2000, (rows,), generator=generator)
+        self.keys = self.centers[center] + 0.5 * torch.randn(rows, WIDTH, generator=generator)
+        center_values = 0.3 * self.centers @ torch.randn(WIDTH, WIDTH, generator=generator)
+        self.values = center_values[center] + torch.randn(rows, WIDTH, generator=generator)
         self.generator = generator
 
     def make_store(self, **options: object) -> SoftKVStore:
@@ -38,8 +38,8 @@ class ClusteredData:
 
     def draw_queries(self, count: int) -> Tensor:
         """Draw new queries."""
-        centre = torch.randint(2000, (count,), generator=self.generator)
-        return self.centres[centre] + 0.7 * torch.randn(count, WIDTH, generator=self.generator)
+        center = torch.randint(2000, (count,), generator=self.generator)
+        return self.centers[center] + 0.7 * torch.randn(count, WIDTH, generator=self.generator)
 
 
 def cases(small: bool) -> Iterator[Case]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from softdb import SoftKVStore
 
-WIDTH, NEIGHBOURS = 64, 32
-CENTRES, CLUSTER_STD = 20_000, 0.4
+WIDTH, NEIGHBORS = 64, 32
+CENTERS, CLUSTER_STD = 20_000, 0.4
 ROWS = (50_000, 100_000, 200_000, 400_000, 1_000_000)
 BATCHES = (1, 16, 256)
 
@@ -26,10 +26,10 @@ def cases(small: bool) -> Iterator[Case]:
 
 def _make_cases(rows: int, batches: tuple[int, ...]) -> Iterator[Case]:
     torch.manual_seed(0)
-    centres = torch.randn(CENTRES, WIDTH)
+    centers = torch.randn(CENTERS, WIDTH)
 
     def draw_clustered(count: int) -> Tensor:
-        return centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
+        return centers[torch.randint(CENTERS, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
 
     keys, values = draw_clustered(rows), torch.randn(rows, WIDTH)
     lists = 2 ** round(math.log2(2 * math.sqrt(rows)))
@@ -44,7 +44,7 @@ def _make_cases(rows: int, batches: tuple[int, ...]) -> Iterator[Case]:
         stats = ivf.index_stats()
         facts = {"recall": stats.recall or 0.0, "nprobe": stats.nprobe or 0, "build s": stats.rebuild_seconds}
         yield Case(
-            f"({batch}, {rows:,}), k {NEIGHBOURS}",
+            f"({batch}, {rows:,}), k {NEIGHBORS}",
             softdb={"exact": partial(_read, flat, query)},
             peers={"through IVF": partial(_read, ivf, query)},
             facts=partial(dict[str, float], facts),
@@ -53,7 +53,7 @@ def _make_cases(rows: int, batches: tuple[int, ...]) -> Iterator[Case]:
 
 def _read(store: SoftKVStore, query: Tensor) -> Tensor:
     with torch.no_grad():
-        return store.read(query, "topk", k=NEIGHBOURS).values
+        return store.read(query, "topk", k=NEIGHBORS).values
 
 
 if __name__ == "__main__":

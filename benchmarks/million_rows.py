@@ -11,16 +11,16 @@ from harness import Case, Contestant, main, measure_peak_memory
 from softdb import SoftKVStore
 from softdb.reading.options import Mode
 
-WIDTH, QUERIES, NEIGHBOURS = 64, 256, 32
-CENTRES, CLUSTER_STD = 20_000, 0.4
+WIDTH, QUERIES, NEIGHBORS = 64, 256, 32
+CENTERS, CLUSTER_STD = 20_000, 0.4
 
 
 def cases(small: bool) -> Iterator[Case]:
     """Yield `add` of all rows, in one call and in many, then each mode of reads."""
     rows = 3_000 if small else 1_000_000
     torch.manual_seed(0)
-    centres = torch.randn(CENTRES, WIDTH)
-    keys = centres[torch.randint(CENTRES, (rows,))] + CLUSTER_STD * torch.randn(rows, WIDTH)
+    centers = torch.randn(CENTERS, WIDTH)
+    keys = centers[torch.randint(CENTERS, (rows,))] + CLUSTER_STD * torch.randn(rows, WIDTH)
     values = torch.randn(rows, WIDTH)
 
     def fill(batch: int) -> SoftKVStore:
@@ -34,13 +34,13 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case(f"fill {rows:,} × {WIDTH}/{WIDTH}", softdb=fills, peers=copies)
 
     store = fill(rows)
-    query = centres[torch.randint(CENTRES, (QUERIES,))] + CLUSTER_STD * torch.randn(QUERIES, WIDTH)
+    query = centers[torch.randint(CENTERS, (QUERIES,))] + CLUSTER_STD * torch.randn(QUERIES, WIDTH)
     query.requires_grad_()
 
     def read(mode: Mode, k: int | None) -> Contestant:
         return lambda: torch.autograd.grad(store.read(query, mode, k=k).values.sum(), query)
 
-    modes: list[tuple[Mode, int | None]] = [("exact", None), ("hard", None), ("topk", NEIGHBOURS)]
+    modes: list[tuple[Mode, int | None]] = [("exact", None), ("hard", None), ("topk", NEIGHBORS)]
     for mode, k in modes:
         peak = measure_peak_memory(read(mode, k)) / 2**20  # Includes the build of the index, if the read needs one.
         yield Case(

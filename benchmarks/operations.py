@@ -16,11 +16,11 @@ from torch import Tensor
 
 from softdb import SoftKVStore
 
-WIDTH, CENTRES, CLUSTER_STD = 16, 500, 0.3
+WIDTH, CENTERS, CLUSTER_STD = 16, 500, 0.3
 ROWS, LISTS = 20_000, 64
 OPERATIONS = 1_000_000
 WRITE_METHODS, READ_PROBABILITY = ("add", "put", "update", "delete"), 0.1
-NEIGHBOURS = 8
+NEIGHBORS = 8
 
 
 class SoakTest:
@@ -29,7 +29,7 @@ class SoakTest:
     def __init__(self, rows: int, lists: int) -> None:
         torch.manual_seed(0)
         self.random = random.Random(0)
-        self.centres = torch.randn(CENTRES, WIDTH)
+        self.centers = torch.randn(CENTERS, WIDTH)
         self.store = SoftKVStore(WIDTH, 1, index=f"IVF{lists},Flat")
         self.rows = rows
         self.expected: dict[int, float] = {}  # Expected value of each row, by id.
@@ -40,7 +40,7 @@ class SoakTest:
         self._record(self.store.add(*self._draw_rows(rows)).tolist())
 
     def _draw_rows(self, count: int) -> tuple[Tensor, Tensor]:
-        keys = self.centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
+        keys = self.centers[torch.randint(CENTERS, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
         values = self.next_value + torch.arange(count, dtype=torch.float32)
         self.next_value = (self.next_value + count) % 2**23  # float32 represents these integers exactly.
         self.last_values = values.tolist()
@@ -93,7 +93,7 @@ class SoakTest:
         exclude = torch.tensor([self._choose_ids(4)[:1] * 2]) if self.random.random() < 0.3 else None
         target = self.random.choice(self.ids)
         query = self.store.get([target]).keys
-        read = self.store.read(query, "topk", k=NEIGHBOURS, exclude=exclude)
+        read = self.store.read(query, "topk", k=NEIGHBORS, exclude=exclude)
         if read.ids is None or read.weights is None:
             raise RuntimeError("a top-k read reports its rows")
         ids, weights = read.ids[0].tolist(), read.weights[0]
@@ -105,8 +105,8 @@ class SoakTest:
         self.wrong += sum(self.expected.get(number) != value for number, value in zip(ids, stored, strict=True))
         self.wrong += not abs(blend - float(read.values)) <= 1e-4 * max(1.0, abs(blend))
         if self.reads % 20 == 0:
-            exact = self.store.read(query, k=NEIGHBOURS, exclude=exclude).ids
-            self.wanted += NEIGHBOURS
+            exact = self.store.read(query, k=NEIGHBORS, exclude=exclude).ids
+            self.wanted += NEIGHBORS
             self.found += 0 if exact is None else len(set(exact[0].tolist()) & set(ids))
 
     def facts(self, operations: int) -> dict[str, float]:

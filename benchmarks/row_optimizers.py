@@ -1,4 +1,4 @@
-"""Steps of row optimisers with row-sparse gradients, compared with SparseAdam."""
+"""Steps of row optimizers with row-sparse gradients, compared with SparseAdam."""
 
 from __future__ import annotations
 

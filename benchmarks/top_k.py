@@ -16,7 +16,7 @@ from softdb import SoftKVStore
 from softdb.cli.demo import load_senses
 
 WIDTH = 64
-CENTRES, CLUSTER_STD = 20_000, 0.4
+CENTERS, CLUSTER_STD = 20_000, 0.4
 # Word senses are repeated with noise. Its norm, relative to the norm of the key.
 RELATIVE_NOISE = 0.2
 # Rows per tile of the product that measures the floor.
@@ -34,12 +34,12 @@ def cases(small: bool) -> Iterator[Case]:
 
 
 def _make_clustered_rows(rows: int) -> tuple[str, Tensor, Tensor]:
-    """Make rows and queries around 20,000 centres."""
+    """Make rows and queries around 20,000 centers."""
     torch.manual_seed(0)
-    centres = torch.randn(CENTRES, WIDTH)
+    centers = torch.randn(CENTERS, WIDTH)
 
     def draw(count: int) -> Tensor:
-        return centres[torch.randint(CENTRES, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
+        return centers[torch.randint(CENTERS, (count,))] + CLUSTER_STD * torch.randn(count, WIDTH)
 
     return "clustered", draw(rows), draw(256)
 

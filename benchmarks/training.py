@@ -13,10 +13,10 @@ from torch import Tensor
 from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 
-WIDTH, QUERIES, NEIGHBOURS = 64, 256, 32
-CENTRES, CLUSTER_STD = 20_000, 0.4
+WIDTH, QUERIES, NEIGHBORS = 64, 256, 32
+CENTERS, CLUSTER_STD = 20_000, 0.4
 RECALL_TARGET = 0.97
-# Large enough that keys move further than the distance to their nearest neighbour within a thousand steps.
+# Large enough that keys move further than the distance to their nearest neighbor within a thousand steps.
 LEARNING_RATE = 0.1
 STEPS, STEPS_PER_CHECK = 1_000, 50
 # Steps per turn, so that each turn includes checks of the recall and rebuilds.
@@ -27,32 +27,32 @@ STEPS_PER_TURN = 150
 class Task:
     """Regression of a linear teacher by a store, with clustered queries and keys."""
 
-    centres: Tensor
+    centers: Tensor
     teacher: Tensor
 
     def draw(self, count: int) -> Tensor:
-        """Draw points around the centres."""
-        centres = self.centres[torch.randint(len(self.centres), (count,))]
-        return centres + CLUSTER_STD * torch.randn_like(centres)
+        """Draw points around the centers."""
+        centers = self.centers[torch.randint(len(self.centers), (count,))]
+        return centers + CLUSTER_STD * torch.randn_like(centers)
 
     def make_store(self, rows: int, index: IndexConfig) -> SoftKVStore:
         """Make a store of clustered keys and random values, and build its index."""
         store = SoftKVStore(WIDTH, WIDTH, trainable=True, index=index)
         store.add(self.draw(rows), torch.randn(rows, WIDTH))
-        store.read(self.draw(QUERIES), "topk", k=NEIGHBOURS)
+        store.read(self.draw(QUERIES), "topk", k=NEIGHBORS)
         return store
 
     def compute_loss(self, store: SoftKVStore, mode: str = "topk") -> Tensor:
         """Compute the squared error of the store's values against the teacher's."""
         query = self.draw(QUERIES)
-        read = store.read(query, "topk", k=NEIGHBOURS) if mode == "topk" else store.read(query)
+        read = store.read(query, "topk", k=NEIGHBORS) if mode == "topk" else store.read(query)
         return (read.values - query @ self.teacher).square().sum(-1).mean()
 
 
 def make_task() -> Task:
     """Make the task, which is the same for every case."""
     torch.manual_seed(0)
-    return Task(torch.randn(CENTRES, WIDTH), torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+    return Task(torch.randn(CENTERS, WIDTH), torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
 
 
 def make_step(task: Task, store: SoftKVStore, optimizer: torch.optim.Optimizer, mode: str = "topk") -> Contestant:
@@ -98,9 +98,9 @@ def _make_size_case(many: int, few: int, config: IndexConfig, block: int) -> Cas
     for rows in (many, few):
         store = task.make_store(rows, config)
         steps[rows] = make_step(task, store, RowAdam(store.parameters(), lr=LEARNING_RATE))
-        steps[rows]()  # The first step allocates the optimiser's state.
+        steps[rows]()  # The first step allocates the optimizer's state.
     return Case(
-        f"{block} training steps ({QUERIES}, {many:,}), k {NEIGHBOURS}",
+        f"{block} training steps ({QUERIES}, {many:,}), k {NEIGHBORS}",
         softdb={"RowAdam": repeat(steps[many], block)},
         peers={f"{few:,} rows": repeat(steps[few], block)},
         claims={("RowAdam", f"{few:,} rows"): 4.0},
@@ -132,7 +132,7 @@ def _make_recall_case(rows: int, config: IndexConfig, steps: int, every: int) ->
     start = store.keys.detach().clone()
     frozen = SoftKVStore(WIDTH, 1, index=config)
     frozen.add(start, torch.zeros(rows, 1))
-    frozen.read(task.draw(QUERIES), "topk", k=NEIGHBOURS)
+    frozen.read(task.draw(QUERIES), "topk", k=NEIGHBORS)
     before = store.index_stats()
 
     def run() -> dict[str, float]:
@@ -143,9 +143,9 @@ def _make_recall_case(rows: int, config: IndexConfig, steps: int, every: int) ->
             seconds += time.perf_counter() - started
             with torch.no_grad():
                 query = task.draw(QUERIES)
-                wanted = store.read(query, k=NEIGHBOURS).ids
-                own.append(_compute_recall(wanted, store.read(query, "topk", k=NEIGHBOURS).ids))
-                others.append(_compute_recall(wanted, frozen.read(query, "topk", k=NEIGHBOURS).ids))
+                wanted = store.read(query, k=NEIGHBORS).ids
+                own.append(_compute_recall(wanted, store.read(query, "topk", k=NEIGHBORS).ids))
+                others.append(_compute_recall(wanted, frozen.read(query, "topk", k=NEIGHBORS).ids))
         after = store.index_stats()
         upkeep = after.upkeep_seconds + after.rebuild_seconds - before.upkeep_seconds - before.rebuild_seconds
         moved = (store.keys.detach() - start).norm(dim=-1).mean()
@@ -174,7 +174,7 @@ def _compute_recall(wanted: Tensor | None, found: Tensor | None) -> float:
 
 
 def _mean_nearest_distance(keys: Tensor) -> float:
-    """Compute the mean distance of a sample of keys to their nearest neighbours."""
+    """Compute the mean distance of a sample of keys to their nearest neighbors."""
     sample = torch.randperm(len(keys))[:QUERIES]
     nearest = torch.full((len(sample),), torch.inf)
     for start in range(0, len(keys), 2**17):
@@ -194,7 +194,7 @@ def _make_pending_case(rows: int, config: IndexConfig) -> Case:
         def run() -> None:
             store.update(torch.randint(rows, (200,)).unique()[:100], keys, values)
             with torch.no_grad():
-                store.read(task.draw(QUERIES), "topk", k=NEIGHBOURS)
+                store.read(task.draw(QUERIES), "topk", k=NEIGHBORS)
 
         return run
 

@@ -1,7 +1,7 @@
-"""Train an encoder through a store of labelled examples, and compare it with baselines.
+"""Train an encoder through a store of labeled examples, and compare it with baselines.
 
 A small network encodes the image of a digit as a key. The store holds the key and the label of every training image. A
-read with the key of an image blends the labels of similar images: a differentiable nearest-neighbour classifier, whose
+read with the key of an image blends the labels of similar images: a differentiable nearest-neighbor classifier, whose
 gradients train the encoder. Requires scikit-learn; downloads nothing.
 
 The two baselines use pixels, without the augmentation of the training images.
@@ -85,7 +85,7 @@ def measure_accuracy(seed: int, train_size: int, epochs: int) -> dict[str, float
         }
     return {
         "linear classifier on pixels": LogisticRegression(max_iter=1000).fit(x_train, y_train).score(x_test, y_test),
-        "nearest neighbour on pixels": KNeighborsClassifier(1).fit(x_train, y_train).score(x_test, y_test),
+        "nearest neighbor on pixels": KNeighborsClassifier(1).fit(x_train, y_train).score(x_test, y_test),
         **{name: float((read.values.argmax(-1).numpy() == y_test).mean()) for name, read in reads.items()},
     }
 

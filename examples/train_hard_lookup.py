@@ -3,7 +3,7 @@
 The 16 rows are the squares of a 4 by 4 board: the value of a row is the position of its square, the key is random, and
 both are fixed. The input is a pattern of a square, with noise, which the encoder maps to a query. The loss compares the
 values that were read with the position, not the row. So a blend can minimize it with wrong rows: the mean of the left
-and the right neighbour of a square is the position of the square.
+and the right neighbor of a square is the position of the square.
 
 Four training methods are compared: softmax, straight_through and gumbel at a fixed temperature, and softmax with an
 exponentially decaying temperature. They are tested with new noise, by hard reads and by soft reads at the last

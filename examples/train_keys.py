@@ -17,7 +17,7 @@ from tqdm import tqdm
 from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 
-KEY_DIM, VALUE_DIM, NEIGHBOURS, BATCH = 4, 4, 32, 256
+KEY_DIM, VALUE_DIM, NEIGHBORS, BATCH = 4, 4, 32, 256
 READ_OPTIONS = {"metric": "l2", "temperature": 0.05}
 
 
@@ -31,7 +31,7 @@ def measure_error(store: SoftKVStore) -> float:
     """Return the unexplained fraction of the teacher's variance, for new queries."""
     points = torch.randn(1024, KEY_DIM)
     with torch.no_grad():
-        residual = store.read(points, "topk", k=NEIGHBOURS).values - teacher(points)
+        residual = store.read(points, "topk", k=NEIGHBORS).values - teacher(points)
     return float(residual.square().mean() / teacher(points).var())
 
 
@@ -39,7 +39,7 @@ def measure_recall(store: SoftKVStore) -> tuple[float, float]:
     """Return the recall of the index against an exact search, and the mass of the exact best rows."""
     points = torch.randn(64, KEY_DIM)
     with torch.no_grad():
-        wanted, found = store.read(points, k=NEIGHBOURS), store.read(points, "topk", k=NEIGHBOURS)
+        wanted, found = store.read(points, k=NEIGHBORS), store.read(points, "topk", k=NEIGHBORS)
     return float((wanted.ids[:, :, None] == found.ids[:, None, :]).any(-1).float().mean()), float(wanted.mass.mean())
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{'step':>6} {'loss':>7} {'recall':>7} {'mass':>6} {'pending':>8}")
     for step in tqdm(range(1, steps + 1), disable=None, leave=False):
         points = torch.randn(BATCH, KEY_DIM)
-        output = store.read(points, "topk", k=NEIGHBOURS).values
+        output = store.read(points, "topk", k=NEIGHBORS).values
         loss = (output - teacher(points)).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -51,7 +51,7 @@ from softdb.reading.result import (
 from softdb.reading.tables import Tables
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import GumbelNoise, draw_noise
-from softdb.scoring.metrics import METRICS, Metric, compute_centre, compute_dtype, prepare_query
+from softdb.scoring.metrics import METRICS, Metric, compute_center, compute_dtype, prepare_query
 from softdb.scoring.normalizers import (
     SPARSE_NORMALIZERS,
     check_normalizer,
@@ -165,12 +165,12 @@ def soft_read(
     narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = compute_centre(query, metric)
-        operand = prepare_query(query, metric, temperature, centre, dtype)
+        center = compute_center(query, metric)
+        operand = prepare_query(query, metric, temperature, center, dtype)
         fold = _BatchFold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if mask is None else fold.fold_mask(mask))
         noise = draw_noise(normalizer, generator)
-        spec = ReadSpec(metric, centre, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
+        spec = ReadSpec(metric, center, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
         if not selection.is_never_empty:
@@ -251,12 +251,12 @@ def topk_read(
     candidates = _check_candidates(candidates, (*batch, query.shape[-2]), keys.shape[-2], query.device)
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = compute_centre(query, metric)
-        operand = prepare_query(query, metric, temperature, centre, dtype)
+        center = compute_center(query, metric)
+        operand = prepare_query(query, metric, temperature, center, dtype)
         fold = _BatchFold(batch, query.shape[-2], keys, values)
         noise = draw_noise(normalizer, generator)
         spec = ReadSpec(
-            metric, centre, Selection(keys.shape[-2]), dtype, noise=noise, tiling=Tiling.for_device(query.device)
+            metric, center, Selection(keys.shape[-2]), dtype, noise=noise, tiling=Tiling.for_device(query.device)
         )
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         rows = fold.fold_queries(candidates)
@@ -381,14 +381,14 @@ def _topk_read_under_transform(
         check_randomness()
     with disable_autocast(query.device):
         dtype = compute_dtype(query, keys, values)
-        centre = compute_centre(query, metric)
-        operand = prepare_query(query, metric, temperature, centre, dtype)
+        center = compute_center(query, metric)
+        operand = prepare_query(query, metric, temperature, center, dtype)
         fold = _BatchFold(batch, query_count, keys, values)
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         rows = fold.fold_queries(candidates.to(torch.int64).expand(*batch, query_count, candidates.shape[-1]))  # (M, k)
         missing = rows < 0
         places = tables.place(rows).clamp(min=0)
-        spec = ReadSpec(metric, centre, Selection(count), dtype, tiling=Tiling.for_device(query.device))
+        spec = ReadSpec(metric, center, Selection(count), dtype, tiling=Tiling.for_device(query.device))
         scores = score_rows(fold.fold_queries(operand), _gather_all(tables.keys, places, missing, dtype), spec)
         if is_random(normalizer):
             device = "cpu" if generator is None else generator.device

@@ -35,7 +35,7 @@ __all__ = ["Base"]
 # imbalance of the lists by the second.
 OUTGROWN_RATIO, IMBALANCE_RATIO = 4, 2
 
-# Approximate number of neighbours that one step of a graph search visits.
+# Approximate number of neighbors that one step of a graph search visits.
 GRAPH_DEGREE = 32
 
 # Moves within the tolerance change the order of rows slightly: ask for this fraction of additional candidates.
@@ -68,7 +68,7 @@ class Base:
         outlier_norm: Minimum norm of a norm outlier.
         recall: Measured recall, or None before it is measured.
         tuned_queries: Number of recent queries on which the recall was measured; 0 for generated queries.
-        neighbours: Number of nearest rows k for which the recall was measured.
+        neighbors: Number of nearest rows k for which the recall was measured.
         recall_checks: Number of times that the recall was checked on recent queries.
         merged_rows: Number of rows merged since the base index was tuned.
         tuning_fraction: Fraction of the entries after whose merge the base index is tuned again.
@@ -105,7 +105,7 @@ class Base:
         self.norm_outliers, self.outlier_norm = slots[:0], math.inf
         self.outlier_count = 0  # number at the last tuning; rows may have changed since
         self.recall: float | None = None
-        self.tuned_queries = self.neighbours = self.recall_checks = self.merged_rows = 0
+        self.tuned_queries = self.neighbors = self.recall_checks = self.merged_rows = 0
         self.tuning_fraction = policy.tuning_fractions[0]
         self.check_after = policy.check_after
 

@@ -70,7 +70,7 @@ class BuildPlan:
         lists: List of each row in ``empty``, int64; -1 for the nearest list.
         queries: Groups of queries to tune on.
         tuned_queries: Number of recent queries among them.
-        neighbours: Number of nearest rows to tune for.
+        neighbors: Number of nearest rows to tune for.
         metric: Metric of the scores.
         recall: Recall target.
         policy: Thresholds of the index.
@@ -88,7 +88,7 @@ class BuildPlan:
     lists: Any
     queries: list[Tensor]
     tuned_queries: int
-    neighbours: int
+    neighbors: int
     metric: str
     recall: float
     policy: IndexPolicy
@@ -172,7 +172,7 @@ def plan_build(
         lists=lists,
         queries=queries.make_tuning_groups(vectors, TUNING_QUERIES),
         tuned_queries=queries.usable_count,
-        neighbours=queries.neighbours,
+        neighbors=queries.neighbors,
         metric=metric,
         recall=config.recall,
         policy=policy,
@@ -218,7 +218,7 @@ def build_base(plan: BuildPlan) -> Base:
     selection = Selection(len(has_entry), shared=None if bool(has_entry.all()) else has_entry)
     base.tuned_queries = plan.tuned_queries
     keys = plan.rows if keys is None else keys
-    tune_base(base, plan.queries, keys, plan.metric, selection, plan.recall, plan.neighbours)
+    tune_base(base, plan.queries, keys, plan.metric, selection, plan.recall, plan.neighbors)
     return base
 
 
@@ -246,7 +246,7 @@ def count_training_rows(index: Any) -> int:
         elif isinstance(part, (faiss.PCAMatrix, faiss.ITQTransform)):
             minimums.append(part.d_out)
         elif isinstance(part, faiss.IndexNSG):
-            # FAISS aborts the process if rows have fewer neighbours.
+            # FAISS aborts the process if rows have fewer neighbors.
             minimums.append(2 * part.nndescent_L)
         for quantizer in iterate_quantizers(part):
             bits = quantizer.nbits

@@ -20,9 +20,9 @@ class IndexConfig:
         recall: Recall target: the fraction of the k best rows that a search should find. When the index is built, the
             search width (nprobe or efSearch) is raised until a sample of queries reaches the target. It is tuned again
             after new rows equal to a quarter to half of the index have been merged.
-        tolerance: Distance that an optimiser may move a key before the index treats the row as changed, as a fraction
-            of the median distance of the keys from their centre. If the keys form distant clusters, the unit is
-            smaller, because it is measured within clusters. With metric="cosine", distances are those of normalised
+        tolerance: Distance that an optimizer may move a key before the index treats the row as changed, as a fraction
+            of the median distance of the keys from their center. If the keys form distant clusters, the unit is
+            smaller, because it is measured within clusters. With metric="cosine", distances are those of normalized
             keys. With 0, every change of a key counts. Scores are always computed from the current keys. For the
             comparison, the index of a trainable store keeps a float32 copy of the keys.
         garbage: Rebuild the index when more than this fraction of its entries belongs to changed or deleted rows.

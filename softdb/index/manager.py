@@ -72,7 +72,7 @@ class IndexManager:
         config: Configuration of the index.
         metric: Metric of the scores.
         key_dim: Width of the keys.
-        moving: Whether optimisers may move the keys.
+        moving: Whether optimizers may move the keys.
 
     Attributes:
         config: Configuration of the index.
@@ -191,8 +191,8 @@ class IndexManager:
         try:
             if base is None or not approximate_is_cheaper(base, rows, selection, k, len(query)):
                 return Candidates(search_exactly(task), True, 1.0)
-            neighbours = k * len(rows) / selection.shared_count
-            width, recall = plan_search_width(base, len(query), neighbours, careful=careful)
+            neighbors = k * len(rows) / selection.shared_count
+            width, recall = plan_search_width(base, len(query), neighbors, careful=careful)
             found = complete_candidates(task, find_candidates(task, base, exact_slots, width))
             return Candidates(found, False, recall)
         finally:

@@ -14,11 +14,11 @@ __all__ = ["KeyMovement"]
 LIST_TOLERANCE, JUMP_TOLERANCE = 1.0, 0.25
 
 # Rows are clustered if their median distance from the nearest row of a sample is below 1 / CLUSTER_RATIO of that from
-# the centre of all rows.
+# the center of all rows.
 CLUSTER_RATIO = 4
 
-# Sizes of the samples that the scale is measured on: of all rows, and of rows whose nearest neighbour is searched.
-SCALE_ROWS, NEIGHBOUR_ROWS = 2**14, 256
+# Sizes of the samples that the scale is measured on: of all rows, and of rows whose nearest neighbor is searched.
+SCALE_ROWS, NEIGHBOR_ROWS = 2**14, 256
 
 # Number of elements of keys that are compared with their copies at once.
 COMPARED_ELEMENTS = 2**22
@@ -28,14 +28,14 @@ def measure_scale(rows: Tensor) -> float:  # (n, d)
     """Measure the scale of moves, robust to outliers and to distant clusters.
 
     Returns:
-        The median distance of the rows from their centre. If they are clustered, `CLUSTER_RATIO` times their median
+        The median distance of the rows from their center. If they are clustered, `CLUSTER_RATIO` times their median
         distance from the nearest row of a sample.
     """
     if len(rows) < 2:
         return 0.0
     sample = rows[:: max(1, len(rows) // SCALE_ROWS)]
     spread = float(compute_distances(sample, sample.median(dim=0).values).median())
-    subset = sample[:: max(1, len(sample) // NEIGHBOUR_ROWS)]
+    subset = sample[:: max(1, len(sample) // NEIGHBOR_ROWS)]
     nearest = torch.cdist(subset.double(), sample.double()).topk(2, dim=1, largest=False).values[:, 1]
     return min(spread, CLUSTER_RATIO * float(nearest.median())) or spread
 

@@ -24,14 +24,14 @@ def approximate_is_cheaper(base: Base, rows: RowStorage, selection: Selection, k
     is_small = selection.shared_count <= max(4 * k, base.policy.small_filter_fraction * len(rows))
     if queries == 0 or is_small:
         return False
-    wider = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbours)))
+    wider = math.sqrt(max(1.0, k * len(rows) / selection.shared_count / max(1, base.neighbors)))
     return wider * estimate_relative_cost(base, queries) <= base.policy.max_relative_cost
 
 
-def plan_search_width(base: Base, queries: int, neighbours: float, *, careful: bool) -> tuple[int | None, float]:
-    """Choose the search width for a number of neighbours, and estimate its recall.
+def plan_search_width(base: Base, queries: int, neighbors: float, *, careful: bool) -> tuple[int | None, float]:
+    """Choose the search width for a number of neighbors, and estimate its recall.
 
-    A filter requires a wider search: the k best rows that it allows are expected among the ``neighbours`` best of all.
+    A filter requires a wider search: the k best rows that it allows are expected among the ``neighbors`` best of all.
 
     Returns:
         The search width, None for that of the base index, and the expected recall.
@@ -39,9 +39,9 @@ def plan_search_width(base: Base, queries: int, neighbours: float, *, careful: b
     policy = base.policy
     recall = min(base.recall or 0.0, 1 - MIN_MISSED_FRACTION)
     now, limit = base.search_width
-    wanted = now * math.sqrt(max(1.0, neighbours / max(1, base.neighbours)))
+    wanted = now * math.sqrt(max(1.0, neighbors / max(1, base.neighbors)))
     if base.probes is None:
-        wanted = max(wanted, neighbours)  # FAISS searches a graph at least this widely, even if efSearch is smaller
+        wanted = max(wanted, neighbors)  # FAISS searches a graph at least this widely, even if efSearch is smaller
     width = min(limit, math.ceil(wanted))
     cost = policy.careful_factor * wanted / max(1, now) * estimate_relative_cost(base, queries)
     if careful and cost < policy.careful_fraction:

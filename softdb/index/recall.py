@@ -12,7 +12,7 @@ from softdb.filters import Selection
 from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
-from softdb.scoring.metrics import compute_centre, compute_dtype, prepare_query
+from softdb.scoring.metrics import compute_center, compute_dtype, prepare_query
 
 __all__ = ["MeasuredRecall", "RecallSample"]
 
@@ -79,12 +79,12 @@ def ground_truth_top_k(
     """
     spec = ReadSpec(
         metric,
-        compute_centre(queries, metric),
+        compute_center(queries, metric),
         selection,
         compute_dtype(queries, keys),
         tiling=Tiling.for_device(keys.device),
     )
-    operand = prepare_query(queries, metric, 1.0, spec.centre, spec.dtype)
+    operand = prepare_query(queries, metric, 1.0, spec.center, spec.dtype)
     scores, best = backend_for(operand).exact_top_k(operand, keys, spec, k)
     worst = scores[:, -1:]
     return spec, operand, best, worst - TIE_TOLERANCE * worst.abs()

@@ -14,24 +14,24 @@ TUNING_QUERIES = 256
 MIN_QUERIES = 8
 
 # Bounds of the number of nearest rows k for which the recall is measured.
-MIN_NEIGHBOURS, MAX_NEIGHBOURS = 32, 256
+MIN_NEIGHBORS, MAX_NEIGHBORS = 32, 256
 
 # Generated queries are rows plus noise of this many standard deviations of the rows.
 QUERY_NOISE = 0.5
 
 
 class RecentQueries:
-    """Sample of recent queries, and the number of neighbours to tune for.
+    """Sample of recent queries, and the number of neighbors to tune for.
 
     Attributes:
         latest: Up to `TUNING_QUERIES` queries, (m, d), or None.
-        neighbours: Largest k of a search so far, rounded up to a power of two, within bounds.
+        neighbors: Largest k of a search so far, rounded up to a power of two, within bounds.
         since_check: Number of queries since the recall was last measured.
     """
 
     def __init__(self, latest: Tensor | None = None) -> None:
         self.latest = latest
-        self.neighbours = MIN_NEIGHBOURS
+        self.neighbors = MIN_NEIGHBORS
         self.since_check = 0
         self._recorded: Tensor | None = None  # recorded queries whose search follows
 
@@ -54,8 +54,8 @@ class RecentQueries:
     def _add(self, query: Tensor, k: int) -> None:
         if len(query) == 0:
             return
-        while self.neighbours < min(k, MAX_NEIGHBOURS):
-            self.neighbours *= 2
+        while self.neighbors < min(k, MAX_NEIGHBORS):
+            self.neighbors *= 2
         latest = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES]
         if self.latest is not None and len(latest) < TUNING_QUERIES and self.latest.dtype == latest.dtype:
             latest = torch.cat([self.latest[len(latest) - TUNING_QUERIES :], latest])

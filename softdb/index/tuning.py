@@ -138,7 +138,7 @@ def tune_base(
     metric: str,
     selection: Selection,
     recall: float,
-    neighbours: int,
+    neighbors: int,
 ) -> None:
     """Set the search width and norm outliers so that a base reaches its target.
 
@@ -152,11 +152,11 @@ def tune_base(
         metric: Metric of the scores.
         selection: Slots that hold rows.
         recall: Recall target.
-        neighbours: Number of nearest rows k for which the recall is measured.
+        neighbors: Number of nearest rows k for which the recall is measured.
     """
     policy, is_tuned = base.policy, base.recall is not None
-    base.merged_rows, base.norm_outliers, base.neighbours = 0, base.norm_outliers[:0], neighbours
-    sample = RecallSample(groups, keys, metric, selection, min(neighbours, base.entries))
+    base.merged_rows, base.norm_outliers, base.neighbors = 0, base.norm_outliers[:0], neighbors
+    sample = RecallSample(groups, keys, metric, selection, min(neighbors, base.entries))
     has_outliers = metric in OUTLIER_METRICS and base.entries >= policy.outlier_entries
     longest = find_norm_outliers(keys, selection) if has_outliers else sample.best.new_empty(0)
     rank = sample.best.new_full((len(keys),), len(keys))  # (capacity,): rank of a slot by norm
@@ -218,7 +218,7 @@ def check_recent_queries(
 ) -> None:
     """Check the recall on recent queries if due, and adapt the search width.
 
-    A check is due after a number of queries. It is also due when queries ask for more neighbours than before, or when
+    A check is due after a number of queries. It is also due when queries ask for more neighbors than before, or when
     the number of recent queries on which to measure has doubled. The interval grows until checks are cheap in
     comparison with the searches; it does not depend on the clock. Only the search width changes, since other searches
     may use the base index at the same time.
@@ -235,11 +235,11 @@ def check_recent_queries(
     if queries.latest is None or not queries.usable_count:
         return
     enough = min(queries.usable_count, CHECKING_QUERIES)
-    is_first = enough >= max(1, 2 * base.tuned_queries) or base.neighbours < queries.neighbours
+    is_first = enough >= max(1, 2 * base.tuned_queries) or base.neighbors < queries.neighbors
     if not is_first and queries.since_check < base.check_after:
         return
     policy = base.policy
-    selection, k = select(rows, (), None, None), min(queries.neighbours, len(rows))
+    selection, k = select(rows, (), None, None), min(queries.neighbors, len(rows))
     sample = RecallSample(
         [queries.latest[-(TUNING_QUERIES if is_first else CHECKING_QUERIES) :]], keys, metric, selection, k
     )
@@ -256,7 +256,7 @@ def check_recent_queries(
     target = RecallTarget(recall, tolerance, tolerance, use_lower_bound=is_first)
     level, measured = find_level([SearchLevel(width, 0) for width in widths], 1, measure, target, keep=True)
     base.set_search_width(level.width)
-    base.recall, base.neighbours, base.tuned_queries = measured, queries.neighbours, len(sample.queries)
+    base.recall, base.neighbors, base.tuned_queries = measured, queries.neighbors, len(sample.queries)
     base.recall_checks += 1
     queries.since_check = 0
     base.check_after = _next_check(base, policy, is_changed=level.width != now)

@@ -1,7 +1,7 @@
 """Keep a base index up to date with the rows.
 
 A row that has changed since the base index merged it is hidden there, and becomes *pending*. A row written by `add`,
-`put`, `update` or `touch` is pending immediately. A row whose key an optimiser may have moved is pending if the key is
+`put`, `update` or `touch` is pending immediately. A row whose key an optimizer may have moved is pending if the key is
 further than a tolerance from the merged key. Pending rows are merged into the base index when their number reaches a
 threshold; the base index is rebuilt when too many of its entries are garbage.
 """
@@ -31,7 +31,7 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["IndexCosts", "IndexUpkeep"]
 
-# Bypass the base index when an optimiser step has moved this fraction of the rows: exact searches are cheaper then.
+# Bypass the base index when an optimizer step has moved this fraction of the rows: exact searches are cheaper then.
 BYPASS_FRACTION = 1 / 4
 
 # Cost of a build without assigning rows to lists, in queries that are multiplied with every row.
@@ -68,7 +68,7 @@ class IndexUpkeep:
         metric: Metric of the scores.
         policy: Thresholds of the index.
         costs: Costs to which builds and upkeep are added.
-        moving: Whether optimisers may move the keys.
+        moving: Whether optimizers may move the keys.
         min_rows: Minimum number of rows for a build with the configured factory.
 
     Attributes:
@@ -283,7 +283,7 @@ class IndexUpkeep:
         groups = self.queries.make_tuning_groups(source, CHECKING_QUERIES)
         base.tuned_queries, self.queries.since_check = self.queries.usable_count, 0
         selection = select(rows, (), None, None)
-        tune_base(base, groups, keys, self._metric, selection, self.config.recall, self.queries.neighbours)
+        tune_base(base, groups, keys, self._metric, selection, self.config.recall, self.queries.neighbors)
 
     # -- builds ----------------------------------------------------------------------------------------------
 

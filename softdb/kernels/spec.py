@@ -30,7 +30,7 @@ class ReadSpec:
 
     Attributes:
         metric: The metric for which the query was prepared.
-        centre: The point around which l2 is expanded, (d,); None for the other metrics.
+        center: The point around which l2 is expanded, (d,); None for the other metrics.
         selection: The rows that each query may see.
         dtype: The dtype to compute in.
         max_key_norm: A function that returns the largest norm of a key, from which scores are bounded. None to compute
@@ -42,7 +42,7 @@ class ReadSpec:
     """
 
     metric: str
-    centre: Tensor | None
+    center: Tensor | None
     selection: Selection
     dtype: torch.dtype
     max_key_norm: Callable[[], float] | None = None
@@ -125,7 +125,7 @@ class ReadSpec:
 
     def prepare_keys(self, rows: Tensor) -> Tensor:  # (g, C, d) -> (g, C, operand width)
         """Prepare the keys of a block for the metric."""
-        return prepare_keys(rows, self.metric, self.centre, self.dtype)
+        return prepare_keys(rows, self.metric, self.center, self.dtype)
 
     def add_noise_(self, scores: Tensor, block: Block, groups: slice, queries: slice) -> None:  # (g, b, C)
         """Add noise, if any, in place to the scores of slices of groups and queries."""
@@ -137,7 +137,7 @@ class ReadSpec:
 
     def prepare_keys_backward(self, grad: Tensor, rows: Tensor) -> Tensor:  # (g, C, operand width) -> (g, C, d)
         """Compute the gradient of keys from that of the prepared keys."""
-        return prepare_keys_backward(grad, rows, self.metric, self.centre)
+        return prepare_keys_backward(grad, rows, self.metric, self.center)
 
 
 class BestRows(NamedTuple):

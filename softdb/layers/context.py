@@ -71,7 +71,7 @@ class ContextMemory(nn.Module):
         y = a.flatten(-2) @ W_O.T
 
     For a sequence of up to ``rows`` tokens the result equals full causal attention, for any length of the segments.
-    All heads share one key and one value per token. Keys and queries are both normalised (with learned gains), so that
+    All heads share one key and one value per token. Keys and queries are both normalized (with learned gains), so that
     keys that were computed some steps ago still match current queries. The layer has no positional
     encoding: add one to x if positions within a segment matter.
 
@@ -102,7 +102,7 @@ class ContextMemory(nn.Module):
     Raises:
         ArgumentError, DtypeError: An argument is invalid.
 
-    Source: Wu et al. 2022 (arXiv 2203.08913); one key for all heads: Shazeer 2019 (arXiv 1911.02150); normalised
+    Source: Wu et al. 2022 (arXiv 2203.08913); one key for all heads: Shazeer 2019 (arXiv 1911.02150); normalized
     queries and keys: Henry et al. 2020 (arXiv 2010.04245); the parts are merged by log-sum-exp, as in FlashAttention
     (Dao et al. 2022, arXiv 2205.14135).
 

@@ -279,7 +279,7 @@ def _fill_randomly(store: SoftKVStore, std: float) -> None:
             store.keys.new_zeros(1, 1).expand(count, store.key_dim), store.values.new_zeros(count, store.value_dim)
         )
     else:
-        # `revive` marks the rows as new, so that optimisers reset their state.
+        # `revive` marks the rows as new, so that optimizers reset their state.
         rows = store.get(store.ids)
         store.revive(store.ids, rows.keys, rows.values)
     store.keys.normal_()

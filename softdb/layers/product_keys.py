@@ -130,7 +130,7 @@ class ProductKeyMemory(nn.Module):
 
     The gradient of the values is row-sparse, unless ``sparse_grad=False``. Train the values with
     `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or `torch.optim.SparseAdam`, whose step updates only the rows that
-    were read, and the other Parameters with any optimiser. See the example. Clip gradients with
+    were read, and the other Parameters with any optimizer. See the example. Clip gradients with
     `softdb.optim.clip_row_grad_norm_`, since `torch.nn.utils.clip_grad_norm_` supports no sparse gradients.
 
     Args:

@@ -1,4 +1,4 @@
-"""Optimisers that update only the rows with a gradient.
+"""Optimizers that update only the rows with a gradient.
 
 They accept any Parameter; a row is a slice along its first dimension. If the Parameter holds the keys or values of a
 `SoftKVStore`, the state of a slot is reset when the slot gets a new row, and the state grows with the storage.

@@ -31,7 +31,7 @@ class RowAdagrad(RowOptimizer):
     read nor written, and no memory is allocated for their update.
 
     Args:
-        params: Parameters, or parameter groups with their own options, as for any optimiser.
+        params: Parameters, or parameter groups with their own options, as for any optimizer.
         lr: Learning rate, at least 0.
         eps: Term that is added to the denominator, at least 0.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.

@@ -30,7 +30,7 @@ class RowAdam(RowOptimizer):
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
     This is `torch.optim.SparseAdam` with weight decay. s is the step count of the Parameter. Rows that are added to a
-    store later are the exception: their first update has s = 1, as in a new optimiser. Rows without a gradient are
+    store later are the exception: their first update has s = 1, as in a new optimizer. Rows without a gradient are
     neither read nor written, and no memory is allocated for their update. A dense gradient updates every row, one block
     of rows at a time.
 
@@ -44,7 +44,7 @@ class RowAdam(RowOptimizer):
     row that is added later decays from its first update on.
 
     Updates of rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the
-    neighbours of p in the rows' dtype, a <= p < b::
+    neighbors of p in the rows' dtype, a <= p < b::
 
         p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
 
@@ -52,11 +52,11 @@ class RowAdam(RowOptimizer):
     discard each such step. A number that the dtype can represent is stored exactly. u is a hash of a seed, the
     Parameter's step, the row and the column. torch's default generator draws one seed per Parameter at its first step,
     so `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal.
-    In a process group of `torch.distributed` the seed is the Parameter's index in the optimiser, so replicas stay
+    In a process group of `torch.distributed` the seed is the Parameter's index in the optimizer, so replicas stay
     equal.
 
     Args:
-        params: Parameters, or parameter groups with their own options, as for any optimiser.
+        params: Parameters, or parameter groups with their own options, as for any optimizer.
         lr: Learning rate, at least 0.
         betas: Coefficients of the running averages of g and g², each in [0, 1).
         eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.

@@ -1,4 +1,4 @@
-"""Blocks of rows that an optimiser step works on, one at a time."""
+"""Blocks of rows that an optimizer step works on, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BlockSizes", "RowBlock", "iterate_blocks"]
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Block size of an optimiser step, in numbers of a table.
+    """Block size of an optimizer step, in numbers of a table.
 
     Attributes:
         cpu: Numbers per block on a CPU. A block fits in the cache and is large enough for two threads.

@@ -1,4 +1,4 @@
-"""Check of the gradients of row optimisers."""
+"""Check of the gradients of row optimizers."""
 
 from __future__ import annotations
 

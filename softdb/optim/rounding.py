@@ -39,7 +39,7 @@ def draw_noise(streams: Tensor, slots: slice | Tensor, rows: Tensor) -> Tensor:
 
 
 def round_stochastically(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """Round float32 numbers to a neighbour in ``dtype``, so that the mean is kept.
+    """Round float32 numbers to a neighbor in ``dtype``, so that the mean is kept.
 
     Args:
         numbers: float32 numbers, which are not changed.
@@ -58,7 +58,7 @@ def round_stochastically(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> 
         bits = bits.add(noise).add_(2**15).bitwise_and_(-(2**16))
         rounded = bits.view(torch.float32)
     else:
-        # Neighbours in float16 differ by 2^-10 times the number's power of two, and by at least 2^-24. All operations
+        # Neighbors in float16 differ by 2^-10 times the number's power of two, and by at least 2^-24. All operations
         # below are exact.
         spacing = bits.bitwise_and(0xFF << 23).clamp_(min=(127 - 14) << 23).sub_(10 << 23).view(torch.float32)
         probability = within.abs().div_(spacing)

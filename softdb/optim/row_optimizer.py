@@ -1,4 +1,4 @@
-"""Base class of row optimisers, whose step updates only rows with a gradient."""
+"""Base class of row optimizers, whose step updates only rows with a gradient."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["RowOptimizer"]
 
 
 class RowOptimizer(Optimizer):
-    """Base class of optimisers that update only rows with a gradient.
+    """Base class of optimizers that update only rows with a gradient.
 
     A subclass defines the moments of a row and the direction of its step. See `softdb.optim.row_state` for the state of
     a Parameter.
@@ -92,14 +92,14 @@ class RowOptimizer(Optimizer):
             if is_sharded(parameter):
                 self.param_groups.pop()
                 raise DtypeError(
-                    "params: expected whole Parameters, got the shard of a DTensor; use an optimiser of torch.optim, "
+                    "params: expected whole Parameters, got the shard of a DTensor; use an optimizer of torch.optim, "
                     "or pass the Parameters to fully_shard as ignored_params"
                 )
             if parameter.dtype not in FLOAT_DTYPES or parameter.layout != torch.strided:
                 self.param_groups.pop()
                 raise DtypeError(
                     f"params: expected dense floating-point Parameters, got {parameter.dtype}, {parameter.layout}; "
-                    "use an optimiser of torch.optim for others"
+                    "use an optimizer of torch.optim for others"
                 )
 
     @torch.no_grad()
@@ -145,11 +145,11 @@ class RowOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an optimiser, as in torch.
+        """Load the state of an optimizer, as in torch.
 
         Load the state of the store, too, before the next step. Tensors are copied; moments are stored in float32, or in
         float64 if they are float64. `RowAdam` also loads the state of `torch.optim.SparseAdam` and
-        `torch.optim.AdamW`. Options that the loaded state lacks keep the defaults of this optimiser.
+        `torch.optim.AdamW`. Options that the loaded state lacks keep the defaults of this optimizer.
 
         Raises:
             ArgumentError, DtypeError, ShapeError: The state or an option is invalid. Nothing has changed.

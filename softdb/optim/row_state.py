@@ -1,9 +1,9 @@
-"""State of row optimisers: resize, check and read it.
+"""State of row optimizers: resize, check and read it.
 
 The state of a Parameter is a dictionary, which is part of ``state_dict``:
 
 - ``step``: the number of steps of the Parameter.
-- A tensor for each moment of the optimiser, with one entry per row.
+- A tensor for each moment of the optimizer, with one entry per row.
 - ``generation`` (n,), for the rows of a store: the generation of each slot that its state belongs to.
 - ``born`` (n,), for the rows of a store: the Parameter's step count before the row's first step.
 - ``log_decay``, with weight decay: the logarithm of the product of all decay factors so far.

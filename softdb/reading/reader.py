@@ -42,7 +42,7 @@ from softdb.reading.tables import Tables
 from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, is_worth_trying
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import draw_noise
-from softdb.scoring.metrics import Metric, compute_centre, compute_dtype, prepare_query
+from softdb.scoring.metrics import Metric, compute_center, compute_dtype, prepare_query
 from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
@@ -216,8 +216,8 @@ class Reader:
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
         with disable_autocast(query.device):
             dtype = compute_dtype(query, view.keys, view.values)
-            centre = compute_centre(query, view.metric)
-            operand = prepare_query(query, view.metric, temperature, centre, dtype)
+            center = compute_center(query, view.metric)
+            operand = prepare_query(query, view.metric, temperature, center, dtype)
             if len(leading) != 1:
                 operand = operand.reshape(-1, operand.shape[-1])
             noise = draw_noise(options.normalizer, options.generator)
@@ -225,7 +225,7 @@ class Reader:
                 largest = functools.partial(largest_norm, view.keys)
             else:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
-            spec = ReadSpec(view.metric, centre, selection, dtype, largest, narrow, noise, tiling)
+            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, tiling)
             tables = Tables(view.keys, view.values, sparse=view.sparse)
             if mode == "exact":
                 try:

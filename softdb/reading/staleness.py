@@ -62,7 +62,7 @@ class StalenessCheck:
             raise StaleReadError(
                 f"backward: expected the rows that this read used to be unchanged, got {len(changed)} changed or "
                 f"deleted rows (slots {list_ids(changed)}), so the gradients would be wrong; call backward() before "
-                "writing to the store or stepping an optimiser, or read again"
+                "writing to the store or stepping an optimizer, or read again"
             )
 
 

@@ -2,8 +2,8 @@
 
 With S the candidates of a query, w = exp(score), and a sample T of all rows in which row i represents f_i rows::
 
-    numerator  = sum of w * value over S + sum of f * w * value over T without S
-    normaliser = sum of w over S         + sum of f * w over T without S
+    numerator   = sum of w * value over S + sum of f * w * value over T without S
+    denominator = sum of w over S         + sum of f * w over T without S
 
 A row is in T with probability 1 / f, so both sums are unbiased for any candidates (Horvitz and Thompson 1952, doi
 10.1080/01621459.1952.10483446). Their ratio, the result, is consistent. The sample is stratified: the rows are cut into
@@ -330,8 +330,7 @@ def _bound_error(
 def _estimate_variance(summed: _SampleSums, sample: Sample, answer: Tensor, total: Tensor, size: Tensor) -> Tensor:
     """Estimate the variance of the sum of f * w * (value - result).
 
-    The sum is relative to the normaliser and to the norm of the result. The first and second rows of a stratum have the
-    same mean, so the squared difference of their sums estimates the variance, up to a factor 1 - 1 / f, since the two
+    The sum is relative to the denominator and to the norm of the result. Both rows of a stratum have the same mean, so the squared difference of their sums estimates the variance, up to a factor 1 - 1 / f, since the two
     rows are never the same. Where few parts make up most of the variance, the estimate has few degrees of freedom and
     is increased, as Student's t is wider than the normal distribution. Many samples miss the few rows that matter and
     see too little variance, so each query gets at least the trimmed mean of the batch.

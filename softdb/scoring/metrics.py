@@ -15,7 +15,7 @@ cosine       q·k / (‖q‖ ‖k‖)             q / (‖q‖ T)               
 l2           −‖q − k‖²                   [2(q−c), −1, −‖q−c‖²] / T              [k−c, ‖k−c‖², 1]
 ===========  ==========================  =====================================  ======================
 
-The l2 expansion cancels: it subtracts numbers of size ‖k−c‖² to get distances that may be much smaller. The centre c
+The l2 expansion cancels: it subtracts numbers of size ‖k−c‖² to get distances that may be much smaller. The center c
 (the mean query; every c gives the same score) and float64 operands for float32 input keep it accurate. Preparation
 consists of differentiable torch operations, so autograd computes the gradients to the query and the temperature.
 """
@@ -37,7 +37,7 @@ __all__ = [
     "METRICS",
     "Metric",
     "Precision",
-    "compute_centre",
+    "compute_center",
     "compute_dtype",
     "operand_dtype",
     "prepare_keys",
@@ -107,8 +107,8 @@ def operand_dtype(metric: str, dtype: torch.dtype, device: torch.device) -> torc
     return torch.float64
 
 
-def compute_centre(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
-    """Compute the centre of the l2 expansion; None for other metrics."""
+def compute_center(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> (d,)
+    """Compute the center of the l2 expansion; None for other metrics."""
     if metric != "l2" or query.numel() == 0:
         return None
     target_dtype = operand_dtype(metric, torch.float64, query.device)
@@ -119,7 +119,7 @@ def prepare_query(
     query: Tensor,  # (..., d)
     metric: str,
     temperature: float | Tensor,  # a number, or broadcastable to (...,)
-    centre: Tensor | None,  # (d,)
+    center: Tensor | None,  # (d,)
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """Prepare the left operand of the product that gives the scores."""
@@ -133,8 +133,8 @@ def prepare_query(
     if metric == "cosine" or query.dtype != target_dtype:
         operand = query.to(widest_dtype(query.device) if metric == "cosine" else target_dtype)
     if metric == "l2":
-        if centre is not None:
-            operand = operand - centre
+        if center is not None:
+            operand = operand - center
         squared = operand.square().sum(-1, keepdim=True)
         operand = torch.cat([2 * operand, -torch.ones_like(squared), -squared], dim=-1)
     elif metric == "cosine":
@@ -149,7 +149,7 @@ def prepare_query(
 def prepare_keys(
     keys: Tensor,  # (..., d)
     metric: str,
-    centre: Tensor | None,  # (d,)
+    center: Tensor | None,  # (d,)
     dtype: torch.dtype,
 ) -> Tensor:  # (..., operand width)
     """Prepare the right operand of the product that gives the scores.
@@ -161,8 +161,8 @@ def prepare_keys(
     if metric == "cosine":
         return F.normalize(operand, dim=-1)
     if metric == "l2":
-        if centre is not None:
-            operand = operand - centre
+        if center is not None:
+            operand = operand - center
         squared = operand.square().sum(-1, keepdim=True)
         return torch.cat([operand, squared, torch.ones_like(squared)], dim=-1)
     return operand
@@ -172,7 +172,7 @@ def prepare_keys_backward(
     grad: Tensor,  # (..., operand width)
     keys: Tensor,  # (..., d)
     metric: str,
-    centre: Tensor | None,  # (d,)
+    center: Tensor | None,  # (d,)
 ) -> Tensor:  # (..., d)
     """Compute the gradient of the keys from that of the prepared keys."""
     if metric == "cosine":
@@ -183,6 +183,6 @@ def prepare_keys_backward(
         return (grad - along.masked_fill(norm < 1e-12, 0.0)) / norm.clamp(min=1e-12)
     if metric == "l2":
         keys = keys.to(grad.dtype)
-        shifted = keys if centre is None else keys - centre
+        shifted = keys if center is None else keys - center
         return grad[..., :-2] + 2 * shifted * grad[..., -2:-1]
     return grad

@@ -93,7 +93,7 @@ class Case:
             options["generator"] = torch.Generator().manual_seed(3)
         if "free" in options:
             store.delete(options.pop("free"))
-            with torch.no_grad():  # an optimiser with momentum may write to free slots
+            with torch.no_grad():  # an optimizer with momentum may write to free slots
                 store.keys[~visible_rows()] = math.nan
                 store.values[~visible_rows()] = math.nan
         read = store.read(self.problem.query, temperature=self.temperature, **self.read_options, **options)

@@ -763,7 +763,7 @@ def test_the_mean_of_a_million_equal_rows_is_accurate(queries: int, width: int, 
 
 @pytest.mark.parametrize("queries", [1, 2, 13])
 def test_the_mean_of_equal_rows_in_one_small_tile_is_accurate(queries: int) -> None:
-    """All weights but one are equal, and differ from 1 before normalisation."""
+    """All weights but one are equal, and differ from 1 before normalization."""
     rows = Tiling().max_dense_scores // queries
     query, keys = torch.ones(queries, 1), torch.cat([torch.zeros(1, 1), torch.full((rows - 1, 1), -0.1)])
     check_equal_summands(soft_read(query, keys, torch.full((rows, 3), 0.1), metric="dot").values, rows)

@@ -28,7 +28,7 @@ from softdb.index.manager import IndexManager
 from softdb.index.search import Candidates
 from softdb.kernels.spec import ReadSpec
 from softdb.optim import RowAdagrad, RowAdam
-from softdb.scoring.metrics import compute_centre, prepare_query
+from softdb.scoring.metrics import compute_center, prepare_query
 from softdb.table.gradients import make_row_sparse
 
 FACTORIES = ["IVF16,Flat", "HNSW16", "IVF8,PQ8x4", "PCA15,IVF8,Flat", "Flat", "auto"]
@@ -56,9 +56,9 @@ def one_thread() -> Iterator[None]:
 
 def clustered(rows: int, width: int = 16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(40, width, generator=generator)
+    centers = torch.randn(40, width, generator=generator)
     chosen = torch.randint(40, (rows,), generator=generator)
-    return centres[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
+    return centers[chosen] + 0.3 * torch.randn(rows, width, generator=generator)
 
 
 def make(factory: str | IndexConfig, rows: int = 1000, metric: str = "scaled_dot", **options: object) -> SoftKVStore:
@@ -837,9 +837,9 @@ MIN_TRAINING_ROWS = {
 def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, where: Tensor | None = None) -> Candidates:
     """Search the index; with ``max_relative_cost=math.inf`` even if an exact search is cheaper."""
     keys, rows = store.keys.detach(), store.rows
-    centre, selection = compute_centre(query, store.metric), select(rows, query.shape[:-1], where, None)
-    operand = prepare_query(query, store.metric, 1.0, centre, query.dtype)
-    spec = ReadSpec(store.metric, centre, selection, query.dtype)
+    center, selection = compute_center(query, store.metric), select(rows, query.shape[:-1], where, None)
+    operand = prepare_query(query, store.metric, 1.0, center, query.dtype)
+    spec = ReadSpec(store.metric, center, selection, query.dtype)
     store._index.update(rows, keys, query, k)
     return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
@@ -1020,7 +1020,7 @@ def test_the_search_width_adapts_to_a_new_distribution_of_queries() -> None:
     for _ in range(3):
         store.read(hard[:100], "topk", k=10)
     assert store.index_stats().nprobe == probes
-    store.read(hard[:100], "topk", k=100)  # more neighbours need more probes
+    store.read(hard[:100], "topk", k=100)  # more neighbors need more probes
     assert store.audit(2 * torch.randn(400, 16), 100).mean_recall > 0.92
 
 
@@ -1045,12 +1045,12 @@ def test_the_recall_is_checked_rarely() -> None:
     store.read(queries[:250], "topk", k=10)
     base = store._index.base
     assert base is not None
-    checked_neighbours = []  # number of neighbours at each check
+    checked_neighbors = []  # number of neighbors at each check
     for k in range(33, 133):
         checks = base.recall_checks
         store.read(queries[:8], "topk", k=k)
-        checked_neighbours += [base.neighbours] * (base.recall_checks - checks)
-    assert checked_neighbours == [64, 128, 256]
+        checked_neighbors += [base.neighbors] * (base.recall_checks - checks)
+    assert checked_neighbors == [64, 128, 256]
     checks = base.recall_checks
     for _ in range(100):
         store.read(queries, "topk", k=10)

@@ -174,13 +174,13 @@ def test_training_compiles_once(how: dict[str, Any]) -> None:
             model.encoder.weight.copy_(torch.eye(8))
             model.encoder.bias.zero_()
         run = model if counter is None else torch.compile(model, backend=counter, fullgraph=True)
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for step in range(30):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = (run(x, **how).values - wanted).square().mean()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.item())
             if step % 10 == 5:
                 generator = torch.Generator().manual_seed(step)

@@ -52,11 +52,11 @@ def test_gradients_hold_the_rows_read_each_once(how: dict[str, Any], reads: int,
         assert torch.allclose(gradient.to_dense(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimiser", [RowAdam, RowAdagrad], ids=lambda kind: kind.__name__)
-def test_exact_and_topk_reads_in_one_step(optimiser: Any) -> None:
+@pytest.mark.parametrize("optimizer", [RowAdam, RowAdagrad], ids=lambda kind: kind.__name__)
+def test_exact_and_topk_reads_in_one_step(optimizer: Any) -> None:
     mixed, dense = make(), make(sparse_grad=False)
     for store in (mixed, dense):
-        step = optimiser(store.parameters(), lr=0.1)
+        step = optimizer(store.parameters(), lr=0.1)
         for seed in range(3):
             step.zero_grad()
             read, rest = store.read(queries(seed=seed), "topk", k=5), store.read(queries(seed=seed + 9))
@@ -71,14 +71,14 @@ def test_exact_and_topk_reads_in_one_step(optimiser: Any) -> None:
 
 def test_a_row_deleted_before_the_step_passes_no_gradient_to_a_new_row() -> None:
     store = make(40)
-    optimiser = RowAdam(store.parameters(), lr=0.5)
+    optimizer = RowAdam(store.parameters(), lr=0.5)
     read = store.read(queries(4), "topk", k=5)
     read.values.sum().backward()
     assert read.ids is not None
     gone = read.ids[0, :1]
     store.delete(gone)
     (new,) = store.add(torch.full((1, 8), 3.0), torch.full((1, 4), 3.0)).tolist()
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(store.get([new]).keys, torch.full((1, 8), 3.0))
     assert torch.equal(store.get([new]).values, torch.full((1, 4), 3.0))
 
@@ -96,13 +96,13 @@ def test_autocast_trains_with_scores_in_float32() -> None:
             assert read.scores is not None
             assert read.scores.dtype == read.lse.dtype == torch.float32
             loss = (read.values.float() - queries()[:, :4]).square().mean()
-        for optimiser in (tables, other):
-            optimiser.zero_grad()
+        for optimizer in (tables, other):
+            optimizer.zero_grad()
         loss.backward()
         assert store.keys.grad is not None
         assert store.keys.grad.dtype == torch.float32
-        for optimiser in (tables, other):
-            optimiser.step()
+        for optimizer in (tables, other):
+            optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
 

@@ -598,7 +598,7 @@ def test_explain_checks_the_normalizer() -> None:
         lab.explain(store, queries, generator=torch.Generator())
 
 
-def test_a_row_labelled_none_has_the_default_label() -> None:
+def test_a_row_labeled_none_has_the_default_label() -> None:
     store, queries = make()
     found = lab.explain(store, queries[0], [None] * ROWS)
     assert "None" not in str(found)

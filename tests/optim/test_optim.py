@@ -1,4 +1,4 @@
-"""Test row optimisers against the optimisers of torch and reference equations."""
+"""Test row optimizers against the optimizers of torch and reference equations."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_dense_gradients_of_any_shape(kind: type, shape: tuple[int, ...]) -> Non
     optimizer = kind([parameter], lr=0.1, weight_decay=0.1)
     parameter.grad = torch.full(shape, 2.0)
     optimizer.step()
-    # If all gradients are equal, the first step of either optimiser is lr times the sign of the gradient.
+    # If all gradients are equal, the first step of either optimizer is lr times the sign of the gradient.
     assert torch.allclose(parameter, before * (1 - 0.01) - 0.1, atol=1e-6)
 
 
@@ -304,7 +304,7 @@ def test_unchanged_numbers_are_stored_exactly(kind: type, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_numbers_are_rounded_to_a_neighbour_without_bias(dtype: torch.dtype) -> None:
+def test_numbers_are_rounded_to_a_neighbor_without_bias(dtype: torch.dtype) -> None:
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     least = smallest * torch.finfo(dtype).eps
     columns = 2**16
@@ -637,11 +637,11 @@ def test_copies_of_store_and_optimizer_train_independently(kind: type, copied: C
     assert torch.equal(store.values[:14], twin.values[:14])
 
 
-# -- state of other optimisers and dtypes ------------------------------------------------------------------------------
+# -- state of other optimizers and dtypes ------------------------------------------------------------------------------
 
 
 def make_trained_state(kind: type, shape: tuple[int, ...] = (4, 2), **options: Any) -> dict[str, Any]:
-    """Return the state dict of an optimiser after three steps with a dense gradient."""
+    """Return the state dict of an optimizer after three steps with a dense gradient."""
     parameter = make_parameter(*shape)
     optimizer = kind([parameter], lr=0.1, **options)
     for seed in range(3):

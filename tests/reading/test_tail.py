@@ -32,15 +32,15 @@ def make_store(problem: Problem, **options: object) -> SoftKVStore:
 
 
 def make_clustered_store(rows: int, **options: object) -> tuple[SoftKVStore, Tensor]:
-    """Make a store of rows around 40 centres, and queries near 12 of them."""
+    """Make a store of rows around 40 centers, and queries near 12 of them."""
     torch.manual_seed(0)
-    centres = torch.randn(40, 16)
+    centers = torch.randn(40, 16)
     place = torch.randint(40, (rows,))
     store = SoftKVStore(16, 4, metric="dot", index=softdb.IndexConfig("IVF64,Flat"), **options)
     store.add(
-        centres[place] + 0.3 * torch.randn(rows, 16), (centres @ torch.randn(16, 4))[place] + torch.randn(rows, 4)
+        centers[place] + 0.3 * torch.randn(rows, 16), (centers @ torch.randn(16, 4))[place] + torch.randn(rows, 4)
     )
-    return store, centres[:12] + 0.3 * torch.randn(12, 16)
+    return store, centers[:12] + 0.3 * torch.randn(12, 16)
 
 
 def relative_error(read: softdb.Read, exact: softdb.Read) -> Tensor:
@@ -145,17 +145,17 @@ def test_a_sample_of_all_rows_gives_the_exact_read(metric: str, where: dict[str,
 
 
 @pytest.mark.slow
-def test_numerator_normaliser_and_their_gradients_are_unbiased() -> None:
+def test_numerator_denominator_and_their_gradients_are_unbiased() -> None:
     problem = Problem.random(rows=123, dtype=torch.float64)
     store = make_store(problem, trainable=True)
     leaves = [problem.query, store.keys, store.values]
     generator = torch.Generator().manual_seed(0)
 
     def estimates(read: softdb.Read) -> list[Tensor]:
-        normaliser = read.lse.exp()
-        numerator = normaliser.unsqueeze(-1) * read.values
+        denominator = read.lse.exp()
+        numerator = denominator.unsqueeze(-1) * read.values
         gradients = torch.autograd.grad(numerator.sum(), leaves, retain_graph=True)
-        return [normaliser.detach(), numerator.detach(), *(gradient.to_dense() for gradient in gradients)]
+        return [denominator.detach(), numerator.detach(), *(gradient.to_dense() for gradient in gradients)]
 
     draws = [
         estimates(store.read(problem.query, "topk", k=5, tail_samples=20, generator=generator)) for _ in range(600)
@@ -239,13 +239,13 @@ def test_lists_reduce_the_error_and_stay_unbiased_while_rows_change(trainable: b
                 store.read(query, "topk", k=20, temperature=1.5, tail_samples=500, generator=generator)
                 for _ in range(times)
             ]
-        normaliser = torch.stack([(read.lse - exact.lse).exp() for read in reads])
-        apart = (normaliser.mean(0) - 1).abs() / (normaliser.std(0) / math.sqrt(times))
+        denominator = torch.stack([(read.lse - exact.lse).exp() for read in reads])
+        apart = (denominator.mean(0) - 1).abs() / (denominator.std(0) / math.sqrt(times))
         assert float(apart.square().mean().sqrt()) < 1.8
         errors_of_reads = torch.stack([relative_error(read, exact) for read in reads])
         bounds = torch.stack([read.error for read in reads])
         assert float((errors_of_reads < bounds).double().mean()) > 0.9
-        return errors_of_reads.mean(), bounds.mean(), normaliser.std(0).mean()
+        return errors_of_reads.mean(), bounds.mean(), denominator.std(0).mean()
 
     with_lists = errors()
     assert store.index_stats().factory == "IVF64,Flat"
@@ -404,15 +404,15 @@ def test_errors_stay_below_error_and_tolerance(width: int, queries: int, monkeyp
     make_samples_free(monkeypatch)
     monkeypatch.setattr(Reader, "rounds", ToleranceRounds(candidates=16, samples=256))
     torch.manual_seed(0)
-    centres = torch.randn(200, 16)
+    centers = torch.randn(200, 16)
     place = torch.randint(200, (20_000,))
     store = SoftKVStore(16, width, metric="dot", index=softdb.IndexConfig("IVF128,Flat"))
-    values = (centres @ torch.randn(16, width))[place] + torch.randn(20_000, width) + 1
-    store.add(centres[place] + 0.4 * torch.randn(20_000, 16), values)
+    values = (centers @ torch.randn(16, width))[place] + torch.randn(20_000, width) + 1
+    store.add(centers[place] + 0.4 * torch.randn(20_000, 16), values)
     below, within, exactly = [], [], []
     for temperature in TEMPERATURES:
         for _ in range(48 // queries if queries > 1 else 24):
-            query = centres[torch.randint(200, (queries,))] + 0.5 * torch.randn(queries, 16)
+            query = centers[torch.randint(200, (queries,))] + 0.5 * torch.randn(queries, 16)
             exact = store.read(query, k=16, temperature=temperature)
             read = store.read(query, "topk", tolerance=0.1, temperature=temperature)
             error = relative_error(read, exact)

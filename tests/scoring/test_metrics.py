@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softdb
 from softdb import SoftKVStore
 from softdb.functional import soft_read
-from softdb.scoring.metrics import Precision, compute_centre, prepare_keys, prepare_keys_backward, prepare_query
+from softdb.scoring.metrics import Precision, compute_center, prepare_keys, prepare_keys_backward, prepare_query
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_product_of_prepared_operands_is_the_score(metric: str) -> None:
     torch.manual_seed(0)
     query, keys = torch.randn(3, 4, 6).double(), torch.randn(3, 9, 6).double()
-    centre = compute_centre(query, metric)
-    operands = prepare_query(query, metric, 0.7, centre, query.dtype), prepare_keys(keys, metric, centre, keys.dtype)
+    center = compute_center(query, metric)
+    operands = prepare_query(query, metric, 0.7, center, query.dtype), prepare_keys(keys, metric, center, keys.dtype)
     assert torch.allclose(operands[0] @ operands[1].mT, reference.scores(query, keys, metric, 0.7))
 
 
@@ -32,17 +32,17 @@ def test_prepare_keys_backward_matches_autograd(metric: str) -> None:
     keys = torch.randn(9, 6).double()
     keys[3] = 0
     keys.requires_grad_()
-    centre = compute_centre(torch.randn(5, 6), metric)
-    operand = prepare_keys(keys, metric, centre, keys.dtype)
+    center = compute_center(torch.randn(5, 6), metric)
+    operand = prepare_keys(keys, metric, center, keys.dtype)
     grad = torch.randn_like(operand)
     (expected,) = torch.autograd.grad(operand, keys, grad)
-    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, centre), expected)
+    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, center), expected)
 
 
 def test_l2_is_computed_in_float64() -> None:
     query, keys = torch.randn(5, 6) + 1000, torch.randn(9, 6) + 1000
-    centre = compute_centre(query, "l2")
-    operands = prepare_query(query, "l2", 1.0, centre, query.dtype), prepare_keys(keys, "l2", centre, keys.dtype)
+    center = compute_center(query, "l2")
+    operands = prepare_query(query, "l2", 1.0, center, query.dtype), prepare_keys(keys, "l2", center, keys.dtype)
     assert operands[0].dtype == torch.float64
     assert torch.allclose(operands[0] @ operands[1].T, reference.scores(query.double(), keys.double(), "l2"), atol=1e-9)
 

@@ -106,7 +106,7 @@ def test_sparse_weights_equal_those_of_the_entmax_package(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
-def test_sparse_weights_favour_high_scores_and_treat_ties_alike(name: str) -> None:
+def test_sparse_weights_favor_high_scores_and_treat_ties_alike(name: str) -> None:
     scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [900.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     weights = SPARSE_NORMALIZERS[name](scores)
     assert torch.allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))

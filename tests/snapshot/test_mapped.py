@@ -99,10 +99,10 @@ def test_a_trainable_mapped_store_trains_after_materialize(tmp_path: Path) -> No
     store.materialize()
     assert store.keys is keys
     assert keys.requires_grad
-    optimiser = RowAdam(store.parameters(), lr=0.1)
+    optimizer = RowAdam(store.parameters(), lr=0.1)
     before = store.get([7]).keys
     store.read(before, "topk", k=2).values.sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert not torch.equal(store.get([7]).keys, before)
     other = SoftKVStore.load(tmp_path)
     assert torch.equal(other.get([7]).keys, before)

@@ -70,11 +70,11 @@ def child(store, query, connection):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    centres = 9 * torch.randn(64, 16)
-    keys = centres.repeat(100, 1) + torch.randn(6400, 16)
+    centers = 9 * torch.randn(64, 16)
+    keys = centers.repeat(100, 1) + torch.randn(6400, 16)
     store = softdb.SoftKVStore(16, 4, metric="cosine", index=softdb.IndexConfig("IVF64,Flat", recall=1.0))
     store.add(keys, torch.randn(6400, 4))
-    query = centres.repeat(3, 1) + torch.randn(192, 16)
+    query = centers.repeat(3, 1) + torch.randn(192, 16)
     expected = reads(store, query)
     children = []
     for method in methods:
@@ -226,10 +226,10 @@ class Answers(torch.utils.data.Dataset[Tensor]):
 def load_by_workers() -> None:
     """Compare reads by DataLoader workers, started after a search, with reads in this process."""
     torch.manual_seed(0)
-    centres = 9 * torch.randn(64, 16)
+    centers = 9 * torch.randn(64, 16)
     store = SoftKVStore(16, 4, metric="cosine", index="IVF64,Flat")
-    store.add(centres.repeat(50, 1) + torch.randn(3200, 16), torch.randn(3200, 4))
-    dataset = Answers(store, centres[:40] + torch.randn(40, 16))
+    store.add(centers.repeat(50, 1) + torch.randn(3200, 16), torch.randn(3200, 4))
+    dataset = Answers(store, centers[:40] + torch.randn(40, 16))
     expected = torch.cat([store.read(dataset.queries, "topk", k=5).values, store(dataset.queries)], 1)
     assert store.index_stats().builds == 1
     for method in METHODS:

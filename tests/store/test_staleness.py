@@ -72,7 +72,7 @@ CHANGES = {
     "put": lambda s, slot: s.put([slot], torch.zeros(1, 8), torch.zeros(1, 3)),
     "delete": lambda s, slot: s.delete([slot]),
     "touch": lambda s, slot: s.touch([slot]),
-    "optimiser": lambda s, slot: step(s),
+    "optimizer": lambda s, slot: step(s),
     "load": lambda s, slot: s.load_state_dict(copy.deepcopy(s.state_dict())),
 }
 
@@ -87,7 +87,7 @@ def step(store: SoftKVStore) -> None:
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
 def test_changing_a_row_that_was_read_is_an_error_in_backward(mode, how, trainable: bool, change: str) -> None:  # type: ignore[no-untyped-def]
-    if change == "optimiser" and not trainable:
+    if change == "optimizer" and not trainable:
         return
     problem = Problem.random(rows=30)
     store = store_of(problem, trainable=trainable)
@@ -176,7 +176,7 @@ def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_i
         "SparseAdam": lambda: torch.optim.SparseAdam(list(store.parameters()), lr=0.1),
         "AdamW fused": lambda: torch.optim.AdamW(store.parameters(), lr=0.1, fused=True),
     }
-    optimiser = makers[kind]()
+    optimizer = makers[kind]()
     one, other = store.get([3]).keys, store.get([8]).keys
     stale, fine = (store.read(4 * query, "topk", k=1) for query in (one, other))
     assert stale.ids is not None
@@ -184,7 +184,7 @@ def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_i
     assert stale.ids.tolist() != fine.ids.tolist()
     store.read(4 * one, "topk", k=1).values.sum().backward()
     store.keys.grad = None
-    optimiser.step()
+    optimizer.step()
     store.read(make_queries(), "topk", k=2)
     with pytest.raises(softdb.StaleReadError):
         stale.values.sum().backward()
@@ -195,21 +195,21 @@ def test_a_step_between_a_read_and_its_backward_is_an_error_only_for_rows_that_i
 @pytest.mark.parametrize("fails", ["step", "hook"])
 def test_a_step_that_fails_half_way_leaves_no_read_that_goes_backward(fails: str) -> None:
     store = make_trainable_store()
-    optimiser = RowAdam([{"params": [store.keys]}, {"params": [store.values]}], lr=0.1)
+    optimizer = RowAdam([{"params": [store.keys]}, {"params": [store.values]}], lr=0.1)
     store.read(make_queries(), "topk", k=3).values.sum().backward()
     read = store.read(make_queries(), "topk", k=3)
     keys = store.keys.detach().clone()
     if fails == "hook":
-        optimiser.register_step_post_hook(lambda *_: 1 / 0)
+        optimizer.register_step_post_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            optimiser.step()
+            optimizer.step()
         assert not torch.equal(store.keys, keys)
         with pytest.raises(softdb.StaleReadError):
             read.values.sum().backward()
     else:
-        optimiser.param_groups[1]["betas"] = (0.9,)
+        optimizer.param_groups[1]["betas"] = (0.9,)
         with pytest.raises(softdb.DtypeError, match="betas: expected two numbers"):
-            optimiser.step()
+            optimizer.step()
         assert torch.equal(store.keys, keys)
         read.values.sum().backward()
 

@@ -610,42 +610,42 @@ def test_deleting_a_row_with_a_sparse_gradient_warns_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
-def test_an_optimiser_whose_state_did_not_grow_is_stopped(options: dict[str, bool]) -> None:
+def test_an_optimizer_whose_state_did_not_grow_is_stopped(options: dict[str, bool]) -> None:
     problem = Problem.random(rows=20)
     store = store_of(problem, trainable=True)
-    optimiser = torch.optim.Adam(store.parameters(), **options)
+    optimizer = torch.optim.Adam(store.parameters(), **options)
     store.read(problem.query).values.sum().backward()
-    optimiser.step()
+    optimizer.step()
     store.add(torch.randn(30, 8), torch.randn(30, 3))
     store.read(problem.query).values.sum().backward()
     before = store.keys.detach().clone()
     with pytest.raises(
         softdb.GrowthError, match=r"exp_avg' to have 50 rows.*grown, got shape \(20, 8\); call store.reserve"
     ):
-        optimiser.step()
+        optimizer.step()
     assert (store.keys == before).all()
     store.load_state_dict(store_of(Problem.random(rows=12)).state_dict())
     store.read(problem.query).values.sum().backward()
     with pytest.raises(
         softdb.GrowthError, match=r"exp_avg' to have 12 rows.*shrunk, got shape \(20, 8\); construct a new"
     ):
-        optimiser.step()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Adam", "Rprop", "RMSprop"])
 def test_other_optimizers_can_step(kind: str) -> None:
     problem = Problem.random(rows=20)
     store = store_of(problem, trainable=True)
-    optimiser = getattr(torch.optim, kind)(store.parameters())
+    optimizer = getattr(torch.optim, kind)(store.parameters())
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = store.read(problem.query).values.square().sum()
         loss.backward()
         return loss
 
     for _ in range(3):
-        optimiser.step(closure)
+        optimizer.step(closure)
 
 
 def test_the_answer_may_be_written_to_in_place() -> None:
@@ -878,14 +878,14 @@ def test_as_part_of_a_model() -> None:
     model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(4, 8), "memory": SoftKVStore(8, 2, trainable=True)})
     memory = model["memory"]
     memory.add(torch.randn(20, 8), torch.randn(20, 2))
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     x, wanted = torch.randn(32, 4), torch.randn(32, 2)
     losses = []
     for _ in range(30):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = (memory(model["encoder"](x)) - wanted).square().mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert set(model.state_dict()) >= {"encoder.weight", "memory.keys", "memory.values", "memory.rows.ids"}

@@ -330,9 +330,10 @@ def _bound_error(
 def _estimate_variance(summed: _SampleSums, sample: Sample, answer: Tensor, total: Tensor, size: Tensor) -> Tensor:
     """Estimate the variance of the sum of f * w * (value - result).
 
-    The sum is relative to the denominator and to the norm of the result. Both rows of a stratum have the same mean, so the squared difference of their sums estimates the variance, up to a factor 1 - 1 / f, since the two
-    rows are never the same. Where few parts make up most of the variance, the estimate has few degrees of freedom and
-    is increased, as Student's t is wider than the normal distribution. Many samples miss the few rows that matter and
+    The sum is relative to the denominator and to the norm of the result. Both rows of a stratum have the same mean,
+    so the squared difference of their sums estimates the variance, up to a factor 1 - 1 / f, since the two rows are
+    never the same. Where few parts make up most of the variance, the estimate has few degrees of freedom and is
+    increased, as Student's t is wider than the normal distribution. Many samples miss the few rows that matter and
     see too little variance, so each query gets at least the trimmed mean of the batch.
     """
     differences = summed.value_differences - summed.total_differences.unsqueeze(-1) * answer.unsqueeze(1)

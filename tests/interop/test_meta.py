@@ -76,6 +76,7 @@ def _in_autocast(action: Callable[[], object]) -> object:
         return action()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_operations_that_need_data_say_how_to_initialize(
     store: SoftKVStore, operation: Callable[[SoftKVStore], Any]

@@ -303,6 +303,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["Flat", "IVF4,Flat"])
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_store_reads(how: dict[str, Any], index: str, tmp_path: Path) -> None:
@@ -634,6 +635,7 @@ EXPORTED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @exports
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("make", EXPORTED.values(), ids=EXPORTED)
@@ -705,6 +707,7 @@ class Counter:
         return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "how",

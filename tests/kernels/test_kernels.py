@@ -48,6 +48,7 @@ def test_two_stage_top_k_equals_top_k(width: int, k: int, levels: int) -> None:
     assert (index[real] == wanted[real]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(64, 2), (4096, 7), (2**19, 256)], ids=str)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000, 3001])
 @pytest.mark.parametrize(("few", "maxima"), [(1, 2**23), (1, 50), (10**9, 0)])

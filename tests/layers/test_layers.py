@@ -326,6 +326,7 @@ def test_rows_can_be_frozen_by_requires_grad() -> None:
     assert torch.equal(layer.store.keys, rows)
 
 
+@pytest.mark.slow
 @ignore_compile_warnings
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("options", [{}, {"mode": "topk", "k": 4}])
@@ -1302,6 +1303,7 @@ def test_layers_support_dtypes_and_autocast(make: Callable[..., nn.Module]) -> N
         torch.testing.assert_close(y.float(), plain, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @ignore_compile_warnings
 @for_each_layer
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])

@@ -189,6 +189,7 @@ def run_steps(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, steps: 
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("kind", OPTIMIZERS)

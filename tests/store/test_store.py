@@ -80,6 +80,7 @@ class TestExactWithBestRows(StoreContract):
     how = {"k": 7}
 
 
+@pytest.mark.slow
 class TestExactInSmallTiles(TestExact):
     """In blocks, with the bound that the store keeps."""
 
@@ -93,6 +94,7 @@ class TestTopkOfAllRows(StoreContract):
     how = {"mode": "topk"}
 
 
+@pytest.mark.slow
 class TestTopkOfAllRowsThroughFaiss(StoreContract):
     options = {"trainable": True, "index": "IVF1,Flat"}
     how = {"mode": "topk"}
@@ -120,6 +122,7 @@ class TestExactAmongHoles(StoreContract):
         return store
 
 
+@pytest.mark.slow
 class TestExactAmongHolesInSmallTiles(TestExactAmongHoles):
     @pytest.fixture(
         autouse=True, params=["tiny tiles", "two partitions", "five partitions, always shifted, rows first"]
@@ -1182,6 +1185,7 @@ def prefix_of(how: str) -> str:
     return {"a store": "", "a model": "memory.", "a layer": "stores.0."}[how]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a store", "a model", "a layer"])
 @pytest.mark.parametrize("old", HISTORIES)
 @pytest.mark.parametrize("new", HISTORIES)
@@ -1259,6 +1263,7 @@ def test_a_state_without_counters_is_assigned_to_a_store_on_meta() -> None:
     loaded._check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_dim", [3, 16, 64, 100])
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("rows", [2, 5, 9, 31, 33, 1000, 5001])

@@ -449,6 +449,7 @@ class Interrupts:
             sys.settrace(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -504,6 +505,7 @@ def test_an_interrupt_at_any_line_leaves_a_write_complete_or_undone(name: str, k
         assert outcomes == {True, False}  # interrupts before and after the commit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in WRITES if name not in EVICTION_INDEPENDENT])
 def test_a_signal_handler_can_save_during_a_write(name: str, kind: str, tmp_path: Path) -> None:

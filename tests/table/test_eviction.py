@@ -116,6 +116,7 @@ COPIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue_share", [0.0, 1 / 8, 0.9])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("evict", EVICTIONS)

@@ -81,7 +81,7 @@ def test_words_choose_the_sentences_that_contain_one_of_them() -> None:
     assert choose_sentences(["seal", "bark"]) == (
         "the seal barked on the rocks",
         "the king pressed his seal into the wax",
-        "the dog's bark woke the neighbors",
+        "the dog's bark woke the neighbours",
         "the bark of the birch is white",
     )
 

@@ -65,6 +65,7 @@ class TestSoftReadRowsFirst(TestSoftRead):
         force_tiling(Tiling(transposed=True), monkeypatch)
 
 
+@pytest.mark.slow
 class TestSoftReadWithBestRows(ReadContract):
     """Reporting the best rows changes no result; the weights of all rows give the values."""
 
@@ -115,6 +116,7 @@ class TestRoundingNoise:
             contract.check(Problem.random(rows=507, key_dim=key_dim, metric=metric, scale=scale), scale)
 
 
+@pytest.mark.slow
 class TestTopkReadOfAllRows(ReadContract):
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
         count = len(problem.keys)
@@ -750,6 +752,7 @@ def check_equal_summands(found: Tensor, rows: int) -> None:
     assert error <= 1e-6 * max(1.0, math.sqrt(rows / Tiling().max_sum_rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 64])
 @pytest.mark.parametrize("queries", [1, 3, 64])
 @pytest.mark.parametrize("k", [None, 2])
@@ -789,6 +792,7 @@ def test_the_mean_of_equal_candidates_is_accurate(dtype: torch.dtype, wanted: bo
     check_equal_summands(read.values.detach(), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [100_000, 10**6])
 @pytest.mark.parametrize("queries", [1, 64])
 def test_sums_of_gradients_over_many_equal_rows_are_accurate(queries: int, rows: int) -> None:

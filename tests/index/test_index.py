@@ -210,6 +210,7 @@ def test_all_reads_between_two_writes_use_the_same_index() -> None:
     assert store.index_stats().builds == builds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", FACTORIES)
 @pytest.mark.parametrize("selectivity", [0.5, 0.1, 0.01, 0.002])
 def test_filters_of_any_selectivity_are_respected(factory: str, selectivity: float) -> None:
@@ -309,6 +310,7 @@ def test_the_index_is_current_after_steps_of_every_optimizer(name: str, factory:
     assert store.index_stats().error is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_row_that_moved_far_is_found_at_its_new_position(name: str) -> None:
@@ -844,6 +846,7 @@ def candidates(store: SoftKVStore, query: Tensor, k: int, *, careful: bool, wher
     return store._index.search(query, operand, keys, rows, spec, k, careful=careful)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", MIN_TRAINING_ROWS)
 def test_an_index_is_built_once_there_are_enough_rows_to_train_it(
     factory: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
@@ -904,6 +907,7 @@ def test_a_higher_recall_target_gives_a_higher_recall(factory: str) -> None:
         assert (high.index_stats().nprobe or 0) > (low.index_stats().nprobe or 0) >= 1
 
 
+@pytest.mark.slow
 def test_builds_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     for factory in (*FACTORIES, "OPQ4,PQ4", "IVF8,PQ8x5,RFlat", "HNSW8_PQ4", "RQ2x4"):
         recall(make(factory, 600), clustered(5, seed=2))

@@ -98,7 +98,10 @@ def test_a_layer_with_a_store_for_each_head_has_no_store() -> None:
     layer = MemoryLayer(4, 5, shared=False)
     assert not hasattr(layer, "store")
     assert hasattr(MemoryLayer(4, 5), "store")
-    with pytest.raises(softdb.NotApplicableError, match=r"shared: expected heads .* got 4 stores; use layer.stores"):
+    with pytest.raises(
+        softdb.NotApplicableError,
+        match=r"store: expected one store that all heads share, got 4 stores; use layer.stores",
+    ):
         _ = layer.store
     with pytest.raises(AttributeError, match="has no attribute 'usage'"):
         _ = layer.usage

@@ -125,6 +125,7 @@ def test_compiled_reads_equal_eager_reads(how: dict[str, Any]) -> None:
     check_parity(make_store(), "aot_eager", dict(how), torch.randn(4, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", inductor])
 def test_other_backends(backend: str) -> None:
     how = HOW["topk"] | HOW["temperature"]
@@ -144,6 +145,7 @@ def test_dense_gradients_where_the_store_gives_them() -> None:
     check_parity(make_store(sparse_grad=False), "aot_eager", {"mode": "topk", "k": 4}, torch.randn(4, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", inductor])
 def test_several_reads_in_one_graph(backend: str) -> None:
     store = make_store()
@@ -162,6 +164,7 @@ def test_several_reads_in_one_graph(backend: str) -> None:
         torch.testing.assert_close(ours.to_dense(), wanted.to_dense(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 4}, {"mode": "hard"}], ids=["exact", "topk", "hard"])
 def test_training_compiles_once(how: dict[str, Any]) -> None:
     torch.manual_seed(1)

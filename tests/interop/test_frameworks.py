@@ -694,6 +694,7 @@ def test_lightnings_averages_of_parameters_follow_a_store_that_stays(tmp_path: P
     assert module.store.audit(normal(4, 4), k=3).mean_recall == 1.0
 
 
+@pytest.mark.slow
 def test_lightnings_averages_name_the_remedy_where_rows_are_replaced(tmp_path: Path) -> None:
     callback = averaging("EMAWeightAveraging")(decay=0.9, use_buffers=False)
     with pytest.raises(ForeignWriteError, match="update_average"):
@@ -872,7 +873,7 @@ def test_a_functional_read_is_stale_only_if_its_tensors_are_written_to() -> None
     assert replacements["keys"].grad is not None
     with torch.no_grad():
         replacements["values"].add_(1.0)
-    with pytest.raises(softdb.StaleReadError, match="tensors that replace the store's own"):
+    with pytest.raises(softdb.StaleReadError, match="substituted for the store's own"):
         after.sum().backward()
 
 

@@ -139,6 +139,7 @@ def test_equal_rows_count_as_agreement() -> None:
         assert all(row.agreement == 1 for row in found.settings), metric
 
 
+@pytest.mark.slow
 def test_many_queries_are_read_in_batches() -> None:
     store, _ = make()
     queries, sizes = torch.randn(QUERIES_PER_READ + 200, DIM, dtype=torch.float64), set[int]()
@@ -510,7 +511,7 @@ def test_gumbel_requires_training_mode() -> None:
     store.add(torch.randn(20, 8), torch.randn(20, 2))
     store.eval()
     queries = torch.randn(5, 8)
-    with pytest.raises(softdb.ArgumentError, match=r"store: expected one in training mode.*; call store\.train\(\)"):
+    with pytest.raises(softdb.ArgumentError, match=r"store: expected training mode.*; call store\.train\(\)"):
         lab.compare(store, queries, normalizers=("softmax", "gumbel"))
     with pytest.raises(softdb.ArgumentError, match="store: expected one in training mode"):
         lab.compare_gradients(store, queries, lambda values: values.square().mean())

@@ -381,6 +381,7 @@ def test_heads_with_separate_stores_may_have_supports_of_different_sizes(normali
     assert y.shape == (5, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_asymmetric_association_needs_a_separate_query_projection(tied: bool) -> None:
     # The keys are the symbols in the layer's input space. The target of symbol i is the value of symbol i + 1.
@@ -1101,6 +1102,7 @@ def test_optimizer_step_updates_only_the_rows_read() -> None:
     assert torch.equal(moved, rows_read)
 
 
+@pytest.mark.slow
 def test_product_key_memory_learns_a_table() -> None:
     layer, table = ProductKeyMemory(16, 32 * 32, key_dim=16, k=8), torch.randn(50, 16)
     x = F.normalize(torch.randn(50, 16), dim=-1) * 4
@@ -1325,6 +1327,7 @@ def test_compiled_layers_equal_eager_layers(make: Callable[..., nn.Module], back
             one.grad = other.grad = None
 
 
+@pytest.mark.slow
 @ignore_compile_warnings
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
 def test_shared_store_in_a_compiled_graph(backend: str) -> None:

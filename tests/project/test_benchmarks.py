@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def test_compare_reports_times_ratios_floors_claims_and_facts(tmp_path):
     assert line["facts"] == {"error": 0.25}
 
 
+@pytest.mark.slow
 def test_compare_makes_each_case_after_the_previous_one_is_measured():
     made = []
 
@@ -66,6 +68,7 @@ def test_compare_makes_each_case_after_the_previous_one_is_measured():
     assert calls[0] == ["first"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory counters of Linux")
 def test_peak_memory_includes_memory_that_is_freed_again():
     megabyte = 2**20
@@ -79,14 +82,36 @@ def test_peak_memory_includes_memory_that_is_freed_again():
     assert measure_peak_memory(lambda: None) < 4 * megabyte
 
 
+@pytest.fixture
+def threads():
+    """Restore the number of torch's threads, which a measurement sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_runs_at_small_sizes(name, tmp_path):
-    script = str(BENCHMARKS / f"{name}.py")
+def test_cases_run_at_small_sizes(name, tmp_path):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = compare(name, script.cases(True), seconds=0.01, out=tmp_path, min_rounds=2)
+    check_report(table, tmp_path / f"{name}.json")
+
+
+@pytest.mark.slow
+def test_a_script_runs_as_a_program(tmp_path):
+    script = str(BENCHMARKS / "small_reads.py")
     command = [sys.executable, "-W", "error", script, "--small", "--seconds", "0.01", "--out", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    check_exit(run)
-    report = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    check_exit(done)
+    check_report(done.stdout, tmp_path / "small_reads.json")
+
+
+def check_report(table, path):
+    report = json.loads(path.read_text(encoding="utf-8"))
     assert report["lines"]
-    _head, _rule, *lines = parse_table(run.stdout)
+    _head, _rule, *lines = parse_table(table)
     assert [line[0] for line in lines] == [line["label"] for line in report["lines"]]

@@ -71,10 +71,12 @@ class TestExact(StoreContract):
     options = {"trainable": True}
 
 
+@pytest.mark.slow
 class TestExactOverBuffers(StoreContract):
     gradients = ("query", "temperature")
 
 
+@pytest.mark.slow
 class TestExactWithBestRows(StoreContract):
     options = {"trainable": True}
     how = {"k": 7}
@@ -89,6 +91,7 @@ class TestExactInSmallTiles(TestExact):
         force_dispatch(request.param, monkeypatch)
 
 
+@pytest.mark.slow
 class TestTopkOfAllRows(StoreContract):
     options = {"trainable": True}
     how = {"mode": "topk"}
@@ -100,6 +103,7 @@ class TestTopkOfAllRowsThroughFaiss(StoreContract):
     how = {"mode": "topk"}
 
 
+@pytest.mark.slow
 class TestTopkOverBuffers(StoreContract):
     gradients = ("query", "temperature")
     how = {"mode": "topk"}
@@ -453,7 +457,7 @@ def test_ids_of_any_size(ids: list[int]) -> None:
     store.delete(ids)
     assert len(store) == 0
     if max(ids) == 2**63 - 2:
-        with pytest.raises(softdb.ArgumentError, match="used up"):
+        with pytest.raises(softdb.ArgumentError, match="expected unused ids"):
             store.add(rows, rows)
 
 
@@ -1013,6 +1017,7 @@ class FaissStoreMachine(StoreMachine):
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestFaissStoreMachine = FaissStoreMachine.TestCase
+TestStoreMachine.pytestmark = TestFaissStoreMachine.pytestmark = pytest.mark.slow
 TestFaissStoreMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 

@@ -515,7 +515,7 @@ def test_a_signal_handler_can_save_during_a_write(name: str, kind: str, tmp_path
     counter = Interrupts(None)
     with counter.on():
         write(whole)
-    step = max(1, counter.count // (2 * INTERRUPTED_LINES))
+    step = max(1, counter.count // INTERRUPTED_LINES)
     for at in range(1 + len(name) % step, counter.count, step):
         store = copy.deepcopy(original)
         before = contents(store)

@@ -129,7 +129,7 @@ def test_evicted_rows_match_a_plain_python_model(
     torch.manual_seed(capacity)
     store = SoftKVStore(2, 1, capacity=capacity, evict=evict, track_usage=True, trainable=trainable)  # type: ignore[arg-type]
     model = Model(capacity, evict)
-    for _ in range(250):
+    for _ in range(150):
         some = chance.sample(sorted(model.rows), chance.randint(0, min(5, len(model.rows))))
         count = chance.randint(0, min(5, capacity))
         keys, values = torch.randn(count, 2), torch.randn(count, 1)

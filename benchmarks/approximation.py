@@ -46,7 +46,7 @@ def cases(small: bool) -> Iterator[Case]:
     """Yield cases of real rows, then of a million clustered rows."""
     yield from _make_real_cases(small)
     yield _make_unbiased_case(50 if small else UNBIASED_DRAWS)
-    rows, queries = (20_000, 16) if small else (1_000_000, 256)
+    rows, queries = (8_000, 16) if small else (1_000_000, 256)
     data = ClusteredData(rows)
     query = data.draw_queries(queries)
     index = IndexConfig("IVF64,Flat") if small else "auto"

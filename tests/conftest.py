@@ -14,3 +14,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if processes and not hasattr(config, "workerinput"):
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported; workers inherit it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that open a browser, and run slow tests first, so that no process waits for one at the end."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+    items.sort(key=lambda item: ("test_examples" not in item.nodeid, item.get_closest_marker("slow") is None))

@@ -6,11 +6,9 @@ import copy
 import dataclasses
 import importlib
 import math
-import os
 import pickle
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -534,28 +532,6 @@ def test_a_copied_store_builds_its_own_index() -> None:
         each.refresh(wait=True)
         check_current(each)
         assert each.index_stats().factory == "IVF16,Flat"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_drops_a_background_build() -> None:
-    store = make(IndexConfig("IVF64,Flat", background=True), 20_000)
-    query = clustered(5, seed=2)
-    store.read(query, "topk", k=3)
-    assert store._index.background is not None
-    child = os.fork()
-    if child == 0:
-        right = store._index.background is None and recall(store, query) == 1.0
-        os._exit(0 if right else 1)
-    deadline = time.monotonic() + 60
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if done == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert done[1] == 0
-    store.refresh(wait=True)
-    assert store.index_stats().builds == 1
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -106,7 +106,7 @@ def test_associative_recall_needs_the_memory() -> None:
 def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None:
     pytest.importorskip("tqdm")
     header, *lines = run("memory_lm.py", "--small").splitlines()
-    assert header.split()[-6:] == ["80", "steps", "s", "3", "s", "steps"]
+    assert header.split()[-6:] == ["50", "steps", "s", "2", "s", "steps"]
     table = {line[:18].strip(): [float(cell.replace(",", "")) for cell in line[18:].split()] for line in lines}
     parameters, read, after_steps = ({name: cells[column] for name, cells in table.items()} for column in range(3))
     assert list(table) == ["no memory", "ContextMemory", "ProductKeyMemory", "both"]

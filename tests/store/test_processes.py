@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from support.programs import check_exit
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
-from softdb import SoftKVStore
+from softdb import IndexConfig, SoftKVStore
+from softdb.filters import Selection
 from softdb.optim import RowAdam
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +106,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("first", ["torch", "faiss"])
+@pytest.mark.parametrize(("first", "threads"), [("torch", 1), ("faiss", 2)])
 def test_a_child_process_reads_the_same_as_its_parent(first: str, threads: int, tmp_path: Path) -> None:
     """Test all start methods, both import orders of torch and faiss, and one or two threads."""
     program = tmp_path / "children.py"
@@ -257,9 +259,9 @@ def filled(**options: Any) -> tuple[SoftKVStore, Tensor]:
     """Create a store of 20 rows, without its highest id and with free slots, and queries."""
     generator = torch.Generator().manual_seed(0)
     store = empty(**options)
-    for time in range(3):
+    for moment in range(3):
         rows = torch.randn(7, 11, generator=generator)
-        store.add(rows[:, :8], rows[:, 8:], fields={"time": time})
+        store.add(rows[:, :8], rows[:, 8:], fields={"time": moment})
     store.delete([20])
     return store, torch.randn(5, 8, generator=generator)
 
@@ -411,3 +413,92 @@ def test_a_killed_run_resumes_with_identical_losses(tmp_path: Path) -> None:
     assert finish(run("killed", 15, "between two files"), -signal.SIGKILL) == expected[8:16]
     assert (tmp_path / "killed" / "step-000016" / "store").exists()
     assert finish(run("killed")) == expected[12:]  # from the last complete checkpoint
+
+
+# -- forks while other threads work -----------------------------------------------------------------------
+
+WIDTH = 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_inherit_locks_of_other_threads() -> None:
+    store = SoftKVStore(WIDTH, 2)
+    store.add(torch.randn(400, WIDTH), torch.randn(400, 2))
+    held, done = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with store.writing():
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        store.read(torch.ones(1, WIDTH))
+        store.add(torch.ones(1, WIDTH), torch.ones(1, 2))
+        os._exit(0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class SlowMask:
+    """Mask whose sum blocks until `done` is set."""
+
+    def __init__(self) -> None:
+        self.counting, self.done = threading.Event(), threading.Event()
+
+    def sum(self) -> int:
+        self.counting.set()
+        self.done.wait(30)
+        return 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_can_read_while_a_parent_thread_reads() -> None:
+    store, mask = SoftKVStore(WIDTH, 2), SlowMask()
+    store.add(torch.ones(9, WIDTH), torch.ones(9, 2))
+    selection: Any = Selection(1, shared=mask)  # type: ignore[arg-type]
+    thread = threading.Thread(target=lambda: selection.shared_count)
+    thread.start()
+    assert mask.counting.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        store.delete([1, 2])
+        store.read(torch.ones(1, WIDTH))
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    mask.done.set()
+    thread.join()
+    assert status == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_drops_a_background_build() -> None:
+    store = SoftKVStore(8, 2, index=IndexConfig("IVF64,Flat", background=True))
+    centers = torch.randn(100, 8)
+    store.add(centers[torch.arange(20_000) % 100] + 0.2 * torch.randn(20_000, 8), torch.randn(20_000, 2))
+    query = centers[:5]
+    store.read(query, "topk", k=3)
+    assert store._index.background is not None
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(store.read(query, "topk", k=3).ids, store.read(query, k=3).ids)
+        right = store._index.background is None and same
+        os._exit(0 if right else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if done == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done[1] == 0
+    store.refresh(wait=True)
+    assert store.index_stats().builds == 1

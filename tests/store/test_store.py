@@ -86,7 +86,7 @@ class TestExactWithBestRows(StoreContract):
 class TestExactInSmallTiles(TestExact):
     """In blocks, with the bound that the store keeps."""
 
-    @pytest.fixture(autouse=True, params=DISPATCH)
+    @pytest.fixture(autouse=True, params=list(DISPATCH)[::3])
     def _dispatch(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         force_dispatch(request.param, monkeypatch)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import random
 import signal
 import subprocess
@@ -25,7 +24,6 @@ from torch import Tensor
 
 import softdb
 from softdb import IndexBuildError, IndexConfig, SoftKVStore, snapshot
-from softdb.filters import Selection
 from softdb.table.locks import SharedLock
 
 # -- the lock --------------------------------------------------------------------------------------------
@@ -119,64 +117,6 @@ def test_a_copy_of_a_held_lock_is_free() -> None:
     with lock.writing():
         copied = copy.deepcopy(lock)
         assert not copied.is_written
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_does_not_inherit_locks_of_other_threads() -> None:
-    store, _ = small_store()
-    held, done = threading.Event(), threading.Event()
-
-    def write() -> None:
-        with store.writing():
-            held.set()
-            done.wait(30)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    assert held.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        store.read(torch.ones(1, WIDTH))
-        store.add(torch.ones(1, WIDTH), torch.ones(1, 2))
-        os._exit(0)
-    done.set()
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-class SlowMask:
-    """Mask whose sum blocks until `done` is set."""
-
-    def __init__(self) -> None:
-        self.counting, self.done = threading.Event(), threading.Event()
-
-    def sum(self) -> int:
-        self.counting.set()
-        self.done.wait(30)
-        return 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_can_read_while_a_parent_thread_reads() -> None:
-    store, mask = SoftKVStore(WIDTH, 2), SlowMask()
-    store.add(torch.ones(9, WIDTH), torch.ones(9, 2))
-    selection: Any = Selection(1, shared=mask)  # type: ignore[arg-type]
-    thread = threading.Thread(target=lambda: selection.shared_count)
-    thread.start()
-    assert mask.counting.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        store.delete([1, 2])
-        store.read(torch.ones(1, WIDTH))
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    mask.done.set()
-    thread.join()
-    assert status == 0
 
 
 # -- concurrent readers and a writer ---------------------------------------------------------------------

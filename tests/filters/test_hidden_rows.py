@@ -159,7 +159,7 @@ READ_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("read_options", READ_OPTIONS, ids=str)
 @pytest.mark.parametrize("where", FILTER_KINDS)
-@pytest.mark.parametrize("metric", ["scaled_dot", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_hidden_rows_of_a_store_have_no_effect(metric: str, where: str, read_options: dict[str, Any]) -> None:
     for keys, values in ((math.nan, math.nan), (math.inf, 1.0), (1.0, -math.inf)):
         Case(metric, read_options, where, keys, values).check()

@@ -203,7 +203,9 @@ def _make_unbiased_case(draws: int) -> Case:
     """
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(400, width, generator=generator, dtype=torch.float64) for width in (8, 3))
-    store = SoftKVStore(8, 3, trainable=True, index=IndexConfig("IVF16,Flat", recall=0.5), dtype=torch.float64)
+    store = SoftKVStore(
+        8, 3, trainable=True, sparse_grad=True, index=IndexConfig("IVF16,Flat", recall=0.5), dtype=torch.float64
+    )
     store.add(keys, values)
     query = torch.randn(4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
 

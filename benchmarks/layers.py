@@ -55,7 +55,7 @@ def _make_product_key_cases(n: int, fewer: int, tokens: int) -> Iterator[Case]:
         return torch.randn(1, tokens, DIM)
 
     def make_own(count: int) -> tuple[ProductKeyMemory, Contestant]:
-        layer = ProductKeyMemory(DIM, count * count, heads=4, k=32, key_dim=256)
+        layer = ProductKeyMemory(DIM, count * count, heads=4, k=32, key_dim=256, sparse_grad=True)
         values = layer.store.weight
         optimizers: list[torch.optim.Optimizer] = [
             RowAdam([values], lr=1e-3),

@@ -47,7 +47,7 @@ def _make_forward_case(queries: int, rows: int) -> Case:
 
 def _make_backward_case(queries: int, rows: int) -> Case:
     query, keys, values = (tensor.requires_grad_() for tensor in _make_operands(queries, rows))
-    store = SoftKVStore(WIDTH, WIDTH, trainable=True)
+    store = SoftKVStore(WIDTH, WIDTH, trainable=True, sparse_grad=True)
     store.reserve(rows)
     store.add(keys.detach(), values.detach())
     upstream = torch.randn(queries, WIDTH)

@@ -87,7 +87,7 @@ def _make_exact_case(label: str, keys: Tensor, query: Tensor, k: int, limit: flo
 
 def _make_ivf_case(label: str, keys: Tensor, query: Tensor, lists: int, k: int) -> Case:
     """Make a case of a top-k read; its peers are the FAISS search and an exact read."""
-    store = SoftKVStore(keys.shape[1], WIDTH, trainable=True, index=f"IVF{lists},Flat")
+    store = SoftKVStore(keys.shape[1], WIDTH, trainable=True, sparse_grad=True, index=f"IVF{lists},Flat")
     store.reserve(len(keys))
     store.add(keys, torch.randn(len(keys), WIDTH))
     query = query.clone().requires_grad_()

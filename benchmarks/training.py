@@ -37,7 +37,7 @@ class Task:
 
     def make_store(self, rows: int, index: IndexConfig) -> SoftKVStore:
         """Make a store of clustered keys and random values, and build its index."""
-        store = SoftKVStore(WIDTH, WIDTH, trainable=True, index=index)
+        store = SoftKVStore(WIDTH, WIDTH, trainable=True, sparse_grad=True, index=index)
         store.add(self.draw(rows), torch.randn(rows, WIDTH))
         store.read(self.draw(QUERIES), "topk", k=NEIGHBORS)
         return store

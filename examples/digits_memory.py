@@ -35,7 +35,9 @@ Keys = Literal["random", "first", "all"]
 
 
 def make_memory_classifier() -> nn.Sequential:
-    memory = MemoryLayer(PIXELS, ROWS, heads=4, key_dim=32, value_dim=16, mode="topk", k=4, query_norm="layer")
+    memory = MemoryLayer(
+        PIXELS, ROWS, heads=4, key_dim=32, value_dim=16, mode="topk", k=4, query_norm="layer", sparse_grad=True
+    )
     return nn.Sequential(memory, nn.Linear(PIXELS, CLASSES))
 
 

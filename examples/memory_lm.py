@@ -56,7 +56,7 @@ class Model(nn.Module):
         self.recent = nn.Conv1d(DIM, DIM, WINDOW - 1)
         self.attention = ContextMemory(2 * DIM, rows=512, heads=2, key_dim=128, value_dim=64)
         self.narrow = nn.Linear(2 * DIM, DIM, bias=False)
-        memory = ProductKeyMemory(DIM, rows=128**2, heads=2, k=8, key_dim=64)
+        memory = ProductKeyMemory(DIM, rows=128**2, heads=2, k=8, key_dim=64, sparse_grad=True)
         hidden = count_parameters_read(memory) // (2 * DIM)
         self.lookup = memory if pairs else nn.Sequential(nn.Linear(DIM, hidden), nn.GELU(), nn.Linear(hidden, DIM))
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(3))

@@ -50,7 +50,7 @@ def main() -> None:
     rows, steps, lists = (20_000, 120, 64) if small else (100_000, 1_500, 1024)
     torch.manual_seed(0)
     index = IndexConfig(f"IVF{lists},Flat", recall=0.97)
-    store = SoftKVStore(KEY_DIM, VALUE_DIM, trainable=True, index=index, **READ_OPTIONS)
+    store = SoftKVStore(KEY_DIM, VALUE_DIM, trainable=True, sparse_grad=True, index=index, **READ_OPTIONS)
     store.add(torch.randn(rows, KEY_DIM), 0.1 * torch.randn(rows, VALUE_DIM))
     optimizer = RowAdam([{"params": [store.keys], "lr": 0.003}, {"params": [store.values], "lr": 0.05}])
     first, started = measure_error(store), time.perf_counter()

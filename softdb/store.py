@@ -71,9 +71,10 @@ class SoftKVStore(StoreModule):
         trainable: Whether ``keys`` and ``values`` are Parameters. If False, they are buffers. The query and a
             temperature tensor get gradients in both cases.
         sparse_grad: Whether topk and hard reads give ``keys`` and ``values`` row-sparse gradients: coalesced COO
-            tensors that hold only the rows read. Use it with an optimizer that accepts sparse gradients:
-            `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`, `torch.optim.Adagrad` or
-            `torch.optim.SGD`. If False, gradients are dense. Exact reads always give dense gradients.
+            tensors that hold only the rows read, as those of ``nn.Embedding(sparse=True)``. If False, gradients are
+            dense, and every optimizer accepts them. Use True for large tables, with an optimizer that accepts sparse
+            gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`,
+            `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense gradients.
         fields: Names of the int64 fields of every row. ``where`` filters by them.
         index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, which
             describes them.
@@ -144,7 +145,7 @@ class SoftKVStore(StoreModule):
         metric: Metric = "scaled_dot",
         temperature: float = 1.0,
         trainable: bool = False,
-        sparse_grad: bool = True,
+        sparse_grad: bool = False,
         fields: Sequence[str] = (),
         index: str | IndexConfig = "auto",
         capacity: int | None = None,

@@ -128,10 +128,11 @@ class ProductKeyMemory(nn.Module):
     the n² scores nor a tensor of shape (..., heads, k, value_dim) is allocated. Among rows with equal scores, the
     choice is undefined.
 
-    The gradient of the values is row-sparse, unless ``sparse_grad=False``. Train the values with
-    `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or `torch.optim.SparseAdam`, whose step updates only the rows that
-    were read, and the other Parameters with any optimizer. See the example. Clip gradients with
-    `softdb.optim.clip_row_grad_norm_`, since `torch.nn.utils.clip_grad_norm_` supports no sparse gradients.
+    The gradient of the values is dense: any optimizer trains the layer, but each step processes all values. For many
+    values pass ``sparse_grad=True``, and train the values with `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or
+    `torch.optim.SparseAdam`, whose step updates only the rows that were read, and the other Parameters with any
+    optimizer, as in the example. Clip row-sparse gradients with `softdb.optim.clip_row_grad_norm_`, since
+    `torch.nn.utils.clip_grad_norm_` supports dense gradients only.
 
     Args:
         dim: Width of input and output.
@@ -143,7 +144,7 @@ class ProductKeyMemory(nn.Module):
         query_norm: "layer" applies layer normalization to each half of a query, "batch" applies batch normalization to
             each feature of the queries, None applies neither.
         store: Another layer's ``store``, to share its values. It keeps its own ``sparse_grad`` and ``track_usage``.
-        sparse_grad: Whether the gradient of the values is row-sparse; a dense gradient has the size of all values.
+        sparse_grad: Whether the gradient of the values is row-sparse instead of dense, which is the size of all values.
         track_usage: Whether to count the reads of each row and to sum their weights, for ``store.usage``.
         device, dtype: Device and dtype of the parameters, as for any module.
 
@@ -161,7 +162,7 @@ class ProductKeyMemory(nn.Module):
         >>> import torch
         >>> from softdb.layers import ProductKeyMemory
         >>> from softdb.optim import RowAdam
-        >>> layer = ProductKeyMemory(64, rows=128 * 128, key_dim=32, k=8, track_usage=True)
+        >>> layer = ProductKeyMemory(64, rows=128 * 128, key_dim=32, k=8, sparse_grad=True, track_usage=True)
         >>> values = set(layer.store.parameters())
         >>> rest = [parameter for parameter in layer.parameters() if parameter not in values]
         >>> optimizers = RowAdam(values, lr=1e-2), torch.optim.AdamW(rest)
@@ -186,7 +187,7 @@ class ProductKeyMemory(nn.Module):
         value_dim: int | None = None,
         query_norm: QueryNorm | None = "layer",
         store: ValueTable | None = None,
-        sparse_grad: bool = True,
+        sparse_grad: bool = False,
         track_usage: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

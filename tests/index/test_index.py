@@ -332,7 +332,7 @@ def test_a_row_that_moved_far_is_found_at_its_new_position(name: str) -> None:
 
 
 def test_the_base_index_is_bypassed_when_an_optimizer_moves_all_rows() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     assert recall(store, query) > 0.9
     optimizer = torch.optim.AdamW(store.parameters(), lr=0.5)
@@ -353,7 +353,7 @@ def test_the_base_index_is_bypassed_when_an_optimizer_moves_all_rows() -> None:
 
 
 def test_a_bypassed_index_is_rebuilt_after_exact_searches_of_the_same_cost() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
     store.keys.grad = 50 * torch.randn_like(store.keys)
@@ -390,7 +390,7 @@ def test_the_index_is_reset_when_rows_have_a_new_layout() -> None:
 
 
 def test_moves_within_the_tolerance_make_no_row_pending() -> None:
-    store = make(IndexConfig("IVF16,Flat", tolerance=0.1), trainable=True)
+    store = make(IndexConfig("IVF16,Flat", tolerance=0.1), trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
     keys = store.keys.detach()
@@ -411,7 +411,7 @@ def test_moves_within_the_tolerance_make_no_row_pending() -> None:
 
 
 def test_a_non_finite_row_is_never_merged() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(5, seed=2)
     store.read(query, "topk", k=3)
     store.keys.data[3] = math.nan
@@ -431,7 +431,7 @@ def test_a_non_finite_row_is_never_merged() -> None:
 
 
 def test_rows_keep_their_entries_and_trained_lists_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
     base = store._index.base
@@ -468,7 +468,7 @@ def test_rows_keep_their_entries_and_trained_lists_are_reused(monkeypatch: pytes
 def test_norm_outliers_are_found_for_distant_queries(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By dot product the longest rows are among the best for queries far from them."""
     set_policy(monkeypatch, outlier_entries=1000, outlier_rows=0)
-    store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True)
+    store = make(IndexConfig(factory, recall=0.97), 4000, trainable=True, sparse_grad=True)
     query = clustered(64, seed=0)
     store.read(query, "topk", k=8)
     optimizer = RowAdam([store.keys], lr=0.1)
@@ -521,7 +521,7 @@ def test_a_background_build_is_used_after_the_next_write() -> None:
 
 
 def test_a_copied_store_builds_its_own_index() -> None:
-    store = make(IndexConfig("IVF16,Flat", background=True), trainable=True)
+    store = make(IndexConfig("IVF16,Flat", background=True), trainable=True, sparse_grad=True)
     query = clustered(50, seed=2)
     store.read(query, "topk", k=3)
     copied = copy.deepcopy(store)
@@ -550,7 +550,7 @@ def test_in_place_writes_to_keys_are_detected(trainable: bool) -> None:
 
 
 def test_steps_whose_hook_clears_the_gradients_are_detected() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=3)
     optimizer = torch.optim.SGD(store.parameters(), lr=1.0, fused=True)
@@ -565,7 +565,7 @@ def test_steps_whose_hook_clears_the_gradients_are_detected() -> None:
 
 @pytest.mark.parametrize("when", ["pre", "post"])
 def test_writes_by_a_hook_of_an_optimizer_are_detected(when: str) -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
     optimizer = torch.optim.SGD(store.parameters(), lr=0.1)
@@ -582,7 +582,7 @@ def test_writes_by_a_hook_of_an_optimizer_are_detected(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["pre", "post"])
 def test_writes_by_a_global_optimizer_hook_are_detected(when: str) -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
     optimizer = RowAdam(store.parameters(), lr=0.1)
@@ -610,7 +610,7 @@ def test_the_tolerance_is_robust_to_outliers_and_clusters(distribution: str, met
         keys += 300 * torch.randn(10, 8, generator=generator).repeat(500, 1)
     else:
         keys[7] = 1e6
-    store = SoftKVStore(8, 1, trainable=True, metric=metric, index="IVF64,Flat")  # type: ignore[arg-type]
+    store = SoftKVStore(8, 1, trainable=True, sparse_grad=True, metric=metric, index="IVF64,Flat")  # type: ignore[arg-type]
     store.add(keys, torch.zeros(5000, 1))
     query = keys[2000:2064] + 0.5 * torch.randn(64, 8, generator=generator)
 
@@ -655,7 +655,7 @@ def test_searches_are_exact_if_all_rows_have_huge_norms(metric: str, factory: st
 
 
 def test_refresh_accepts_pending_rows_that_are_all_non_finite() -> None:
-    store = make("HNSW16", trainable=True)
+    store = make("HNSW16", trainable=True, sparse_grad=True)
     store.read(clustered(4), "topk", k=5)
     with torch.no_grad():
         store.keys[5] = math.nan
@@ -664,7 +664,7 @@ def test_refresh_accepts_pending_rows_that_are_all_non_finite() -> None:
 
 
 def test_consecutive_functional_calls_use_their_own_keys() -> None:
-    store = make("IVF16,Flat", trainable=True, metric="l2")
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True, metric="l2")
     query = clustered(20, seed=2)
     base = store.keys.detach().clone()
     with torch.no_grad():
@@ -679,7 +679,7 @@ def test_consecutive_functional_calls_use_their_own_keys() -> None:
 
 
 def test_a_write_between_two_steps_is_detected() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     far = torch.full((1, 16), 30.0)
     store.read(far, "topk", k=3)
     optimizer = torch.optim.SGD(store.parameters(), lr=0.1)
@@ -691,7 +691,7 @@ def test_a_write_between_two_steps_is_detected() -> None:
 
 
 def test_reads_inside_an_optimizer_closure_are_current() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     found = []
 
@@ -708,7 +708,7 @@ def test_reads_inside_an_optimizer_closure_are_current() -> None:
 
 
 def test_the_index_follows_replaced_parameters() -> None:
-    store, other = make("IVF16,Flat", trainable=True), make("IVF16,Flat", trainable=True)
+    store, other = make("IVF16,Flat", trainable=True, sparse_grad=True), make("IVF16,Flat", trainable=True)
     query = clustered(20, seed=2)
     recall(store, query)
     store.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=True)
@@ -723,7 +723,7 @@ def test_the_index_follows_replaced_parameters() -> None:
 
 
 def test_functional_call_reads_the_given_keys() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     recall(store, query)
     keys = clustered(1000, seed=11)
@@ -755,7 +755,7 @@ def test_an_index_that_does_not_support_appending_is_rebuilt() -> None:
 
 
 def test_training_only_the_values_makes_no_row_pending() -> None:
-    store = make("IVF16,Flat", trainable=True)
+    store = make("IVF16,Flat", trainable=True, sparse_grad=True)
     query = clustered(20, seed=2)
     store.read(query, "topk", k=4).values.sum().backward()
     torch.optim.SGD([store.values], lr=0.1).step()

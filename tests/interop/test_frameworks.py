@@ -164,7 +164,7 @@ def test_an_average_without_changes_of_rows_is_one_of_keys_and_values() -> None:
 
 
 def test_an_averages_index_is_never_stale() -> None:
-    store = SoftKVStore(8, 2, trainable=True, index="IVF16,Flat")
+    store = SoftKVStore(8, 2, trainable=True, sparse_grad=True, index="IVF16,Flat")
     store.add(normal(2000, 8), normal(2000, 2, seed=1))
     average = AveragedModel(store, multi_avg_fn=EMA)
     average.update_parameters(store)
@@ -296,7 +296,7 @@ def test_update_average_keeps_small_steps_in_a_wider_average() -> None:
 
 
 def test_update_average_follows_the_index() -> None:
-    store = SoftKVStore(8, 2, trainable=True, index="IVF16,Flat")
+    store = SoftKVStore(8, 2, trainable=True, sparse_grad=True, index="IVF16,Flat")
     store.add(normal(2000, 8), normal(2000, 2, seed=1))
     average = copy.deepcopy(store)
     queries = normal(64, 8, seed=4)
@@ -827,7 +827,7 @@ def test_keys_written_through_data_are_detected_by_a_sample_and_reported_once(tr
 
 
 def test_recorded_writes_cause_no_warning() -> None:
-    store = SoftKVStore(8, 2, trainable=True, index="IVF16,Flat")
+    store = SoftKVStore(8, 2, trainable=True, sparse_grad=True, index="IVF16,Flat")
     ids = store.add(normal(2000, 8), normal(2000, 2, seed=1))
     optimizer = RowAdam(store.parameters(), lr=0.3)
     for step in range(6):
@@ -941,7 +941,7 @@ def test_a_write_to_a_store_is_followed_by_one_that_shares_its_keys() -> None:
 
 
 def test_a_store_whose_values_are_its_keys() -> None:
-    store = SoftKVStore(8, 8, trainable=True, index="IVF16,Flat")
+    store = SoftKVStore(8, 8, trainable=True, sparse_grad=True, index="IVF16,Flat")
     store.reserve(2000)
     store.values = store.keys
     store.add(normal(2000, 8), normal(2000, 8))
@@ -956,7 +956,7 @@ def test_a_store_whose_values_are_its_keys() -> None:
 
 
 def test_an_index_follows_an_optimizer_that_moves_shared_keys() -> None:
-    a, b = (SoftKVStore(8, 2, trainable=True, index="IVF16,Flat") for _ in "ab")
+    a, b = (SoftKVStore(8, 2, trainable=True, sparse_grad=True, index="IVF16,Flat") for _ in "ab")
     for store in (a, b):
         store.add(normal(2000, 8), normal(2000, 2, seed=1))
     b.keys = a.keys
@@ -973,7 +973,7 @@ def test_an_index_follows_an_optimizer_that_moves_shared_keys() -> None:
 
 
 def test_assigned_keys_become_the_stores_own() -> None:
-    store = SoftKVStore(8, 2, trainable=True, index="IVF16,Flat")
+    store = SoftKVStore(8, 2, trainable=True, sparse_grad=True, index="IVF16,Flat")
     store.add(normal(2000, 8), normal(2000, 2, seed=1))
     store.read(normal(64, 8), "topk", k=5)
     store.keys = nn.Parameter(normal(2000, 8, seed=2))
@@ -1241,6 +1241,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         "ddp_begins_with_the_rows_of_rank_0",
         "ddp_reduces_row_sparse_gradients_without_visible_embeddings",
         "default_ddp_leaves_each_process_its_counters",
+        "an_index_follows_rows_that_only_other_ranks_read",
         "row_optimizers_refuse_shards",
         "zero_redundancy_optimizer",
         "fsdp2_with_dense_gradients",

@@ -191,7 +191,7 @@ def test_reset_parameters_resets_usage_and_optimizer_state() -> None:
 
 
 def test_sparse_gradients_update_only_the_rows_read() -> None:
-    layer = MemoryLayer(8, 100, heads=2, key_dim=4, mode="topk", k=3)
+    layer = MemoryLayer(8, 100, heads=2, key_dim=4, mode="topk", k=3, sparse_grad=True)
     before = copy.deepcopy(layer)
     x = torch.randn(4, 8)
     y, read = layer(x, return_read=True)
@@ -203,7 +203,7 @@ def test_sparse_gradients_update_only_the_rows_read() -> None:
     RowAdam(layer.store.parameters(), lr=0.1).step()
     moved = (layer.store.values != before.store.values).any(-1).nonzero().squeeze(-1)
     assert torch.equal(moved, rows_read)
-    dense = MemoryLayer(8, 100, mode="topk", k=3, sparse_grad=False)
+    dense = MemoryLayer(8, 100, mode="topk", k=3)
     dense(x).sum().backward()
     assert dense.store.keys.grad.layout == torch.strided
 
@@ -352,7 +352,7 @@ def test_gumbel_layer_draws_no_noise_in_eval_mode(options: dict[str, Any], compi
 @pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
 def test_heads_with_separate_stores_may_have_supports_of_different_sizes(normalizer: str) -> None:
     options: dict[str, Any] = {"heads": 2, "key_dim": 4, "normalizer": normalizer, "shared": False}
-    layer = MemoryLayer(8, 40, mode="topk", k=2, **options)
+    layer = MemoryLayer(8, 40, mode="topk", k=2, sparse_grad=True, **options)
     with torch.no_grad():
         layer.stores[0].keys.mul_(0.01)
         layer.stores[1].keys.mul_(100.0)
@@ -1090,7 +1090,7 @@ def test_search_in_parts_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_optimizer_step_updates_only_the_rows_read() -> None:
-    layer = ProductKeyMemory(16, 64 * 64, key_dim=8, k=4)
+    layer = ProductKeyMemory(16, 64 * 64, key_dim=8, k=4, sparse_grad=True)
     before = layer.store.weight.detach().clone()
     y, read = layer(torch.randn(6, 16), return_read=True)
     y.square().sum().backward()
@@ -1104,7 +1104,7 @@ def test_optimizer_step_updates_only_the_rows_read() -> None:
 
 @pytest.mark.slow
 def test_product_key_memory_learns_a_table() -> None:
-    layer, table = ProductKeyMemory(16, 32 * 32, key_dim=16, k=8), torch.randn(50, 16)
+    layer, table = ProductKeyMemory(16, 32 * 32, key_dim=16, k=8, sparse_grad=True), torch.randn(50, 16)
     x = F.normalize(torch.randn(50, 16), dim=-1) * 4
     values = [layer.store.weight]
     optimizers = (
@@ -1122,7 +1122,7 @@ def test_product_key_memory_learns_a_table() -> None:
 
 
 def test_product_key_memories_share_a_store() -> None:
-    first = ProductKeyMemory(12, 100, k=5, key_dim=8, track_usage=True).double()
+    first = ProductKeyMemory(12, 100, k=5, key_dim=8, sparse_grad=True, track_usage=True).double()
     second = ProductKeyMemory(12, 100, heads=2, k=3, key_dim=4, store=first.store, dtype=torch.float64)
     both = nn.ModuleList([first, second])
     assert second.store is first.store

@@ -41,7 +41,7 @@ def make_row_gradient(shape: tuple[int, ...], count: int, seed: int, dtype: torc
 
 
 def make_store(count: int = 8, capacity: int | None = None, **options: Any) -> SoftKVStore:
-    store = SoftKVStore(4, 3, trainable=True, **options)
+    store = SoftKVStore(4, 3, trainable=True, sparse_grad=True, **options)
     store.reserve(capacity or count)
     generator = make_generator()
     store.add(torch.randn(count, 4, generator=generator), torch.randn(count, 3, generator=generator))
@@ -481,7 +481,7 @@ def test_new_or_revived_row_starts_with_reset_state(kind: type, weight_decay: fl
         key, value = torch.randn(1, 4, generator=make_generator(3)), torch.randn(1, 3, generator=make_generator(4))
         store.add(key, value)
         assert store.ids.tolist() == [0, 1, 6, 3, 4, 5]  # The new row has the slot of the deleted row.
-    lone = SoftKVStore(4, 3, trainable=True)
+    lone = SoftKVStore(4, 3, trainable=True, sparse_grad=True)
     lone.add(key, value)
     fresh = kind(lone.parameters(), lr=0.05, weight_decay=weight_decay)
     for step in range(3):
@@ -575,7 +575,7 @@ def test_run_resumed_from_a_file_equals_an_uninterrupted_run(kind: type, dtype: 
             optimizer.step()
 
     def make(count: int) -> tuple[SoftKVStore, torch.optim.Optimizer]:
-        store = SoftKVStore(4, 3, trainable=True, dtype=dtype)
+        store = SoftKVStore(4, 3, trainable=True, sparse_grad=True, dtype=dtype)
         rows = torch.randn(count, 7, generator=make_generator()).to(dtype)
         store.add(rows[:, :4], rows[:, 4:])
         return store, kind(store.parameters(), lr=0.05, weight_decay=0.1)

@@ -126,7 +126,7 @@ WHERES = {
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_sample_of_all_rows_gives_the_exact_read(metric: str, where: dict[str, object]) -> None:
     problem = Problem.random(rows=123, metric=metric, dtype=torch.float64)
-    store = make_store(problem, trainable=True)
+    store = make_store(problem, trainable=True, sparse_grad=True)
     store.delete([2, 50])
     leaves = [problem.query, store.keys, store.values]
     exact = store.read(problem.query, k=6, **where)
@@ -147,7 +147,7 @@ def test_a_sample_of_all_rows_gives_the_exact_read(metric: str, where: dict[str,
 @pytest.mark.slow
 def test_numerator_denominator_and_their_gradients_are_unbiased() -> None:
     problem = Problem.random(rows=123, dtype=torch.float64)
-    store = make_store(problem, trainable=True)
+    store = make_store(problem, trainable=True, sparse_grad=True)
     leaves = [problem.query, store.keys, store.values]
     generator = torch.Generator().manual_seed(0)
 
@@ -197,7 +197,7 @@ def test_a_tail_reduces_the_error_and_bounds_it_in_nine_of_ten_cases() -> None:
 
 def test_sampled_rows_get_gradients_and_a_staleness_check() -> None:
     problem = Problem.random(rows=400)
-    store = make_store(problem, trainable=True)
+    store = make_store(problem, trainable=True, sparse_grad=True)
     read = store.read(problem.query, "topk", k=3, tail_samples=30)
     (gradient,) = torch.autograd.grad(read.values.sum(), store.values, retain_graph=True)
     rows = gradient.coalesce().indices()[0]
@@ -434,7 +434,7 @@ def test_errors_stay_below_error_and_tolerance(width: int, queries: int, monkeyp
 
 def test_a_read_to_a_tolerance_is_exact_where_that_is_cheaper() -> None:
     problem = Problem.random(rows=300, dtype=torch.float64)
-    store = make_store(problem, trainable=True)
+    store = make_store(problem, trainable=True, sparse_grad=True)
     exact, read = store.read(problem.query), store.read(problem.query, "topk", tolerance=0.1)
     assert read.ids is None
     assert largest_error(read.values, exact.values) < 1e-12
@@ -451,7 +451,7 @@ def test_a_read_to_a_tolerance_is_exact_where_that_is_cheaper() -> None:
 def test_a_read_to_a_tolerance_respects_filters_and_has_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_samples_free(monkeypatch)
     monkeypatch.setattr(Reader, "rounds", ToleranceRounds(candidates=8, samples=64))
-    store, query = make_clustered_store(6000, trainable=True)
+    store, query = make_clustered_store(6000, trainable=True, sparse_grad=True)
     query = query.view(3, 4, 16).requires_grad_()
     wheres: dict[str, dict[str, object]] = {
         "all": {},

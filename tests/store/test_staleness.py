@@ -34,7 +34,7 @@ def store_of(problem: Problem, **options: Any) -> SoftKVStore:
 
 def make_trainable_store(**options: Any) -> SoftKVStore:
     generator = torch.Generator().manual_seed(0)
-    store = SoftKVStore(8, 4, trainable=True, index=IndexConfig("IVF8,Flat", recall=1.0), **options)
+    store = SoftKVStore(8, 4, trainable=True, sparse_grad=True, index=IndexConfig("IVF8,Flat", recall=1.0), **options)
     store.add(torch.randn(300, 8, generator=generator), torch.randn(300, 4, generator=generator))
     return store
 
@@ -100,7 +100,7 @@ def test_changing_a_row_that_was_read_is_an_error_in_backward(mode, how, trainab
 
 def test_changing_a_row_that_was_not_read_is_fine() -> None:
     problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
+    store = store_of(problem, trainable=True, sparse_grad=True)
     read = store.read(problem.query, "topk", k=3)
     filtered = store.read(problem.query, where=store.ids < 20)
     unread = sorted(set(range(20, 30)) - set(read.ids.flatten().tolist()))
@@ -124,7 +124,7 @@ def test_backward_raises_after_a_row_that_was_read_is_evicted(evict: str, traina
 
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
 def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
-    store = SoftKVStore(8, 3, trainable=True)
+    store = SoftKVStore(8, 3, trainable=True, sparse_grad=True)
     store.reserve(64)
     store.add(torch.randn(30, 8), torch.randn(30, 3))
     run = torch.compile(lambda x: store(x, **how).sum(), backend="aot_eager", fullgraph=True)
@@ -143,7 +143,7 @@ def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
 
 def test_a_callable_whose_answer_changes_before_backward_is_an_error() -> None:
     problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
+    store = store_of(problem, trainable=True, sparse_grad=True)
     now = torch.full((5, 1), 20)
     read = store.read(problem.query, where=lambda row: row["id"] < now)
     now += 5
@@ -154,7 +154,7 @@ def test_a_callable_whose_answer_changes_before_backward_is_an_error() -> None:
 @pytest.mark.parametrize(("modulus", "before", "after"), [(10**6, 10, 0), (2, 1, 2)], ids=["to none", "to others"])
 def test_a_callable_whose_new_answer_hides_in_rounding_is_an_error(modulus: int, before: int, after: int) -> None:
     problem = Problem.random(rows=2000)
-    store = store_of(problem, trainable=True)
+    store = store_of(problem, trainable=True, sparse_grad=True)
     limit = torch.tensor([before])
     read = store.read(
         1e-3 * problem.query,
@@ -215,7 +215,7 @@ def test_a_step_that_fails_half_way_leaves_no_read_that_goes_backward(fails: str
 
 
 def test_step_makes_only_the_updated_rows_stale() -> None:
-    store = SoftKVStore(4, 3, trainable=True)
+    store = SoftKVStore(4, 3, trainable=True, sparse_grad=True)
     store.add(torch.eye(4), torch.ones(4, 3))
     optimizer = RowAdam(store.parameters(), lr=0.1)
     first = store.read(torch.tensor([9.0, 9, 0, 0]), "topk", k=2)

@@ -142,7 +142,7 @@ class TestExactAmongHolesInSmallTiles(TestExactAmongHoles):
 @pytest.mark.parametrize("k", [1, 5, 70])
 def test_topk_reads_the_best_rows_and_no_others(metric: str, k: int) -> None:
     problem = Problem.random(rows=5000, metric=metric)
-    store = store_of(problem, trainable=True)
+    store = store_of(problem, trainable=True, sparse_grad=True)
     read = store.read(problem.query, "topk", k=k)
     wide = problem.to(torch.float64)
     scores = reference.scores(wide.query, wide.keys, metric)
@@ -601,7 +601,7 @@ def test_a_sparse_gradient_survives_growth() -> None:
 
 def test_deleting_a_row_with_a_sparse_gradient_warns_of_nothing() -> None:
     problem = Problem.random(rows=30)
-    store = store_of(problem, trainable=True)
+    store = store_of(problem, trainable=True, sparse_grad=True)
     read = store.read(problem.query, "topk", k=3)
     read.values.sum().backward()
     gone = int(read.ids[0, 0])

@@ -82,7 +82,7 @@ def race(
 ) -> None:
     """Run readers and a writer; check that each answer is right for one version of the store."""
     config = IndexConfig(factory, recall=0.5, **options)
-    store = SoftKVStore(WIDTH, 2, trainable=True, index=config)
+    store = SoftKVStore(WIDTH, 2, trainable=True, sparse_grad=True, index=config)
     optimizer = RowAdam(store.parameters(), lr=0.05)
     history: dict[int, Version] = {}
     answers: list[Answer] = []

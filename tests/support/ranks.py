@@ -119,8 +119,27 @@ def ddp_reduces_row_sparse_gradients_without_visible_embeddings(rank: int) -> No
 
 
 @scenario
+def an_index_follows_rows_that_only_other_ranks_read(rank: int) -> None:
+    store = SoftKVStore(4, 3, metric="l2", trainable=True, index="IVF16,Flat")
+    store.add(normal(2000, 4), normal(2000, 3, seed=1))
+    wrapped, x = DistributedDataParallel(store), normal(4, 4, seed=rank)
+    read, before = store.read(normal(64, 4, seed=9), "topk", k=3), store.keys.detach().clone()
+    assert store.index_stats().factory == "IVF16,Flat"
+    optimizer = torch.optim.SGD(store.parameters(), lr=500.0)
+    read = store.read(x, "topk", k=3)
+    wrapped(x, mode="topk", k=3).square().sum().backward()
+    optimizer.step()
+    moved = (store.keys.detach() != before).any(-1).nonzero().squeeze(-1)
+    assert not torch.isin(moved, read.ids).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # The store would warn of a write that it has not recorded.
+        found = store.read(store.keys.detach()[moved], "topk", k=1).ids.squeeze(-1)
+    assert torch.equal(found, moved)  # Each moved key finds itself.
+
+
+@scenario
 def default_ddp_leaves_each_process_its_counters(rank: int) -> None:
-    layer = ProductKeyMemory(8, rows=16, heads=1, k=2, key_dim=4, track_usage=True)
+    layer = ProductKeyMemory(8, rows=16, heads=1, k=2, key_dim=4, sparse_grad=True, track_usage=True)
     wrapped = DistributedDataParallel(layer)
     for step in range(3):
         wrapped(normal(2 + rank, 8, seed=step)).sum().backward()

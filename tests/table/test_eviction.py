@@ -269,7 +269,7 @@ def test_free_slots_are_filled_before_rows_are_evicted() -> None:
 
 @pytest.mark.parametrize("evict", [None, *EVICTIONS])
 def test_storage_of_a_fixed_capacity_is_allocated_once(evict: str | None) -> None:
-    store = SoftKVStore(2, 1, capacity=4, evict=evict, trainable=True)  # type: ignore[arg-type]
+    store = SoftKVStore(2, 1, capacity=4, evict=evict, trainable=True, sparse_grad=True)  # type: ignore[arg-type]
     keys, data = store.keys, store.keys.data_ptr()
     assert keys.shape == (4, 2)
     assert len(store) == 0
@@ -311,7 +311,7 @@ def test_a_large_store_rarely_scans_all_rows(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 4}], ids=["dense", "sparse"])
 @pytest.mark.parametrize("write", ["add", "revive"])
 def test_gradients_of_evicted_and_revived_rows_are_dropped(how: dict[str, object], write: str) -> None:
-    store = full("oldest", trainable=True)
+    store = full("oldest", trainable=True, sparse_grad=True)
     store.read(torch.randn(3, 2), **how).values.square().sum().backward()  # type: ignore[arg-type]
     before = store.values.grad.to_dense().clone()
     generation = store.rows.generation.clone()
@@ -434,7 +434,7 @@ def test_repr_shows_capacity_and_eviction_rule() -> None:
 
 
 def test_usage_counts_the_rows_that_reads_report() -> None:
-    store = SoftKVStore(2, 1, track_usage=True, trainable=True)
+    store = SoftKVStore(2, 1, track_usage=True, trainable=True, sparse_grad=True)
     store.read(torch.ones(3, 2), "topk", k=2)  # the store is empty
     store.add(*rows_of(5))
     store.delete([1])
@@ -507,7 +507,7 @@ def test_exact_softmax_reads_without_k_are_not_counted() -> None:
 
 @pytest.mark.parametrize("normalizer", [name for name in NORMALIZERS if reports_rows(name) and not is_random(name)])
 def test_rows_with_weight_in_an_exact_read_are_evicted_last(normalizer: str) -> None:
-    store = full("lru", trainable=True)
+    store = full("lru", trainable=True, sparse_grad=True)
     query = torch.tensor([[-9.0, 0.0]], requires_grad=True)
     store.read(query, normalizer=normalizer).values.sum().backward()  # only row 0 has weight
     store.add(*rows_of(1))
@@ -523,8 +523,10 @@ def test_usage_requires_track_usage() -> None:
 
 def test_counting_reads_does_not_change_gradients() -> None:
     torch.manual_seed(0)
-    stores = [SoftKVStore(2, 1, trainable=True, capacity=9, **options) for options in ({}, {"evict": "lru"})]  # type: ignore[arg-type]
-    stores.append(SoftKVStore(2, 1, trainable=True, capacity=9, evict="lru", track_usage=True))
+    stores = [
+        SoftKVStore(2, 1, trainable=True, sparse_grad=True, capacity=9, **options) for options in ({}, {"evict": "lru"})
+    ]  # type: ignore[arg-type]
+    stores.append(SoftKVStore(2, 1, trainable=True, sparse_grad=True, capacity=9, evict="lru", track_usage=True))
     query = torch.randn(4, 2, requires_grad=True)
     table = torch.randn(9, 2), torch.randn(9, 1)
     answers = []
@@ -540,7 +542,7 @@ def test_counting_reads_does_not_change_gradients() -> None:
 
 
 def test_reads_do_not_change_the_version() -> None:
-    store = full("lru", track_usage=True, trainable=True)
+    store = full("lru", track_usage=True, trainable=True, sparse_grad=True)
     version = store.rows.version
     first = store.read(torch.ones(1, 2), "topk", k=2)
     store.read(torch.ones(1, 2), k=2)
@@ -565,7 +567,7 @@ def test_a_store_filled_and_read_in_inference_mode() -> None:
 
 
 def test_revived_rows_keep_ids_and_fields_and_make_reads_stale() -> None:
-    store = SoftKVStore(2, 1, fields=("time",), track_usage=True, trainable=True)
+    store = SoftKVStore(2, 1, fields=("time",), track_usage=True, trainable=True, sparse_grad=True)
     store.add(*rows_of(4), ids=[5, 6, 7, 8], fields={"time": [1, 2, 3, 4]})
     query = torch.ones(1, 2)
     stale, good = (store.read(query, where=torch.tensor(ids)) for ids in ([5, 6], [6, 8]))

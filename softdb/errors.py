@@ -26,6 +26,8 @@
     └── UnsupportedSystemError (RuntimeError)  the operating system lacks the files and locks of save and load
 
 If a method that writes raises one of them, nothing has been written, except for `UnfinishedWriteError`.
+
+`PerformanceWarning` is a warning, no error: a result is right, and another option would cost less.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteError",
     "NotApplicableError",
+    "PerformanceWarning",
     "ReadOnlyError",
     "SecondDerivativeError",
     "ShapeError",
@@ -164,4 +167,11 @@ class UnsupportedSystemError(SoftDBError, RuntimeError):
     """The operating system lacks the POSIX files and locks of ``save`` and ``load``.
 
     Use ``torch.save(store.state_dict(), file)`` instead.
+    """
+
+
+class PerformanceWarning(UserWarning):
+    """Warning that another read or option would give the same result at a lower cost.
+
+    A store gives each warning once. Turn it off by ``warnings.simplefilter("ignore", softdb.PerformanceWarning)``.
     """

@@ -17,6 +17,7 @@ from softdb.interop.ddp import is_called_by_ddp, make_stand_in
 from softdb.kernels.spec import disable_autocast
 from softdb.layers.product_search import PairSearch, find_best_pairs
 from softdb.layers.queries import Queries, QueryNorm, reset_output
+from softdb.reading.hints import CostHints
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
@@ -47,7 +48,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(rows, value_dim, sparse=sparse_grad, device=device, dtype=dtype)
-        self.track_usage = track_usage
+        self.track_usage, self._hints = track_usage, CostHints()
         if track_usage:
             reads, total = new_counters(rows, device)
             self.register_buffer("reads", reads)
@@ -99,6 +100,8 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
 
     def blend(self, weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, value_dim)
         """Return ``(weights[..., None] * weight[rows]).sum(1)``, and count the reads."""
+        if not self.sparse:
+            self._hints.check_gradient("layer", [self.weight])
         values = blend(weights, self.weight, rows, sparse=self.sparse)
         if self.track_usage:
             if is_active():

@@ -24,6 +24,7 @@ from softdb.kernels.tiling import Tiling
 from softdb.processes import is_within_ddp
 from softdb.reading.counting import count_read
 from softdb.reading.exact import read_exactly
+from softdb.reading.hints import CostHints
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.preparation import SearchPreparation
 from softdb.reading.result import (
@@ -39,7 +40,7 @@ from softdb.reading.result import (
 from softdb.reading.sample import Sample
 from softdb.reading.staleness import OpenReads
 from softdb.reading.tables import Tables
-from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, is_worth_trying
+from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, estimate_exact_cost, is_worth_trying
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import draw_noise
 from softdb.scoring.metrics import Metric, compute_center, compute_dtype, prepare_query
@@ -122,6 +123,7 @@ class Reader:
         self._full_selection: tuple[int, Selection | None] = (0, None)
         self._key_norm = (0, 0.0)
         self._key_nan_at = -1  # version at which a key held NaN
+        self._hints = CostHints()
 
     def run(self, query: Tensor, options: ReadOptions, substitutes: Mapping[str, Tensor] | None = None) -> Read:
         """Answer a batch of queries.
@@ -186,6 +188,8 @@ class Reader:
         read, used = self.read(view, query, options)
         if substitutes is not None:
             return read
+        if options.mode != "exact" and not sparse and not table.is_sharded:
+            self._hints.check_gradient("store", (keys, values))
         return self._open_reads.attach(read, table.rows, used, list(replacements.values()))
 
     def _check_substitute(self, name: str, tensor: Tensor, mode: Mode) -> None:
@@ -261,7 +265,21 @@ class Reader:
             count, generator = options.tail_samples, options.generator
             read, sampled = self._add_tail(view, read, operand, spec, tables, count, found.recall, generator)
             used = torch.cat([used, sampled])
+        if options.mode == "topk":
+            self._hint_at_exact_read(view, spec.selection, found, options)
         return read, used
+
+    def _hint_at_exact_read(
+        self, view: ReadView, selection: Selection, found: Candidates, options: ReadOptions
+    ) -> None:
+        """Warn once for each option that makes a topk read cost more than an exact one."""
+        (queries, k), rows = found.slots.shape, selection.shared_count
+        exact, width = estimate_exact_cost(rows, queries), view.keys.shape[-1] + view.values.shape[-1]
+        cost = self.costs.estimate_candidates_cost(k, queries, rows if found.exact else 0)
+        self._hints.check_cost(f"k={k}", cost, exact, width)
+        if options.tail_samples and cost <= exact:
+            cost += self.costs.estimate_sample_cost(min(options.tail_samples, rows), queries)
+            self._hints.check_cost(f"tail_samples={options.tail_samples}", cost, exact, width)
 
     def _read_candidates(
         self,
@@ -359,6 +377,8 @@ class Reader:
         best, found = self._read_candidates(view, query, operand, spec, tables, candidates, careful=True)
         read, sampled = self._add_tail(view, best, operand, spec, tables, rounds.samples, found.recall, generator)
         used = [found.slots.flatten(), sampled]
+        cost = self.costs.estimate_candidates_cost(candidates, len(query), 0)
+        cost += self.costs.estimate_sample_cost(rounds.samples, len(query))
         drawn = torch.full_like(cast(Tensor, read.error), rounds.samples)
         for exponent in rounds.exponents:
             remaining, excess = _find_above_tolerance(read, tolerance)
@@ -372,10 +392,14 @@ class Reader:
             repeated, sampled = self._add_tail(
                 view, repeated, operand[some], part, tables, samples, found.recall, generator
             )
+            cost += self.costs.estimate_sample_cost(samples, len(some))
             drawn[some] = samples
             read = replace_queries(read, some, repeated)
             used.append(sampled)
         remaining, _ = _find_above_tolerance(read, tolerance)
+        rows, width = selection.shared_count, view.keys.shape[-1] + view.values.shape[-1]
+        cost += estimate_exact_cost(rows, len(remaining))
+        self._hints.check_cost(f"tolerance={tolerance}", cost, estimate_exact_cost(rows, len(query)), width)
         if len(remaining) == 0:
             return keep_best(read, k), torch.cat(used)
         part = replace(spec, selection=selection.take(remaining))

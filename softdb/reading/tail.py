@@ -33,7 +33,7 @@ from softdb.reading.result import Read, compute_mass, transform
 from softdb.reading.sample import SAMPLE_CHUNK_ROWS, VARIANCE_PARTS, Sample
 from softdb.reading.tables import Tables
 
-__all__ = ["TailCosts", "add_tail", "choose_sample_size", "is_worth_trying"]
+__all__ = ["TailCosts", "add_tail", "choose_sample_size", "estimate_exact_cost", "is_worth_trying"]
 
 
 RowSource = Callable[[slice], tuple[Tensor, Tensor]]
@@ -81,6 +81,7 @@ class TailCosts:
         sample: Fixed cost of a sample.
         max_trial_fraction: A first sample is tried if it and the candidates cost at most this fraction of an exact
             read.
+        exact_search: Cost of one row of an exact search for candidates: a product with a key alone.
     """
 
     sample_row: float = 1.7
@@ -88,10 +89,15 @@ class TailCosts:
     candidate: float = 150
     sample: float = 5e6
     max_trial_fraction: float = 1 / 4
+    exact_search: float = 0.6
 
     def estimate_sample_cost(self, samples: float, queries: int) -> float:
         """Estimate the cost of a sample for a number of queries."""
         return self.sample + self.sample_row * samples * (queries + self.sample_queries) if queries else 0.0
+
+    def estimate_candidates_cost(self, k: int, queries: int, searched: int) -> float:
+        """Estimate the cost of k candidates from an exact search of ``searched`` rows."""
+        return queries * (self.candidate * k + self.exact_search * searched)
 
 
 def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: Sample, recall: float = 1.0) -> Read:
@@ -149,14 +155,15 @@ def _add_finite_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, 
     return replace(estimated, error=error.masked_fill(is_empty, 0.0))
 
 
-def _estimate_exact_cost(population: int, queries: int) -> float:
+def estimate_exact_cost(population: int, queries: int) -> float:
+    """Estimate the cost of an exact read."""
     return float(population * (queries + FIRST_QUERY_COST)) if queries else 0.0
 
 
 def is_worth_trying(samples: int, candidates: int, queries: int, population: int, costs: TailCosts) -> bool:
     """Return whether a first sample is cheap compared with an exact read."""
     cost = costs.estimate_sample_cost(samples, queries) + costs.candidate * candidates * queries
-    return cost <= costs.max_trial_fraction * _estimate_exact_cost(population, queries)
+    return cost <= costs.max_trial_fraction * estimate_exact_cost(population, queries)
 
 
 def choose_sample_size(needed: Tensor, population: int, costs: TailCosts) -> int:  # (b,)
@@ -173,11 +180,11 @@ def choose_sample_size(needed: Tensor, population: int, costs: TailCosts) -> int
         The number of rows; 0 if an exact read is cheaper.
     """
     ordered, count = needed.sort().values, len(needed)
-    best, lowest_cost = 0, _estimate_exact_cost(population, count)
+    best, lowest_cost = 0, estimate_exact_cost(population, count)
     for place in {count // 4, count // 2, 3 * count // 4, count - 1} if count else ():
         samples = float(ordered[place])
         rest = count - int(torch.searchsorted(ordered, ordered[place], right=True))
-        later_cost = min(_estimate_exact_cost(population, rest), costs.estimate_sample_cost(float(ordered[-1]), rest))
+        later_cost = min(estimate_exact_cost(population, rest), costs.estimate_sample_cost(float(ordered[-1]), rest))
         cost = costs.estimate_sample_cost(samples, count - rest) + later_cost
         if samples < population and cost < lowest_cost:
             best, lowest_cost = math.ceil(samples), cost

@@ -124,7 +124,7 @@ def soft_read(
             - "straight_through": forward returns the value of the best row, backward is that of softmax.
             - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its softmax
               probability. ``scores`` and ``lse`` include the noise.
-            - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows.
+            - A sparse normalizer, such as "sparsemax" or "entmax15": weights that are 0 except for some best rows.
         generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
     Returns:

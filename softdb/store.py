@@ -154,6 +154,10 @@ class SoftKVStore(StoreModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Create a store without rows; `SoftKVStore` describes the arguments.
+
+        ``help(SoftKVStore)`` shows that text.
+        """
         super().__init__()
         config = StoreConfig(key_dim, value_dim, metric, trainable, fields, capacity, evict, track_usage)
         for name in FIXED_NAMES:
@@ -540,11 +544,11 @@ class SoftKVStore(StoreModule):
                 - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its
                   softmax probability. ``scores`` and ``lse`` include the noise. In eval mode (``store.eval()``),
                   "straight_through" replaces it, also in ``read.normalizer``.
-                - "sparsemax" or "entmax15": weights that are 0 except for some of the best rows. In exact mode the rows
-                  with weight above 0 are gathered; if they are too many, `ArgumentError` is raised. In topk mode, k is
-                  doubled while all candidates of a query have weight, up to the larger of 16 k and 1,024. ``mass`` is 1
-                  if the candidates are known to include all rows with weight, else NaN. An approximate search cannot
-                  know it, so its mass is NaN.
+                - A sparse normalizer, such as "sparsemax" or "entmax15": weights that are 0 except for some of the best
+                  rows. In exact mode the rows with weight above 0 are gathered; if they are too many, `ArgumentError`
+                  is raised. In topk mode, k is doubled while all candidates of a query have weight, up to the larger of
+                  16 k and 1,024. ``mass`` is 1 if the candidates are known to include all rows with weight, else NaN.
+                  An approximate search cannot know it, so its mass is NaN.
             tail_samples: Number of rows to sample, in topk mode, to estimate the contribution of the rows that are not
                 candidates. If the sample has room for all other rows, the read is exact. With a sample, ``lse`` is an
                 estimate over all allowed rows, ``weights`` and ``mass`` are relative to it, and ``error`` is an upper

@@ -204,13 +204,17 @@ def _sparse(scores: Tensor, weigh: Weigh, slopes: Weigh, floor: float) -> Tensor
 
 
 def _weigh_shifted(scores: Tensor, weigh: Weigh, floor: float) -> Tensor:
-    """Apply ``weigh`` to scores relative to the largest score of each query."""
+    """Apply ``weigh`` to scores relative to the largest score of each query.
+
+    Where every score is -inf, all weights are 0. Differentiable if ``weigh`` is.
+    """
     if scores.shape[-1] == 0:
         return scores.clone()
     largest = scores.amax(-1, keepdim=True)
     empty = largest == -torch.inf
-    below = (scores - largest.masked_fill(empty, 0.0)).clamp(min=floor)
-    return weigh(below).masked_fill_(empty, 0.0)
+    shifted = (scores - largest.masked_fill(empty, 0.0)).clamp(min=floor)
+    # Neither value nor gradient of an empty query may be NaN, whatever ``weigh`` does with scores at the floor.
+    return weigh(shifted.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
 
 
 def _project(z: Tensor) -> Tensor:

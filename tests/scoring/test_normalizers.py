@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from softdb.errors import ArgumentError, DtypeError
 from softdb.functional import merge, soft_read
 from softdb.lab.comparison import NORMALIZER_STYLES
 from softdb.lab.page_charts import NORMALIZER_DASHES
+from softdb.scoring import normalizers
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import (
     NORMALIZERS,
@@ -76,6 +79,20 @@ def test_straight_through_returns_hard_and_passes_the_gradient_to_soft() -> None
 
 
 SPARSE_NAMES = sorted(SPARSE_NORMALIZERS)
+ROOT = Path(__file__).parents[2]
+
+
+def load_example() -> Callable[[Tensor], Tensor]:
+    """Return the normalizer that CONTRIBUTING.md defines, as if its code were in the module."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def relumax.*?)```", page, re.DOTALL)
+    names = dict(vars(normalizers))
+    exec(code, names)
+    function: Callable[[Tensor], Tensor] = names["relumax"]
+    return function
+
+
+SPARSE_FUNCTIONS = {**SPARSE_NORMALIZERS, "example of CONTRIBUTING": load_example()}
 
 
 @pytest.mark.slow
@@ -105,28 +122,28 @@ def test_sparse_weights_equal_those_of_the_entmax_package(name: str) -> None:
             assert torch.allclose(ours[1], others[1], atol=1e-8 * max(1.0, scale), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 def test_sparse_weights_favor_high_scores_and_treat_ties_alike(name: str) -> None:
     scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [900.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    weights = SPARSE_NORMALIZERS[name](scores)
+    weights = SPARSE_FUNCTIONS[name](scores)
     assert torch.allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))
     assert (weights[0].diff() <= 0).all()
     assert torch.equal(weights[1], torch.full((4,), 0.25, dtype=torch.float64))
     assert torch.equal(weights[2], torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 def test_sparse_weights_do_not_depend_on_rows_without_weight(name: str) -> None:
     """The read paths find the rows with weight first and drop the others; a wrong floor of the scores shows here."""
     torch.manual_seed(0)
     for scale in (0.1, 1.0, 10.0):
         scores = scale * torch.randn(30, 50, dtype=torch.float64)
         scores[:, ::2] -= 1e6
-        weights = SPARSE_NORMALIZERS[name](scores)
+        weights = SPARSE_FUNCTIONS[name](scores)
         assert (weights[:, ::2] == 0).all()
-        assert torch.allclose(weights[:, 1::2], SPARSE_NORMALIZERS[name](scores[:, 1::2]))
+        assert torch.allclose(weights[:, 1::2], SPARSE_FUNCTIONS[name](scores[:, 1::2]))
         for one, row in zip(weights, scores, strict=True):
-            assert torch.allclose(one[one > 0], SPARSE_NORMALIZERS[name](row[one > 0]))
+            assert torch.allclose(one[one > 0], SPARSE_FUNCTIONS[name](row[one > 0]))
 
 
 @pytest.mark.parametrize(("name", "inverse"), [("sparsemax", lambda w: w), ("entmax15", lambda w: 2 * w.sqrt())])
@@ -138,41 +155,41 @@ def test_rows_with_sparse_weight_have_one_threshold(name: str, inverse: Callable
     assert (scores[weights == 0] < thresholds[0]).all()
 
 
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 def test_sparse_weights_pass_gradcheck(name: str) -> None:
     torch.manual_seed(0)
     scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SPARSE_NORMALIZERS[name], scores)
-    assert torch.autograd.gradgradcheck(SPARSE_NORMALIZERS[name], scores)
+    assert torch.autograd.gradcheck(SPARSE_FUNCTIONS[name], scores)
+    assert torch.autograd.gradgradcheck(SPARSE_FUNCTIONS[name], scores)
 
 
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sparse_weights_of_hidden_scores_and_of_empty_inputs(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     raw = torch.randn(3, 6, dtype=dtype, requires_grad=True)
     hidden = torch.rand(3, 6) < 0.4
     hidden[1], hidden[:, 0] = True, torch.tensor([False, True, False])
-    weights = SPARSE_NORMALIZERS[name](raw.masked_fill(hidden, -math.inf))
+    weights = SPARSE_FUNCTIONS[name](raw.masked_fill(hidden, -math.inf))
     assert (weights[hidden] == 0).all()
     for row in (0, 2):
-        assert torch.allclose(weights[row, ~hidden[row]], SPARSE_NORMALIZERS[name](raw[row, ~hidden[row]]))
+        assert torch.allclose(weights[row, ~hidden[row]], SPARSE_FUNCTIONS[name](raw[row, ~hidden[row]]))
     weights.square().sum().backward()
     assert raw.grad.isfinite().all()
     assert (raw.grad[hidden] == 0).all()
-    assert SPARSE_NORMALIZERS[name](torch.zeros(3, 0)).shape == (3, 0)
-    assert SPARSE_NORMALIZERS[name](torch.zeros(0, 3)).shape == (0, 3)
+    assert SPARSE_FUNCTIONS[name](torch.zeros(3, 0)).shape == (3, 0)
+    assert SPARSE_FUNCTIONS[name](torch.zeros(0, 3)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4, 1e8])
 def test_sparse_weights_sum_to_one_at_any_scale(name: str, size: float) -> None:
     torch.manual_seed(0)
     for width in (1, 7, 3000):
         scores = size * torch.randn(5, width)
-        weights = SPARSE_NORMALIZERS[name](scores)
+        weights = SPARSE_FUNCTIONS[name](scores)
         assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-4)
-        expected = SPARSE_NORMALIZERS[name](scores.double()).float()
+        expected = SPARSE_FUNCTIONS[name](scores.double()).float()
         assert torch.allclose(weights, expected, atol=1e-4)
 
 
@@ -263,6 +280,18 @@ def test_properties_of_each_normalizer_are_consistent(name: str) -> None:
     assert (is_hard(replacement), is_sparse(replacement)) == (is_hard(name), is_sparse(name))
     assert NORMALIZER_STYLES[name]
     assert NORMALIZER_DASHES[name]
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_each_normalizer_is_documented(name: str) -> None:
+    page, changelog = ((ROOT / path).read_text(encoding="utf-8") for path in ("docs/normalizers.md", "CHANGELOG.md"))
+    places = {
+        "table in the docstring of softdb/scoring/normalizers.py": f"\n{name} " in (normalizers.__doc__ or ""),
+        "first table of docs/normalizers.md": f'\n| `"{name}"`' in page,
+        "CHANGELOG.md": f"`{name}`" in changelog,
+    }
+    missing = [place for place, is_there in places.items() if not is_there]
+    assert not missing, f"{name}: expected to be documented, got no mention of it; add a line to each of {missing}"
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)

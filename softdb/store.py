@@ -154,10 +154,7 @@ class SoftKVStore(StoreModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Create a store without rows; `SoftKVStore` describes the arguments.
-
-        ``help(SoftKVStore)`` shows that text.
-        """
+        """Create an empty store; ``help(SoftKVStore)`` describes the arguments."""
         super().__init__()
         config = StoreConfig(key_dim, value_dim, metric, trainable, fields, capacity, evict, track_usage)
         for name in FIXED_NAMES:

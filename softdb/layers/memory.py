@@ -125,6 +125,7 @@ class MemoryLayer(ModuleWithProperties):
         dtype: torch.dtype | None = None,
         **store_options: Any,
     ) -> None:
+        """Create the layer; ``help(MemoryLayer)`` describes the arguments."""
         super().__init__()
         _check_store_options(store_options)
         self.dim, rows = check_positive("dim", dim), check_positive("rows", rows)

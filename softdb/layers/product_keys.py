@@ -195,6 +195,7 @@ class ProductKeyMemory(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Create the layer; ``help(ProductKeyMemory)`` describes the arguments."""
         super().__init__()
         self.dim, self.rows = check_positive("dim", dim), check_positive("rows", rows)
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)

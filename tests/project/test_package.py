@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -53,6 +54,12 @@ def test_public_names_are_documented(name: str) -> None:
         assert public.__doc__
         own = [member for member in vars(public) if not member.startswith("_") and callable(getattr(public, member))]
         assert all(getattr(public, member).__doc__ for member in own)
+
+
+@pytest.mark.parametrize("module", [softdb.SoftKVStore, *map(vars(softdb.layers).get, softdb.layers.__all__)])
+def test_help_of_a_constructor_says_where_its_arguments_are_described(module: type[torch.nn.Module]) -> None:
+    assert f"help({module.__name__})" in (inspect.getdoc(module.__init__) or "")
+    assert "Args:" in (inspect.getdoc(module) or "")
 
 
 def test_documented_error_tree_equals_the_classes() -> None:

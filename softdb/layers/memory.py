@@ -80,9 +80,9 @@ class MemoryLayer(ModuleWithProperties):
             which you may write to. It must have ``rows`` rows when the layer is made, and it keeps its own options.
         device, dtype: Device and dtype of the parameters, as for any module.
         **store_options: Options of the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``,
-            ``track_usage``, as for `softdb.SoftKVStore`. With ``sparse_grad=True``, topk and hard mode
-            give row-sparse gradients: train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the rows that
-            reads report. An exact softmax read without ``k`` reports none, so with ``track_usage`` the mode
+            ``track_usage``, as for `softdb.SoftKVStore`. With ``sparse_grad=True``, gradients of the rows are
+            row-sparse in topk and hard mode: train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the
+            rows that reads report. An exact softmax read without ``k`` reports none, so with ``track_usage`` the mode
             "exact" needs ``k`` or another normalizer.
 
     Attributes:

@@ -21,6 +21,7 @@ from softdb.reading.hints import CostHints
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
+from softdb.table.hooks import mark_rows
 from softdb.table.usage import Usage, check_tracking, count_reads, keep_sum_dtype, new_counters, reset_counters
 from softdb.transforms import is_active, move_samples_first, suspend_transforms, unwrap_tensors
 
@@ -49,10 +50,15 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     ) -> None:
         super().__init__(rows, value_dim, sparse=sparse_grad, device=device, dtype=dtype)
         self.track_usage, self._hints = track_usage, CostHints()
+        mark_rows(self.weight)
         if track_usage:
             reads, total = new_counters(rows, device)
             self.register_buffer("reads", reads)
             self.register_buffer("total", total)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        mark_rows(self.weight)
 
     def reset_parameters(self) -> None:
         """Draw new values of norm about 1, and set the counters of reads to 0."""

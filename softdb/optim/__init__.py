@@ -8,5 +8,13 @@ from softdb.optim.adagrad import RowAdagrad
 from softdb.optim.adam import RowAdam
 from softdb.optim.average import update_average
 from softdb.optim.clip import clip_row_grad_norm_
+from softdb.optim.parameters import other_parameters, row_parameters
 
-__all__ = ["RowAdagrad", "RowAdam", "clip_row_grad_norm_", "update_average"]
+__all__ = [
+    "RowAdagrad",
+    "RowAdam",
+    "clip_row_grad_norm_",
+    "other_parameters",
+    "row_parameters",
+    "update_average",
+]

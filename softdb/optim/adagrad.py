@@ -36,6 +36,9 @@ class RowAdagrad(RowOptimizer):
         eps: Term that is added to the denominator, at least 0.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
         initial_accumulator_value: Initial value of a, at least 0.
+        maximize: Whether to maximize the objective: g is negated.
+        foreach, fused: Accepted, without effect: they choose an implementation in torch. At most one may be True.
+        differentiable: Accepted if False.
 
     Memory: one number per row, in the Parameter's dtype but at least float32; for a store 16 more bytes per row; with
     weight decay 8 more bytes per row.
@@ -66,12 +69,21 @@ class RowAdagrad(RowOptimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
             "eps": eps,
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
         }
         super().__init__(params, defaults)
 

@@ -55,22 +55,30 @@ class RowAdam(RowOptimizer):
     In a process group of `torch.distributed` the seed is the Parameter's index in the optimizer, so replicas stay
     equal.
 
+    It replaces `torch.optim.AdamW` for a whole model: it accepts the same arguments, and dense Parameters are updated
+    as AdamW updates them, except that ``eps`` is not bias-corrected.
+
     Args:
-        params: Parameters, or parameter groups with their own options, as for any optimizer.
-        lr: Learning rate, at least 0.
+        params: Parameters, named Parameters, or parameter groups with their own options, as for any optimizer.
+        lr: Learning rate, at least 0. A tensor may be changed in place by a schedule.
         betas: Coefficients of the running averages of g and g², each in [0, 1).
         eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
+        amsgrad: Whether the denominator is the largest v of the row so far.
+        maximize: Whether to maximize the objective: g is negated.
+        foreach, fused: Accepted, without effect: they choose an implementation in torch. At most one may be True.
+        capturable, differentiable: Accepted if False.
 
-    Memory: two numbers for each number of the Parameter, in its dtype but at least float32; for a store 16 more bytes
-    per row; with weight decay 8 more bytes per row.
+    Memory: two numbers for each number of the Parameter, three with ``amsgrad``, in its dtype but at least float32; for
+    a store 16 more bytes per row; with weight decay 8 more bytes per row.
 
     Raises:
         ArgumentError, DtypeError: An argument is invalid.
 
-    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for weight decay;
-    `torch.optim.SparseAdam` for lazy updates; Gupta et al. 2015 (arXiv 1502.02551) for stochastic rounding; Zamirai et
-    al. 2020 (arXiv 2010.06192) for stochastic rounding in the update of bfloat16 weights.
+    Source: Kingma & Ba 2015 (arXiv 1412.6980); Loshchilov & Hutter 2019 (arXiv 1711.05101) for weight decay; Reddi et
+    al. 2018 (arXiv 1904.09237) for ``amsgrad``; `torch.optim.SparseAdam` for lazy updates; Gupta et al. 2015 (arXiv
+    1502.02551) for stochastic rounding; Zamirai et al. 2020 (arXiv 2010.06192) for stochastic rounding in the update of
+    bfloat16 weights.
 
     Example:
         >>> import torch
@@ -86,6 +94,8 @@ class RowAdam(RowOptimizer):
         tensor([ True,  True, False, False, False, False, False, False])
     """
 
+    optional_moments = ("max_exp_avg_sq",)
+
     def __init__(
         self,
         params: Any,
@@ -93,8 +103,27 @@ class RowAdam(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         checked, given = super()._check_options(options), options["betas"]
@@ -102,10 +131,11 @@ class RowAdam(RowOptimizer):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise DtypeError(f"betas: expected two numbers, got {describe(given)}")
         pair = tuple(check_number(f"betas[{number}]", beta, below=1.0) for number, beta in enumerate(betas))
-        return checked | {"betas": pair}
+        return checked | {"betas": pair, "amsgrad": bool(options.get("amsgrad", False))}
 
     def _initial_moments(self, options: dict[str, Any]) -> dict[str, float]:
-        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+        moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+        return moments | dict.fromkeys(self.optional_moments, 0.0) if options["amsgrad"] else moments
 
     def _state_shape(self, shape: torch.Size) -> torch.Size:
         return shape
@@ -123,10 +153,14 @@ class RowAdam(RowOptimizer):
     def _update_moments(
         self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        means, squares = moments
+        means, squares, *maxima = moments
         beta1, beta2 = options["betas"]
         mean = block.take(means)
         block.put(means, mean.lerp_(gradient, 1 - beta1))
         square = block.take(squares)
         block.put(squares, square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2))
+        if maxima:
+            largest = block.take(maxima[0])
+            square = torch.maximum(largest, square, out=largest)
+            block.put(maxima[0], square)
         return mean, torch.sqrt(square, out=block.spare(square)).add_(options["eps"])

@@ -33,6 +33,13 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["RowOptimizer"]
 
+# Options of torch's optimizers that are accepted if False only, and the reason. ``foreach`` and ``fused`` choose an
+# implementation in torch, and have no effect here.
+UNSUPPORTED_OPTIONS = {
+    "capturable": "the step of a row optimizer cannot be captured in a CUDA graph",
+    "differentiable": "autograd does not run through the step of a row optimizer",
+}
+
 
 class RowOptimizer(Optimizer):
     """Base class of optimizers that update only rows with a gradient.
@@ -42,9 +49,11 @@ class RowOptimizer(Optimizer):
 
     Attributes:
         block_sizes: Block sizes of a step.
+        optional_moments: Names of moments that exist with some options only.
     """
 
     block_sizes = BlockSizes()
+    optional_moments: tuple[str, ...] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, self._check_options(defaults))
@@ -73,10 +82,16 @@ class RowOptimizer(Optimizer):
         """Check the options of a group; return them as Python numbers."""
         lr = options["lr"]
         number = check_number("lr", lr)
+        for name, reason in UNSUPPORTED_OPTIONS.items():
+            if options.get(name):
+                raise ArgumentError(f"{name}: expected False, since {reason}; got {options[name]!r}")
+        if options.get("foreach") and options.get("fused"):
+            raise ArgumentError("fused: expected at most one of foreach and fused to be True, got both; leave them out")
         return {
             # Keep a tensor, since schedulers write to it in place.
             "lr": lr if isinstance(lr, Tensor) and lr.is_floating_point() else number,
             "eps": check_number("eps", options["eps"]),
+            "maximize": bool(options.get("maximize", False)),
             "weight_decay": check_number("weight_decay", options["weight_decay"]),
         }
 
@@ -184,7 +199,8 @@ class RowOptimizer(Optimizer):
     def _convert_state(self, given: State, parameter: Tensor, options: dict[str, Any]) -> State:
         """Copy a loaded state of ``parameter``, in the dtypes that a step needs."""
         moments = self._initial_moments(options)
-        check_state_names(given, moments, type(self).__name__)
+        moments |= dict.fromkeys(self.optional_moments, 0.0)
+        check_state_names(given, moments, self.optional_moments, type(self).__name__)
         shape = parameter.shape or torch.Size([1])
         # The state of a store's rows may have another length: the store may be loaded later, or grow.
         count: int | None = shape[0] if table_of(parameter) is None else None
@@ -237,7 +253,10 @@ class RowOptimizer(Optimizer):
         try:
             for part, place in iterate_blocks(slots, table, len(rows), count):
                 block = RowBlock(part, count, buffers)
-                numerator, denominator = self._update_moments(block, gradients[place].to(dtype), moments, options)
+                part_gradient = gradients[place].to(dtype)
+                if options["maximize"]:
+                    part_gradient = part_gradient.neg()
+                numerator, denominator = self._update_moments(block, part_gradient, moments, options)
                 stored = block.take(rows)
                 working = stored.to(dtype)  # The same tensor, unless it has half precision.
                 if factor is not None:
@@ -258,6 +277,9 @@ class RowOptimizer(Optimizer):
         count, device, dtype = len(rows), rows.device, state_dtype(rows.dtype)
         initial = self._initial_moments(options)
         state.setdefault("step", 0)
+        for name in self.optional_moments:
+            if name not in initial:
+                state.pop(name, None)
         for name, start in initial.items():
             if name not in state:
                 state[name] = torch.full(self._state_shape(rows.shape), start, dtype=dtype, device=device)

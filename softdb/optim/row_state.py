@@ -86,9 +86,17 @@ def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -
 # -- checks of a loaded state ----------------------------------------------------------------------------
 
 
-def check_state_names(given: State, moments: Iterable[str], optimizer: str) -> None:
-    """Raise unless ``given`` has the entries of a state of ``optimizer``."""
-    groups = ("step", *moments), ("generation", "born"), ("log_decay", "decayed"), ("seed",)
+def check_state_names(given: State, moments: Iterable[str], optional: Sequence[str], optimizer: str) -> None:
+    """Raise unless ``given`` has the entries of a state of ``optimizer``.
+
+    Args:
+        given: The state.
+        moments: Names of the moments.
+        optional: Names of moments that may be missing.
+        optimizer: Name of the class, for the message.
+    """
+    required = [name for name in moments if name not in optional]
+    groups = ("step", *required), ("generation", "born"), ("log_decay", "decayed"), ("seed",), *zip(optional)
     known = [name for names in groups for name in names]
     for name in given:
         if name not in known:

@@ -17,12 +17,21 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from softdb.errors import GrowthError
+from softdb.errors import ArgumentError, GrowthError
 from softdb.table.changes import TensorState, state_of
 from softdb.table.gradients import coalesce
 from softdb.table.storage import RowStorage
 
-__all__ = ["pause_watching", "record_update", "record_write", "register_row_optimizer", "table_of", "watch"]
+__all__ = [
+    "holds_rows",
+    "mark_rows",
+    "pause_watching",
+    "record_update",
+    "record_write",
+    "register_row_optimizer",
+    "table_of",
+    "watch",
+]
 
 
 # The tables of each Parameter, by weak reference, and whether it holds their "keys" or "values". Several stores may
@@ -68,6 +77,17 @@ class _Update(NamedTuple):
 def table_of(parameter: Tensor) -> RowStorage | None:
     """Return the first table whose keys or values ``parameter`` holds, if any."""
     return next((table for table, _ in _owners(parameter)), None)
+
+
+def mark_rows(parameter: Tensor) -> None:
+    """Mark a Parameter as a table of rows that no store owns."""
+    parameter._holds_rows = True  # type: ignore[attr-defined]
+    _register_step_hooks()
+
+
+def holds_rows(parameter: Tensor) -> bool:
+    """Return whether a Parameter is a table of rows, of a store or a layer."""
+    return table_of(parameter) is not None or getattr(parameter, "_holds_rows", False)
 
 
 def _owners(parameter: Tensor) -> Iterator[tuple[RowStorage, str]]:
@@ -117,7 +137,6 @@ def watch(parameter: Tensor, table: RowStorage, name: str) -> None:
         table: The table.
         name: "keys" or "values".
     """
-    global _hooked
     if parameter.requires_grad and parameter not in _coalescing:
         _coalescing[parameter] = parameter.register_post_accumulate_grad_hook(_keep_coalesced)
     others = [
@@ -126,7 +145,14 @@ def watch(parameter: Tensor, table: RowStorage, name: str) -> None:
         if reference() is not None and (reference() is not table or what != name)
     ]
     _tables[parameter] = [*others, (weakref.ref(table), name)]
-    if not _hooked and isinstance(parameter, nn.Parameter):
+    if isinstance(parameter, nn.Parameter):
+        _register_step_hooks()
+
+
+def _register_step_hooks() -> None:
+    """Register the hooks of optimizer steps, once."""
+    global _hooked
+    if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
@@ -189,7 +215,46 @@ def _updates_only_named_rows(optimizer: torch.optim.Optimizer, group: dict[str, 
     return kind in (torch.optim.SparseAdam, torch.optim.Adagrad) or kind in _row_optimizers
 
 
+def _check_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a step of an optimizer of torch fails for a gradient of rows.
+
+    The error comes before the step, so nothing has changed, and names the remedy. Optimizers of other packages are not
+    checked.
+
+    Raises:
+        ArgumentError: The optimizer does not accept the layout of a gradient.
+    """
+    kind = type(optimizer)
+    if kind.__module__.split(".")[:2] != ["torch", "optim"]:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None or not holds_rows(parameter):
+                continue
+            is_sparse = gradient.layout == torch.sparse_coo
+            if kind is torch.optim.SparseAdam and not is_sparse:
+                raise ArgumentError(
+                    "optimizer: expected one that accepts dense gradients, which this read gives to the rows, got "
+                    "SparseAdam; use softdb.optim.RowAdam, which accepts dense and row-sparse gradients"
+                )
+            if is_sparse and not _accepts_sparse(kind, group):
+                how = " with weight_decay or fused=True" if kind in (torch.optim.SGD, torch.optim.Adagrad) else ""
+                raise ArgumentError(
+                    f"optimizer: expected one that accepts row-sparse gradients, got {kind.__name__}{how}; use "
+                    "softdb.optim.RowAdam, or make the store or layer with sparse_grad=False"
+                )
+
+
+def _accepts_sparse(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> bool:
+    """Return whether an optimizer class of torch accepts sparse gradients."""
+    if kind in (torch.optim.SGD, torch.optim.Adagrad):
+        return group["weight_decay"] == 0 and not group.get("fused")
+    return kind is torch.optim.SparseAdam
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _check_layouts(optimizer)
     updates = list(_find_updates(optimizer))
     if not isinstance(optimizer, tuple(_row_optimizers)):
         for update in updates:

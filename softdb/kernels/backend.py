@@ -78,6 +78,6 @@ TORCH_BLOCKS = Backend(exact.exact_read, topk.exact_top_k, gather.score_at, gath
 def backend_for(tensor: Tensor) -> Backend:
     """Return the kernels for the device and dtype of ``tensor``.
 
-    There is one backend so far, which runs on every device.
+    At present one backend runs on all devices.
     """
     return TORCH_BLOCKS

@@ -50,9 +50,9 @@ class GatherIndex:
 
     @lock_free_cached_property
     def unique(self) -> tuple[Tensor, Tensor]:
-        """Unique row positions, ascending, and the inverse of the entries.
+        """Unique row positions, ascending, and the place of each entry among them.
 
-        Padding is left out; the inverse is flat.
+        Padding is left out. The places are one-dimensional, in the order of the entries.
         """
         rows, inverse = self.index[~self.is_padding].unique(return_inverse=True)
         return rows, inverse
@@ -126,8 +126,8 @@ def dot_at(query: Tensor, table: Tensor, index: Tensor) -> Tensor:  # (M, d), (N
 def _dot_rows(rows: Tensor, query: Tensor) -> Tensor:  # (M, k, d), (M, d) -> (M, k)
     """Compute dot products of each query with its own rows.
 
-    `torch.bmm` may round the last of an odd number of rows differently, so that equal rows do not tie. The bits of this
-    sum depend on the width alone.
+    The bits of this sum depend only on the width, so equal rows tie. `torch.bmm` may round the last of an odd number of
+    rows differently.
     """
     return (rows * query.unsqueeze(1)).sum(-1)
 
@@ -137,7 +137,7 @@ def _iterate_gathered(  # (N, d), (M, k)
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the queries, and their rows ``table[index]``, (m, k, d).
 
-    All slices share one buffer, so rows are valid until the next slice only.
+    All slices share one buffer: the next slice overwrites the rows.
     """
     count, k = index.shape
     step = max(1, tiling.gathered_elements // max(1, k * table.shape[-1]))
@@ -152,7 +152,8 @@ def _iterate_gathered(  # (N, d), (M, k)
 def blend_at(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
     """Compute the weighted sum of the values at ``index``.
 
-    It has no gradient. The index must not contain -1. The gathered values, (M, k, dv), are never allocated as a whole.
+    The sum has no gradient. The index must not contain -1. The gathered values, (M, k, dv), are never allocated as a
+    whole.
     """
     count, k = index.shape
     tiling = Tiling.for_device(values.device)
@@ -194,11 +195,12 @@ def blend_at_backward(
 ) -> Tensor:
     """Compute the gradient of ``values`` in `blend_at`.
 
-    With ``sparse`` it is a coalesced COO tensor of the rows at ``index``. No tensor (M, k, dv) is allocated.
+    With ``sparse``, the gradient is a coalesced COO tensor of the rows at ``index``. A tensor (M, k, dv) is never
+    allocated.
     """
     ordered, order = index.flatten().sort()
     rows, counts = torch.unique_consecutive(ordered, return_counts=True)
-    # The gradient of a row is a weighted sum too: over the output gradients of the queries that gathered it.
+    # The gradient of a row is the weighted sum of the output gradients of the queries that gathered the row.
     summed = F.embedding_bag(
         order // index.shape[1],
         gradient.contiguous(),

@@ -1,9 +1,9 @@
 """Exclude non-finite rows that queries may not see from exact reads.
 
-A hidden row has weight 0, but 0 times NaN is NaN: a value that is not finite would invalidate the output, and a key
-that is not finite would invalidate the gradient of the query. To find such rows costs as much as a read, so it is done
-only where a number that is available anyway shows that there may be some. The read then uses a copy of the table in
-which they are zero.
+A hidden row has weight 0, but 0 times NaN is NaN. So a non-finite value in a hidden row would make the output NaN, and
+a non-finite key would make the gradient of the query NaN. Finding such rows costs as much as a read. The read therefore
+searches for them only if a cheaper check finds a non-finite number: in its output, or as the norm of all keys. It then
+uses a copy of the table in which the hidden non-finite rows are zero.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def zero_hidden_keys(keys: Tensor, spec: ReadSpec, groups: int, queries: int) ->
     norm = torch.linalg.vector_norm(detached, dtype=spec.dtype) if spec.max_key_norm is None else spec.max_key_norm()
     if math.isfinite(norm) or groups * queries == 0:
         return keys
-    # The norm is not finite either where the squares that l2 takes overflow, although the key does not.
+    # A finite key has an infinite norm, too, if its sum of squares overflows.
     finite = torch.linalg.vector_norm(detached, dim=-1, dtype=spec.dtype).isfinite().view(groups, -1)
     hidden = ~finite
     for slots, visible in _iterate_visible(spec.selection, (~finite).any(0), groups, queries):
@@ -51,7 +51,7 @@ def zero_hidden_keys(keys: Tensor, spec: ReadSpec, groups: int, queries: int) ->
 def separate_nonfinite_values(  # (G N, dv) -> (G N, dv), (G B, dv)
     values: Tensor, selection: Selection, groups: int, queries: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Replace non-finite values by zero, and return which outputs they make NaN.
+    """Replace non-finite values by zero; return which outputs have to be NaN.
 
     Gradients of the values are unchanged.
 
@@ -88,9 +88,9 @@ def _iterate_visible(
     groups: int,
     queries: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (c,), (G, B, c)
-    """Yield slots among the ``wanted`` ones, and which queries may see them.
+    """Yield some of the ``wanted`` slots at a time, and which queries may see them.
 
-    The masks are made for a few slots at a time. Slots that no query may see are left out.
+    Slots that ``shared`` or ``visited`` hides from all queries are left out.
     """
     wanted = wanted[: selection.size]
     if selection.shared is not None:
@@ -123,7 +123,7 @@ class _PropagateNaN(torch.autograd.Function):
 
 
 def propagate_nan(outputs: Tensor, is_nan: Tensor) -> Tensor:  # (M, dv), (M, dv)
-    """Fill masked outputs with NaN; only their gradients become NaN."""
+    """Fill masked outputs with NaN; only their nonzero gradients become NaN."""
     if not bool(is_nan.any()):
         return outputs
     result: Tensor = _PropagateNaN.apply(outputs, is_nan)  # type: ignore[no-untyped-call]

@@ -26,15 +26,15 @@ NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """Metric, filters, dtype and noise of one pass; everything except the operands.
+    """All parameters of one pass except its tensors: metric, filters, dtype, noise.
 
     Attributes:
         metric: The metric for which the query was prepared.
         center: The point around which l2 is expanded, (d,); None for the other metrics.
         selection: The rows that each query may see.
         dtype: The dtype to compute in.
-        max_key_norm: A function that returns the largest norm of a key, from which scores are bounded. None to compute
-            the largest norm of each block.
+        max_key_norm: A function that returns an upper bound of the norms of all keys, which bounds the scores. If None,
+            the largest norm of each block is computed.
         bf16_matmul: Whether to multiply weights and values in bfloat16: see `Tiling.can_use_bf16_matmul`. Scores are
             computed in ``dtype``.
         noise: The Gumbel noise that is added to the scores, or None.
@@ -58,7 +58,7 @@ class ReadSpec:
     def iterate_tiles(self, tiles: Tiles, groups: int, queries: int) -> Iterator[tuple[slice, Block, list[slice]]]:
         """Yield a slice of groups, a block of rows, and slices of queries.
 
-        Each tile of scores that they make fits in cache. Blocks without visible rows are skipped.
+        Together they make one tile of scores, which fits in cache. Blocks without visible rows are skipped.
 
         Args:
             tiles: The tile shape.
@@ -84,7 +84,7 @@ class ReadSpec:
     def count_partitions(self, tiles: Tiles, groups: slice, block: Block) -> int:
         """Return the number of partitions into which a block is split.
 
-        It is 1 where the scores of a block have to be one tensor.
+        The number is 1 where the scores of a block have to be one tensor.
         """
         whole = tiles.exact_ties or block.has_hidden or self.noise is not None or groups.stop - groups.start > 1
         return 1 if whole or block.count % tiles.partition else block.count // tiles.partition
@@ -92,8 +92,9 @@ class ReadSpec:
     def make_score_bound(self, query: Tensor) -> Callable[[Tensor], float]:  # (G, B, w)
         """Make a function that bounds the absolute scores of a block.
 
-        It takes the prepared keys of the block, (g, C, w). The bound is the product of the largest norms (Cauchy and
-        Schwarz). It is infinity where computing the norms would cost more than it saves.
+        The function takes the prepared keys of the block, (g, C, w). The bound is the largest norm of a query times the
+        largest norm of a key, by the Cauchy-Schwarz inequality. It is infinity where computing the norms would cost
+        more than the bound saves.
         """
         is_known = self.metric == "cosine" or self.max_key_norm is not None
         if (
@@ -136,14 +137,14 @@ class ReadSpec:
             scores += self.noise.at(numbers, slots, scores.dtype)
 
     def prepare_keys_backward(self, grad: Tensor, rows: Tensor) -> Tensor:  # (g, C, operand width) -> (g, C, d)
-        """Compute the gradient of keys from that of the prepared keys."""
+        """Compute the gradient of keys from the gradient of the prepared keys."""
         return prepare_keys_backward(grad, rows, self.metric, self.center)
 
 
 class BestRows(NamedTuple):
     """Top k rows of each query, best first, without gradient.
 
-    Where a query may see fewer than k rows, the rest is padding.
+    If a query may see fewer than k rows, its remaining entries are padding.
 
     Attributes:
         scores: (G B, k), -inf at padding.
@@ -157,7 +158,7 @@ class BestRows(NamedTuple):
 
 
 def enumerate_queries(queries: range, groups: range, device: torch.device) -> Tensor:  # -> (g, b)
-    """Return a unique number for each query of each group, to seed its noise."""
+    """Return a unique number for each query of each group, from which noise is drawn."""
     within = torch.arange(queries.start, queries.stop, device=device)
     return torch.arange(groups.start, groups.stop, device=device).unsqueeze(-1) * 2**40 + within
 
@@ -175,7 +176,7 @@ def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def check_scores(scores: Tensor, *, empty: bool = False) -> None:
     """Raise if a score is NaN or infinite.
 
-    With ``empty`` a score of -inf is accepted: it is the log-sum-exp of a query that sees no row.
+    With ``empty``, -inf is accepted: the log-sum-exp of a query that sees no row is -inf.
 
     Raises:
         NonFiniteError: A score is not finite.

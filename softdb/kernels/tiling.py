@@ -53,20 +53,20 @@ class Tiling:
         max_sum_rows: Maximum number of rows over which one product sums weighted values. On an AMD EPYC (Zen 3) one
             float32 product over 70,000 equal summands had an error of 6e-4; the error grows with their number.
         min_sum_rows: Minimum number of rows in a partition.
-        max_dense_sum_rows: Maximum number of rows over which products and torch's softmax sum, where all scores fit in
-            one small tile.
+        max_dense_sum_rows: Maximum number of rows over which products and torch's softmax sum, in a read whose scores
+            all fit in one small tile.
         max_dense_scores: Maximum number of scores that are computed at once and whose weights are saved for backward.
             2^17 scores are half a MiB of float32.
-        max_padded_rows: Maximum number of rows that are padded by a copy; at least `GROUP_COLUMNS`.
-        max_unshifted_score: Maximum absolute score for which exponentials are computed without subtracting a maximum:
-            they neither overflow nor underflow.
-        one_pass_groups: Maximum number of groups of rows, for each of the k rows to find, for which an exact top-k
-            takes one pass rather than two.
-        max_group_maxima: Maximum number of group maxima that an exact top-k holds; it processes the queries in slices
-            to stay below it. 2^23 maxima are 32 MiB of float32.
+        max_padded_rows: Maximum number of rows that are copied to pad them; at least `GROUP_COLUMNS`.
+        max_unshifted_score: Maximum absolute score for which exponentials are computed without subtracting a maximum.
+            Up to this score they neither overflow nor underflow.
+        one_pass_groups: An exact top-k search takes one pass if there are at most k times this number of groups of
+            rows, otherwise two passes.
+        max_group_maxima: Maximum number of group maxima that an exact top-k search holds at once. The search processes
+            the queries in slices to stay below this limit. 2^23 maxima are 32 MiB of float32.
         gathered_elements: Maximum number of elements of gathered rows that are held at once, 4 MiB of float32.
-        max_sparse_elements: Maximum number of elements of the rows to which a sparse normalizer may give weight, a GiB
-            of float32.
+        max_sparse_elements: Maximum number of elements that are gathered from rows with weight under a sparse
+            normalizer. 2^28 elements are 1 GiB of float32.
         transposed: Whether tiles are stored transposed; None to choose the faster layout for each shape.
         has_fast_bf16_matmul: Whether the device multiplies bfloat16 matrices faster than float32 ones.
     """
@@ -105,9 +105,9 @@ class Tiling:
     def can_use_bf16_matmul(self, values: Tensor, output_dtype: torch.dtype) -> bool:
         """Return whether to multiply weights by bfloat16 ``values`` in bfloat16.
 
-        This holds if the output is bfloat16 as well, no gradient is required and the device multiplies bfloat16 faster
-        than float32, by two to four times. Each weight is then rounded by up to 2^-9, as the output is. Scores are
-        never computed in bfloat16.
+        True if the output is bfloat16 as well, no gradient is required, and the device multiplies bfloat16 faster than
+        float32. The product is then two to four times as fast. Each weight has a relative rounding error of up to 2^-9,
+        as the output has. Scores are never computed in bfloat16.
         """
         is_bf16 = values.dtype == output_dtype == torch.bfloat16
         return is_bf16 and not torch.is_grad_enabled() and self.has_fast_bf16_matmul
@@ -119,7 +119,7 @@ class Tiling:
             queries: Number of queries in each group.
             width: Width of prepared queries.
             copied_per_row: Number of elements of each row that are copied; blocks of copied rows are smaller.
-            k: Number of best rows to find in each tile; tiles are wider for larger k.
+            k: Number of best rows to find in each tile; 0 for none. Tiles have more rows for larger k.
             threads: Number of threads that share a block; 1 where they share each product.
         """
         if k:
@@ -130,7 +130,7 @@ class Tiling:
         rows = min(self.tile_elements // max(1, height), self.copied_elements // max(1, copied_per_row), self.max_rows)
         rows = max(rows // GROUP_COLUMNS, 1) * GROUP_COLUMNS
         partition = min(self.max_sum_rows, rows)
-        # Threads that multiply partitions of their own share neither operands nor results.
+        # Each thread multiplies its own partitions, so threads share neither operands nor results.
         rows_per_thread = rows // threads // GROUP_COLUMNS * GROUP_COLUMNS
         if threads > 1 and min(self.min_sum_rows, partition) <= rows_per_thread < partition:
             partition = rows_per_thread

@@ -25,8 +25,8 @@ class Audit:
 
     Attributes:
         k: Number of candidates.
-        recall: Fraction of the k best rows that are among the candidates, (...,). A candidate whose score equals that
-            of the k-th best row, up to rounding, counts as one of the k best. 1 where no row may be seen.
+        recall: Fraction of the k best rows that are candidates, (...,). A candidate also counts as one of the k best if
+            its score equals that of the k-th best row, up to rounding. 1 where no row may be seen.
         mass: Fraction of the exact softmax that the candidates hold, (...,).
         error: ``norm(topk values - exact values) / norm(exact values)``, (...,).
     """

@@ -22,7 +22,7 @@ _deferred = threading.local()
 
 
 def record_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of one shape
-    """Count a read that reports slots (-1 for none) with weights."""
+    """Count a read by the slots that it reports (-1 is padding) and their weights."""
     if not rows.counts_reads:
         return
     reported = slots >= 0
@@ -37,7 +37,7 @@ def record_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of
 
 @contextmanager
 def defer_counting(reported: ReportedRows | None) -> Iterator[None]:
-    """Collect what `count_read` would count in ``reported``; None: count at once."""
+    """Append reads to ``reported`` instead of counting them; None counts at once."""
     _deferred.reported, before = reported, getattr(_deferred, "reported", None)
     try:
         yield
@@ -48,7 +48,7 @@ def defer_counting(reported: ReportedRows | None) -> Iterator[None]:
 def count_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:
     """Count a read that reports ``slots`` with ``weights``.
 
-    Within `defer_counting`, keep them for later instead.
+    Within `defer_counting`, append slots and weights to its list instead.
     """
     reported = getattr(_deferred, "reported", None)
     if reported is None:

@@ -21,16 +21,16 @@ from softdb.scoring.normalizers import SPARSE_NORMALIZERS, is_hard, is_sparse, s
 
 __all__ = ["read_exactly"]
 
-# Number of best rows that are searched first for the rows with weight under a sparse normalizer, and the factor by
-# which it grows while all of them have weight.
+# A sparse normalizer gives weight to an unknown number of rows. The first search finds this number of best rows. While
+# all rows found have weight, the number is multiplied by the growth factor.
 FIRST_SUPPORT_ROWS, SUPPORT_ROWS_GROWTH = 32, 8
 
 
 def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, normalizer: str) -> Read:
     """Read all visible rows for prepared queries, in ``spec.dtype``.
 
-    Without ``k``, a sparse or hard normalizer still reports the rows with weight, without gradients, so that the caller
-    can count them and then drop them with `keep_best`.
+    Without ``k``, a read with a sparse or hard normalizer still reports the rows with weight, without gradients. The
+    caller counts these rows and then drops them with `keep_best`.
 
     Args:
         query: Prepared queries, (M, w).
@@ -62,8 +62,8 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     if k is None:
         return Read(values, rows, one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
-        # Recompute the scores with a graph. Forward keeps the scores of the kernel, which agree with its log-sum-exp.
-        # The noise is left out, since it has no gradient.
+        # Recompute the scores with a graph, only for their gradients. The reported scores are those of the kernel, which
+        # are consistent with its log-sum-exp. The noise is left out, since it has no gradient.
         recomputed = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
         scores = straight_through(scores, recomputed.masked_fill(places.is_padding, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
@@ -93,7 +93,7 @@ def _read_support(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, 
                 f"got {len(query):,} queries with at least {support:,} rows of {width:,} numbers; lower the "
                 "temperature, or read fewer queries at once"
             )
-        # Rows outside of the search score at most as high as the last row in it: if that has no weight, they have none.
+        # Rows that were not found score at most as high as the last row found. If that row has weight 0, so have they.
         if support < searched or searched >= count:
             break
         searched = min(SUPPORT_ROWS_GROWTH * searched, count, max_support + 1)

@@ -23,8 +23,8 @@ MODES = ("exact", "topk", "hard")
 class ReadOptions:
     """Arguments of `softdb.SoftKVStore.read` except the query.
 
-    The constructor checks how they depend on each other. ``where``, ``exclude`` and ``temperature`` are checked against
-    the rows and the query when the read runs.
+    The constructor checks each argument, and whether the arguments are allowed together. ``where``, ``exclude`` and
+    ``temperature`` depend on the rows and the query, and are checked when the read runs.
     """
 
     mode: Mode = "exact"

@@ -1,4 +1,4 @@
-"""Preparation of a top-k read: bring the index up to date."""
+"""Preparation of a top-k read: update the index."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["SearchPreparation"]
 
 
 class SearchPreparation:
-    """Preparation of a search, which updates the index first.
+    """Update of the index that a search needs before it runs.
 
-    `softdb.table.access.Access.reading` calls it.
+    `softdb.table.access.Access.reading` calls its methods.
 
     Args:
         table: The rows.

@@ -54,21 +54,22 @@ __all__ = ["ReadView", "Reader"]
 
 # Number of rows whose norms are computed at a time.
 NORM_CHUNK_ROWS = 2**14
-# Candidates are doubled for a sparse normalizer up to the larger of this number and this multiple of k.
+# A sparse normalizer doubles the number of candidates, up to the larger of this number and this multiple of k.
 SUPPORT_LIMIT, SUPPORT_LIMIT_PER_K = 1024, 16
 
 
 @dataclass(frozen=True)
 class ToleranceRounds:
-    """Sample sizes of a read to a tolerance.
+    """Sample sizes of a read with ``tolerance``.
 
     Attributes:
         candidates: Minimum number of candidates of each query.
         samples: Number of rows of the first sample, which all queries share.
-        exponents: One exponent for each round after the first sample. A round draws the rows that bring the error to
-            the tolerance if their number grows as this power of error / tolerance. 2 is the exponent of any sample; the
-            error of a stratified sample falls faster at first.
-        margin: Factor by which more rows are drawn.
+        exponents: One exponent p for each round after the first sample. A round draws
+            ``margin * (error / tolerance) ** p`` times as many rows as the sample before. p = 2 is correct for a simple
+            random sample, whose error falls as 1 / sqrt(rows). The error of a stratified sample falls faster at first,
+            so the first p is smaller.
+        margin: Factor for the safety margin.
     """
 
     candidates: int = 256
@@ -85,7 +86,7 @@ class ReadView:
         rows: Ids, fields and versions of the rows.
         keys: Keys in slot order, (capacity, key_dim).
         values: Values in slot order, (capacity, value_dim).
-        substituted: Names of tensors that replace the table's own.
+        substituted: Names of the tensors, "keys" or "values", that replace the table's own.
         index: Index that finds candidates; unused if the keys are substituted.
         metric: Metric of the store.
         temperature: Temperature of the store.
@@ -119,7 +120,7 @@ class Reader:
 
     def __init__(self, table: Table, access: Access, index: IndexManager, open_reads: OpenReads) -> None:
         self._table, self._access, self._index, self._open_reads = table, access, index, open_reads
-        # Version of the rows, and the selection of a read without filters; version, and the largest norm of a key.
+        # Caches, each with the version of the rows: the selection of a read without filters, the largest norm of a key.
         self._full_selection: tuple[int, Selection | None] = (0, None)
         self._key_norm = (0, 0.0)
         self._key_nan_at = -1  # version at which a key held NaN
@@ -215,7 +216,7 @@ class Reader:
             temperature = check_temperature(options.temperature, leading, view.keys.device)
         selection = self._select(rows, leading, options.where, options.exclude)
         if mode != "exact" or not selection.is_never_empty:
-            check_finite("query", query)  # otherwise the check of the scores finds NaN
+            check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         tiling = Tiling.for_device(query.device)
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
         with disable_autocast(query.device):
@@ -235,7 +236,7 @@ class Reader:
                 try:
                     read = read_exactly(operand, tables, spec, options.k, options.normalizer)
                 except NonFiniteError:
-                    check_finite("query", query)  # a more precise message than that of the scores
+                    check_finite("query", query)  # its message is more precise than that of the scores
                     raise
                 used = selection.shared
             elif options.tolerance is not None:
@@ -309,7 +310,7 @@ class Reader:
         tables: Tables,
         normalizer: str,
     ) -> tuple[Read, list[Tensor]]:
-        """Double the candidates of queries until one of them has no weight.
+        """Double k for each query whose candidates all have weight, up to a limit.
 
         Returns:
             The read, and the slots that it used in addition.
@@ -361,7 +362,7 @@ class Reader:
     def _read_within_tolerance(
         self, view: ReadView, query: Tensor, operand: Tensor, spec: ReadSpec, tables: Tables, options: ReadOptions
     ) -> tuple[Read, Tensor | None]:
-        """Read with an error of at most the tolerance.
+        """Read with an ``error`` of at most the tolerance.
 
         Returns:
             The read, and the slots that it used, or None for all slots.
@@ -408,7 +409,7 @@ class Reader:
         return keep_best(replace_queries(read, remaining, exact), k), selection.shared
 
     def _select(self, rows: RowStorage, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
-        """Select the visible rows; reuse the selection of all rows of a version."""
+        """Select the visible rows; cache the selection of all rows for each version."""
         if where is not None or exclude is not None:
             return select(rows, tuple(leading), where, exclude)
         version, selection_of_all = self._full_selection
@@ -418,9 +419,9 @@ class Reader:
         return selection_of_all
 
     def largest_key_norm(self, rows: RowStorage, keys: Tensor) -> float:
-        """Return an upper bound of the norms of all keys.
+        """Return an upper bound of the norms of all keys; NaN if a key holds NaN.
 
-        Deleted rows may still count. NaN if a key holds NaN.
+        The bound may include rows that have been deleted or changed since.
         """
         version, norm = self._key_norm
         if version == rows.version:
@@ -436,7 +437,7 @@ class Reader:
             norms = torch.linalg.vector_norm(part, dim=-1, dtype=largest.dtype)
             largest = torch.maximum(largest, norms.amax())
         norm = float(largest)
-        if math.isnan(norm):  # not cached as a norm, since it would outlive the row
+        if math.isnan(norm):  # a cached NaN would remain after the row is deleted
             self._key_nan_at = rows.version
         else:
             self._key_norm = (rows.version, norm)
@@ -453,7 +454,7 @@ class Reader:
             operand: Prepared queries, (B, w).
             spec: Metric and filters.
             k: Number of candidates; None for the best row.
-            careful: Whether to search wider where that is cheap.
+            careful: Whether to use a larger search width.
         """
         keys = view.keys.detach()
         if k is None:
@@ -486,7 +487,7 @@ def _find_above_tolerance(read: Read, tolerance: float) -> tuple[Tensor, Tensor]
     """Find the queries whose error is above the tolerance.
 
     Returns:
-        Their numbers, and the ratios of error to tolerance.
+        The numbers of these queries, and their ratios of error to tolerance.
     """
     times = cast(Tensor, read.error).detach() / tolerance
     remaining = (~(times <= 1)).nonzero().squeeze(-1)

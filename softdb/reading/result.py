@@ -35,10 +35,10 @@ class Read:
         scores: Scores of the reported rows, divided by the temperature, (..., k); -inf at padding. None if ``ids`` is
             None.
         lse: Log-sum-exp of the scores of all rows considered, (...,); -inf where there are none.
-        mass: Fraction of the total weight of all visible rows that the reported rows hold, (...,). The weights are
-            those of softmax, or those of ``normalizer`` if it is sparse. 1 for an exact read without ``k``. For a read
-            with ``tolerance`` and without ``k``, the mass of the candidates. 0 where there is nothing to read; NaN
-            where it is unknown.
+        mass: Softmax mass of the reported rows: the fraction of the total weight of all visible rows that they hold,
+            (...,). If ``normalizer`` is sparse, its weights are used instead of softmax. 1 for an exact read without
+            ``k``. For a read with ``tolerance`` and without ``k``, the mass of the candidates. 0 where there is nothing
+            to read; NaN where the mass is unknown.
         error: Upper bound of the relative error of ``values``, ``|values - exact| / |exact|``, (...,). It is an
             estimate from a sample, not a guarantee: it should hold for nine of ten pairs of query and sample. 0 where
             the read is exact; infinity where the sample does not exclude exact values of 0. It has no gradient. None
@@ -75,7 +75,7 @@ def transform(read: Read, function: Callable[[Tensor], Tensor]) -> Read:
 
 
 def replace_queries(read: Read, queries: Tensor, other: Read) -> Read:
-    """Replace the results of some of M queries, (b,), by the results in ``other``."""
+    """Replace the results of ``queries``, (b,) numbers, by the b results of ``other``."""
 
     def put(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
         return None if mine is None or theirs is None else mine.index_copy(0, queries, theirs)
@@ -93,7 +93,7 @@ def replace_queries(read: Read, queries: Tensor, other: Read) -> Read:
 
 
 def pad_candidates(read: Read, k: int) -> Read:
-    """Pad a read to k candidates."""
+    """Pad the reported rows of a read to k."""
     if read.ids is None or read.weights is None or read.scores is None:
         return read
     padding = (0, k - read.ids.shape[-1])
@@ -104,7 +104,7 @@ def pad_candidates(read: Read, k: int) -> Read:
 
 
 def keep_best(read: Read, k: int | None) -> Read:
-    """Keep only the k best candidates of a read; none if k is None."""
+    """Report only the k best rows of a read, which reports more; none if k is None."""
     if k is None:
         return replace(read, ids=None, weights=None, scores=None)
     if read.ids is None or read.weights is None or read.scores is None or read.ids.shape[-1] <= k:
@@ -168,7 +168,7 @@ def merge(reads: Sequence[Read]) -> Read:
         report the same id for different rows; give their rows distinct ids to distinguish them.
 
     Raises:
-        ArgumentError: There are no reads, or a read has other than softmax weights.
+        ArgumentError: There are no reads, or the weights of a read are not those of softmax.
         DtypeError: ``reads`` is not a sequence of `Read` objects.
         ShapeError: Shapes differ.
 
@@ -212,7 +212,7 @@ def merge(reads: Sequence[Read]) -> Read:
 
 
 def make_answer(read: Read, leaves: Operands) -> Answer:
-    """Convert a read to an `softdb.transforms.Answer`."""
+    """Convert a read to a `softdb.transforms.Answer`."""
     members = {field.name: tensor for field in fields(Read) if isinstance(tensor := getattr(read, field.name), Tensor)}
     return Answer(members, read.normalizer, leaves)
 

@@ -16,12 +16,14 @@ from softdb.index.list_layout import ListLayout
 __all__ = ["Sample"]
 
 
-# Fraction of the measure of a stratum that is uniform over rows. If the importance of lists is wrong, the variance is
-# at most 1 / UNIFORM_FRACTION times that of a simple random sample (docs/approximation.md).
+# All strata have the same measure. This fraction of the measure is uniform over rows; the rest follows the importance
+# of the lists. So even if the importance is wrong, the variance is at most 1 / UNIFORM_FRACTION times that of a simple
+# random sample (docs/approximation.md).
 UNIFORM_FRACTION = 0.5
 
 
-# Number of parts of a sample, whose differences estimate its variance.
+# Number of parts of a sample. The differences between the two rows of a stratum, summed over each part, estimate the
+# variance.
 VARIANCE_PARTS = 8
 
 
@@ -31,15 +33,16 @@ SAMPLE_CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Sampled rows, each of which represents ``factors`` rows.
+    """Sampled rows, and the number of rows that each of them represents.
 
-    Two rows are drawn from every stratum, a first and a second one. The strata are split into parts, so that the
-    differences between first and second rows estimate the variance.
+    Two rows are drawn from every stratum, a first and a second one. The strata are split into parts. In each part, the
+    difference between the first and the second rows estimates the variance.
 
     Attributes:
-        slots: Slots of the rows, (m,). For each part, ``width`` first rows and then the ``width`` second rows of the
-            same strata; after all parts, the rows of small strata, which represent themselves.
-        factors: Number of rows that each row represents, (m,). 0 marks padding, which fills the last part.
+        slots: Slots of the sampled rows, (m,). Each part holds ``width`` first rows, then the ``width`` second rows of
+            the same strata. After all parts follow the rows of strata with one or two rows, which are all taken.
+        factors: Number of rows that each sampled row represents, (m,): half the size of its stratum, 1 for the rows
+            after the parts, 0 for the padding that fills the last part.
         width: Number of strata in a part.
         parts: Number of parts.
     """
@@ -65,7 +68,8 @@ class Sample:
 
         Args:
             selection: Rows that may be sampled.
-            count: Number of rows, rounded up to an even number; all rows if there are no more.
+            count: Number of rows to draw, rounded up to an even number. If there are no more than ``count`` rows, all
+                are taken.
             device: Device of the sample.
             generator: Generator of the draw; None for torch's default generator.
             layout: Lists of the index; None for strata of consecutive slots.
@@ -104,7 +108,7 @@ class Sample:
 
     @property
     def ends(self) -> list[int]:
-        """Position after the last row that is no padding, for each numbered chunk."""
+        """End of the rows that are not padding, for each number of `chunks`."""
         paired = 2 * self.parts * self.width
         drawn = (self.factors[:paired].view(2 * self.parts, self.width) > 0).sum(-1)
         starts = torch.arange(2 * self.parts, device=drawn.device) * self.width
@@ -112,10 +116,10 @@ class Sample:
 
     @property
     def chunks(self) -> list[tuple[int, slice]]:
-        """Slices of at most `SAMPLE_CHUNK_ROWS` rows, with a number.
+        """Slices of at most `SAMPLE_CHUNK_ROWS` rows, each with a number.
 
-        Number 2 p stands for the first rows of part p, 2 p + 1 for its second rows, and the last number for the rows of
-        small strata.
+        Slices with number 2 p hold first rows of part p, slices with number 2 p + 1 its second rows. Slices with the
+        last number hold the rows after the parts.
         """
         count, paired = len(self.slots), 2 * self.parts * self.width
         halves = [(start, start + self.width) for start in range(0, paired, max(1, self.width))]

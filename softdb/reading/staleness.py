@@ -28,7 +28,8 @@ class StalenessCheck:
         table: The rows that were read.
         used: Slots that the read may have used: a bool mask over the first slots, a tensor of slots (-1 is padding), or
             None for every slot that held a row.
-        substitutes: Tensors that were read instead of the table's own. Writes to the table do not affect them.
+        substitutes: Tensors that were read instead of the table's own. They are checked by their own versions, since
+            writes to the table do not affect them.
         own: Whether the table's own tensors were read.
     """
 
@@ -74,7 +75,7 @@ class OpenReads:
 
     def __init__(self) -> None:
         self._tokens: list[weakref.ref[Tensor]] = []
-        self._version_tensor: tuple[int, Tensor | None] = (-1, None)  # a version, and a tensor of it
+        self._version_tensor: tuple[int, Tensor | None] = (-1, None)  # a version, and a tensor that holds it
 
     def __bool__(self) -> bool:
         return any(token() is not None for token in self._tokens)
@@ -101,7 +102,7 @@ class OpenReads:
         if version != rows.version or version_tensor is None:
             version_tensor = torch.tensor(rows.version, device="cpu")
             self._version_tensor = (rows.version, version_tensor)
-        token = version_tensor.detach()  # a new tensor object, whose lifetime is that of the graph
+        token = version_tensor.detach()  # a new tensor object, which lives as long as the graph
         reference = self._register(token, rows)
         check = StalenessCheck(rows, used, substitutes, own=len(substitutes) < 2)
         checked = _CheckedRead.apply(check, token, *pending.values())  # type: ignore[no-untyped-call]

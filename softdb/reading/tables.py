@@ -39,11 +39,11 @@ class Tables:
         return torch.where(rows < 0, rows, rows + first)
 
     def gather_keys(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
-        """Gather keys."""
+        """Gather keys at ``places``."""
         return gather_rows(self.keys, places, dtype, sparse=self.sparse)
 
     def gather_values(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
-        """Gather values."""
+        """Gather values at ``places``."""
         return gather_rows(self.values, places, dtype, sparse=self.sparse)
 
 

@@ -6,10 +6,11 @@ With S the candidates of a query, w = exp(score), and a sample T of all rows in 
     denominator = sum of w over S         + sum of f * w over T without S
 
 A row is in T with probability 1 / f, so both sums are unbiased for any candidates (Horvitz and Thompson 1952, doi
-10.1080/01621459.1952.10483446). Their ratio, the result, is consistent. The sample is stratified: the rows are cut into
-strata in the order of the index's lists, and two rows are drawn from each stratum. So the sample follows the clusters,
-strata are smaller where the lists are important for the queries, and the differences of the two rows estimate the
-variance. docs/approximation.md has the derivation.
+10.1080/01621459.1952.10483446). Their ratio, the result, is a consistent estimate. The sample is stratified: the rows
+are cut into strata in the order of the index's lists, and two rows are drawn from each stratum. This has three effects.
+Rows of one stratum are similar. Lists that are important for the queries get smaller strata, so more of their rows are
+sampled. The differences between the two rows of each stratum estimate the variance. docs/approximation.md has the
+derivation.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ RowSource = Callable[[slice], tuple[Tensor, Tensor]]
 MISS_PROBABILITY = 0.05
 
 
-# Number of the following candidates that estimate how far values are from the result.
+# Number of candidates, after those that count as found, which estimate how far values are from the result.
 SPREAD_CANDIDATES = 16
 
 
-# A lower recall counts as this one.
+# Lower limit of the recall in the estimate of the error.
 MIN_RECALL = 0.01
 
 
@@ -58,12 +59,14 @@ MIN_DIVISOR = 1e-300
 MIN_ERROR_EPS = 64
 
 
-# Each query gets at least the mean deviation of this fraction of the batch, the queries with the smallest deviations.
+# The deviation of a query is at least the trimmed mean of the batch: the mean over this fraction of the queries, those
+# with the smallest deviations.
 TRIMMED_FRACTION = 0.95
 
 
-# Number of standard deviations in ``error``, and its increase for values of width 1, which falls with the root of the
-# width: the norm of a wide vector varies less. Chosen so that nine of ten errors are below (docs/approximation.md).
+# Number of standard deviations in ``error``: the first constant plus the second divided by the square root of the width
+# of the values, because the norm of a wide vector varies less. Chosen so that nine of ten true errors are at most
+# ``error`` (docs/approximation.md).
 DEVIATIONS, DEVIATIONS_FOR_WIDTH_ONE = 1.4, 0.4
 
 
@@ -75,13 +78,13 @@ class TailCosts:
 
     Attributes:
         sample_row: Cost of one sampled row for one query.
-        sample_queries: Cost of gathering a sample, in queries: a sampled row costs as much as for this many more
-            queries.
+        sample_queries: Cost of gathering one sampled row, in units of ``sample_row``: the gather costs as much as this
+            number of additional queries.
         candidate: Cost of one candidate for one query.
         sample: Fixed cost of a sample.
-        max_trial_fraction: A first sample is tried if it and the candidates cost at most this fraction of an exact
-            read.
-        exact_search: Cost of one row of an exact search for candidates: a product with a key alone.
+        max_trial_fraction: A first sample is tried only if its cost plus that of the candidates is at most this
+            fraction of the cost of an exact read.
+        exact_search: Cost of one row of an exact search for candidates: only the product with its key.
     """
 
     sample_row: float = 1.7
@@ -103,8 +106,9 @@ class TailCosts:
 def add_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, sample: Sample, recall: float = 1.0) -> Read:
     """Add a sample of all other rows to a softmax read of candidates.
 
-    ``error`` is 1.45 to 1.8 standard deviations of the result, relative to its norm (docs/approximation.md). If
-    gradients are needed, the scores and weights of the sample, (M, m), are held.
+    ``error`` is `DEVIATIONS` plus up to `DEVIATIONS_FOR_WIDTH_ONE` standard deviations of the result, relative to its
+    norm (docs/approximation.md). If gradients are needed, the scores and weights of the sample, (M, m), are kept for
+    backward.
 
     Args:
         read: The read of the candidates; its ``ids`` are slots.
@@ -139,7 +143,7 @@ def _add_finite_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, 
         part = slice(start, min(start + chunk_queries, len(query)))
         hidden = _SampleMask.build(sample, spec, cast(Tensor, read.ids), part)
         summed = _sum_sample(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
-        if not is_finite(summed.total):  # the index missed a row that scores far higher than all candidates
+        if not is_finite(summed.total):  # overflow: the index missed a row that scores far higher than all candidates
             shift[part] += _find_excess_score(query[part], rows, shift[part], hidden)
             summed = _sum_sample(query[part], rows, shift[part], sample, hidden, tables.values.shape[1])
         batch_sums.append(summed)
@@ -213,12 +217,12 @@ def _make_row_source(sample: Sample, tables: Tables, spec: ReadSpec, query_needs
 class _SampleMask:
     """Rows of a sample that are hidden from some queries.
 
-    They are candidates, which are summed already, and rows that the queries may not see.
+    A row is hidden from a query if it is a candidate, whose weight is in the sum already, or if a filter hides it.
 
     Attributes:
-        chunks: Number and slice of each chunk of the sample, and the hidden pairs (query numbers, columns) in it.
+        chunks: For each chunk of the sample: its number, its slice, and its hidden pairs as query numbers and columns.
         mask: True where a query may see a row, broadcastable to (b, m); None where all queries see all rows.
-        ends: Position after the last row that is no padding, for each chunk number.
+        ends: End of the rows that are not padding, for each chunk number.
         dtype: dtype of the sums.
     """
 
@@ -259,8 +263,8 @@ class _SampleMask:
         """
         columns = query.T.contiguous()
         for number, chunk, queries, column in self.chunks:
-            # Exponentials and products of numbers close to underflow are slow.
             operand, values = rows(chunk)
+            # Clamp, because exponentials and products of numbers close to underflow are slow.
             scores = (operand @ columns).sub_(shift).clamp_(min=-MAX_SCORE_GAP)
             if len(queries):
                 scores[column, queries] = -torch.inf
@@ -317,7 +321,7 @@ def _find_excess_score(
 def _bound_error(
     summed: _SampleSums, sample: Sample, read: Read, tables: Tables, total: Tensor, recall: float
 ) -> Tensor:
-    """Compute an upper bound of the relative error, meant for nine of ten cases.
+    """Compute an upper bound of the relative error that holds in nine of ten cases.
 
     Infinity where the exact values may be 0.
     """
@@ -337,11 +341,11 @@ def _bound_error(
 def _estimate_variance(summed: _SampleSums, sample: Sample, answer: Tensor, total: Tensor, size: Tensor) -> Tensor:
     """Estimate the variance of the sum of f * w * (value - result).
 
-    The sum is relative to the denominator and to the norm of the result. Both rows of a stratum have the same mean,
-    so the squared difference of their sums estimates the variance, up to a factor 1 - 1 / f, since the two rows are
-    never the same. Where few parts make up most of the variance, the estimate has few degrees of freedom and is
-    increased, as Student's t is wider than the normal distribution. Many samples miss the few rows that matter and
-    see too little variance, so each query gets at least the trimmed mean of the batch.
+    The sum is divided by the denominator and by the norm of the result. Both rows of a stratum have the same mean, so
+    the squared difference of their sums estimates the variance. The factor 1 - 1 / f corrects for the fact that the two
+    rows are never the same. If few parts make up most of the variance, the estimate has few degrees of freedom and is
+    increased, as Student's t is wider than the normal distribution. A sample that misses the few rows with most of the
+    weight underestimates the variance, so each query gets at least the trimmed mean of the batch.
     """
     differences = summed.value_differences - summed.total_differences.unsqueeze(-1) * answer.unsqueeze(1)
     factors = sample.factors[: 2 * sample.parts * sample.width].view(sample.parts, 2 * sample.width)
@@ -360,9 +364,9 @@ def _estimate_variance(summed: _SampleSums, sample: Sample, answer: Tensor, tota
 def _estimate_recall_variance(read: Read, tables: Tables, recall: float, size: Tensor) -> Tensor:  # -> (M,)
     """Estimate the variance due to best rows that the index misses.
 
-    Each of the best rows is found with probability ``recall``. A missed row is seldom in the sample, so the sample does
-    not show this variance. The very best rows are left out: the probability that one of them is missed is at most
-    `MISS_PROBABILITY`.
+    The index finds each of the best rows with probability ``recall``. A missed row is seldom in the sample, so the
+    differences in the sample do not include this variance. The very best rows count as found: the probability that one
+    of them is missed is at most `MISS_PROBABILITY`.
     """
     recall = max(recall, MIN_RECALL)
     sure = round(MISS_PROBABILITY / (1 - recall))

@@ -34,8 +34,8 @@ def read_candidates(
         rows: Candidates, (M, k); -1 is padding.
         normalizer: Name of the normalizer.
         complete: Whether the candidates are known to be all visible rows, (M,) bool.
-        best: Whether the candidates are the k best rows. With a sparse normalizer they include all rows with weight,
-            then, if one of them has weight 0.
+        best: Whether the candidates are known to be the k best rows. If one of them then has weight 0 under a sparse
+            normalizer, they include all rows with weight.
     """
     places = GatherIndex(tables.place(rows))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))

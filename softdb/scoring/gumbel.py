@@ -19,12 +19,12 @@ __all__ = ["GumbelNoise", "draw_noise", "splitmix64"]
 class GumbelNoise:
     """Gumbel noise for the scores of queries and rows.
 
-    The row with the largest score plus noise is a sample from the softmax of the scores. The noise is
-    ``-log(-log(u))``, where the uniform number u is a hash of seed, query and row: it does not depend on the tiling,
-    and forward and backward get the same noise.
+    The row with the largest sum of score and noise is a sample from the softmax of the scores. The noise is
+    ``-log(-log(u))``, where the uniform number u is a hash of seed, query and row. So the noise does not depend on the
+    tiling, and forward and backward compute the same noise.
 
     Attributes:
-        seed: The seed, an int64; a tensor () where a transform of torch.func may batch it.
+        seed: The seed, an int64. A tensor () under transforms of torch.func, which may batch it.
 
     Source: Gumbel 1954; Maddison, Tarlow & Minka 2014 (arXiv 1411.0030). The hash is SplitMix64 (Steele, Lea & Flood
     2014, doi 10.1145/2660193.2660195).
@@ -51,7 +51,7 @@ class GumbelNoise:
         row_hash = splitmix64(~self.seed, rows).unsqueeze(-2)
         bits = mix_bits(query_hash + row_hash)
         uniform = (bits >> 11).bitwise_and_(2**53 - 1).to(dtype).mul_(2.0**-53)
-        # Large noise comes from u near 1, so the uniform number stands for 1 - u, which is exact there.
+        # Large noise needs u near 1, where floating-point numbers are coarse. So ``uniform`` is 1 - u.
         lowest, highest = 2.0**-54, 1 - torch.finfo(dtype).eps / 2
         if isinstance(self.seed, Tensor):  # torch has no batching rule for clamp_
             uniform = uniform.clamp(lowest, highest)
@@ -71,7 +71,7 @@ _SHIFTS_AND_FACTORS = ((30, _to_signed(0xBF58476D1CE4E5B9)), (27, _to_signed(0x9
 
 
 def splitmix64(seed: int | Tensor, numbers: Tensor) -> Tensor:
-    """Compute the int64 at positions of the SplitMix64 stream of a seed."""
+    """Compute the int64 numbers at some positions of the SplitMix64 stream of a seed."""
     return mix_bits(numbers * _GOLDEN_GAMMA + seed)
 
 

@@ -15,9 +15,10 @@ cosine       q·k / (‖q‖ ‖k‖)             q / (‖q‖ T)               
 l2           −‖q − k‖²                   [2(q−c), −1, −‖q−c‖²] / T              [k−c, ‖k−c‖², 1]
 ===========  ==========================  =====================================  ======================
 
-The l2 expansion cancels: it subtracts numbers of size ‖k−c‖² to get distances that may be much smaller. The center c
-(the mean query; every c gives the same score) and float64 operands for float32 input keep it accurate. Preparation
-consists of differentiable torch operations, so autograd computes the gradients to the query and the temperature.
+The l2 expansion suffers from cancellation: it subtracts numbers of size ‖k−c‖² to get distances that may be much
+smaller. Two measures keep it accurate. The center c is the mean query (every c gives the same exact score), and the
+operands are float64. Preparation consists of differentiable torch operations, so autograd computes the gradients of the
+query and the temperature.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype in which a read of ``tensors`` is computed.
 
-    At least float32; float64 if any of the tensors is float64.
+    The dtype is float32, or float64 if any of the tensors is float64.
     """
     dtype = torch.float32
     for tensor in tensors:
@@ -127,8 +128,8 @@ def prepare_query(
     divisor = math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     if isinstance(temperature, float):
         divisor *= temperature
-    # float64 for cosine: dividing a unit vector by a small temperature rounds once, and its gradient, a difference of
-    # large numbers, is rounded after the subtraction.
+    # Use float64 for cosine: the quotient of a unit vector and a small temperature is then rounded only once, and its
+    # gradient, a difference of large numbers, is rounded only after the subtraction.
     operand = query
     if metric == "cosine" or query.dtype != target_dtype:
         operand = query.to(widest_dtype(query.device) if metric == "cosine" else target_dtype)
@@ -174,7 +175,7 @@ def prepare_keys_backward(
     metric: str,
     center: Tensor | None,  # (d,)
 ) -> Tensor:  # (..., d)
-    """Compute the gradient of the keys from that of the prepared keys."""
+    """Compute the gradient of the keys from the gradient of the prepared keys."""
     if metric == "cosine":
         keys = keys.to(grad.dtype)
         norm: Tensor = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)

@@ -54,9 +54,9 @@ Weigh = Callable[[Tensor], Tensor]
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:  # (..., k) -> (..., k), (...,)
     """Compute softmax and log-sum-exp of the last dimension.
 
-    Equal to ``torch.softmax(scores, -1), torch.logsumexp(scores, -1)``, except where every score is -inf, or there is
-    none: the weights are 0 there and the log-sum-exp is -inf, where torch returns NaN. A score of -inf has weight 0.
-    Gradients are finite everywhere.
+    Equal to ``torch.softmax(scores, -1), torch.logsumexp(scores, -1)`` where some score is above -inf. Where every
+    score is -inf, or there are no scores, the weights are 0 and the log-sum-exp is -inf; torch.softmax returns NaN
+    where every score is -inf. A score of -inf has weight 0. Gradients are finite everywhere.
     """
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
@@ -117,8 +117,9 @@ class _TransformableStraightThrough(torch.autograd.Function):
 def sparsemax(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
     """Project scores onto the probability simplex, which gives many weights of 0.
 
-    Equal to ``(scores - t).clamp(min=0)``, where the threshold t makes the weights sum to 1. t is less than 1 below
-    the largest score. A score of -inf has weight 0; where every score is -inf, all weights are 0. Twice differentiable.
+    Equal to ``(scores - t).clamp(min=0)``, where the threshold t makes the weights sum to 1. A score that is 1 or more
+    below the largest has weight 0, and so has a score of -inf. Where every score is -inf, all weights are 0. Twice
+    differentiable.
 
     Source: Martins & Astudillo 2016 (arXiv 1602.02068), equations 2 and 14, algorithm 1.
 
@@ -149,8 +150,8 @@ def entmax15(scores: Tensor) -> Tensor:  # (..., k) -> (..., k)
     return _sparse(scores, _project_squared, _entmax15_slopes, ENTMAX15_FLOOR)
 
 
-# Scores are clamped at this distance from the largest score, so that sums of squares stay finite. Weights are 0 from
-# -1 (sparsemax) and -2 (entmax15) on; the rest is a margin for the rounding of the threshold.
+# Scores are clamped at this distance below the largest score, so that sums of squares stay finite. A score at distance
+# -1 (sparsemax) or -2 (entmax15) has weight 0 already; the larger distance is a margin for rounding of the threshold.
 SPARSEMAX_FLOOR, ENTMAX15_FLOOR = -4.0, -4.0
 
 
@@ -264,10 +265,10 @@ class Normalizer:
     """Properties of a normalizer.
 
     Attributes:
-        weigh: Function from scores to weights, (..., k) -> (..., k), for a sparse normalizer: the weights sum to 1,
-            depend on the rows with weight only, and are 0 for all but the best rows. None: the weights are those of
-            `softmax`.
-        is_hard: Whether forward gives the best row weight 1 and backward is that of softmax.
+        weigh: For a sparse normalizer, the function from scores to weights, (..., k) -> (..., k). The weights sum to 1
+            and are 0 for all but the best rows. They depend only on the scores of the rows with weight above 0. If
+            None, the weights are those of `softmax`.
+        is_hard: Whether forward gives weight 1 to the best row, and backward is that of softmax.
         is_random: Whether Gumbel noise is added to the scores.
         eval_name: Name of the normalizer that a module in eval mode uses instead; None for itself.
     """
@@ -287,7 +288,7 @@ REGISTRY: dict[str, Normalizer] = {
 }
 
 
-# Tuples, since their membership test accepts arguments of any type and torch.compile traces it.
+# These are tuples because ``in`` on a tuple accepts arguments of any type, and torch.compile can trace it.
 NORMALIZERS = tuple(REGISTRY)
 SPARSE_NORMALIZERS: dict[str, Weigh] = {
     name: normalizer.weigh for name, normalizer in REGISTRY.items() if normalizer.weigh is not None
@@ -304,7 +305,7 @@ def is_sparse(name: str) -> bool:
 
 
 def is_hard(name: str) -> bool:
-    """Return whether forward weighs one row, and backward is that of softmax."""
+    """Return whether forward selects one row and backward is that of softmax."""
     return name in _HARD_NAMES
 
 
@@ -314,7 +315,7 @@ def is_random(name: str) -> bool:
 
 
 def reports_rows(name: str) -> bool:
-    """Return whether an exact read without ``k`` gets the rows with weight."""
+    """Return whether an exact read without ``k`` finds the rows with weight above 0."""
     return is_sparse(name) or is_hard(name)
 
 
@@ -327,7 +328,7 @@ def get_eval_normalizer(name: str) -> str:
 
 
 def check_normalizer(name: str, generator: torch.Generator | None = None) -> None:
-    """Raise unless the normalizer exists, and is random if it has a generator."""
+    """Check the name of a normalizer, and whether ``generator`` is allowed with it."""
     check_choice("normalizer", name, NORMALIZERS)
     if generator is None:
         return

@@ -28,8 +28,8 @@ __all__ = ["SavedTensors", "backward_in_blocks", "check_rule_unchanged", "forbid
 class SavedTensors(NamedTuple):
     """Tensors saved for backward; see `ForwardResult`.
 
-    The log-sum-exp is not saved: next to a score of 10,000 it lacks the digits that make the weights sum to 1. The mask
-    is saved so that torch detects writes to it.
+    Total and shift are saved instead of the log-sum-exp: if scores are about 10,000, the log-sum-exp has too few digits
+    for weights that sum to 1. The mask is saved so that torch detects writes to it.
     """
 
     query: Tensor
@@ -77,7 +77,7 @@ def backward_in_blocks(
     grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = _empty_gradient(keys, spec, height) if needs_keys else None
     grad_values = _empty_gradient(values, spec, height) if needs_values else None
-    # These factors are divided by the total once, instead of the weights of every block.
+    # Divide these factors by the total once, instead of dividing the weights of every block.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
         delta = (delta + (grad_blend * blend).sum(-1)) / total
@@ -179,7 +179,7 @@ def _write(table: Tensor, groups: slice, block: Block, part: Tensor) -> None:
 
 
 class _ForbidDoubleBackward(torch.autograd.Function):
-    """Identity whose backward raises, so that a second derivative is not silently 0."""
+    """Identity whose backward raises, because a second derivative would be 0."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
@@ -194,9 +194,9 @@ class _ForbidDoubleBackward(torch.autograd.Function):
 
 
 def forbid_double_backward(results: list[Tensor | None], *inputs: Tensor | None) -> list[Tensor | None]:
-    """Return gradients of a read whose own backward raises an error.
+    """Make the backward of gradients raise an error.
 
-    The graph of a second derivative is created with ``create_graph=True``; otherwise the gradients are unchanged.
+    The gradients have a backward only with ``create_graph=True``; otherwise they are returned unchanged.
     """
     if not torch.is_grad_enabled():
         return results

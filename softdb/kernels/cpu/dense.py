@@ -22,7 +22,7 @@ __all__ = ["DenseRead", "read_dense"]
 class DenseRead(torch.autograd.Function):
     """Exact read whose scores make one small tile; backward uses saved weights.
 
-    It computes the same as `softdb.kernels.cpu.exact.exact_read`. With one group, tensors have no dimension for groups.
+    The result is that of `softdb.kernels.cpu.exact.exact_read`. With one group, tensors have no dimension for groups.
     """
 
     @staticmethod
@@ -33,8 +33,8 @@ class DenseRead(torch.autograd.Function):
         blend, lse, best, weights = read_dense(query, keys, values, spec, groups, block, k)
         ctx.spec, ctx.groups, ctx.block = spec, groups, block
         ctx.seen = None if spec.selection.rule is None else block.fingerprint()
-        # Not by save_for_backward: activation checkpointing raises where a saved tensor has another size when it is
-        # recomputed, although rows may be appended between a read and its backward.
+        # Do not use save_for_backward: under activation checkpointing, it raises if the recomputed tensor has another
+        # size. The weights have another size if rows are appended between a read and its backward, which is allowed.
         ctx.weights = weights
         ctx.save_for_backward(query, keys, values, blend, spec.selection.mask)
         ctx.set_materialize_grads(False)

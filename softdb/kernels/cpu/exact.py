@@ -9,7 +9,8 @@ arXiv 2205.14135). Backward recomputes the scores, and the weights from the scor
 Cost. Forward takes two products for each block. Each elementwise pass over its scores takes a tenth to a third of the
 time of a product, so:
 
-- Forward computes no maximum and subtracts no shift (m = 0) while a bound on the scores shows that exp is in range.
+- Forward computes no maximum and subtracts no shift (m = 0) as long as an upper bound of the scores shows that exp
+  neither overflows nor underflows.
 - A block is multiplied in *partitions*, at least one for each thread.
 - Each product uses the faster of two layouts: see `TileProduct`.
 - Blocks reuse memory.
@@ -43,7 +44,7 @@ from softdb.transforms import check_not_batched
 __all__ = ["exact_read"]
 
 
-# Gradients are divided by sums of exponentials up to this number, and down to its inverse.
+# Backward divides gradients by sums of exponentials between 1 / MAX_TOTAL and MAX_TOTAL.
 MAX_TOTAL = 2.0**40
 
 
@@ -54,15 +55,16 @@ class _ExactRead(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
-        # Rows that are copied have gradients that are copied too, so blocks are smaller.
+        # If rows are copied, their gradients are copied, too, so blocks have to be smaller.
         copied_per_row = spec.count_copied_elements(keys, values) * (1 + any(ctx.needs_input_grad[1:3]))
-        if k:  # this limit keeps the wide blocks of a top-k, and their gradients, in cache for all slices of queries
+        if k:  # keeps the wide blocks of a top-k and their gradients in cache for all slices of queries
             copied_per_row = max(copied_per_row, (keys.shape[-1] + values.shape[-1]) // 2)
         tiles = spec.choose_tiles(split_groups(groups, query), copied_per_row, k)
         read = read_in_blocks(query, keys, values, spec, groups, k, tiles)
         total, shift = read.total, read.shift
         if total.numel():
-            # Backward divides the gradients by the total, so small gradients would underflow if it were large.
+            # Backward divides the gradients by the total: they would underflow if it were large, and overflow if it
+            # were small. Therefore move the total into the shift, which leaves a total of about 1.
             smallest, largest = total.aminmax()
             if float(smallest) < 1 / MAX_TOTAL or float(largest) > MAX_TOTAL:
                 log_total = total.log()

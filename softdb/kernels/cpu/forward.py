@@ -58,7 +58,7 @@ def _run_pass(
 ) -> ForwardResult:
     """Run one pass over the rows, in tiles that fit in cache.
 
-    A shift is subtracted from the scores as soon as a block needs one; with ``shifted`` from the first block on.
+    A shift is subtracted from the scores from the first block that needs one; with ``shifted``, from the first block.
     """
     count, height = query.shape[:2]
     shape = (count, height)
@@ -130,10 +130,11 @@ def _run_pass(
 def read_in_blocks(
     query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, k: int, tiles: Tiles
 ) -> ForwardResult:
-    """Read block by block, and repeat with a shift where the result is unreliable.
+    """Read block by block; repeat the pass with a shift if the result is unreliable.
 
-    The first pass subtracts no shift as long as the bound on the scores allows. It is repeated if its result is not
-    plausible, as after a write to the keys that the store did not see, or out of range.
+    The first pass subtracts no shift as long as the bound on the scores allows. The pass is repeated if sums overflow
+    or underflow, or if the log-sum-exp is outside of its bound. The latter happens after a write to the keys that the
+    store did not detect, because the bound comes from the old keys.
     """
     query, keys, values = split_groups(groups, query), split_groups(groups, keys), split_groups(groups, values)
     with suppress(NonFiniteError):

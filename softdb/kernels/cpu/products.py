@@ -37,7 +37,7 @@ MIN_WEIGHT = {dtype: 2.0**26 * torch.finfo(dtype).tiny for dtype in (torch.float
 class ScratchBuffer:
     """Memory for one tensor at a time, reused for the next.
 
-    To allocate memory for each block would take as long as a product.
+    Allocating memory for each block would take as long as a product.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class BlockLoader:
         self._gathered, self._converted = ScratchBuffer(), ScratchBuffer()
 
     def load(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
-        """Return the rows of a block: a view, or a copy that the next overwrites."""
+        """Return the rows of a block: a view, or a copy that the next call overwrites."""
         table = self._table
         if isinstance(block.rows, slice):
             rows = table[groups, block.rows]
@@ -79,9 +79,10 @@ class TileProduct:
     Args:
         transposed: Whether a tile is stored as (g, C, b), the layout of ``keys @ query.T``. That product is up to three
             times as fast as ``query @ keys.T`` for a few dozen queries.
-        exact_ties: Whether equal rows of the right operand give bitwise equal results. BLAS libraries have other
-            kernels for small products and for the last columns, which round differently, so the operand is padded. A
-            block whose number of rows is not a multiple of 32 is short: see `ReadSpec.iterate_tiles`.
+        exact_ties: Whether equal rows of the right operand give bitwise equal results. BLAS libraries use other
+            kernels for small products and for the last columns, and these kernels round differently. Therefore the
+            operand is padded to a multiple of 32 rows. The padding copies little, because only short blocks have
+            another number of rows: see `ReadSpec.iterate_tiles`.
     """
 
     def __init__(self, transposed: bool = False, exact_ties: bool = False) -> None:
@@ -107,8 +108,8 @@ class TileProduct:
 def add_product(total: Tensor, left: Tensor, right: Tensor, run: int) -> None:  # (g, b, x), (n, b, C), (n, C, x)
     """Add ``left @ right`` to ``total``, in sums over at most ``run`` rows.
 
-    Where n > g = 1, the operands are n partitions of the rows of one group. `torch.baddbmm` may add each term to the
-    total, which accumulates rounding errors, and is not used.
+    Where n > g = 1, the operands are n partitions of the rows of one group. `torch.baddbmm` is not used, because it may
+    add the terms to the total one by one, which accumulates rounding errors.
     """
     if len(left) > len(total):
         total += torch.bmm(left, right).sum(0, keepdim=True, dtype=total.dtype)
@@ -129,7 +130,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, run: int) -> None:  
 def write_or_add_product(  # (n, c, x), (n, c, b), (n, b, x)
     total: Tensor, left: Tensor, right: Tensor, first: bool
 ) -> None:
-    """Write the ``first`` product ``left @ right`` to ``total``, add others."""
+    """Write ``left @ right`` to ``total`` if ``first``, else add it."""
     if first:
         total.baddbmm_(left, right, beta=0.0)
     else:
@@ -150,9 +151,10 @@ def matmul_in_runs(left: Tensor, right: Tensor, tiling: Tiling) -> Tensor:  # (*
 def exponentiate(scores: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:  # (g, b, C), (g, b)
     """Compute exp(scores − shift), in place where the dtype allows.
 
-    No shift means 0. Results close to underflow, as most weights of a peaked softmax are, become 0: torch's exp is a
-    hundred times slower where its result underflows, and products with denormal numbers are slow too. Without a shift
-    the scores are too small to underflow.
+    If the shift is None, it is 0. Results close to underflow become 0, because torch's exp is a hundred times slower
+    where its result underflows, and products with denormal numbers are slow, too. Most weights of a peaked softmax are
+    close to underflow. Without a shift, the absolute scores are at most `Tiling.max_unshifted_score`, so no result
+    underflows.
     """
     if shift is None:
         return scores.to(dtype).exp_()

@@ -27,7 +27,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
     values, index = values[..., :k], index[..., :k]
     if bool(equal.any()):
         index = index.contiguous()
-        # topk returns equal scores in any order, and any of them where the (k+1)-th equals the k-th.
+        # topk returns equal scores in any order. If the (k+1)-th score equals the k-th, topk selects any of them.
         tied = equal[..., : k - 1].any(-1).nonzero(as_tuple=True)
         ascending = index[tied].sort(dim=-1).values
         order = scores[tied].gather(-1, ascending).sort(dim=-1, descending=True, stable=True).indices
@@ -41,9 +41,9 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
 def two_stage_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (g, b, C) -> (g, b, min(k, C))
     """Compute `top_k` among the columns of the k best groups of 32 columns.
 
-    Groups are ordered by their maximum, then by lowest index. The k best groups contain the k best columns: suppose
-    that one of the k best columns is in another group. Then each of the k best groups has a maximum that is larger, or
-    equal and at a lower index. That makes k better columns, a contradiction.
+    Groups are ordered by their maximum, then by lowest index. The k best groups contain the k best columns. Proof:
+    suppose that one of the k best columns is in another group. Then each of the k best groups has a maximum that is
+    larger than that column, or equal and at a lower index. These maxima are k better columns, a contradiction.
     """
     width = scores.shape[-1]
     groups = width // GROUP_COLUMNS
@@ -128,7 +128,7 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> t
         for queries in slices:
             scores = product(query[:, queries], operand)
             block.hide(scores, groups, queries, -torch.inf)
-            # Scores are compared in the dtype in which they are returned: two that round to the same number tie.
+            # Compare scores in the dtype in which they are returned: scores that round to the same number tie.
             best.add(scores.to(spec.dtype), groups, queries, block)
     return best.scores[0], best.rows[0]
 
@@ -136,8 +136,8 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> t
 def _top_k_in_two_passes(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor]:
     """Find the groups of 32 rows with the best maxima, then score their rows.
 
-    The first pass holds the maxima, (B, N / 32). The k best groups contain the k best rows: see `two_stage_top_k`. This
-    is faster than one pass where their 32 k rows are few in comparison with N.
+    The first pass computes and keeps the maxima, (B, N / 32). The k best groups contain the k best rows: see
+    `two_stage_top_k`. Two passes are faster than one if these 32 k rows are few in comparison with N.
     """
     batch, count = query.shape[1], spec.selection.count
     height = max(1, spec.tiling.max_group_maxima * GROUP_COLUMNS // count)
@@ -206,11 +206,11 @@ def block_top_k(scores: Tensor, block: Block, k: int) -> tuple[Tensor, Tensor, T
 def select_dense_block(queries: int, spec: ReadSpec, copied_per_row: int, k: int) -> Block | None:
     """Return all rows as one block, if a dense read of them is faster.
 
-    It is where the scores make one small tile and few elements have to be copied.
+    A dense read is faster if the scores make one small tile and few elements have to be copied.
     """
     count, tiling = spec.selection.count, spec.tiling
     if not 0 < queries * count <= tiling.max_dense_scores or count * copied_per_row > tiling.copied_elements:
         return None
-    if k and count % GROUP_COLUMNS and count > tiling.max_padded_rows:  # it would have to be padded
+    if k and count % GROUP_COLUMNS and count > tiling.max_padded_rows:  # the block would have to be padded
         return None
     return spec.selection.block(0, count)

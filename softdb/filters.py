@@ -82,13 +82,14 @@ class Block:
     def fingerprint(self) -> Tensor:  # (B,) or (), int64
         """Compute a hash of the visible slots of each query.
 
-        Backward compares it with the hash of forward, to detect a rule that returned another mask. Two different masks
-        are unlikely to have the same hash. It is a sum of integers, so the order of summation does not matter.
+        Backward compares its hash with that of forward, to detect a rule that returned another mask. Two different
+        masks are unlikely to have the same hash. The hash is a sum of integers, so it does not depend on the order of
+        summation.
         """
         mask, rows = self.mask, self.rows
         device = "cpu" if mask is None else mask.device
         slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
-        slot_hashes = slots * 2654435761 % 2**20 + 1  # integers, so their sums are exact
+        slot_hashes = slots * 2654435761 % 2**20 + 1  # sums of integers are exact
         return (slot_hashes if mask is None else mask * slot_hashes).sum(-1)
 
 
@@ -99,9 +100,10 @@ class Selection:
     Attributes:
         size: Number of slots, including hidden ones.
         shared: True for slots that some query may see, (size,) bool; None for all slots.
-        visited: Slots that a pass visits, ascending, where few of the slots are visible; None for all slots.
+        visited: Slots that a pass visits, ascending. Used if at most half of the slots are visible, or for a part of
+            the slots; None for all slots.
         mask: A mask for all rows, broadcastable to (G, B, size); None for no mask.
-        rule: A rule on slots, (C,) or (B, C) -> bool broadcastable to (B, C); None for no rule.
+        rule: A function from slots, (C,) or (B, C), to a bool tensor broadcastable to (B, C); None for no rule.
         excluded: Slots that a query may not see, (B, m), ascending; -1 is padding. None for no such slots.
     """
 
@@ -183,7 +185,7 @@ class Selection:
         return (query, column[query, place]) if len(query) else None
 
     def restrict_to(self, slots: Tensor) -> Selection:  # (m,) ascending
-        """Return a selection that also hides every slot outside of ``slots``."""
+        """Return a selection that also hides every slot that is not in ``slots``."""
         return replace(self, visited=slots if self.shared is None else slots[self.shared[slots]])
 
     def is_visible(self, slots: Tensor) -> Tensor:  # (B, c) -> (B, c)
@@ -246,7 +248,7 @@ def select(
         excluded = None
     selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
     if shared is not None and 2 * selection.shared_count <= rows.used:
-        # If most rows are hidden, gathering the visible ones is cheaper than computing scores to hide.
+        # If most rows are hidden, gathering the visible rows is cheaper than scoring all rows.
         return replace(selection, visited=shared.nonzero().squeeze(-1))
     return selection
 
@@ -336,5 +338,5 @@ def _find_excluded_slots(
     flat = ids.reshape(batch, ids.shape[-1])
     slots = torch.full_like(flat, -1)
     given = flat >= 0
-    slots[given] = rows.slots.find(flat[given])  # an unknown id gives slot -1, since its row is hidden already
+    slots[given] = rows.slots.find(flat[given])  # an unknown id has no row to hide: it gives -1, as padding does
     return slots.sort(dim=-1).values.to(rows.ids.device)

@@ -99,7 +99,7 @@ def soft_read(
         values = softmax(scores.masked_fill(~mask, -inf)) @ values
 
     without allocating the (B, N) scores and weights: forward and backward hold a few megabytes of them at a time. A
-    query that may see no row gets zeros instead of NaN, and the read includes the log-sum-exp. Gradients reach every
+    query that may see no row gets zeros instead of NaN. The result includes the log-sum-exp. Gradients reach every
     floating-point input. Second derivatives raise `SecondDerivativeError`. A sparse normalizer gathers the rows with
     weight above 0, separately for each query.
 
@@ -121,7 +121,7 @@ def soft_read(
         normalizer: Function from scores to weights; see `softdb.scoring.normalizers`:
 
             - "softmax".
-            - "straight_through": forward returns the value of the best row, backward is that of softmax.
+            - "straight_through": forward returns the value of the best row; backward is that of softmax.
             - "gumbel": straight-through with Gumbel noise added to the scores, so that a row is drawn with its softmax
               probability. ``scores`` and ``lse`` include the noise.
             - A sparse normalizer, such as "sparsemax" or "entmax15": weights that are 0 except for some best rows.
@@ -149,7 +149,7 @@ def soft_read(
         return _soft_read_eagerly(query, keys, values, temperature=temperature, mask=mask, **options)
     if is_active():
         options = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
-        # vmap with randomness="different" draws other noise for each sample.
+        # A random read must pass through vmap, because randomness="different" draws different noise for each sample.
         if is_random(normalizer) or is_wrapped(query, keys, values, temperature, mask):
             return _soft_read_under_transform(query, keys, values, temperature, mask, options)
         with suspend_transforms():
@@ -174,11 +174,11 @@ def soft_read(
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
         if not selection.is_never_empty:
-            check_finite("query", query)  # otherwise the check of the scores finds NaN
+            check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         try:
             read = read_exactly(fold.fold_queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:
-            check_finite("query", query)  # a more precise message than that of the scores
+            check_finite("query", query)  # its message is more precise than that of the scores
             check_finite(
                 "keys", keys if mask is None else zero_hidden_keys(tables.keys, spec, fold.groups, queries_per_group)
             )
@@ -222,8 +222,8 @@ def topk_read(
         generator: As for `soft_read`.
 
     Returns:
-        A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate, else NaN, since the mass
-        of the other rows is unknown.
+        A `Read` over the candidates, best first. ``mass`` is 1 where every row is a candidate. Otherwise it is NaN,
+        since the scores of the other rows are unknown; for a query without candidates it is 0.
 
     Raises:
         ShapeError, DtypeError, DeviceError, NonFiniteError, DuplicateIdError, ArgumentError: An argument is invalid.
@@ -264,7 +264,7 @@ def topk_read(
         try:
             read = read_candidates(fold.fold_queries(operand), tables, spec, rows, normalizer, complete=complete)
         except NonFiniteError:
-            check_finite("keys", keys)  # a more precise message than that of the scores
+            check_finite("keys", keys)  # its message is more precise than that of the scores
             raise
     if not is_finite(read.values):
         check_finite("values", values)
@@ -332,7 +332,7 @@ def _soft_read_under_transform(
 def _fold_samples(operands: Operands, batched: list[bool], size: int) -> Operands:
     """Fold the samples of a vmap into a batch dimension of `soft_read`.
 
-    The batch dimensions of its arguments broadcast, so the new dimension comes before all others.
+    The batch dimensions of the arguments broadcast, so the new dimension comes before all others.
     """
     tables = zip(operands[:3], batched[:3], strict=True)
     count = max(cast(Tensor, table).dim() - 2 - has for table, has in tables)
@@ -360,7 +360,7 @@ def _topk_read_under_transform(
 ) -> Read:
     """Run `topk_read` with operations that every transform of torch.func supports.
 
-    No operation depends on the numbers in a tensor.
+    Apart from the checks of arguments, no Python code depends on the elements of a tensor.
     """
     check_choice("metric", metric, METRICS)
     check_normalizer(normalizer, generator)
@@ -433,7 +433,7 @@ def _gather_all(table: Tensor, places: Tensor, missing: Tensor, dtype: torch.dty
 def _check_temperature_shape(
     temperature: float | Tensor, shape: tuple[int, ...], device: torch.device
 ) -> float | Tensor:
-    """Check a temperature whose numbers have been checked already."""
+    """Check type, shape and device of a temperature whose elements were checked."""
     if not isinstance(temperature, Tensor):
         return check_temperature(temperature, shape, device)
     if not temperature.is_floating_point():
@@ -443,10 +443,10 @@ def _check_temperature_shape(
 
 
 class _BatchFold:
-    """Mapping of batch dimensions to G groups of queries and back.
+    """Mapping of batch dimensions to G groups of queries, and back.
 
-    Each group has its own rows. Batch dimensions that all keys and values share become more queries of one group, so
-    shared rows are never copied.
+    Each group has its own rows. A batch dimension along which keys and values have size 1 is folded into the queries of
+    a group, so shared rows are never copied.
     """
 
     def __init__(self, batch: tuple[int, ...], query_count: int, keys: Tensor, values: Tensor) -> None:
@@ -483,7 +483,7 @@ class _BatchFold:
         count = len(self.batch)
         mask = mask.reshape(*[1] * (count + 2 - mask.dim()), *mask.shape)
         sizes = list(mask.shape)
-        # Dimensions that are merged into one are expanded if the mask differs along any of them.
+        # Several dimensions are merged into one. If the mask differs along one of them, it is expanded along all.
         if any(sizes[i] != 1 for i in self.own_dimensions):
             for i in self.own_dimensions:
                 sizes[i] = self.batch[i]
@@ -529,7 +529,7 @@ def _check_operands(
 
 
 def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
-    """Check everything but the numbers; return the batch shape."""
+    """Check dtypes, shapes and devices, but not elements; return the batch shape."""
     check_float_tensor("query", query, (-1, None, None))
     check_float_tensor("keys", keys, (-1, None, query.shape[-1]), query.device)
     check_float_tensor("values", values, (-1, keys.shape[-2], None), query.device)

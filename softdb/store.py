@@ -53,7 +53,7 @@ __all__ = ["SoftKVStore"]
 class SoftKVStore(StoreModule):
     """A key-value store that answers a query with a weighted sum of its values.
 
-    For the default metric, a read of the N rows in the store is equal to::
+    For the default metric, a read of N rows equals::
 
         scores = query @ keys.T / sqrt(key_dim) / temperature     # (B, N)
         weights = softmax(scores)                                 # (B, N)
@@ -75,9 +75,9 @@ class SoftKVStore(StoreModule):
             dense, and every optimizer accepts them. Use True for large tables, with an optimizer that accepts sparse
             gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`,
             `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense gradients.
-        fields: Names of the int64 fields of every row. ``where`` filters by them.
-        index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, which
-            describes them.
+        fields: Names of the int64 fields of every row. The filter ``where`` of `read` can use them.
+        index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, whose
+            documentation describes these values.
         capacity: Maximum number of rows. The storage is allocated once at this size and never grows, so optimizers and
             DistributedDataParallel can be constructed before rows are added. If None, the storage grows when it is
             full.
@@ -97,22 +97,22 @@ class SoftKVStore(StoreModule):
         dtype: Floating-point dtype of ``keys`` and ``values``.
 
     ``state_dict`` includes the eviction clock and the usage counters, so a store that loads it evicts the same rows as
-    the saved store and continues its counts. Activation checkpointing may run a read again in backward: usage counters
-    and the eviction clock count that read too.
+    the saved store and continues its counts. Activation checkpointing may run a read again in backward; usage counters
+    and the eviction clock then count the read twice.
 
     Attributes:
         keys: (capacity, key_dim), in slot order.
         values: (capacity, value_dim), in slot order.
 
-            You may read them, pass them to an optimizer, or write to them in place. The contents of a slot without a
-            row are undefined. Call `touch` after a write through ``.data`` or NumPy. The store itself writes through
-            ``.data``. If you compute with these tensors directly, do not write to the store before ``backward``:
-            autograd does not detect the change, and the gradients would be wrong.
+            You may read both tensors, pass them to an optimizer, or write to them in place. The contents of a slot
+            without a row are undefined. Call `touch` after a write through ``.data`` or NumPy. If you compute with
+            these tensors directly, do not write to the store before ``backward``: the store writes through ``.data``,
+            which autograd does not detect, and the gradients would be wrong.
 
     Raises:
         ArgumentError: A number is out of range, or arguments do not fit together.
         DtypeError: An argument has the wrong type.
-        FieldError: A field name is no identifier, is reserved, or is repeated.
+        FieldError: A field name is not a Python identifier, is reserved, or is repeated.
 
     Example:
         >>> import torch
@@ -254,14 +254,14 @@ class SoftKVStore(StoreModule):
 
         When a store with ``evict`` is full, it evicts just enough rows; the new rows reuse their slots.
 
-        The cost is linear in the m new rows. When the storage is full and has no ``capacity``, its size at least
-        doubles, which copies all rows; call `reserve` to avoid this.
+        The cost is linear in m, the number of new rows. When the storage of a store without ``capacity`` is full, its
+        size at least doubles, which copies all rows. Call `reserve` to avoid this.
 
         Args:
             keys: (m, key_dim), floating point.
             values: (m, value_dim), floating point.
             ids: Ids of the new rows, (m,), none of them in the store. If None, the store assigns m consecutive ids,
-                starting one above the highest id that it has ever held, or at 0. It assigns no id twice.
+                starting one above the highest id that it has ever held, or at 0. The store never assigns an id twice.
             fields: Value of every field of the store, by name: m integers, or one integer for all m rows.
 
         Returns:
@@ -365,10 +365,10 @@ class SoftKVStore(StoreModule):
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
         """Replace the contents of existing rows and treat them as new rows.
 
-        Use it to restart rows that reads no longer select. It does what `update` does and also resets what belongs to
-        the old contents: pending gradients are dropped, `usage` starts at 0, and `softdb.optim.RowAdam` and
-        `softdb.optim.RowAdagrad` reset the optimizer state of the rows. Optimizers of ``torch.optim`` do not: they
-        apply the old momentum to the new contents.
+        Use it to restart rows that reads no longer select. It writes as `update` does, and also resets the state of the
+        old contents: pending gradients are dropped, `usage` starts at 0, and `softdb.optim.RowAdam` and
+        `softdb.optim.RowAdagrad` reset the optimizer state of the rows. Optimizers of ``torch.optim`` do not reset
+        their state: they apply the old momentum to the new contents.
 
         The cost is linear in m.
 
@@ -436,15 +436,15 @@ class SoftKVStore(StoreModule):
     def reserve(self, n: int) -> None:
         """Allocate storage for at least ``n`` rows in total.
 
-        Call it before wrapping a trainable store in DistributedDataParallel and before constructing an optimizer of
-        ``torch.optim``: both allocate their state at the size of ``keys`` and ``values``. If the storage grows, all
+        Call it before you wrap a trainable store in DistributedDataParallel and before you construct an optimizer of
+        ``torch.optim``, because both allocate state of the size of ``keys`` and ``values``. If the storage grows, all
         rows are copied.
 
         Args:
             n: Total number of rows, including the rows in the store.
 
         Raises:
-            GrowthError: ``n`` exceeds ``capacity``, or ``backward`` of a read of the current storage is still due.
+            GrowthError: ``n`` exceeds ``capacity``, or a read of the current storage still waits for its ``backward``.
 
         Example:
             >>> from softdb import SoftKVStore
@@ -545,18 +545,19 @@ class SoftKVStore(StoreModule):
                   rows. In exact mode the rows with weight above 0 are gathered; if they are too many, `ArgumentError`
                   is raised. In topk mode, k is doubled while all candidates of a query have weight, up to the larger of
                   16 k and 1,024. ``mass`` is 1 if the candidates are known to include all rows with weight, else NaN.
-                  An approximate search cannot know it, so its mass is NaN.
+                  After an approximate search this is known only if all visible rows are candidates.
             tail_samples: Number of rows to sample, in topk mode, to estimate the contribution of the rows that are not
-                candidates. If the sample has room for all other rows, the read is exact. With a sample, ``lse`` is an
-                estimate over all allowed rows, ``weights`` and ``mass`` are relative to it, and ``error`` is an upper
-                bound of ‖values − exact values‖ / ‖exact values‖ that holds in about nine of ten cases (see
-                docs/approximation.md). All queries of the batch share the sample, which is stratified by the lists of
-                the index. The sampled rows get gradients too. Each gradient is multiplied by the number of rows that
-                its row represents.
+                candidates. If the number is large enough for all other rows, the read is exact. With a sample, ``lse``
+                is an estimate over all allowed rows, and ``weights`` and ``mass`` are relative to that estimate.
+                ``error`` is an upper bound of ‖values − exact values‖ / ‖exact values‖ that holds in about nine of ten
+                cases (see docs/approximation.md). All queries of the batch share the sample, which is stratified by the
+                lists of the index. The sampled rows get gradients, too. The gradient of a sampled row is multiplied by
+                the number of rows that it represents.
             tolerance: Maximum ``error`` of each query in topk mode, such as 0.05. The read chooses the number of
-                candidates, of visited lists and of samples. Queries that cannot meet the tolerance, or for which an
-                exact read is cheaper, are read exactly and have error 0. The gradients of rows are dense. Rows are
-                reported only if ``k`` is given, which doubles the cost of the queries that are read exactly.
+                candidates, the number of lists to visit, and the number of samples. Queries that cannot meet the
+                tolerance, or for which an exact read is cheaper, are read exactly and have error 0. The gradients of
+                rows are dense. Rows are reported only if ``k`` is given, which doubles the cost of the queries that are
+                read exactly.
             generator: Generator for the noise of "gumbel" and for the sample. If None, the default generator of torch.
                 In eval mode "gumbel" draws no numbers and leaves the generator unchanged.
 
@@ -650,8 +651,8 @@ class SoftKVStore(StoreModule):
         """Build the index of topk reads from the current rows.
 
         An existing index is replaced. Reads build the index when it is needed; call this method to choose the time. If
-        the configuration selects exact search ("Flat", or "auto" with few rows), it does nothing. The cost is linear in
-        the number of rows for each candidate index that is trained.
+        the configuration selects exact search ("Flat", or "auto" with few rows), the method does nothing. Several
+        indexes may be trained, of which the best is kept; for each, the cost is linear in the number of rows.
 
         Raises:
             IndexBuildError: FAISS fails, or memory runs out. Reads then use exact search.
@@ -664,7 +665,7 @@ class SoftKVStore(StoreModule):
     def refresh(self, *, wait: bool = False) -> None:
         """Add the pending rows to the index, so that searches do not scan them.
 
-        The cost is linear in the number of pending rows. If a rebuild is due, it is the cost of `build_index`.
+        The cost is linear in the number of pending rows. If a rebuild is due, the cost is that of `build_index`.
 
         Args:
             wait: With ``IndexConfig(background=True)``, whether to wait for a build in progress, and use its result.
@@ -706,7 +707,7 @@ class SoftKVStore(StoreModule):
             LockedError: Another save to the path did not finish within ``timeout``.
             OSError: The system reports an error. The previous snapshot and the store are unchanged.
             UnsupportedSystemError: The system has no POSIX files and locks.
-            ArgumentError: ``timeout`` is negative or NaN, or ``path`` is no valid path.
+            ArgumentError: ``timeout`` is negative or NaN, or ``path`` is not a valid path.
             DtypeError: An argument has the wrong type.
 
         Example:
@@ -740,9 +741,9 @@ class SoftKVStore(StoreModule):
 
         Args:
             path: Directory that `save` wrote.
-            mmap: Whether to map the files of keys and values into memory instead of reading them. Use it to look at a
-                few rows, or at more rows than fit in memory. The store is read-only until `materialize`, and its keys
-                and values have no gradients. Other processes may save to the path meanwhile. If a mapped file is
+            mmap: Whether to map the files of keys and values into memory instead of reading them. Use it to read a few
+                rows, or more rows than fit in memory. The store is read-only until `materialize`, and its keys and
+                values have no gradients. Other processes may save to the path meanwhile. If a mapped file is
                 truncated or the disk fails, the next access to it ends the process (SIGBUS).
             verify: With ``mmap``, whether to read keys and values once and compare them with their hashes. Without
                 ``mmap`` this is always done.
@@ -790,11 +791,11 @@ class SoftKVStore(StoreModule):
     def writing(self) -> Iterator[None]:
         """Block reads in other threads until the block ends.
 
-        Reads in other threads then see all writes of the block, or none. A single `add`, `put`, `update`, `revive`,
-        `delete` or step of an optimizer of `softdb.optim` does not need it: concurrent reads already use one version of
-        the store. Use it for writes that the store cannot detect in advance: your own writes to ``keys`` and
-        ``values``, steps of optimizers of ``torch.optim``, and several writes that belong together. Run ``backward`` in
-        the thread that writes: backward reads the rows again.
+        Reads in other threads then see all writes of the block, or none. Use it for your own writes to ``keys`` and
+        ``values`` and for steps of optimizers of ``torch.optim``, which the store cannot detect in advance, and for
+        several writes that belong together. A single `add`, `put`, `update`, `revive`, `delete` or step of an optimizer
+        of `softdb.optim` does not need it: concurrent reads then use one version of the store. Run ``backward`` in the
+        thread that writes, because backward reads the rows again.
 
         Example:
             >>> import torch

@@ -1,14 +1,14 @@
 """Reads under transforms of `torch.func` and under forward-mode differentiation.
 
-A transform passes wrapped tensors to a function. Python code cannot read their elements, but a read must: it checks
-them, searches an index, and counts. So a read under a transform is one opaque operation, a pair of
-`torch.autograd.Function`. Its forward runs below all transforms, on plain tensors, and keeps the eager autograd graph;
-its backward runs through that graph.
+A transform passes wrapped tensors to a function. Python code cannot read the elements of a wrapped tensor, but a read
+needs them: it checks the query, searches an index, and counts. So a read under a transform is one opaque operation, a
+pair of `torch.autograd.Function`. Its forward runs outside of all transforms, on plain tensors, and keeps the eager
+autograd graph; its backward runs through that graph.
 
-``vmap`` runs one read for all samples if their batch dimension can become a dimension of the query (the batch is
-*folded* into the query), and one read for each sample otherwise. In backward, each level of ``vmap`` must distinguish a
-batch dimension that existed in forward from one that only the gradients have (``jacrev``). An output of forward, the
-*marker*, is batched at exactly the levels that existed in forward.
+``vmap`` runs one read for all samples if their batch dimension can become a dimension of the query: the batch is
+*folded* into the query. Otherwise it runs one read for each sample. In backward, each level of ``vmap`` must
+distinguish a batch dimension that existed in forward from one that only the gradients have, as in ``jacrev``. For this,
+forward has an additional output, the *marker*, which is batched at exactly the levels that existed in forward.
 
 The eager graph is attached to another output, the *ticket*. Torch keeps the ticket for backward, so the graph lives
 exactly as long as the ticket.
@@ -88,7 +88,7 @@ def is_batched(tensor: Tensor) -> bool:
 def has_batched(gradients: Sequence[Tensor | None]) -> bool:
     """Return whether gradients are batched.
 
-    torch.vmap batches them, and so does ``is_grads_batched=True`` of `torch.autograd.grad`.
+    They are under torch.vmap, and with ``is_grads_batched=True`` of `torch.autograd.grad`.
     """
     return any(
         gradient is not None
@@ -98,7 +98,7 @@ def has_batched(gradients: Sequence[Tensor | None]) -> bool:
 
 
 def check_not_batched(gradients: Sequence[Tensor | None]) -> None:
-    """Raise if gradients are batched, in the backward of a read that was not batched."""
+    """Raise if gradients are batched, for a backward that supports plain tensors only."""
     if has_batched(gradients):
         raise TransformError(
             "gradients: expected plain tensors, got tensors that torch.vmap batches (is_grads_batched=True, or "
@@ -146,7 +146,7 @@ is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_traced(tensor: object) -> bool:
-    """Return whether torch.export, without Dynamo, traces ``tensor``."""
+    """Return whether ``tensor`` is traced by torch.export without Dynamo."""
     return torch.compiler.is_compiling() and type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
@@ -167,8 +167,8 @@ def suspend_transforms() -> Iterator[None]:
 def move_samples_first(tensor: Tensor) -> Tensor:
     """Return a detached plain tensor whose leading dimensions are those of `vmap`.
 
-    There is one leading dimension for each level of vmap that batches the tensor. Call it while transforms are
-    suspended.
+    There is one leading dimension for each level of vmap that batches the tensor. Call this function only within
+    `suspend_transforms`.
     """
     dims = []
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -242,19 +242,19 @@ class Answer:
 
 @dataclass
 class _Call:
-    """Read under transforms; each level of vmap that batches operands adds one.
+    """Read under transforms, with the reads to which a level of vmap reduces it.
 
     Attributes:
-        run: Function that reads plain operands. Its second argument says which operands need a gradient.
-        fold: Function from batched operands to the operands of one read. Its other arguments are which operands have a
-            leading batch dimension, and its size. It returns None if one read is not possible.
+        run: Function that reads plain operands. Its second argument lists which operands need a gradient.
+        fold: Function from batched operands to the operands of one read. Its other arguments list which operands have a
+            leading batch dimension, and give the size of that dimension. It returns None if one read is not possible.
         levels: Highest level at which each operand needs a gradient: 0 outside of transforms, -1 for no gradient.
         random: "queries" if each query draws random numbers, "batch" if a read draws once, "" if it does not.
         generator: Source of the random numbers.
         sparse: Whether gradients may be row-sparse.
-        names: Names of the members, after the read.
-        normalizer: Normalizer, after the read.
-        differentiable: Whether each member has a gradient, after the read.
+        names: Names of the members; set by the read.
+        normalizer: Normalizer of the result; set by the read.
+        differentiable: Whether each member has a gradient; set by the read.
         folded: Read of the whole batch, if the batch was folded.
         shapes: Shapes of the operands of one sample, if the batch was folded.
         parts: Reads of the samples, if the batch was not folded.
@@ -287,7 +287,7 @@ class _Call:
 def _disable_tracing(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function so that Dynamo does not trace it after a graph break.
 
-    Dynamo is not imported for this.
+    If Dynamo is not imported yet, it stays so.
     """
 
     @functools.wraps(function)
@@ -315,8 +315,8 @@ def read_opaquely(
 
     Args:
         run: As in `_Call`.
-        fold: As in `_Call`. It must return the last operand, which `read_opaquely` appends; that operand is batched if
-            the samples draw different random numbers.
+        fold: As in `_Call`. `read_opaquely` appends one operand, which ``fold`` must return as the last one. That
+            operand is batched if the samples draw different random numbers.
         operands: Tensors that the read depends on.
         random: As in `_Call`.
         generator: As in `_Call`.
@@ -333,7 +333,7 @@ def read_opaquely(
         check_randomness()
         salt = torch.randint(1, (), device="cpu")  # torch batches it if the samples draw different numbers
     if any(level.key() != functorch.TransformType.Vmap for level in stack):
-        sparse = False  # Transforms of gradients wrap dense tensors only.
+        sparse = False  # Transforms that compute gradients can wrap dense tensors only.
     operands = [*operands, salt]
     call = _Call(run, fold, [_highest_gradient_level(value) for value in operands], random, generator, sparse)
     outputs = _Read.apply(call, *operands)  # type: ignore[no-untyped-call]
@@ -369,7 +369,7 @@ def _highest_gradient_level(value: Tensor | None) -> int:
 def _get_vmap_level() -> int:
     """Return the level of the vmap whose rule is running.
 
-    That level and the levels above it are not on the stack then.
+    While the rule runs, that level and the levels above it are not on the stack.
     """
     below = functorch.peek_interpreter_stack()
     return 1 if below is None else below.level() + 1
@@ -380,7 +380,7 @@ TICKET_INDEX, MARKER_INDEX = -2, -1
 
 
 class _Read(torch.autograd.Function):
-    """Function of a read, from operands to members, ticket and marker."""
+    """Read as a function from operands to the members, the ticket and the marker."""
 
     @staticmethod
     def forward(call: _Call, *operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -399,7 +399,7 @@ class _Read(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *operands = inputs
         ctx.call, ctx.count = call, len(output) - 2
-        # save_for_backward would raise if rows that were not read are written to before backward.
+        # Do not use save_for_backward: it raises after a write to any row, also to rows that the read did not use.
         ctx.operands = [value for value, level in zip(operands, call.levels, strict=True) if level >= 0]
         ctx.save_for_backward(output[TICKET_INDEX], output[MARKER_INDEX])
         fixed = [member for member, has in zip(output, call.differentiable, strict=False) if not has]
@@ -436,7 +436,8 @@ class _Read(torch.autograd.Function):
         has_own_randomness = batched[-1]
         for place, value in enumerate(given):
             if value is not None and not batched[place] and call.levels[place] > level:
-                # A transform at a higher level computes a gradient for each sample.
+                # A transform at a higher level computes one gradient per sample, so the operand needs a batch
+                # dimension.
                 given[place], batched[place] = value.unsqueeze(0).expand(size, *value.shape), True
         repeats = call.random == "queries" and not has_own_randomness
         separate = repeats or (call.random == "batch" and has_own_randomness)
@@ -471,12 +472,12 @@ class _Read(torch.autograd.Function):
         return (*members, ticket, marker), (*[0] * len(members), None, 0)
 
 
-# Values of padding in samples that report fewer candidates than others; 0 for other members.
+# Padding of the members of samples that report fewer candidates than others; 0 for members not named here.
 PADDING_VALUES = {"ids": -1, "scores": -torch.inf}
 
 
 def _stack_padded(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """Stack a member of the reads of samples, padded to the same width."""
+    """Stack one member of the reads of all samples, padded to a common width."""
     widest = max(part.shape[-1] for part in parts) if parts[0].dim() else 0
     padding = PADDING_VALUES.get(name, 0)
     return torch.stack(
@@ -503,8 +504,8 @@ def _drop_padding_gradient(gradient: Tensor | None, width: int) -> Tensor | None
 class _Gradient(torch.autograd.Function):
     """Function from the gradients of a read's members to those of its operands.
 
-    The operands are inputs so that the result depends on them: a second derivative raises an error instead of being
-    zero.
+    The operands are inputs, although they are not used, so that the result depends on them. Otherwise a second
+    derivative would be 0 instead of raising an error.
     """
 
     @staticmethod
@@ -515,7 +516,7 @@ class _Gradient(torch.autograd.Function):
         if kept is None:
             raise StaleReadError(
                 "the eager graph of a read was freed before its backward, because the tensors that torch saved for it "
-                "were replaced (by a saved-tensor hook?); read outside of the transform"
+                "were replaced, for instance by a saved-tensor hook; read outside of the transform"
             )
         members, leaves = kept
         pairs = [

@@ -1,4 +1,4 @@
-"""Tour of ``softdb demo``: hard and soft answers from a store of word senses."""
+"""Tour of ``softdb demo``: hard and soft reads of a store of word senses."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Sense(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Senses:
-    """Word senses and sentences of the package, embedded by one sentence encoder.
+    """Word senses and sentences in the package, embedded by one sentence encoder.
 
     Attributes:
         keys: Embeddings of "word: gloss", (4096, 384) float32, of norm 1.
@@ -167,7 +167,7 @@ def choose_sentences(words: Sequence[str]) -> tuple[str, ...]:
             strings, some examples are chosen.
 
     Raises:
-        ArgumentError: No sentence contains one of the words; the message lists the sentences.
+        ArgumentError: No sentence matches one of the strings; the message lists the sentences.
     """
     if not words:
         return FEATURED_SENTENCES

@@ -93,7 +93,7 @@ def read_labels(option: str, path: str, count: int, rows: str) -> list[str]:
 
     Args:
         option: The option that names the file, for messages.
-        path: The file. A .npy file holds a 1-dimensional array of strings or integers.
+        path: The file. A .npy file must contain a 1-dimensional array of strings or integers.
         count: Number of labels that are expected.
         rows: The rows or queries that the labels belong to, for messages.
     """

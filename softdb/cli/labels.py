@@ -25,7 +25,7 @@ def compare_labels(
     """Compare reads as `softdb.lab.compare` does, with accuracy by labels.
 
     The answer to a query is the label with the highest total weight. It is correct if it equals the label of the query.
-    The weights are those of a second store with the same keys and one-hot labels as values.
+    To sum the weights by label, a second store with the same keys and with one-hot labels as values is read.
 
     Args:
         store: The store.

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(parser.format_help(), end="", flush=True)
     except (ArgumentError, DtypeError, MissingPackageError, UnsupportedSystemError) as error:
-        # The message of the demo lists the sentences, one per line.
+        # Keep the lines of messages of the demo, which list one sentence per line.
         _print_error(str(error) if options.command == "demo" else _join_lines(str(error)))
         return 2
     except SoftDBError as error:
@@ -295,7 +295,7 @@ def _format_size(count: int) -> str:
 
 
 class _Progress:
-    """Progress line on standard error; silent if that is not a terminal."""
+    """Progress line on standard error; it prints nothing if that is not a terminal."""
 
     def __init__(self, work: str) -> None:
         self._work = work
@@ -380,7 +380,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _can_encode_blocks(stream: TextIO) -> bool:
     try:
         (demo.FULL_BLOCK + demo.EIGHTH_BLOCKS).encode(stream.encoding or "ascii")
-    except (AttributeError, LookupError, UnicodeEncodeError):  # no stream, or one without a known encoding
+    except (AttributeError, LookupError, UnicodeEncodeError):  # There is no stream, or its encoding is unknown.
         return False
     return True
 

@@ -30,7 +30,8 @@ def find_best_rows(store: SoftKVStore, queries: Tensor, k: int) -> list[list[dic
         k: Number of rows for each query.
 
     Returns:
-        For each query a list of at most k rows, best first: "id", "weight" (by the softmax over all rows) and "fields".
+        For each query, a list of at most k rows, best first. Each row is a dictionary with "id", "weight" (in the
+        softmax over all rows) and "fields".
     """
     k = check_positive("k", k)
     found: list[list[dict[str, Any]]] = []

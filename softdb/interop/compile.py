@@ -2,17 +2,19 @@
 
 A read is one opaque operator whose body is the eager read.
 
-The checks, errors, index upkeep and staleness check of a read are Python code that depends on data, so none of it is
-traced. ``softdb::read`` runs it when the graph runs. If gradients are needed, it keeps the eager autograd graph,
-attached to a *ticket* that the compiled graph saves for its backward; ``softdb::read_backward`` runs backward through
-the graph of the ticket. The ticket is a tensor. Torch frees it after backward (unless ``retain_graph=True``), or with a
-result that is never differentiated, and the eager graph is freed with it.
+The argument checks, index upkeep and staleness check of a read are Python code that depends on data, so they cannot be
+traced. The operator ``softdb::read`` runs them when the graph runs. If gradients are needed, the operator keeps the
+eager autograd graph, attached to a *ticket*: a tensor that the compiled graph saves for its backward. The operator
+``softdb::read_backward`` runs backward through the graph of the ticket. Torch frees the ticket after backward (unless
+``retain_graph=True``), or together with a result that is never differentiated. The eager graph is freed with the
+ticket.
 
 Dead code elimination would remove a read whose result is not used, and common subexpression elimination would merge two
-equal reads. A store that counts reads therefore counts with a separate operator, ``softdb::count``. It is declared to
-mutate a tensor, so it is never removed.
+equal reads. A store that counts reads therefore counts by a separate operator, ``softdb::count``. That operator is
+declared to mutate a tensor, so it is never removed.
 
-A store enters a graph as a tensor too, its *handle*. As a constant, it would cause one graph for each store.
+A graph receives the store as a tensor, too: its *handle*. If the store were a constant of the graph, torch would
+compile one graph for each store.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ __all__ = ["new_handle", "read_in_graph"]
 
 
 class Store(Protocol):
-    """Attributes that this module uses of a `softdb.SoftKVStore`."""
+    """Attributes of a `softdb.SoftKVStore` that this module uses."""
 
     keys: Tensor
     values: Tensor
@@ -85,7 +87,7 @@ _last_read_version: weakref.WeakKeyDictionary[Store, int] = weakref.WeakKeyDicti
 def new_handle(store: Store) -> Tensor:
     """Create a tensor that represents ``store`` in compiled graphs.
 
-    Its number is random, so that it differs from those of stores in other processes.
+    Its element is a random number, so that stores in other processes have other numbers.
     """
     number = secrets.randbits(63)
     _stores_by_number[number] = store
@@ -104,11 +106,11 @@ def _find_store(handle: Tensor) -> Store:
 
 @dataclass(frozen=True, eq=False)
 class _PendingRead:
-    """Eager read that waits for its backward or is to be counted.
+    """Eager read whose backward or count is still to run.
 
     Attributes:
         read: The read.
-        inputs: Query, keys, values, temperature; None where no gradient is needed.
+        inputs: Query, keys, values and temperature in the eager graph; empty if no gradient is needed.
         reported: Slots and weights to count.
     """
 
@@ -131,7 +133,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         and isinstance(mode, str)
         and isinstance(normalizer, str)
         and not (mode == "topk" and is_sparse(normalizer))  # The width of the result depends on data.
-        and not is_random(normalizer)  # Equal operators would be merged and draw once.
+        and not is_random(normalizer)  # Equal operators would be merged, and draw only once.
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
         and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() only
         and (exclude is None or isinstance(exclude, Tensor))
@@ -146,9 +148,9 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     divisor = chosen if isinstance(chosen, Tensor) else None
     number = None
     if temperature is not None and divisor is None:
-        # A tensor, because torch would compile another graph for each new value of a number.
+        # Pass the number as a tensor, because torch would compile another graph for each new number.
         number = torch.ones((), dtype=torch.float64, device="cpu") * float(chosen)
-    # An operator that mutates nothing may be removed or merged, so such reads count with an operator that does.
+    # Torch may remove or merge an operator that mutates nothing, so a separate, mutating operator counts.
     counts = store.rows.counts_reads and not is_exporting()
     keys, values = store.keys, store.values
     wanted = [False] * 4
@@ -213,7 +215,8 @@ def _read(
 ) -> Outputs:
     """Run the eager read.
 
-    Only the tracer knows which gradients of query, keys, values and temperature are needed, so it passes ``wanted``.
+    Which gradients of query, keys, values and temperature are needed is known only while the graph is traced;
+    ``wanted`` stores it.
     """
     store = _find_store(handle)
     for name, given, own in (("keys", keys, store.keys), ("values", values, store.values)):
@@ -339,7 +342,7 @@ def _read_backward(
     if kept is None:
         raise StaleReadError(
             "the eager graph of a compiled read was freed before its backward, because the tensors that torch saved "
-            "for it were replaced (by a saved-tensor hook?); read outside of the graph"
+            "for it were replaced, for instance by a saved-tensor hook; read outside of the graph"
         )
     given = {"values": values, "weights": weights, "scores": scores, "lse": lse, "mass": mass}
     pairs = [(getattr(kept.read, name), gradient) for name, gradient in given.items() if gradient is not None]
@@ -423,7 +426,7 @@ _read.register_autograd(_differentiate, setup_context=_save_context)
 def _to_outputs(read: Read, query: Tensor, ticket: Tensor) -> Outputs:
     """Return the members of a read in the form that an operator must return.
 
-    They are detached copies, not views; a member that is None becomes an empty tensor.
+    Each member is copied and detached. A member that is None becomes an empty tensor.
     """
     members: list[Tensor] = []
     for member in (read.values, read.ids, read.weights, read.scores, read.lse, read.mass):
@@ -447,7 +450,8 @@ def _convert_layout(leaf: Tensor, gradient: Tensor | None, sparse: bool) -> Tens
 def _check_recompute(store: Store) -> None:
     """Raise if activation checkpointing repeats a read after rows were written.
 
-    The check is not exact: it compares the version of the rows with that at the latest read in a forward.
+    The check is not exact: it compares the version of the rows with their version at the latest read outside of
+    backward.
     """
     version = store.rows.version
     if torch._C._current_graph_task_id() == -1:  # outside of backward
@@ -463,7 +467,7 @@ def _check_recompute(store: Store) -> None:
 def _enable_autograd() -> Iterator[None]:
     """Enable autograd in the body of an operator.
 
-    The dispatcher disables it at a level below `torch.enable_grad`.
+    The dispatcher disables autograd by means that `torch.enable_grad` does not undo.
     """
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -475,7 +479,10 @@ def _enable_autograd() -> Iterator[None]:
 
 
 def _restore_autocast(query: Tensor, answer: torch.dtype) -> torch.autocast:
-    """Return the autocast context of the traced code; it is off when a graph runs."""
+    """Return the autocast context of the traced code.
+
+    Autocast is off when a graph runs.
+    """
     if answer == query.dtype:
         return torch.autocast(query.device.type, enabled=False)
     return torch.autocast(query.device.type, dtype=answer)

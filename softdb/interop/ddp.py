@@ -16,7 +16,7 @@ ITERATION_FUNCTIONS = frozenset(
 
 
 class _SparseTables(nn.Embedding):
-    """Module whose gradients DistributedDataParallel takes to be row-sparse."""
+    """Module whose gradients DistributedDataParallel expects to be row-sparse."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -33,8 +33,8 @@ def make_stand_in(module: nn.Module, *, sparse: bool) -> nn.Module:
 def is_called_by_ddp() -> bool:
     """Return whether DistributedDataParallel is iterating over the module.
 
-    DDP does so to set up its buckets and the buffers that it broadcasts. The first broadcast of all Parameters and
-    buffers is made by another module of torch, for which this returns False.
+    DDP iterates to set up its gradient buckets and the list of buffers that it broadcasts. Another module of torch
+    makes the first broadcast of all Parameters and buffers; for that module the result is False.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name in ITERATION_FUNCTIONS:

@@ -13,7 +13,7 @@ from softdb.errors import SecondDerivativeError
 
 __all__ = ["count_read_in_graph", "refuse_second_derivative"]
 
-# Number of reads of each table in the graph that is being traced, by the fake tensor of the table.
+# Number of reads of each table in the graph that is being traced. The keys are the fake tensors of the tables.
 _reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -35,8 +35,8 @@ class GraphReads:
 def count_read_in_graph(table: Tensor) -> GraphReads:
     """Count a read of ``table`` in the graph that is being traced.
 
-    Backward is traced after all reads, so it finds the total. Inductor cannot add a row-sparse gradient to another
-    gradient: if there are several reads, their gradients must be dense.
+    Backward is traced after all reads, so the count is complete by then. Inductor cannot add a row-sparse gradient to
+    another gradient. So if there are several reads of a table, their gradients must be dense.
     """
     is_traced = type(table) not in (Tensor, torch.nn.Parameter)
     reads: GraphReads = _reads_in_graph.setdefault(table, GraphReads()) if is_traced else GraphReads()

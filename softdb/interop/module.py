@@ -1,4 +1,4 @@
-"""Operations of `torch.nn.Module` on a store: assign tensors, convert them, repr."""
+"""Operations of `torch.nn.Module` on a store: assignment, conversion and repr."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_assigned(module: Any, name: str, value: Any) -> Any:
 def check_deletion(module: nn.Module, name: str) -> None:
     """Raise if ``keys`` or ``values`` is deleted.
 
-    Without this check torch would fail one step later, and leave the store without the tensor.
+    Without this check, the caller in torch would fail after the deletion, which leaves the store without the tensor.
     """
     if name in ("keys", "values") and name not in module.__dict__:
         raise ArgumentError(
@@ -63,7 +63,7 @@ def check_deletion(module: nn.Module, name: str) -> None:
 
 
 def replace_tensor(table: Table, name: str, value: Any, assign: Callable[[str, Any], None]) -> None:
-    """Assign ``keys`` or ``values``: another tensor for the same rows.
+    """Assign another tensor of the same rows to ``keys`` or ``values``.
 
     Args:
         table: The rows.
@@ -117,7 +117,7 @@ def convert(table: Table, fn: Callable[[Tensor], Tensor], apply: Callable[[], ob
 
 
 def describe_store(store: Any, factory: str) -> str:
-    """Return the settings that ``repr`` shows; some are omitted at their default."""
+    """Return the settings that ``repr`` shows; some are omitted if they are default."""
     shown = {"rows": len(store.rows), "key_dim": store.key_dim, "value_dim": store.value_dim, "metric": store.metric}
     defaults = {"temperature": 1.0, "fields": (), "capacity": None, "evict": None}
     shown |= {name: getattr(store, name) for name, default in defaults.items() if getattr(store, name) != default}

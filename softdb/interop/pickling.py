@@ -13,14 +13,14 @@ from torch import nn
 
 __all__ = ["send_copies", "set_up_replica"]
 
-# Copies that were sent to each spawned process. They own shared memory, so they live as long as the process.
+# Copies that were sent to each spawned process. A copy owns shared memory, so it is kept as long as the process exists.
 _sent_copies: weakref.WeakKeyDictionary[Any, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def send_copies(kind: type[nn.Module]) -> None:
-    """Send copies of modules of a class to other processes.
+    """Make pickle send copies of modules of a class to other processes.
 
-    By default, torch moves tensors to shared memory to send them. Each process would then write to the rows of the
+    By default, torch sends a tensor by moving it to shared memory. Each process would then write to the rows of the
     other, but detect only its own writes. A store on which ``share_memory()`` was called is still shared.
     """
     ForkingPickler.register(kind, _reduce_copy)
@@ -31,7 +31,7 @@ def _reduce_copy(store: Any) -> Any:
     if store.keys.is_shared():
         return store.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     sent, process = copy.deepcopy(store), get_spawning_popen()
-    if process is not None:  # It inherits open files, which must stay open until it starts.
+    if process is not None:  # The process inherits open files, so the copy must exist until the process starts.
         _sent_copies.setdefault(process, []).append(sent)
     return sent.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 

@@ -38,7 +38,7 @@ def load_state(
     unexpected_keys: list[str],
     *args: Any,
 ) -> None:
-    """Load a state dict, or nothing if a tensor of the rows is invalid or missing.
+    """Load a state dict; load nothing if a tensor of the rows is invalid or missing.
 
     Args:
         table: The rows. No other thread may read or write them.
@@ -71,7 +71,7 @@ def load_state(
 
     def load() -> None:
         for report, count in zip(reports, reported, strict=True):
-            del report[count:]  # reported by an attempt that was interrupted
+            del report[count:]  # remove what an interrupted attempt reported
         if growth is not None:
             table.install(growth)
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -85,8 +85,8 @@ def load_state(
         for tensor in table.tensors().values():
             if 0 in tensor.stride() and tensor.numel() > 1:  # ``assign=True`` may assign an expanded tensor
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        # torch reports a tensor that it fails to copy, for instance without memory, and continues with the others.
-        # The rows would then be a mixture of old and new ones.
+        # If torch fails to copy a tensor, for instance because memory runs out, it reports the error and continues with
+        # the other tensors. The rows would then be a mixture of old and new rows.
         failed = [text for text in args[0][reported[2] :] if any(f'named "{name}"' in text for name in names)]
         if failed:
             raise RuntimeError(" ".join(failed))
@@ -118,7 +118,7 @@ def _find_differing_names(
 
 
 def _prepare_storage(table: Table, state: Mapping[str, Any]) -> Growth | None:
-    """Check the tensors to load; return storage of their size if it differs."""
+    """Check the tensors to load; return new storage if its size must change."""
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"state_dict[{name!r}]: expected a tensor, got {describe(tensor)}")
@@ -141,7 +141,10 @@ def _prepare_storage(table: Table, state: Mapping[str, Any]) -> Growth | None:
 
 
 def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load the buffers of rows; missing clocks and counters start at 0."""
+    """Load the buffers of rows; initialize missing counters and clocks.
+
+    Counters and the clock of ``evict="lru"`` start at 0. The clock of ``evict="oldest"`` starts in slot order.
+    """
     is_average, source = rows.average.is_active, rows.average.source
     rows.average = AverageWatch(is_updated=rows.average.is_updated)
     nn.Module._load_from_state_dict(rows, state_dict, prefix, *args)
@@ -149,19 +152,19 @@ def _load_rows(rows: RowStorage, state_dict: dict[str, Any], prefix: str, *args:
         if prefix + name not in state_dict:
             dtype = torch.float64 if name == "weight" else torch.int64
             initial = torch.zeros(rows.capacity, dtype=dtype, device=rows.ids.device)
-            if name == CLOCK_COLUMNS["oldest"]:  # Every row has another age.
+            if name == CLOCK_COLUMNS["oldest"]:  # All ages must differ.
                 initial = torch.arange(rows.capacity, device=rows.ids.device)
             setattr(rows, name, initial)
     for name in rows.saved:  # ``assign=True`` accepts any dtype.
         column = getattr(rows, name)
-        # Copy a tensor of the state dict: another store may load it too.
+        # Copy a tensor that still belongs to the state dict, because another store may load it, too.
         is_shared = column.data_ptr() == getattr(state_dict.get(prefix + name), "data_ptr", int)()
         setattr(rows, name, column.to(torch.float64 if name == "weight" else torch.int64, copy=is_shared))
     if rows.changed_at.device != rows.ids.device:  # ``assign=True`` does not assign the change columns.
         for name, column in change_columns(rows.capacity, rows.ids.device).items():
             setattr(rows, name, column)
         rows.id_check = torch.zeros(CHECK_SIZE, dtype=torch.int64, device=rows.ids.device)
-    if is_average:  # It most likely continues to be one.
+    if is_average:  # The loaded store most likely continues to be an average.
         rows.average.record(rows.slot_rows, is_updated=True)
     rows.average.source = None if source is None else source.restart(rows.ids, rows.generation)
     rows.derive()

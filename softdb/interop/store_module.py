@@ -29,7 +29,7 @@ __all__ = ["StoreModule"]
 
 
 class StoreModule(ModuleWithProperties):
-    """Base class of the store, with what `torch.nn.Module` calls.
+    """Base class of the store, with the methods that torch calls on a module.
 
     `softdb.SoftKVStore` adds the methods that users call.
     """
@@ -64,9 +64,9 @@ class StoreModule(ModuleWithProperties):
     ) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules as `torch.nn.Module` does; yield a stand-in to DDP.
 
-        DistributedDataParallel gets a module with the same Parameters and without the buffers of the rows. Otherwise it
-        would overwrite the buffers of each process with those of rank 0 before every forward. The stand-in is an
-        embedding where gradients are row-sparse, because DDP expects such gradients of embeddings only.
+        The stand-in has the same Parameters, but not the buffers of the rows. Otherwise DistributedDataParallel would
+        overwrite the buffers of each process with those of rank 0 before every forward. If gradients are row-sparse,
+        the stand-in is an embedding, because DDP accepts such gradients of embeddings only.
         """
         with suspend_transforms() if is_active() else nullcontext():
             observe_listing(self._table)
@@ -89,11 +89,11 @@ class StoreModule(ModuleWithProperties):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the rows and their usage from a state dict, completely or not at all.
 
-        If ``state_dict`` has no counters (``rows.reads``, ``rows.weight``) or no eviction clock (``rows.used_at``,
-        ``rows.added_at``), they start at 0; rows of equal age are evicted in slot order. Such names are reported as
-        missing. Counters or clocks that this store does not keep are reported as unexpected. Both are errors if
-        ``strict``. If another name is missing, nothing is loaded, and the missing names include ``keys`` and
-        ``values``.
+        If ``state_dict`` has no counters (``rows.reads``, ``rows.weight``), they start at 0. If it has no eviction
+        clock (``rows.used_at``, ``rows.added_at``), rows are evicted in slot order. Such names are reported as missing.
+        Counters or clocks that this store does not keep are reported as unexpected. Missing and unexpected names are
+        errors if ``strict``. If any other name is missing, nothing is loaded, and the missing names include ``keys``
+        and ``values``.
 
         Args:
             state_dict: Result of ``state_dict()`` of a store.
@@ -135,7 +135,7 @@ class StoreModule(ModuleWithProperties):
         return set_up_replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        with self.writing():  # Completes an interrupted write.
+        with self.writing():  # Completes an interrupted write, if there is one.
             pass
         derived = ("_access", "_writer", "_reader", "_handle")
         state = {name: value for name, value in self.__dict__.items() if name not in derived}

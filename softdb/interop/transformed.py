@@ -68,7 +68,10 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
 
 
 def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands | None:
-    """Return the operands of one read of all samples; None if samples differ in rows."""
+    """Return the operands of one read of all samples; None if that is not possible.
+
+    It is not possible if samples have their own keys, values or ``where``.
+    """
     query, keys, values, temperature, where, exclude, salt = operands
     if query is None or batched[1] or batched[2] or batched[4]:
         return None
@@ -83,7 +86,7 @@ def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands
 
 
 def refuse_to_fold(operands: Operands, batched: list[bool], size: int) -> None:
-    """Return None: a callable ``where`` expects the queries of one sample."""
+    """Return None, because a callable ``where`` expects the queries of one sample."""
 
 
 def forbid_wrapped_tensors(
@@ -91,7 +94,7 @@ def forbid_wrapped_tensors(
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """Wrap a callable ``where`` to raise if it uses tensors that a transform wraps.
 
-    The callable runs outside of the transforms.
+    The callable runs outside of the transforms, where such tensors are not valid.
     """
 
     def checked_where(row: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Arguments that the functions of the lab share: checks and defaults."""
+"""Checks and defaults of the arguments that the functions of the lab share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPERATURE_FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25)
 
 
 class Readable(Protocol):
-    """Interface that the lab needs of a store, which `softdb.SoftKVStore` has."""
+    """Interface of a store that the lab needs; `softdb.SoftKVStore` implements it."""
 
     @property
     def read(self) -> Callable[..., Read]:
@@ -60,7 +60,7 @@ def check_can_draw(store: Any, normalizers: Sequence[str]) -> None:
 
 
 def resolve_temperatures(store: Any, temperatures: Sequence[float] | None) -> list[float]:
-    """Return the distinct temperatures, highest first; the default ones if None."""
+    """Return the distinct temperatures, highest first; if None, the defaults."""
     if temperatures is None:
         own = float(getattr(store, "temperature", 1.0))
         return [factor * own for factor in TEMPERATURE_FACTORS]

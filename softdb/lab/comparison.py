@@ -50,15 +50,16 @@ class Setting:
         normalizer: Name of the normalizer.
         temperature: Divisor of the scores.
         k: Number of candidates of a top-k read; None in other modes.
-        distance: ``norm(values - exact) / norm(exact)`` over all queries, with the exact softmax read at this
-            temperature.
+        distance: ``norm(values - exact) / norm(exact)`` over all queries, where ``exact`` are the values of the exact
+            softmax read at this temperature.
         agreement: Fraction of queries whose row with the highest weight is the row with the highest score.
-        mass: Softmax mass of the rows with weight above 0, in the exact softmax at this temperature, averaged over
+        mass: Fraction of the exact softmax at this temperature that the rows with weight above 0 hold, averaged over
             queries.
         entropy: Entropy of the weights, in nats, averaged over queries.
         effective_rows: exp(entropy of the weights of a query), averaged over queries.
         metric: Accuracy, loss or the caller's metric; None without targets.
-        time: Duration, as a multiple of that of the exact softmax read. Both are medians over the temperatures.
+        time: Duration of the reads divided by the duration of the exact softmax reads. Both durations are medians over
+            the temperatures.
     """
 
     mode: str
@@ -96,7 +97,7 @@ class Comparison(Tabular):
     queries: int
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Return a list for each column; the column ``metric`` has the metric's name."""
+        """Return a list for each column; the column of the metric has its name."""
         columns = {field.name: [getattr(row, field.name) for row in self.settings] for field in SETTING_FIELDS}
         metric = columns.pop("metric")
         return columns if self.metric is None else columns | {self.metric: metric}
@@ -214,10 +215,11 @@ def compare(
         mass = exact_weights[weights > 0].sum()                     # averaged over queries, as is the entropy
         entropy = -(weights * weights.log()).sum()
 
-    A hard read has no normalizer. It is listed once for each temperature, because the exact read that it is compared
-    with depends on the temperature. The printed table merges settings whose numbers are equal, apart from the time, at
-    the same temperature or at consecutive temperatures. On a terminal, a progress bar is shown if tqdm is installed.
-    The reads count in the store's ``usage``.
+    A hard read has no normalizer. Its result does not depend on the temperature, but it is listed once for each
+    temperature, because the exact read with which it is compared does. Settings count as equal if all their numbers
+    except the time are equal. The printed table merges equal settings of one temperature, and equal settings of
+    consecutive temperatures. On a terminal, a progress bar is shown if tqdm is installed. The reads count in the
+    store's ``usage``.
 
     Args:
         store: A `softdb.SoftKVStore`, or another object with its `read`.
@@ -226,8 +228,9 @@ def compare(
         ks: Numbers of candidates of the top-k reads.
         temperatures: Divisors of the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own temperature.
         normalizers: Names of normalizers, as in `softdb.SoftKVStore.read`.
-        targets: Expected answers. Classes, (B,) integers, give the metric "accuracy", that of ``values.argmax(-1)``.
-            Values, (B, value_dim) floating point, give the metric "loss", the mean squared error.
+        targets: Expected answers. For classes, (B,) integers, the metric is "accuracy": the fraction of queries whose
+            ``values.argmax(-1)`` is the class. For values, (B, value_dim) floating point, the metric is "loss": the
+            mean squared error.
         metric: Function ``metric(values, targets)`` that returns a number, to use instead of accuracy or loss.
         generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 
@@ -316,7 +319,8 @@ class Reference:
         # The derivative of the log-sum-exp gives the mean score: d lse / d T = - (sum of weight * score) / T.
         (slope,) = torch.autograd.grad(read.lse.sum(), divisor)
         lse, best_score = read.lse.detach(), read.scores[:, 0].detach()
-        # The entropy is 0 where the best row holds all weight, also where large numbers would leave a rounding error.
+        # Where the best row holds all weight, the entropy is 0; the formula would leave a rounding error of large
+        # numbers.
         entropy = torch.where(lse > best_score, lse + temperature * slope, 0.0).clamp(min=0)
         return lse, entropy, read.ids[:, 0], best_score
 
@@ -331,7 +335,7 @@ def _measure_setting(
     generator: torch.Generator | None,
     measure: Callable[[Tensor], float] | None,
 ) -> Setting:
-    """Read all queries with one setting; return its figures, with the time in seconds."""
+    """Read all queries with one setting; return its measurements, time in seconds."""
     options: dict[str, Any] = {"mode": mode, "temperature": reference.temperature}
     if mode != "hard":
         options["normalizer"] = normalizer
@@ -390,14 +394,14 @@ def _compare_weights(
         if read.ids is None or read.weights is None or read.scores is None:
             raise DtypeError(f"store: expected a {mode} read to report ids, weights and scores, got none")
         weights, scores = read.weights.double(), read.scores.double()
-        if is_random(normalizer):  # whose reported scores include the noise
+        if is_random(normalizer):  # The reported scores include the noise, so score the row without it.
             scores = scores.new_full(scores.shape, -torch.inf)
             scores[:, 0] = _score_rows(store, batch, read.ids[:, 0], reference.temperature)
         best_score = reference.best_score[place]
-        # Two rows whose scores differ by rounding only both count as the best row.
+        # If the scores of two rows differ only by rounding, both rows count as the best row.
         rounding = SCORE_TOLERANCE * (1 + best_score.abs())
         agrees = (read.ids[:, 0] == reference.best[place]) | (scores[:, 0] >= best_score - rounding)
-        # Rounding errors that all scores of a read share cancel in the difference from the best score.
+        # A rounding error that all scores of a read share cancels in their differences from the best score.
         top = torch.where(agrees, scores[:, 0], best_score)
         held = (best_score - reference.lse[place]).exp().nan_to_num(0.0)
         share = (scores - top.unsqueeze(-1)).exp().nan_to_num(0.0) * held.unsqueeze(-1)
@@ -408,7 +412,7 @@ def _compare_weights(
 
 
 def read_support(store: Readable, batch: Tensor, options: dict[str, Any]) -> Read:
-    """Return the exact read that reports all rows with weight."""
+    """Read exactly, and report all rows with weight above 0 (sparse normalizers)."""
     k = INITIAL_SUPPORT_ROWS
     while True:
         read = store.read(batch, **options, k=k)
@@ -418,7 +422,7 @@ def read_support(store: Readable, batch: Tensor, options: dict[str, Any]) -> Rea
 
 
 def _score_rows(store: Readable, batch: Tensor, ids: Tensor, temperature: float) -> Tensor:  # (b, d), (b,) -> (b,)
-    """Score one row for each query: the log-sum-exp of a read of this row only."""
+    """Score one row for each query, as the log-sum-exp of a read of only this row."""
     wanted = ids.unsqueeze(-1)
     return store.read(batch.double(), where=lambda row: row["id"] == wanted, temperature=temperature).lse
 

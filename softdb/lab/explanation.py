@@ -1,4 +1,4 @@
-"""Explanation of an answer by its rows and their weights."""
+"""Explanation of the result of a read by its rows and their weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Explanation(TextResult):
         rest: Weight of all other rows, (Q,).
         effective_rows: exp(entropy of all weights), (Q,).
         temperature: Divisor of the scores.
-        temperatures: Temperatures of the weights in ``cooling``, highest first.
+        temperatures: Temperatures at which ``cooling`` has the weights, highest first.
         cooling: Weights of the same rows at each of ``temperatures``, (Q, temperatures, k).
         normalizer: Name of the normalizer; "straight_through" for "gumbel" in eval mode.
     """
@@ -211,16 +211,17 @@ def explain(
 ) -> Explanation:
     """List the rows that an exact read blends, with their weights and contributions.
 
-    Equal to ``store.read(query, temperature=temperature, normalizer=normalizer)``, with
-    ``values = sum of contributions`` over all rows. The result lists the k rows with the highest scores, and their
-    weights at other temperatures.
+    The read is ``store.read(query, temperature=temperature, normalizer=normalizer)``. The contribution of a row is its
+    weight times its value, so the values of the read are the sum of the contributions of all rows. The result lists the
+    k rows with the highest scores, and their weights at several temperatures.
 
     Args:
         store: A `softdb.SoftKVStore`.
         query: One query or several, floating point.
-        labels: Labels of the rows: one for each, in the order of ``store.ids``, or by id. By default "row 17".
+        labels: Labels of the rows: a sequence in the order of ``store.ids``, or a mapping from ids. By default
+            "row 17" for id 17.
         k: Number of rows to list for each query.
-        query_labels: Labels of the queries. By default "query 0".
+        query_labels: Labels of the queries. By default "query 0", "query 1" and so on.
         temperature: Divisor of the scores; by default the store's own temperature.
         temperatures: Temperatures to list weights at; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
         normalizer: Name of the normalizer, as in `softdb.SoftKVStore.read`. With "gumbel", each temperature draws its
@@ -309,7 +310,7 @@ def _effective_rows(store: Any, queries: Tensor, reference: Reference, read: Rea
 
 
 def _weights_at(read: Read, ids: Tensor) -> Tensor:  # (Q, k) -> (Q, k)
-    """Return the weights of rows in another read, 0 for rows that it does not report."""
+    """Return the weights of ``ids`` in ``read``; 0 for rows that it does not report."""
     if read.ids is None or read.weights is None:
         raise DtypeError("store: expected read(query, k=...) to report ids and weights, got none")
     ordered, order = read.ids.sort(dim=-1)

@@ -32,12 +32,12 @@ class Gradient:
     Attributes:
         normalizer: Name of the normalizer.
         temperature: Divisor of the scores.
-        size: Norm of the mean gradient over draws.
-        bias: Norm of the difference between the mean gradient and the softmax gradient, relative to the norm of the
+        size: Norm of the mean gradient, where the mean is over draws.
+        bias: Norm of the difference between the mean gradient and the softmax gradient, divided by the norm of the
             softmax gradient.
-        deviation: Root mean square distance of single gradients from their mean, relative to the norm of the softmax
-            gradient. 0 for a deterministic normalizer, NaN for a single draw. With n draws, sampling error contributes
-            about ``deviation / sqrt(n)`` to the bias.
+        deviation: Root mean square distance between the gradient of a draw and the mean gradient, divided by the norm
+            of the softmax gradient. 0 for a deterministic normalizer, NaN for a single draw of a random one. With n
+            draws, the sampling error adds about ``deviation / sqrt(n)`` to the bias.
         cosine: Cosine similarity of the mean gradient and the softmax gradient.
         loss: Loss, averaged over draws.
     """
@@ -120,26 +120,27 @@ def compare_gradients(
 ) -> GradientComparison:
     """Compare the gradients of the queries with those of the softmax read.
 
-    At each temperature, with ``g`` the gradient of ``loss(store.read(queries, normalizer=...).values)`` with respect to
-    the queries, and ``soft`` the gradient for "softmax"::
+    Let ``g`` be the gradient of ``loss(store.read(queries, normalizer=...).values)`` with respect to the queries, and
+    ``soft`` this gradient for "softmax". At each temperature::
 
         bias = norm(g.mean(over draws) - soft) / norm(soft)
         deviation = sqrt(norm(g - g.mean(over draws)).square().mean(over draws)) / norm(soft)
 
-    To train for hard reads, anneal the temperature: lower it by the same factor in each step::
+    To train a model that will use hard reads, anneal the temperature: multiply it by the same factor in each step::
 
         for step in range(steps):
             temperature = first * (last / first) ** (step / (steps - 1))
             values = store.read(queries, temperature=temperature).values
 
-    Choose ``last`` above the temperatures at which the table shows a vanishing gradient.
+    The column ``size`` of the table shows at which temperatures the gradient vanishes. Choose ``last`` above these
+    temperatures.
 
     Args:
         store: A `softdb.SoftKVStore`, or another object with its `read`.
         queries: (B, key_dim), floating point.
         loss: Function from the values, (B, value_dim), to a scalar tensor.
         temperatures: Divisors of the scores; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own temperature.
-        normalizers: The normalizers to compare with "softmax".
+        normalizers: Normalizers to compare with "softmax".
         draws: Number of draws of a random normalizer.
         generator: Generator for the noise of "gumbel". If None, the default generator of torch.
 

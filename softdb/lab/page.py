@@ -1,4 +1,4 @@
-"""HTML page that shows hard, top-k and soft answers of a store, with sliders."""
+"""HTML page that shows hard, top-k and soft reads of a store, with sliders."""
 
 from __future__ import annotations
 
@@ -47,24 +47,25 @@ def write_page(
 
     The page shows ``softmax(scores / temperature)`` over the k best rows, or over all rows. Sliders select the
     temperature and k; a list selects the query. The page is one file of 5 to 7 MB, mostly plotly, and needs no network.
-    It contains the score of every row for every query if these are about 200,000 numbers at most. Otherwise it contains
+    It contains the score of every row for every query if there are at most about 200,000 scores. Otherwise it contains
     the scores of the best rows, and a histogram of the other scores. Requires plotly: ``pip install 'softdb[page]'``.
 
-    The store is read once for each query, by an exact read that reports all rows. In a store with ``track_usage`` these
-    reads count.
+    The store is read once for each query, by an exact read that reports all rows. If the store has ``track_usage``, it
+    counts these reads.
 
     Args:
         path: File to write, in an existing directory. An existing file is replaced atomically.
         store: A store, or an object with the ``read``, ``get``, ``ids``, ``temperature`` and ``metric`` of a store.
         queries: (Q, key_dim) or (key_dim,), floating point; at most 1,000.
-        labels: Labels of the rows: one for each, in the order of ``store.ids``, or by id. By default "row 17".
-        query_labels: Labels of the queries. By default "query 1".
-        value_labels: Labels of the entries of a value. By default "value 1". Values with more than 12 entries are not
-            shown.
+        labels: Labels of the rows: a sequence in the order of ``store.ids``, or a mapping from ids. By default
+            "row 17" for id 17.
+        query_labels: Labels of the queries. By default "query 1", "query 2" and so on.
+        value_labels: Labels of the entries of a value. By default "value 1", "value 2" and so on. Values with more than
+            12 entries are not shown.
         columns: Measurements to plot: a `softdb.lab.Comparison`, or a mapping from column names to lists with one entry
-            per setting. The columns "mode" ("exact", "topk", "hard"), "normalizer", "temperature" (None is allowed for
-            hard), "k" (None unless topk), "distance" from the exact read, and the metric are required. Other columns
-            are shown in the table only.
+            per setting. Required are the columns "mode" ("exact", "topk" or "hard"), "normalizer", "temperature" (may
+            be None for hard), "k" (None unless topk), "distance" (from the exact read), and that of the metric. Other
+            columns are shown in the table only.
         metric: Column to plot next to the distance, such as "accuracy". By default the metric of the
             `softdb.lab.Comparison`, or "mass".
         title: Heading of the page.

@@ -40,7 +40,7 @@ COLUMN_DESCRIPTIONS = {
 
 
 class Measurement(NamedTuple):
-    """Setting of a read, with its distance and its metric.
+    """Setting of reads, with the measured distance and metric.
 
     Attributes:
         mode: "exact", "topk" or "hard".
@@ -92,7 +92,7 @@ lower charts <b>{shown}</b>. A distance of 0 is drawn at the lower edge. {dashes
 
 
 def _render_legend(lines: list[Line]) -> str:
-    """Render the legend of the colors, and that of the dashes."""
+    """Render the legend of the colors and the legend of the dashes."""
     entries = {line.name: (line.color, "solid") for line in lines}
     normalizers = list(dict.fromkeys(line.normalizer for line in lines))
     if normalizers != ["softmax"]:
@@ -145,8 +145,8 @@ class Line(NamedTuple):
     """Line of a chart.
 
     Attributes:
-        name: Its entry in the legend of the colors.
-        normalizer: Chooses the dash.
+        name: Name in the legend of the colors.
+        normalizer: Normalizer of the settings, which selects the dash.
         color: Of the line and its markers.
         points: Position on the x axis and measurement of each point.
     """
@@ -169,7 +169,7 @@ def _build_lines_by_temperature(measurements: list[Measurement]) -> list[Line]:
         for mode, k, name, color in kinds:
             of_line = [s for s in measurements if (s.normalizer, s.mode, s.k) == (normalizer, mode, k)]
             points = [(measurement.temperature, measurement) for measurement in of_line if measurement.temperature]
-            if mode == "hard" and len(of_line) == 1 and temperatures:  # whose values do not depend on the temperature
+            if mode == "hard" and len(of_line) == 1 and temperatures:  # A hard read does not depend on the temperature.
                 points = [(temperature, of_line[0]) for temperature in sorted({temperatures[0], temperatures[-1]})]
             if points:
                 lines.append(Line(name, normalizer, color, sorted(points, key=lambda point: point[0])))

@@ -51,9 +51,10 @@ def build_explorer(
 ) -> dict[str, Any]:
     """Build the data that the page's script reads.
 
-    Scores are stored as gaps, ``best score - score``, at temperature 1. They are rounded to five digits, which is a
-    relative error of at most 5e-5. The weights ``exp(-x) / sum``, with ``x = gap / temperature``, then have a relative
-    error of about 5e-5 x, which is negligible for rows with a large weight, at any temperature and scale of the scores.
+    The score of a row is stored as its gap, ``best score - score``, at temperature 1. Gaps are rounded to five digits,
+    so their relative error is at most 5e-5. A weight is ``exp(-x) / sum`` with ``x = gap / temperature``, so its
+    relative error is about 5e-5 x. Rows with a large weight have a small x, so their error is negligible at every
+    temperature and scale of the scores.
     """
     ids = store.ids
     count, width = len(ids), len(entries)
@@ -93,9 +94,9 @@ def build_explorer(
 
 
 def _rank_rows(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, float, Tensor]:
-    """Return ids, best first, the best score and the gaps of all scores to it.
+    """Return the ids, best first, the best score, and the gap of each row.
 
-    Scores are those at temperature 1.
+    Scores are at temperature 1.
     """
     with torch.no_grad():
         read = store.read(query, "exact", k=count)
@@ -108,11 +109,12 @@ def _rank_rows(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, f
 def build_histogram(gaps: Tensor, values: Tensor) -> dict[str, Any]:  # (n,) ascending, (n, width)
     """Build the histogram of rows: count, mean gap and mean value of each bin.
 
-    A bin of n rows stands for the weight ``n * exp(-mean gap / T)`` at every temperature T. This is too small by a
-    relative error of at most (r x)² / 8, where r is the width of the bin relative to its gaps and ``x = gap / T``. Rows
-    with x far above log n have no weight, so their error does not matter. The bins have equal width on a logarithmic
-    scale, so r is the same for all. With gaps from 0.1 to 1, r is 0.0045 and the sum over all rows has a relative error
-    of 1e-3 at every temperature. With gaps that differ by a factor of a million, the error is a few percent at most.
+    At every temperature T, the page uses ``n * exp(-mean gap / T)`` as the weight of a bin of n rows. This is too small
+    by a relative error of at most (r x)² / 8, where r is the width of the bin relative to its gaps and
+    ``x = gap / T``. Rows with x far above log n have nearly no weight, so their error does not matter. The bins have
+    equal width on a logarithmic scale, so r is the same for all bins. With gaps from 0.1 to 1, r is 0.0045 and the sum
+    over all rows has a relative error of 1e-3 at every temperature. With gaps that differ by a factor of a million, the
+    error is a few percent at most.
     """
     if len(gaps) == 0:
         return {"counts": [], "gaps": [], "values": []}
@@ -163,7 +165,7 @@ def _choose_temperatures(own: float, widest: float, seconds: list[float]) -> lis
 
 
 def _choose_ks(most: int) -> list[int]:
-    """Choose the ks of the slider up to ``most``: 1 to 16, then four per doubling."""
+    """Choose the ks of the slider, at most ``most``: 1 to 16, then 4 per doubling."""
     stops = list(range(1, 17))
     while stops[-1] < most:
         stops += [stops[-1] // 4 * quarters for quarters in (5, 6, 7, 8)]
@@ -171,7 +173,7 @@ def _choose_ks(most: int) -> list[int]:
 
 
 def round_to_digits(numbers: Tensor) -> Any:
-    """Round to the digits that the page contains; return nested lists."""
+    """Round to `SIGNIFICANT_DIGITS` digits; return nested lists."""
 
     def shorten(nested: Any) -> Any:
         return (

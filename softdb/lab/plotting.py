@@ -17,7 +17,7 @@ FRACTION_COLUMNS = ("accuracy", "agreement", "mass")  # columns whose values lie
 def is_fraction(name: str, values: Iterable[float | None]) -> bool:
     """Return whether an axis of this column runs from 0 to 1.
 
-    A metric of the caller that is called "accuracy" may be in percent, so the values are checked too.
+    The values are checked too, because a metric of the caller with the name "accuracy" may be in percent.
     """
     return name in FRACTION_COLUMNS and all(value is None or 0 <= value <= 1 for value in values)
 
@@ -42,7 +42,7 @@ def create_figure(path: str | os.PathLike[str], size: tuple[float, float]) -> An
 
 
 def sample_color(place: int, count: int) -> Any:
-    """Return one of ``count`` viridis colors, which differ in lightness too."""
+    """Return one of ``count`` viridis colors, which also differ in lightness."""
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.85 * place / max(1, count - 1))

@@ -23,7 +23,7 @@ __all__ = [
 
 
 class TableText(str):
-    """Text of a table, which an interactive session shows line by line."""
+    """Text of a table, shown without quotes and escapes by an interactive session."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ class TableText(str):
 
 
 class TextResult:
-    """Base class of results whose string is a table."""
+    """Base class of results that ``str`` converts to a table."""
 
     def table(self, file: TextIO | None = None) -> TableText:
         """Return the result as a table.
@@ -70,9 +70,9 @@ class Line(NamedTuple):
 
     Attributes:
         name: The setting, without its temperature.
-        temperature: Divides the scores.
-        figures: Cells that decide whether two lines are equal.
-        time: Number that equal lines may differ in, or None if the table has no such column.
+        temperature: Divisor of the scores.
+        figures: Cells of the line. Lines are equal if these cells are equal.
+        time: Relative duration, which may differ between equal lines; None if the table has no such column.
     """
 
     name: str
@@ -92,7 +92,7 @@ def merge_equal_lines(lines: Iterable[Line]) -> list[list[str]]:
         lines: The lines, grouped by temperature.
 
     Returns:
-        Name, temperature, figures and, where the lines have one, time.
+        For each line of the table: name, temperature, figures, and the time if the lines have one.
     """
     merged: list[tuple[str, list[float], tuple[str, ...], str | None]] = []
     previous: list[int] = []  # places in `merged` of the lines of the previous temperature

@@ -59,9 +59,9 @@ class ContextMemory(nn.Module):
     of all segments; the stored tokens are called the past. Call `reset` before each batch of new sequences. Otherwise
     the new sequences attend to tokens of the previous ones, which the layer cannot detect. See the second example.
 
-    Training and evaluation have separate pasts: after ``eval()`` the layer reads and writes the past of evaluation,
-    which starts empty; after ``train()`` it continues with the past of training. `reset` clears the past of the current
-    mode, so call it at the start of every validation, too.
+    Training and evaluation have separate pasts. After ``eval()`` the layer reads and writes the past of evaluation,
+    which is empty at first. After ``train()`` it continues with the past of training. `reset` clears only the past of
+    the current mode, so call it at the start of every validation, too.
 
     A sequence is split into segments, one per call. Let K and V be the keys and values of the last ``rows`` tokens
     before this segment, and k and v the keys and values of this segment::
@@ -72,20 +72,20 @@ class ContextMemory(nn.Module):
 
     For a sequence of up to ``rows`` tokens the result equals full causal attention, for any length of the segments.
     All heads share one key and one value per token. Keys and queries are both normalized (with learned gains), so that
-    keys that were computed some steps ago still match current queries. The layer has no positional
-    encoding: add one to x if positions within a segment matter.
+    current queries still match keys that were computed some steps ago. The layer has no positional encoding: add one to
+    x if positions within a segment matter.
 
-    Stored tokens are detached from the graph: gradients reach W_Q through both parts, and W_K and W_V through the
-    segment only. When the memory is full, each new token replaces the oldest. The tokens of a segment are stored at the
-    next call. Call ``backward`` of a segment before the next forward. Later, ``backward`` raises
+    Stored tokens are detached from the graph: gradients reach W_Q through the past and the segment, and W_K and W_V
+    through the segment only. When the memory is full, each new token replaces the oldest. The tokens of a segment are
+    stored at the next call. Call ``backward`` of a segment before the next forward. Later, ``backward`` raises
     `softdb.StaleReadError` if tokens that it needs have been overwritten. The weights over all tokens are never
     allocated.
 
-    The past is part of ``state_dict``, so a resumed run continues exactly, and follows ``.to``. It is not a buffer,
+    The past is part of ``state_dict``, so a resumed run continues exactly, and ``.to`` moves it. It is not a buffer,
     since DistributedDataParallel would overwrite the buffers of every rank with those of rank 0. In ``state_dict`` the
-    past of training is stored under ``past.`` in either mode; the past of evaluation is stored under
-    ``evaluation_past.`` unless it is empty. A loaded past is dropped, with a warning, if the next segment has another
-    number of sequences.
+    keys of the past of training start with ``past.`` in either mode. Those of the past of evaluation start with
+    ``evaluation_past.``; they are left out if it is empty. A loaded past is dropped, with a warning, if the next
+    segment has another number of sequences.
 
     Args:
         dim: Width of input and output.
@@ -96,7 +96,7 @@ class ContextMemory(nn.Module):
         value_dim: Width of values; default: ``key_dim``.
         k: Number of past tokens that each query attends to: the k with the highest scores, which an index finds for
             each sequence. If None, each query attends to all past tokens, and the cost of a segment is proportional to
-            ``rows``. This is faster up to about ten thousand tokens.
+            ``rows``. Up to about ten thousand tokens, None is faster.
         device, dtype: Device and dtype of the parameters and of the stored tokens, as for any module.
 
     Raises:
@@ -226,21 +226,24 @@ class ContextMemory(nn.Module):
         Args:
             x: The next segment of every sequence, (batch, n, dim); the first segment after `reset`.
             documents: The document number of each sequence or of each token, integers of shape (batch,) or (batch, n).
-                Tokens attend only to tokens of their own document. -1 marks padding, which attends to nothing and is
-                never attended to. Default: document 0 for all. Padding takes up rows, except in a memory with ``k``.
-            write: Whether to store the segment. If no call writes, this is causal attention within segments.
+                Tokens attend only to tokens of their own document. -1 marks padding: it attends to no token, and no
+                token attends to it. Default: document 0 for all. Padding is stored in rows, except in a layer with
+                ``k``.
+            write: Whether to store the segment. If no call stores its segment, the layer computes causal attention
+                within each segment.
             return_read: Whether to return the read as well. Its leading shape is (batch, heads, n).
 
         Returns:
             The output, (batch, n, dim); with ``return_read`` a tuple of the output and a `softdb.Read`.
 
         Raises:
-            ShapeError: A shape is wrong, or ``x`` has another number of sequences than the past: call `reset` first. A
-                past that was loaded, with no segment since, is dropped instead, with a warning.
+            ShapeError: A shape is wrong, or ``x`` has another number of sequences than the past: call `reset` first. If
+                the past was loaded and no segment has been stored since, the past is dropped instead, with a warning.
             DtypeError, DeviceError, NonFiniteError: An argument is invalid.
             StaleReadError: In backward, if tokens that the read used have been overwritten since, or if activation
                 checkpointing recomputes a segment other than the last.
-            TransformError: ``write`` is True under torch.vmap.
+            TransformError: ``write`` is True under torch.vmap; a transform of torch.func wraps ``documents``; in
+                forward mode; under torch.export.
         """
         if is_active() and not is_wrapped(x, documents, *self.parameters()):
             with suspend_transforms():
@@ -275,7 +278,7 @@ class ContextMemory(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_evaluation_past" not in self.__dict__:  # Older pickles hold one past for both modes.
+        if "_evaluation_past" not in self.__dict__:  # Older pickles have one past for both modes.
             self._evaluation_past = self._new_past()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -337,7 +340,7 @@ def _attend(
     documents: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Read:
-    """Read a segment and the past; with ``dtype``, store the segment in that dtype."""
+    """Read a segment and the past; store the segment in ``dtype`` unless it is None."""
     if is_forward_mode():
         check_no_tangent(queries, keys, values)
     if is_active():

@@ -33,15 +33,15 @@ MIN_INDEXED_ROWS = 4096
 class ContextState:
     """Past tokens of every sequence, and the last segment, which is written later.
 
-    The last segment is written to the past tokens at the next call. If it were written at once, it would overwrite rows
-    that its own backward still needs.
+    The last segment is written to the past tokens at the next call. If it were written immediately, it would overwrite
+    rows that its own backward still needs.
 
     Attributes:
         tokens: The past tokens without the last segment.
         recent: The last segment, not written yet: keys, values and documents, (batch, n, ...).
         mixed: Whether a token may belong to a document other than 0.
         version: Counter of changes to ``tokens``.
-        is_loaded: Whether all tokens come from a state dict, so that the next segment may be of new sequences.
+        is_loaded: Whether all tokens come from a state dict. The next segment may then belong to new sequences.
         last_keys: Keys of the last segment that was read.
         last_version: Version of ``tokens`` when that segment was read.
     """
@@ -109,7 +109,7 @@ class ContextState:
             self.recent = None
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
-        """Read the tokens of each query's document.
+        """Read, with each query, the tokens of its document.
 
         Args:
             queries: (batch, heads, n, key_dim).
@@ -148,7 +148,10 @@ class ContextState:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], name: str, like: Tensor) -> None:
-        """Load copies of the tensors of a `state`; errors prefix keys with ``name``."""
+        """Load copies of the tensors of a `state`.
+
+        Error messages name each key with the prefix ``name``.
+        """
         given = {part: state[f"recent_{part}"] for part in SEGMENT_NAMES}
         _check_segment(given, f"{name}recent_", None, self.tokens.widths)
         rest = {key: tensor for key, tensor in state.items() if not key.startswith("recent_")}
@@ -212,8 +215,8 @@ class Ring:
         first = self.written % self.rows
         before_end = min(count, self.rows - first)
         for table, part in zip(self.tables, segment, strict=True):
-            # Write through .data, so that torch does not count the write and refuse backward: a read's backward needs
-            # only the rows that had been written by then, and `_check_unchanged` checks exactly those rows.
+            # Write through .data, which torch does not detect. Otherwise backward of an earlier read would raise after
+            # any write. That backward needs only the rows that it read, and `_check_unchanged` checks exactly those.
             table.data[:, first : first + before_end] = part[:, :before_end]
             table.data[:, : count - before_end] = part[:, before_end:]
         self.written += count
@@ -228,7 +231,7 @@ class Ring:
         if documents is not None:
             mask = (stored.unsqueeze(-2) == documents[:, None, :, None]) & (stored.unsqueeze(-2) >= 0)
         read = soft_read(queries, keys, values, mask=mask)
-        if is_active():  # The tables are copies, which no write changes.
+        if is_active():  # The tables are copies, so no write changes them.
             return read
         check = partial(self._check_unchanged, self.tables, max(self.written, self.rows))
         for tensor in (read.values, read.lse):
@@ -239,9 +242,10 @@ class Ring:
     def _check_unchanged(self, tables: Segment, limit: int, gradient: Tensor) -> None:
         """Raise if tokens that a read of ``tables`` used have been overwritten.
 
-        The first of them is overwritten when more than ``limit`` tokens have been written in total.
+        The oldest token of the read is overwritten once more than ``limit`` tokens have been written in total.
         """
-        # Moving the layer to another device or dtype allocates new tables, and leaves the tables of the read unchanged.
+        # If the layer was moved to another device or dtype, it has new tables, and the tables of the read are
+        # unchanged.
         is_same_storage = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
         if is_same_storage and self.written > limit:
             raise StaleReadError(
@@ -274,9 +278,9 @@ class Ring:
 
 
 class Stores:
-    """One store of the last tokens per sequence; reads attend to the k best.
+    """Last tokens of every sequence, in one store each; reads attend to the k best.
 
-    From `MIN_INDEXED_ROWS` rows on, an index finds the k best. Tokens of document -1 are not stored.
+    If there are at least `MIN_INDEXED_ROWS` rows, an index finds the k best. Tokens of document -1 are not stored.
     """
 
     required_names: frozenset[str] = frozenset()
@@ -303,7 +307,7 @@ class Stores:
         return len(self.stores)
 
     def _new_stores(self, batch: int, like: Tensor) -> list[SoftKVStore]:
-        # The index is built in the middle of a sequence, so it must be cheap to build.
+        # The index is built while a sequence is processed, so choose one that is cheap to build.
         lists = 2 ** round(math.log2(2 * self.rows) / 2)
         index = f"IVF{lists},Flat" if self.rows >= MIN_INDEXED_ROWS else "Flat"
         return [

@@ -47,7 +47,7 @@ REFUSED_OPTIONS = {
 class MemoryLayer(ModuleWithProperties):
     r"""Multi-head attention over learned rows.
 
-    With the store's ``keys`` and ``values``, equal for the mode "exact" to::
+    In mode "exact", with the ``keys`` and ``values`` of the store, equal to::
 
         q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # one query per head
         a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # (..., heads, value_dim)
@@ -74,10 +74,10 @@ class MemoryLayer(ModuleWithProperties):
         normalizer: As in `softdb.SoftKVStore.read`; "gumbel" adds noise in training mode only.
         shared: Whether all heads read one store; otherwise each head has its own store of ``rows`` rows.
         query_norm: "layer" applies layer normalization to each query, "batch" applies batch normalization to each
-            feature of the queries, None applies neither.
-        gate: Whether to multiply the outputs of the heads elementwise by a gate that is computed from x.
-        store: Store to read instead of new rows: the ``store`` of another layer, to share its rows, or your own store,
-            which you may write to. It must have ``rows`` rows when the layer is made, and it keeps its own options.
+            feature of the queries, None applies no normalization.
+        gate: Whether to multiply the outputs of the heads elementwise by a gate, ``silu(x @ W_G.T)``.
+        store: Store to read instead of a new one: the ``store`` of another layer, to share its rows, or your own store,
+            which you may write to. It must have ``rows`` rows when the layer is constructed, and keeps its own options.
         device, dtype: Device and dtype of the parameters, as for any module.
         **store_options: Options of the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``,
             ``track_usage``, as for `softdb.SoftKVStore`. With ``sparse_grad=True``, gradients of the rows are
@@ -86,11 +86,11 @@ class MemoryLayer(ModuleWithProperties):
             "exact" needs ``k`` or another normalizer.
 
     Attributes:
-        stores: The store that all heads read, or one store per head.
+        stores: List of the one store that all heads read, or of one store per head.
 
     Raises:
         ArgumentError, DtypeError, ShapeError: An argument is invalid.
-        TypeError: There is no argument of this name.
+        TypeError: An option is unknown.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; Sukhbaatar et al. 2019 (arXiv 1907.01470)
     for learned rows instead of a context; Berges et al. 2024 (arXiv 2412.09764) for the gate.
@@ -165,7 +165,7 @@ class MemoryLayer(ModuleWithProperties):
             raise ArgumentError(
                 f"{next(iter(options))}: expected no value with store=..., which has its own options; leave it out"
             )
-        count = store.rows.capacity if store.keys.is_meta else len(store)  # A store on meta is filled later.
+        count = store.rows.capacity if store.keys.is_meta else len(store)  # A meta store gets its rows later.
         wanted, found = (rows, self.key_dim, self.value_dim), (count, store.key_dim, store.value_dim)
         if wanted != found:
             raise ShapeError(
@@ -214,8 +214,8 @@ class MemoryLayer(ModuleWithProperties):
         Args:
             x: The input, (..., dim).
             where: Rows that may be read, as in `softdb.SoftKVStore.read`. For a callable, B is the number of queries
-                of a store: the number of inputs times ``heads``, or the number of inputs if each head has its own
-                store.
+                that one store answers: the number of inputs times ``heads``, or the number of inputs if each head has
+                its own store.
             return_read: Whether to return the read as well. Its leading shape is (..., heads).
 
         Returns:
@@ -260,7 +260,7 @@ def _check_store_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:
-    """Raise if usage is tracked by reads that report no rows to count."""
+    """Raise if the store tracks usage, for reads that report no rows."""
     tracked = options.get("track_usage", False) if store is None else store.rows.track_usage
     if tracked:
         name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
@@ -271,7 +271,7 @@ def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> N
 
 
 def _fill_randomly(store: SoftKVStore, std: float) -> None:
-    """Fill a store with normal keys of deviation 1 and values of deviation ``std``."""
+    """Fill a store with normally distributed keys (std 1) and values (std ``std``)."""
     if store.keys.is_meta:
         return
     if len(store) == 0:

@@ -32,7 +32,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     """Values of a `ProductKeyMemory`, and counters of their reads.
 
     The values are ``weight``, (rows, value_dim). The base class is `torch.nn.Embedding`, since DistributedDataParallel
-    detects Parameters with row-sparse gradients by that class.
+    uses that class to detect Parameters with row-sparse gradients.
     """
 
     reads: Tensor
@@ -63,7 +63,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw new values of norm about 1, and set the counters of reads to 0."""
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
-        if getattr(self, "track_usage", False):  # The constructor of nn.Embedding calls this first.
+        if getattr(self, "track_usage", False):  # nn.Embedding.__init__ calls this method first.
             self.reset_usage()
 
     def _apply(self, fn: Any, recurse: bool = True) -> ValueTable:
@@ -78,7 +78,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     ) -> Iterator[tuple[str, nn.Module]]:
         """Yield modules by name; hide the counters from DistributedDataParallel.
 
-        Otherwise it would overwrite the counters of every rank with those of rank 0.
+        Otherwise DDP would overwrite the counters of every rank with those of rank 0.
         """
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             yield name, make_stand_in(self, sparse=self.sparse) if module is self and is_called_by_ddp() else module
@@ -124,8 +124,8 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
 class ProductKeyMemory(nn.Module):
     r"""Memory of n² learned values, whose keys are all pairs of two lists of n keys.
 
-    Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``; each head has its own K1 and K2. With q1 and q2 the two
-    halves of a head's query, equal to::
+    Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``; each head has its own K1 and K2. The query of a head has two
+    halves, q1 and q2. Equal to::
 
         q1, q2 = norm((x @ W_Q.T).unflatten(-1, (heads, 2, key_dim / 2)))
         scores = (q1 @ K1.T)[..., :, None] + (q2 @ K2.T)[..., None, :]     # (..., heads, n, n)
@@ -133,9 +133,9 @@ class ProductKeyMemory(nn.Module):
         y = (softmax(best)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
 
     The search is exact, and scores only the 2 n keys of the two lists. The k best sums are among the pairs of the k
-    best keys of each half; with ranks from 0, only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared. Neither
-    the n² scores nor a tensor of shape (..., heads, k, value_dim) is allocated. Among rows with equal scores, the
-    choice is undefined.
+    best keys of each half. Only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared, with ranks counted from 0.
+    Neither the n² scores nor a tensor of shape (..., heads, k, value_dim) is allocated. The order of rows with equal
+    scores is undefined.
 
     The gradient of the values is dense: any optimizer trains the layer, but each step processes all values. For many
     values pass ``sparse_grad=True``, and train the values with `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or
@@ -151,10 +151,10 @@ class ProductKeyMemory(nn.Module):
         key_dim: Width of queries, both halves together.
         value_dim: Width of values; default: ``dim``. If it differs from ``dim``, the output is projected to ``dim``.
         query_norm: "layer" applies layer normalization to each half of a query, "batch" applies batch normalization to
-            each feature of the queries, None applies neither.
+            each feature of the queries, None applies no normalization.
         store: Another layer's ``store``, to share its values. It keeps its own ``sparse_grad`` and ``track_usage``.
-        sparse_grad: Whether the gradient of the values is row-sparse instead of dense, which is the size of all values.
-        track_usage: Whether to count the reads of each row and to sum their weights, for ``store.usage``.
+        sparse_grad: Whether the gradient of the values is row-sparse. A dense gradient has the size of all values.
+        track_usage: Whether ``store.usage`` counts the reads of each row and sums their weights.
         device, dtype: Device and dtype of the parameters, as for any module.
 
     Attributes:
@@ -183,7 +183,7 @@ class ProductKeyMemory(nn.Module):
         640
     """
 
-    search = PairSearch()  # The sizes change the speed and memory of a read, not its result.
+    search = PairSearch()  # The sizes affect the speed and memory of a read, not its result.
 
     def __init__(
         self,

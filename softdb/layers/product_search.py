@@ -28,7 +28,7 @@ class PairSearch:
 
 
 def find_best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:
-    """Find the k best sums of two products, and the rows i * n + j of their pairs.
+    """Find the k best sums of a score from each list, and their rows i * n + j.
 
     Args:
         queries: (M, heads, 2, half).
@@ -42,7 +42,7 @@ def find_best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) ->
     heads, n = queries.shape[1], keys.shape[2]
     first, second = _list_candidate_ranks(k, min(k, n), queries.device)
     results = []
-    # An exported graph takes batches of any size, but has a fixed number of parts.
+    # An exported graph accepts batches of any size, but has a fixed number of parts, so it uses one part.
     for part in [queries] if is_exporting() else queries.split(max(1, sizes.max_scores // (2 * heads * n))):
         # One product per list of keys, (2 heads, m, n).
         halves = torch.bmm(part.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).mT).unflatten(0, (heads, 2))
@@ -60,15 +60,15 @@ def find_best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) ->
 def _top_k_in_groups(scores: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
     """Compute ``topk(scores, k)`` in two stages: the best groups, then their columns.
 
-    The k groups with the largest maxima contain the k largest scores. Unlike `softdb.kernels.cpu.topk`, the order of
-    equal scores is undefined, so that no step depends on the data, and torch.compile and torch.export trace one graph.
+    The k groups with the largest maxima contain the k largest scores. Unlike in `softdb.kernels.cpu.topk`, the order of
+    equal scores is undefined. So no step depends on the data, and torch.compile and torch.export trace one graph.
     """
     width = scores.shape[-1]
     groups = width // sizes.group_columns
     if width % sizes.group_columns or width < sizes.min_columns_per_k * k:
         values, columns = scores.topk(k)
         return values, columns
-    # Column c is in group c % groups, since the maximum over slices is faster than over adjacent columns.
+    # Column c is in group c % groups, since a maximum over slices is faster to compute than over adjacent columns.
     best_groups = scores.unflatten(-1, (sizes.group_columns, groups)).amax(-2).topk(k, sorted=False).indices
     columns = (best_groups.unsqueeze(-1) + torch.arange(0, width, groups, device=scores.device)).flatten(-2)
     values, positions = scores.gather(-1, columns).topk(k)
@@ -78,8 +78,8 @@ def _top_k_in_groups(scores: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor,
 def _list_candidate_ranks(k: int, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """List the pairs of ranks that can be among the k best sums.
 
-    Ranks are below ``limit``. For a pair of ranks (i, j), counted from 0, (i + 1)(j + 1) - 1 other pairs have a sum
-    that is at least as large.
+    Ranks are counted from 0 and are below ``limit``. A pair of ranks (i, j) is left out if (i + 1)(j + 1) > k: then at
+    least k other pairs, those with lower or equal ranks, have a sum that is at least as large.
     """
     pairs = [(i, j) for i in range(limit) for j in range(min(limit, k // (i + 1)))]
     first, second = torch.tensor(pairs, device=device).unbind(-1)

@@ -61,7 +61,7 @@ class Queries(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the queries of each token."""
-        is_meta = getattr(self.projection.weight, "is_meta", False)  # In a quantised layer, weight is a method.
+        is_meta = getattr(self.projection.weight, "is_meta", False)  # In a quantized layer, weight is a method.
         # accelerate replaces `forward` of a module whose weights it loads from the meta device on demand.
         if is_meta and "forward" not in vars(self.projection):
             check_not_meta("layer", self.projection.weight)

@@ -62,8 +62,8 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     if k is None:
         return Read(values, rows, one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
     if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
-        # Recompute the scores with a graph, only for their gradients. The reported scores are those of the kernel, which
-        # are consistent with its log-sum-exp. The noise is left out, since it has no gradient.
+        # Recompute the scores with a graph, only for their gradients. The reported scores are those of the kernel,
+        # which are consistent with its log-sum-exp. The noise is left out, since it has no gradient.
         recomputed = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
         scores = straight_through(scores, recomputed.masked_fill(places.is_padding, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)

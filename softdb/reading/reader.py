@@ -65,11 +65,10 @@ class ToleranceRounds:
     Attributes:
         candidates: Minimum number of candidates of each query.
         samples: Number of rows of the first sample, which all queries share.
-        exponents: One exponent p for each round after the first sample. A round draws
-            ``margin * (error / tolerance) ** p`` times as many rows as the sample before. p = 2 is correct for a simple
-            random sample, whose error falls as 1 / sqrt(rows). The error of a stratified sample falls faster at first,
-            so the first p is smaller.
-        margin: Factor for the safety margin.
+        exponents: One exponent p for each round after the first sample. A round multiplies the number of rows by
+            ``margin * (error / tolerance) ** p``. p = 2 is correct for a simple random sample, whose error falls as
+            1 / sqrt(rows). The error of a stratified sample falls faster at first, so the first p is smaller.
+        margin: Safety factor of the number of rows.
     """
 
     candidates: int = 256
@@ -487,7 +486,7 @@ def _find_above_tolerance(read: Read, tolerance: float) -> tuple[Tensor, Tensor]
     """Find the queries whose error is above the tolerance.
 
     Returns:
-        The numbers of these queries, and their ratios of error to tolerance.
+        The numbers of the queries, and their ratios of error to tolerance.
     """
     times = cast(Tensor, read.error).detach() / tolerance
     remaining = (~(times <= 1)).nonzero().squeeze(-1)

@@ -44,7 +44,7 @@ RowSource = Callable[[slice], tuple[Tensor, Tensor]]
 MISS_PROBABILITY = 0.05
 
 
-# Number of candidates, after those that count as found, which estimate how far values are from the result.
+# Number of candidates, after the best rows that count as found, which estimate how far values are from the result.
 SPREAD_CANDIDATES = 16
 
 

@@ -273,7 +273,7 @@ def topk_read(
 
 TRACING_MESSAGE = (
     "softdb: functional: expected to run outside of graphs of torch.compile and torch.export, since {name} checks the "
-    "numbers in its arguments; export a module that reads a SoftKVStore, or leave out fullgraph=True"
+    "elements of its arguments; export a module that reads a SoftKVStore, or leave out fullgraph=True"
 )
 
 

@@ -313,7 +313,7 @@ def _show_training_step(store: SoftKVStore, senses: Senses, sentence: str, block
 def _flatten_rows(read: Read) -> tuple[list[int], Tensor]:
     """Return the reported ids and their weights, flattened over queries."""
     if read.ids is None or read.weights is None:
-        raise ArgumentError("read: expected one that reports ids and weights, got one without; pass k")
+        raise ArgumentError("read: expected a read that reports ids and weights, got one without them; pass k")
     return read.ids.flatten().tolist(), read.weights.flatten()
 
 

@@ -333,8 +333,8 @@ def _compare(options: argparse.Namespace) -> None:
         inputs = (options.store, options.targets, options.labels, options.query_labels)
         if any(x is not None for x in (*inputs, options.metric, options.temperature)):
             raise ArgumentError(
-                "--demo: expected no STORE, QUERIES, --targets, --labels, --query-labels, --metric or --temperature "
-                "with it; remove them"
+                "--demo: expected none of STORE, QUERIES, --targets, --labels, --query-labels, --metric and "
+                "--temperature, got at least one; remove them"
             )
         senses = demo.load_senses()
         store, queries = demo.build_store(senses), senses.queries
@@ -345,9 +345,9 @@ def _compare(options: argparse.Namespace) -> None:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
         if options.query_labels is not None and (options.labels is None or options.targets is not None):
-            raise ArgumentError("--query-labels: expected --labels and no --targets with it; add --labels FILE")
+            raise ArgumentError("--query-labels: expected --labels, and no --targets; add --labels FILE, remove --targets")
         if options.labels is not None and options.query_labels is None and options.html is None:
-            raise ArgumentError("--labels: expected --query-labels or --html with it, which use the labels")
+            raise ArgumentError("--labels: expected --query-labels or --html, which use the labels, got neither; add one")
         store = read_store(options.store, options.metric, options.temperature)
         queries = read_queries(options.queries)
         if options.labels is not None:

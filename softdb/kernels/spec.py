@@ -184,6 +184,7 @@ def check_scores(scores: Tensor, *, empty: bool = False) -> None:
     if is_finite(scores) or (empty and bool((scores < torch.inf).all())):
         return
     raise NonFiniteError(
-        "query, keys, temperature: expected finite scores, got NaN or infinity; if keys or values contain NaN, "
-        "training may have diverged; if query times key divided by temperature overflows, rescale them"
+        "query, keys, temperature: expected finite scores, got NaN or infinity; if the query or the keys contain NaN, "
+        "training may have diverged; if query times key divided by temperature overflows, rescale query or keys, or "
+        "raise the temperature"
     )

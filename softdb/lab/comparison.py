@@ -215,7 +215,7 @@ def compare(
         mass = exact_weights[weights > 0].sum()                     # averaged over queries, as is the entropy
         entropy = -(weights * weights.log()).sum()
 
-    A hard read has no normalizer. Its result does not depend on the temperature, but it is listed once for each
+    A hard read has no normalizer. Its values do not depend on the temperature, but it is listed once for each
     temperature, because the exact read with which it is compared does. Settings count as equal if all their numbers
     except the time are equal. The printed table merges equal settings of one temperature, and equal settings of
     consecutive temperatures. On a terminal, a progress bar is shown if tqdm is installed. The reads count in the
@@ -458,7 +458,7 @@ def _resolve_metric(
         def loss(values: Tensor) -> float:
             if values.shape != targets.shape:
                 raise ShapeError(
-                    f"targets: expected shape {tuple(values.shape)}, as the values, got {tuple(targets.shape)}"
+                    f"targets: expected the shape of the values, {tuple(values.shape)}, got {tuple(targets.shape)}"
                 )
             return float((values - targets).double().square().mean())
 

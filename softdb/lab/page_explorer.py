@@ -101,7 +101,7 @@ def _rank_rows(store: SoftKVStore, query: Tensor, count: int) -> tuple[Tensor, f
     with torch.no_grad():
         read = store.read(query, "exact", k=count)
     if read.ids is None or read.scores is None:
-        raise ArgumentError("store: expected reads with k to report ids and scores, got one that does not")
+        raise ArgumentError("store: expected reads with k to report ids and scores, got a read without them")
     scores = read.scores.detach().cpu().double().flatten() * float(store.temperature)
     return read.ids.cpu().flatten(), float(scores[0]), scores[0] - scores
 

@@ -360,8 +360,8 @@ def _attend(
         past.clear()
     if is_recomputing and not past.is_recompute(keys):
         raise StaleReadError(
-            "activation checkpointing recomputes a segment that is not the last one that the memory has read, so the "
-            "result would differ; call backward() before the next segment"
+            "x: expected activation checkpointing to recompute the last segment that the memory read, got another one, "
+            "so the result would differ; call backward() before the next segment"
         )
     if not is_recomputing:
         past.flush_segment()

@@ -255,7 +255,7 @@ def _check_store_options(options: Mapping[str, Any]) -> None:
         if name not in STORE_OPTIONS:
             known = [*inspect.signature(MemoryLayer).parameters, *STORE_OPTIONS]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            hint = f"did you mean {close[0]}=...?" if close else f"its stores take {', '.join(STORE_OPTIONS)}"
+            hint = f"did you mean {close[0]}=...?" if close else f"its stores accept {', '.join(STORE_OPTIONS)}"
             raise TypeError(f"{name}: MemoryLayer has no such argument; {hint}")
 
 

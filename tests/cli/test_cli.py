@@ -238,14 +238,14 @@ def test_compare_reads_the_demo() -> None:
     [
         ([], "STORE, QUERIES: expected both, or --demo"),
         (["store.npz"], "STORE, QUERIES: expected both, or --demo"),
-        (["store.npz", "--demo"], "--demo: expected no STORE"),
+        (["store.npz", "--demo"], "--demo: expected none of STORE"),
         (["queries.npy", "queries.npy"], "expected arrays in the format of numpy or safetensors"),
         (["single.npz", "queries.npy"], "expected arrays in the format .* it is a single array"),
         (["empty.npz", "queries.npy"], "expected arrays in the format of numpy"),
         (["store.npz", "empty.npy"], "expected arrays in the format of numpy"),
         (["store.npz", "words.npy"], "expected one array of numbers of at most 64 bits"),
         (["store.npz", "one.npy"], r"QUERIES: expected shape \(B, key_dim\), got \(6,\)"),
-        (["--demo", "--metric", "l2"], "--demo: expected no STORE, QUERIES, --targets, --labels"),
+        (["--demo", "--metric", "l2"], "--demo: expected none of STORE, QUERIES, --targets, --labels"),
         (["store.npz", "queries.npy", "--csv", "nowhere/found.csv"], "expected a file in an existing directory"),
         (["bare.npz", "queries.npy"], "STORE: expected arrays 'keys' and 'values' in .*, got 'rows'"),
         (["whole.npz", "queries.npy"], "STORE: expected keys of floating-point numbers"),
@@ -387,8 +387,8 @@ def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureF
     [
         (["--metric", "dot"], "--metric, --temperature: expected neither with a saved store"),
         (["--temperature", "1"], "--metric, --temperature: expected neither with a saved store"),
-        (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels and no --targets"),
-        (["--labels", "labels.txt"], "--labels: expected --query-labels or --html with it"),
+        (["--query-labels", "query_labels.txt"], "--query-labels: expected --labels, and no --targets"),
+        (["--labels", "labels.txt"], "--labels: expected --query-labels or --html, which use the labels"),
         (
             ["--labels", "labels.txt", "--query-labels", "query_labels.txt", "--targets", "x.npy"],
             "--query-labels: .* no",

@@ -259,7 +259,7 @@ def test_memory_layer_rejects_invalid_arguments() -> None:
     [
         ({"num_heads": 4}, TypeError, r"num_heads: MemoryLayer has no such argument; did you mean heads=\.\.\.\?"),
         ({"temperatur": 2.0}, TypeError, r"temperatur: MemoryLayer .* did you mean temperature=\.\.\.\?"),
-        ({"embed_dim": 4}, TypeError, "embed_dim: MemoryLayer has no such argument; its stores take metric, "),
+        ({"embed_dim": 4}, TypeError, "embed_dim: MemoryLayer has no such argument; its stores accept metric, "),
         ({"tolerance": 0.1}, ArgumentError, r"tolerance: .* MemoryLayer .*; read one of layer\.stores yourself"),
         ({"tail_samples": 9}, ArgumentError, r"tail_samples: .* MemoryLayer .*; read one of layer\.stores yourself"),
         ({"trainable": False}, ArgumentError, r"trainable: .* layer\.stores\.requires_grad_\(False\)"),

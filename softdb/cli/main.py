@@ -345,9 +345,13 @@ def _compare(options: argparse.Namespace) -> None:
         if options.store is None or options.queries is None:
             raise ArgumentError("STORE, QUERIES: expected both, or --demo; see softdb compare --help")
         if options.query_labels is not None and (options.labels is None or options.targets is not None):
-            raise ArgumentError("--query-labels: expected --labels, and no --targets; add --labels FILE, remove --targets")
+            raise ArgumentError(
+                "--query-labels: expected --labels, and no --targets; add --labels FILE, remove --targets"
+            )
         if options.labels is not None and options.query_labels is None and options.html is None:
-            raise ArgumentError("--labels: expected --query-labels or --html, which use the labels, got neither; add one")
+            raise ArgumentError(
+                "--labels: expected --query-labels or --html, which use the labels, got neither; add one"
+            )
         store = read_store(options.store, options.metric, options.temperature)
         queries = read_queries(options.queries)
         if options.labels is not None:

@@ -259,7 +259,7 @@ BAD = [
     (dict(ks=(0,)), softdb.ArgumentError, "ks: expected an integer of at least 1, got 0"),
     (dict(temperatures=(0.0,)), softdb.ArgumentError, "temperature: expected a finite number above 0"),
     (dict(targets=torch.zeros(5)), softdb.ShapeError, "targets: expected a tensor with one entry for each of 9"),
-    (dict(targets=torch.zeros(QUERIES, 2)), softdb.ShapeError, r"targets: expected shape \(9, 4\)"),
+    (dict(targets=torch.zeros(QUERIES, 2)), softdb.ShapeError, r"targets: expected the shape of the values, \(9, 4\)"),
     (dict(targets=torch.zeros(QUERIES) > 1), softdb.ShapeError, "targets: expected classes"),
     (
         dict(targets=torch.arange(QUERIES) - 1),

@@ -32,6 +32,8 @@ from softdb.errors import (
     UnsupportedSystemError,
 )
 from softdb.index.config import IndexConfig, IndexStats
+from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
+from softdb.optim import RowAdam
 from softdb.reading.audit import Audit
 from softdb.reading.result import Read
 from softdb.store import SoftKVStore
@@ -42,6 +44,7 @@ from softdb.version import __version__
 __all__ = [
     "ArgumentError",
     "Audit",
+    "ContextMemory",
     "CorruptSnapshotError",
     "DeviceError",
     "DtypeError",
@@ -53,12 +56,15 @@ __all__ = [
     "IndexConfig",
     "IndexStats",
     "LockedError",
+    "MemoryLayer",
     "MissingPackageError",
     "NonFiniteError",
     "NotApplicableError",
     "PerformanceWarning",
+    "ProductKeyMemory",
     "Read",
     "ReadOnlyError",
+    "RowAdam",
     "Rows",
     "SecondDerivativeError",
     "ShapeError",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ __all__ = [
     "check_float_tensor",
     "check_ids",
     "check_int",
+    "check_keywords",
     "check_not_meta",
     "check_number",
     "check_positive",
@@ -41,7 +45,10 @@ __all__ = [
     "is_finite",
     "is_out_of_memory",
     "list_ids",
+    "refuse_unknown_keywords",
 ]
+
+T = TypeVar("T")
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -332,3 +339,35 @@ def describe(value: Any) -> str:
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     text = repr(value) if not isinstance(value, int) else _format_number(value)
     return f"{type(value).__name__} {text}" if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+def check_keywords(owner: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise if a keyword argument has an unknown name, and suggest a similar one.
+
+    Args:
+        owner: Name of the class or function that was called.
+        given: Names of the given arguments.
+        known: Names that the class or function accepts.
+    """
+    for name in given:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            hint = f"did you mean {similar[0]}=...?" if similar else f"it has {', '.join(known)}"
+            raise DtypeError(f"{name}: {owner} has no such argument; {hint}")
+
+
+def refuse_unknown_keywords(cls: type[T]) -> type[T]:
+    """Decorate a class so that an unknown keyword argument raises `DtypeError`.
+
+    Python would name ``__init__`` of the class or of a base class; the error names the class that was called.
+    """
+    initialize: Any = cls.__init__
+    known = list(inspect.signature(initialize).parameters)[1:]
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        check_keywords(type(self).__name__, options, known)
+        initialize(self, *args, **options)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls

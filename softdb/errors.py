@@ -9,7 +9,7 @@
     │   ├── NonFiniteError                     a number is NaN or infinite
     │   ├── DuplicateIdError                   an id is given twice, or exists already
     │   └── NotApplicableError (AttributeError) an attribute does not apply to an object with these options
-    ├── DtypeError             (TypeError)     a tensor or argument has the wrong type
+    ├── DtypeError             (TypeError)     a tensor or argument has the wrong type or name
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
     ├── GrowthError            (RuntimeError)  the storage cannot grow now, or would exceed its capacity
@@ -91,7 +91,7 @@ class NotApplicableError(ArgumentError, AttributeError):
 
 
 class DtypeError(SoftDBError, TypeError):
-    """A tensor or an argument has the wrong type."""
+    """A tensor or an argument has the wrong type, or an argument an unknown name."""
 
 
 class UnfinishedWriteError(SoftDBError, RuntimeError):

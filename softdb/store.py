@@ -18,6 +18,7 @@ from softdb._checks import (
     check_positive,
     check_vector,
     describe,
+    refuse_unknown_keywords,
 )
 from softdb.errors import DtypeError
 from softdb.filters import Where
@@ -50,6 +51,7 @@ from softdb.transforms import without_transforms
 __all__ = ["SoftKVStore"]
 
 
+@refuse_unknown_keywords
 class SoftKVStore(StoreModule):
     """A key-value store that answers a query with a weighted sum of its values.
 
@@ -111,7 +113,7 @@ class SoftKVStore(StoreModule):
 
     Raises:
         ArgumentError: A number is out of range, or arguments do not fit together.
-        DtypeError: An argument has the wrong type.
+        DtypeError: An argument has the wrong type, or there is no argument of this name.
         FieldError: A field name is not a Python identifier, is reserved, or is repeated.
 
     Example:

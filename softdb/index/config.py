@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from softdb._checks import check_above_zero, check_number, describe
+from softdb._checks import check_above_zero, check_number, describe, refuse_unknown_keywords
 from softdb.errors import DtypeError
 
 __all__ = ["IndexConfig", "IndexStats"]
 
 
+@refuse_unknown_keywords
 @dataclass(frozen=True)
 class IndexConfig:
     """Configuration of the index that finds candidates of top-k reads.

@@ -17,6 +17,7 @@ from softdb._checks import (
     check_shape,
     describe,
     is_out_of_memory,
+    refuse_unknown_keywords,
 )
 from softdb.errors import (
     ArgumentError,
@@ -52,6 +53,7 @@ UNTRACED_MESSAGE = (
 )
 
 
+@refuse_unknown_keywords
 class ContextMemory(nn.Module):
     r"""Attend causally to the current segment and to past segments of the sequence.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softdb._checks import check_float_tensor, check_positive, describe
+from softdb._checks import check_float_tensor, check_keywords, check_positive, describe
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
@@ -89,8 +88,7 @@ class MemoryLayer(ModuleWithProperties):
         stores: List of the one store that all heads read, or of one store per head.
 
     Raises:
-        ArgumentError, DtypeError, ShapeError: An argument is invalid.
-        TypeError: An option is unknown.
+        ArgumentError, DtypeError, ShapeError: An argument is invalid or unknown.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762) for heads and projections; Sukhbaatar et al. 2019 (arXiv 1907.01470)
     for learned rows instead of a context; Berges et al. 2024 (arXiv 2412.09764) for the gate.
@@ -127,7 +125,7 @@ class MemoryLayer(ModuleWithProperties):
     ) -> None:
         """Create the layer; ``help(MemoryLayer)`` describes the arguments."""
         super().__init__()
-        _check_store_options(store_options)
+        _check_store_options(type(self).__name__, store_options)
         self.dim, rows = check_positive("dim", dim), check_positive("rows", rows)
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
@@ -247,16 +245,13 @@ class MemoryLayer(ModuleWithProperties):
         return f"dim={self.dim}, heads={self.heads}, mode={self.mode!r}{k}"
 
 
-def _check_store_options(options: Mapping[str, Any]) -> None:
-    """Raise for options that a `MemoryLayer` refuses or does not have."""
+def _check_store_options(owner: str, options: Mapping[str, Any]) -> None:
+    """Raise for options that the class ``owner`` refuses or does not have."""
     for name in options:
         if name in REFUSED_OPTIONS:
             raise ArgumentError(f"{name}: expected no value, since {REFUSED_OPTIONS[name]}")
-        if name not in STORE_OPTIONS:
-            known = [*inspect.signature(MemoryLayer).parameters, *STORE_OPTIONS]
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            hint = f"did you mean {close[0]}=...?" if close else f"its stores accept {', '.join(STORE_OPTIONS)}"
-            raise TypeError(f"{name}: MemoryLayer has no such argument; {hint}")
+    own = [name for name in inspect.signature(MemoryLayer).parameters if name != "store_options"]
+    check_keywords(owner, options, [*own, *STORE_OPTIONS])
 
 
 def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from softdb._checks import check_float_tensor, check_positive, describe
+from softdb._checks import check_float_tensor, check_positive, describe, refuse_unknown_keywords
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.interop.blend import blend
@@ -121,6 +121,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         return values
 
 
+@refuse_unknown_keywords
 class ProductKeyMemory(nn.Module):
     r"""Memory of n² learned values, whose keys are all pairs of two lists of n keys.
 

@@ -257,9 +257,9 @@ def test_memory_layer_rejects_invalid_arguments() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_heads": 4}, TypeError, r"num_heads: MemoryLayer has no such argument; did you mean heads=\.\.\.\?"),
-        ({"temperatur": 2.0}, TypeError, r"temperatur: MemoryLayer .* did you mean temperature=\.\.\.\?"),
-        ({"embed_dim": 4}, TypeError, "embed_dim: MemoryLayer has no such argument; its stores accept metric, "),
+        ({"num_heads": 4}, DtypeError, r"num_heads: MemoryLayer has no such argument; did you mean heads=\.\.\.\?"),
+        ({"temperatur": 2.0}, DtypeError, r"temperatur: MemoryLayer .* did you mean temperature=\.\.\.\?"),
+        ({"embed_dim": 4}, DtypeError, "embed_dim: MemoryLayer has no such argument; it has dim, .* metric, "),
         ({"tolerance": 0.1}, ArgumentError, r"tolerance: .* MemoryLayer .*; read one of layer\.stores yourself"),
         ({"tail_samples": 9}, ArgumentError, r"tail_samples: .* MemoryLayer .*; read one of layer\.stores yourself"),
         ({"trainable": False}, ArgumentError, r"trainable: .* layer\.stores\.requires_grad_\(False\)"),
@@ -281,7 +281,7 @@ def test_memory_layer_error_names_the_unsupported_argument(
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"num_heads": 4}, TypeError), ({"dtype": torch.int64}, DtypeError), ({"dtype": "float32"}, DtypeError)],
+    [({"num_heads": 4}, DtypeError), ({"dtype": torch.int64}, DtypeError), ({"dtype": "float32"}, DtypeError)],
 )
 def test_layers_reject_unknown_arguments_and_dtypes(options: dict[str, Any], error: type[Exception]) -> None:
     for make in (MemoryLayer, ContextMemory, ProductKeyMemory):

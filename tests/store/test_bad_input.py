@@ -831,3 +831,22 @@ def test_tensors_of_a_dtype_that_no_read_works_in_are_refused(dtype: torch.dtype
 def test_invalid_options_of_a_store_raise(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SoftKVStore(**({"key_dim": 3, "value_dim": 1} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SoftKVStore(3, 1, metrics="dot"), r"metrics: SoftKVStore has .*; did you mean metric=\.\.\.\?"),
+        (lambda: SoftKVStore(3, 1, color=1), "color: SoftKVStore has no such argument; it has key_dim, value_dim, me"),
+        (lambda: softdb.IndexConfig(recal=0.9), r"recal: IndexConfig has .*; did you mean recall=\.\.\.\?"),
+        (lambda: MemoryLayer(8, 4, num_heads=4), r"num_heads: MemoryLayer has .*; did you mean heads=\.\.\.\?"),
+        (lambda: ContextMemory(8, 4, row=4), r"row: ContextMemory has .*; did you mean rows=\.\.\.\?"),
+        (lambda: ProductKeyMemory(8, 4, keydim=4), r"keydim: ProductKeyMemory has .*; did you mean key_dim=\.\.\.\?"),
+        (lambda: type("Cache", (SoftKVStore,), {})(3, 1, capacty=9), r"capacty: Cache has .* mean capacity=\.\.\.\?"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_the_class_and_a_similar_argument(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(DtypeError, match=message):
+        make()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "FLOAT_DTYPE_NAMES",
     "INTEGER_DTYPES",
+    "Ids",
     "check_above_zero",
     "check_choice",
     "check_dense",
@@ -40,6 +42,7 @@ __all__ = [
     "check_temperature",
     "check_unique",
     "check_vector",
+    "convert_ids",
     "describe",
     "is_broadcastable",
     "is_finite",
@@ -49,6 +52,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# Ids in a tensor, an array, a list (which may be nested), or one id.
+Ids = Tensor | npt.NDArray[Any] | Sequence[Any] | int
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -237,28 +242,47 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
-def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool = False) -> Tensor:
+def convert_ids(name: str, value: object) -> Tensor:
+    """Convert a tensor, an array, a list or a number to a tensor of the same shape.
+
+    Arrays, lists and numbers become tensors on the CPU. The dtype is not checked.
+    """
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.integer):
+        value = int(value)
+    try:
+        # A copy, since torch takes no array with negative strides, and warns of arrays that are not writable.
+        ids = torch.as_tensor(np.array(value, order="C") if isinstance(value, np.ndarray) else value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
+    return ids.to(torch.int64) if ids.numel() == 0 else ids
+
+
+def _has_bool(value: object) -> bool:
+    """Return whether a list, which may be nested, contains a bool."""
+    if isinstance(value, (list, tuple)):
+        return any(_has_bool(entry) for entry in value)
+    return isinstance(value, (bool, np.bool_))
+
+
+def check_ids(
+    name: str, value: object, *, repeats: bool = False, padding: bool = False, scalar: bool = False
+) -> Tensor:
     """Convert ids to an int64 tensor on the CPU, of the same shape.
 
     Args:
         name: Name of the argument.
-        value: Ids: a tensor, an array, or a list of integers.
+        value: Ids: a tensor, an array, a list or an integer.
         repeats: Whether duplicates and any number of dimensions are allowed.
         padding: Whether -1 is allowed.
+        scalar: Whether one id may have no dimension; it becomes a vector.
     """
-    if isinstance(value, Tensor):
-        ids = value.detach()
-    else:
-        if isinstance(value, (list, tuple)) and any(isinstance(number, bool) for number in value):
-            raise DtypeError(f"{name}: expected int64 ids, got torch.bool in a list; pass integers")
-        try:
-            ids = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise DtypeError(f"{name}: expected int64 ids, got {describe(value)}") from error
-        if ids.numel() == 0:
-            ids = ids.to(torch.int64)
+    ids = convert_ids(name, value)
+    if isinstance(value, (list, tuple)) and _has_bool(value):  # torch would convert the bools to integers.
+        raise DtypeError(f"{name}: expected int64 ids, got torch.bool in a list; pass integers")
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; pass integers")
     check_dense(name, ids)
@@ -270,6 +294,8 @@ def check_ids(name: str, value: object, *, repeats: bool = False, padding: bool 
         if lowest < (-1 if padding else 0):
             wanted = "of at least 0, or -1 for padding" if padding else "of at least 0"
             raise ArgumentError(f"{name}: expected ids {wanted}, got {lowest}")
+    if scalar and ids.dim() == 0:
+        ids = ids.reshape(1)
     if not repeats:
         check_vector(name, ids)
         check_unique(name, ids)

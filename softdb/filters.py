@@ -8,21 +8,33 @@ Neither allocates a (B, N) mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softdb._checks import check_dense, check_device, check_ids, check_vector, describe, is_broadcastable
+from softdb._checks import (
+    Ids,
+    check_dense,
+    check_device,
+    check_ids,
+    check_vector,
+    convert_ids,
+    describe,
+    is_broadcastable,
+)
 from softdb.attributes import lock_free_cached_property
 from softdb.errors import DeviceError, DtypeError, ShapeError
 from softdb.table.storage import RowStorage
 
-__all__ = ["Block", "Rule", "Selection", "Where", "find_places", "select"]
+__all__ = ["Block", "Rule", "Selection", "Where", "convert_list", "find_ids", "find_places", "select"]
 
 Rule = Callable[[Mapping[str, Tensor]], Tensor]
-Where = Tensor | Rule
+Where = Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[bool] | Rule
 
 
 @dataclass(frozen=True)
@@ -222,7 +234,7 @@ def select(
     rows: RowStorage,
     queries: tuple[int, ...],  # the query's leading shape
     where: Where | None,
-    exclude: Tensor | None,
+    exclude: Ids | None,
 ) -> Selection:
     """Select the live rows that ``where`` and ``exclude`` leave visible.
 
@@ -234,15 +246,10 @@ def select(
     """
     batch = math.prod(queries)
     shared, rule = rows.live_mask(), None
-    if isinstance(where, Tensor):
-        shared = _mask_from_tensor(rows, where)
-    elif callable(where):
+    if callable(where):
         rule = _RuleOnSlots(rows, where, batch)
     elif where is not None:
-        raise DtypeError(
-            "where: expected a bool tensor in the order of store.ids, an int64 tensor of ids, or a callable "
-            f"where(row) -> bool tensor, got {describe(where)}"
-        )
+        shared = _mask_from_tensor(rows, where)
     excluded = None if exclude is None else _find_excluded_slots(rows, exclude, queries, batch)
     if excluded is not None and excluded.shape[1] == 0:
         excluded = None
@@ -253,8 +260,31 @@ def select(
     return selection
 
 
-def _mask_from_tensor(rows: RowStorage, where: Tensor) -> Tensor:  # -> (used,) bool
+def find_ids(rows: RowStorage, where: Where) -> Tensor:  # -> (m,) int64, on the CPU
+    """Return the ids of the rows that ``where`` selects, as for a read without queries."""
+    if callable(where):
+        slots = rows.live_slots()
+        ids = rows.ids[slots]  # A copy made first: the rule may write to the store.
+        return ids[_RuleOnSlots(rows, where, 1)(slots).expand(1, len(slots))[0]].cpu()
+    mask = _mask_from_tensor(rows, where)
+    return rows.ids[: rows.used][mask].cpu()
+
+
+def convert_list(name: str, value: Any, device: torch.device) -> Any:
+    """Convert a list or an array to a tensor on ``device``; return other values."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return convert_ids(name, value).to(device)
+    return value
+
+
+def _mask_from_tensor(rows: RowStorage, where: object) -> Tensor:  # -> (used,) bool
     device = rows.ids.device
+    where = convert_list("where", where, device)
+    if not isinstance(where, Tensor):
+        raise DtypeError(
+            "where: expected a bool tensor in the order of store.ids, an int64 tensor of ids, or a callable "
+            f"where(row) -> bool tensor, got {describe(where)}"
+        )
     if where.dtype == torch.bool:
         if where.shape != (len(rows),):
             raise ShapeError(
@@ -326,17 +356,12 @@ class _RuleForQueries:
         return allowed[self.queries] if allowed.dim() == 2 and allowed.shape[0] != 1 else allowed
 
 
-def _find_excluded_slots(
-    rows: RowStorage, exclude: Tensor, queries: tuple[int, ...], batch: int
-) -> Tensor:  # -> (B, m)
+def _find_excluded_slots(rows: RowStorage, exclude: Ids, queries: tuple[int, ...], batch: int) -> Tensor:  # -> (B, m)
     ids = check_ids("exclude", exclude, repeats=True, padding=True)
     if ids.dim() == 0 or tuple(ids.shape[:-1]) != queries:
         raise ShapeError(
             f"exclude: expected shape ({', '.join([*map(str, queries), 'm'])}), ids for each query of the read, "
             f"got {tuple(ids.shape)}"
         )
-    flat = ids.reshape(batch, ids.shape[-1])
-    slots = torch.full_like(flat, -1)
-    given = flat >= 0
-    slots[given] = rows.slots.find(flat[given])  # an unknown id has no row to hide: it gives -1, as padding does
+    slots = rows.slots.find_padded(ids.reshape(batch, ids.shape[-1]))  # Unknown ids have no row to hide.
     return slots.sort(dim=-1).values.to(rows.ids.device)

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from softdb._checks import (
+    Ids,
     check_dtype,
     check_finite,
     check_float_tensor,
-    check_ids,
     check_positive,
-    check_vector,
     describe,
     refuse_unknown_keywords,
 )
 from softdb.errors import DtypeError
-from softdb.filters import Where
+from softdb.filters import Where, find_ids
 from softdb.index.config import IndexConfig, IndexStats
 from softdb.index.manager import IndexManager
 from softdb.interop.compile import new_handle
@@ -41,11 +40,11 @@ from softdb.snapshot.writer import write_snapshot
 from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
 from softdb.table.invariants import check_invariants
-from softdb.table.rows import Rows, contains, copy_rows, copy_usage
+from softdb.table.rows import Missing, Rows, check_row_ids, contains, copy_field, copy_rows, copy_usage
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 from softdb.table.usage import Usage, check_tracking
-from softdb.table.writer import Fields, Ids, Writer
+from softdb.table.writer import Fields, Writer
 from softdb.transforms import without_transforms
 
 __all__ = ["SoftKVStore"]
@@ -211,6 +210,16 @@ class SoftKVStore(StoreModule):
         if self.keys.is_meta:
             return self.rows.ids.new_empty(len(self))
         return self._access.reading(lambda: self.rows.ids[self.rows.live_slots()])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ``keys`` and ``values``."""
+        return self.keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point dtype of ``keys`` and ``values``."""
+        return self.keys.dtype
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -391,35 +400,82 @@ class SoftKVStore(StoreModule):
         self._writer.revive(ids, keys, values)
 
     @without_transforms
-    def delete(self, ids: Ids) -> None:
-        """Remove rows.
+    def delete(self, ids: Ids | None = None, *, where: Where | None = None) -> None:
+        """Remove rows by id, or all rows that a filter allows.
 
         Their ids are never assigned again, but you may pass them to `add` or `put`. Their slots are reused, the lowest
-        first. The storage does not shrink.
+        first. The storage does not shrink. The cost is linear in the number of deleted rows; with ``where``, it is
+        linear in the number of slots.
 
         Args:
-            ids: (m,), in the store, without duplicates.
+            ids: One id, or (m,) ids in the store, without duplicates.
+            where: The rows to remove, in place of ``ids``, as for `read`: a bool tensor in the order of ``store.ids``,
+                ids, or a callable ``where(row) -> bool tensor``. There are no queries, so the result of a callable must
+                be broadcastable to (C,).
 
         Raises:
+            ArgumentError: Both ``ids`` and ``where`` are given, or neither is.
             UnknownIdError: An id is not in the store.
-            DuplicateIdError: An id is given twice.
+            DuplicateIdError: An id in ``ids`` is given twice.
+            ShapeError: ``ids``, a mask or the result of a callable has the wrong shape.
+            DtypeError: An argument, or the result of a callable, has the wrong type.
+            DeviceError: A mask, or the result of a callable, is not on the device of the store.
+            FieldError: A callable uses an unknown field.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1, fields=["time"])
+            >>> ids = store.add(torch.ones(4, 2), torch.ones(4, 1), fields={"time": [3, 5, 7, 9]})
+            >>> store.delete(0)
+            >>> store.delete(where=lambda row: row["time"] < 6)
+            >>> store.ids
+            tensor([2, 3])
         """
-        self._writer.delete(ids)
+        self._writer.delete(ids, None if where is None else lambda: find_ids(self.rows, where))
 
     @without_transforms
-    def get(self, ids: Ids) -> Rows:
-        """Return copies of rows, in the order of ``ids``.
+    def clear(self) -> None:
+        """Remove all rows.
 
-        The copies are detached from the graph. The cost is linear in m.
-
-        Args:
-            ids: (m,), in the store. Duplicates are allowed.
-
-        Returns:
-            A `Rows` with ``keys`` (m, key_dim), ``values`` (m, value_dim) and ``fields``, a dict of (m,) int64 tensors.
+        It has the effects of `delete` of all ids: the store assigns none of them again, and the storage does not
+        shrink. The cost is linear in the number of slots.
 
         Raises:
-            UnknownIdError: An id is not in the store.
+            UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1)
+            >>> store.add(torch.eye(2), torch.ones(2, 1))
+            tensor([0, 1])
+            >>> store.clear()
+            >>> store.add(torch.eye(2), torch.ones(2, 1))
+            tensor([2, 3])
+        """
+        self._writer.clear()
+
+    @without_transforms
+    def get(self, ids: Ids, missing: Missing = "error") -> Rows:
+        """Return copies of rows, in the order and shape of ``ids``.
+
+        The copies are detached from the graph. The cost is linear in the number of ids.
+
+        Args:
+            ids: Ids of any shape (...), or one id. Duplicates are allowed.
+            missing: "error" raises for an id that is not in the store. With "pad", such an id and the padding -1 give
+                zeros as key and value, and -1 in every field, so ``read.ids`` may be passed.
+
+        Returns:
+            A `Rows` with ``keys`` (..., key_dim), ``values`` (..., value_dim) and ``fields``, a dict of (...,) int64
+            tensors.
+
+        Raises:
+            UnknownIdError: An id is not in the store, and ``missing`` is "error".
+            ArgumentError: An id is negative, or ``missing`` is neither "error" nor "pad".
+            DtypeError: The ids are not integers.
 
         Example:
             >>> import torch
@@ -428,11 +484,49 @@ class SoftKVStore(StoreModule):
             >>> ids = store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]))
             >>> store.get([1, 0]).values.flatten()
             tensor([20., 10.])
+            >>> store.get([[1, -1]], missing="pad").values.squeeze(-1)
+            tensor([[20.,  0.]])
         """
         self._table.check_not_meta()
-        given = check_ids("ids", ids, repeats=True)
-        check_vector("ids", given)
-        return self._access.reading(lambda: copy_rows(self._table, given))
+        given = check_row_ids(ids, missing)
+        return self._access.reading(lambda: copy_rows(self._table, given, missing))
+
+    @without_transforms
+    def fields_at(self, ids: Ids, name: str, fill: int = -1) -> Tensor:
+        """Return one field of rows, in the shape of ``ids``.
+
+        It copies neither keys nor values. Use it for labels of the rows that a read reports; see
+        `softdb.functional.class_weights`. The cost is linear in the number of ids.
+
+        Args:
+            ids: Ids of any shape (...), or one id. Duplicates and the padding -1 are allowed.
+            name: Name of the field.
+            fill: Number for -1 and for ids that are not in the store.
+
+        Returns:
+            (...,) int64, on the device of the store.
+
+        Raises:
+            FieldError: The store has no such field.
+            ArgumentError: An id is less than -1.
+            DtypeError: The ids, or ``fill``, are not integers.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1, fields=["label"])
+            >>> ids = store.add(torch.eye(2), torch.zeros(2, 1), fields={"label": [7, 8]})
+            >>> read = store.read(torch.eye(2), k=3)
+            >>> read.ids
+            tensor([[ 0,  1, -1],
+                    [ 1,  0, -1]])
+            >>> store.fields_at(read.ids, "label")
+            tensor([[ 7,  8, -1],
+                    [ 8,  7, -1]])
+        """
+        self._table.check_not_meta()
+        given = check_row_ids(ids, "pad")
+        return self._access.reading(lambda: copy_field(self.rows, given, name, fill))
 
     @without_transforms
     def reserve(self, n: int) -> None:
@@ -484,7 +578,7 @@ class SoftKVStore(StoreModule):
         mode: Mode = "exact",
         k: int | None = None,
         where: Where | None = None,
-        exclude: Tensor | None = None,  # (..., m)
+        exclude: Ids | None = None,  # (..., m)
         temperature: float | Tensor | None = None,
         normalizer: str = "softmax",
         tail_samples: int = 0,
@@ -528,7 +622,8 @@ class SoftKVStore(StoreModule):
             where: Rows that may be read, as one of
 
                 - a bool tensor (n,), in the order of ``store.ids``;
-                - an int64 tensor of ids;
+                - an int64 tensor of ids. A list or a NumPy array may replace a tensor, and breaks the graph of
+                  torch.compile;
                 - a callable ``where(row) -> bool tensor``. ``row["id"]`` and ``row[field]`` are int64 tensors: (C,) for
                   a block of rows, or (B, C) for the candidates of B flattened queries. The result must be broadcastable
                   to (B, C). Combine conditions with ``&`` and ``|``.
@@ -604,7 +699,7 @@ class SoftKVStore(StoreModule):
         queries: Tensor,  # (..., key_dim)
         k: int,
         where: Where | None = None,
-        exclude: Tensor | None = None,
+        exclude: Ids | None = None,
         temperature: float | Tensor | None = None,
     ) -> Audit:
         """Compare topk reads with exact reads of the same queries.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softdb._checks import Ids
 from softdb.errors import TransformError
 from softdb.filters import Where
 from softdb.interop.compile import read_in_graph
@@ -25,7 +26,7 @@ def read(
     mode: Mode,
     k: int | None,
     where: Where | None,
-    exclude: Tensor | None,
+    exclude: Ids | None,
     temperature: float | Tensor | None,
     normalizer: str,
     tail_samples: int,

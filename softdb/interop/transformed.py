@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdb._checks import check_float_tensor
 from softdb.errors import TransformError
+from softdb.filters import convert_list
 from softdb.interop.pruning import recompute_pruned
 from softdb.reading.options import ReadOptions
 from softdb.reading.result import Read, make_answer, make_leaves, make_read
@@ -29,8 +30,10 @@ WRAPPED_MESSAGE = (
 def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     """Run ``store.read(query, **options)`` while a transform of torch.func is active."""
     normalizer, generator = options["normalizer"], options["generator"]
-    ReadOptions(**options)
     keys, values = store.keys, store.values
+    for name in ("where", "exclude"):
+        options[name] = convert_list(name, options[name], keys.device)
+    ReadOptions(**options)
     check_float_tensor("query", query, (-1, store.key_dim), keys.device)
     if is_wrapped(*store.rows.buffers()):
         raise TransformError(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from softdb._checks import check_above_zero, check_choice, check_int, check_positive, describe
+from softdb._checks import Ids, check_above_zero, check_choice, check_int, check_positive, describe
 from softdb.errors import ArgumentError, DtypeError
 from softdb.filters import Where
 from softdb.scoring.normalizers import check_normalizer
@@ -30,7 +30,7 @@ class ReadOptions:
     mode: Mode = "exact"
     k: int | None = None
     where: Where | None = None
-    exclude: Tensor | None = None
+    exclude: Ids | None = None
     temperature: float | Tensor | None = None
     normalizer: str = "softmax"
     tail_samples: int = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softdb._checks import check_finite, check_float_tensor, check_temperature
+from softdb._checks import Ids, check_finite, check_float_tensor, check_temperature
 from softdb.errors import ArgumentError, NonFiniteError
 from softdb.filters import Selection, Where, select
 from softdb.index.list_layout import list_importance
@@ -407,7 +407,7 @@ class Reader:
         exact = rescale_to_exact(read, remaining, exact)
         return keep_best(replace_queries(read, remaining, exact), k), selection.shared
 
-    def _select(self, rows: RowStorage, leading: torch.Size, where: Where | None, exclude: Tensor | None) -> Selection:
+    def _select(self, rows: RowStorage, leading: torch.Size, where: Where | None, exclude: Ids | None) -> Selection:
         """Select the visible rows; cache the selection of all rows for each version."""
         if where is not None or exclude is not None:
             return select(rows, tuple(leading), where, exclude)

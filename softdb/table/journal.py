@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from softdb.errors import UnfinishedWriteError
@@ -87,6 +88,12 @@ class WritePlan:
     id_hash: int
     writes: int
     version: int
+
+    @property
+    def freed_slots(self) -> Tensor:
+        """Removed slots in which the write inserts no row."""
+        removed = self.batch.removed_slots
+        return removed[~torch.isin(removed, self.inserted_slots)] if len(self.inserted_slots) else removed
 
 
 class Outcome(NamedTuple):

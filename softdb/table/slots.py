@@ -52,6 +52,10 @@ class FreeSlots:
     def __len__(self) -> int:
         return len(self.holes) + len(self.recent)
 
+    def free_all(self) -> FreeSlots:
+        """Return the set of all slots up to the highest that has held a row."""
+        return FreeSlots(self.used, torch.arange(self.used, device="cpu"))
+
     def take(self, count: int) -> tuple[Tensor, FreeSlots]:
         """Take the ``count`` lowest free slots.
 
@@ -122,6 +126,12 @@ class SlotTable:
         slots[small] = array[ids[small]]
         found = [others.get(number, -1) for number in ids[~small].tolist()]
         slots[~small] = torch.tensor(found, dtype=torch.int64, device="cpu")
+        return slots
+
+    def find_padded(self, ids: Tensor) -> Tensor:  # (*shape,) -> (*shape,)
+        """Return the slots of ids, -1 for unknown ids and for padding (-1)."""
+        slots, given = torch.full_like(ids, -1), ids >= 0
+        slots[given] = self.find(ids[given])
         return slots
 
     def slots_of(self, name: str, ids: Tensor) -> Tensor:  # (m,) -> (m,)

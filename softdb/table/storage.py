@@ -251,7 +251,11 @@ class RowStorage(nn.Module):
         """Compute the result of a batch without changing the table."""
         inserted, removed_slots, device = len(batch.ids), batch.removed_slots, self.ids.device
         inserted_slots, removed_ids, free, id_hash = NO_SLOTS, NO_SLOTS, self.free, self.id_hash
-        if len(removed_slots):
+        if len(removed_slots) == len(self) > 0:  # Faster than to free the slots one by one.
+            removed_slots = self.live_slots().cpu()
+            removed_ids = self.ids[removed_slots.to(device)].cpu()
+            free, id_hash = free.free_all(), 0
+        elif len(removed_slots):
             removed_ids = self.ids[removed_slots.to(device)].cpu()
             free, id_hash = free.free(removed_slots), id_hash - hash_rows(removed_slots, removed_ids)
         if inserted:
@@ -259,7 +263,9 @@ class RowStorage(nn.Module):
             id_hash += hash_rows(inserted_slots, batch.ids)
         written_slots = torch.cat([batch.slots, inserted_slots]) if inserted else batch.slots
         reset_slots = torch.cat([batch.slots, inserted_slots]) if batch.new_generation else inserted_slots
-        changed_slots = torch.cat([removed_slots, written_slots]).unique() if len(removed_slots) else written_slots
+        changed_slots = written_slots
+        if len(removed_slots):
+            changed_slots = torch.cat([removed_slots, written_slots]).unique() if len(written_slots) else removed_slots
         is_use = len(written_slots) > 0 and (batch.keys is not None or batch.values is not None)
         reading = self.clock.now if self.evict == "lru" and is_use else None
         added_at = None
@@ -293,7 +299,7 @@ class RowStorage(nn.Module):
         if len(batch.removed_slots):
             self.slots.remove(plan.removed_ids)
             # Slots that are reused at once keep their id until it is replaced: a signal handler may read in between.
-            ids[batch.removed_slots[~torch.isin(batch.removed_slots, plan.inserted_slots)].to(device)] = -1
+            ids[plan.freed_slots.to(device)] = -1
         if len(plan.inserted_slots):
             self.slots.put(batch.ids, plan.inserted_slots)
             ids[plan.inserted_slots.to(device)] = batch.ids.to(device)

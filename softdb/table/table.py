@@ -184,7 +184,7 @@ class Table:
         if len(batch.removed_slots):
             self._drop_gradients(batch.removed_slots)
             # Free slots are read with weight 0, and 0 * NaN is NaN: they must not contain NaN from training.
-            self.clear(batch.removed_slots[~torch.isin(batch.removed_slots, plan.inserted_slots)])
+            self.clear(plan.freed_slots)
         if batch.new_generation:
             self._drop_gradients(batch.slots)
         self._put(plan.written_slots, {"keys": batch.keys, "values": batch.values})

@@ -6,12 +6,12 @@ journal holds the plan until it has been applied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from softdb._checks import check_finite, check_float_tensor, check_ids, check_positive, check_vector, list_ids
+from softdb._checks import Ids, check_finite, check_float_tensor, check_ids, check_positive, check_vector, list_ids
 from softdb.errors import ArgumentError, DuplicateIdError, ShapeError
 from softdb.table.access import Access
 from softdb.table.fields import check_fields
@@ -19,9 +19,8 @@ from softdb.table.journal import RESIZE_OUTCOME, WRITE_OUTCOME, Growth, WriteBat
 from softdb.table.slots import NO_SLOTS, slots_to_index
 from softdb.table.table import Table
 
-__all__ = ["Fields", "Ids", "Writer"]
+__all__ = ["Fields", "Writer"]
 
-Ids = Tensor | Sequence[int]
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
 # Largest id, so that the next id still fits int64.
@@ -104,11 +103,19 @@ class Writer:
             slots = self._table.rows.slots.slots_of("ids", given)
             self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, new_generation=True))
 
-    def delete(self, ids: Ids) -> None:
-        """Remove rows."""
+    def delete(self, ids: Ids | None, find_ids: Callable[[], Tensor] | None) -> None:
+        """Remove the rows with the given ids, or with those that a function returns."""
         with self._access.changing("delete"):
-            given = check_ids("ids", ids)
+            if (ids is None) == (find_ids is None):
+                both = "both" if find_ids is not None else "neither"
+                raise ArgumentError(f"ids, where: expected one of them, got {both}; to delete all rows, call clear()")
+            given = check_ids("ids", ids, scalar=True) if find_ids is None else find_ids()
             self._write(WriteBatch(removed_slots=self._table.rows.slots.slots_of("ids", given)))
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        with self._access.changing("clear"):
+            self._write(WriteBatch(removed_slots=self._table.rows.live_slots().cpu()))
 
     def touch(self, ids: Ids) -> None:
         """Record that the caller has written to the tensors of rows."""

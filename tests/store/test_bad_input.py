@@ -115,12 +115,13 @@ def row_faults(good: Tensor) -> Iterator[Fault]:
     yield Fault("too large for float32", too_large, NonFiniteError, "expected finite numbers in torch.float32, got")
 
 
-def id_faults(*, padding: bool = False, many: bool = False) -> Iterator[Fault]:
-    """What two ids may not be; with ``padding`` -1 is fine, with ``many`` so is every shape."""
+def id_faults(*, padding: bool = False, many: bool = False, one: bool = False) -> Iterator[Fault]:
+    """What two ids may not be; with ``padding`` -1 is fine, with ``many`` so is every shape, with ``one`` an id."""
     whole, least = "expected int64 ids, got ", "expected ids of at least 0, " + padding * "or -1 for padding, "
     for ids in ([0, 2**63], [0, -(2**63) - 1], [0, None], ["0", "1"], {0, 1}, {0: 1}, "01", iter([0, 1])):
         yield Fault(short(ids), ids, DtypeError, whole + type(ids).__name__)
-    for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), ([True, 2], "bool"), ([0, 1j], "complex64")):
+    booleans = [True, 2] if many else [[True, 2]]
+    for ids, dtype in (([0.0, 1.0], "float32"), ([0, NAN], "float32"), (booleans, "bool"), ([0, 1j], "complex64")):
         yield Fault(short(ids), ids, DtypeError, whole + f"torch.{dtype}")
     for dtype in (torch.float64, torch.bool, torch.complex64, torch.uint8, torch.uint64):
         yield Fault(str(dtype), torch.tensor([0, 1]).to(dtype), DtypeError, whole + f"{dtype}; pass integers")
@@ -134,7 +135,7 @@ def id_faults(*, padding: bool = False, many: bool = False) -> Iterator[Fault]:
     )
     yield Fault("sparse", torch.tensor([0, 1]).to_sparse(), DtypeError, "expected a dense tensor, got torch.sparse_coo")
     if not many:
-        for shape in ((), (1, 2), (2, 1)):
+        for shape in ((1, 2), (2, 1), *([] if one else [()])):
             ids = torch.arange(math.prod(shape)).reshape(shape)
             expected = r"expected a 1-dimensional list of ids, got shape "
             yield Fault(f"shape {shape}", ids, ShapeError, expected + re.escape(str(shape)))
@@ -201,10 +202,17 @@ def temperature_faults() -> Iterator[Fault]:
         yield Fault(f"{shape} on meta", tensor, DeviceError, "expected a tensor on cpu, got one on meta")
 
 
-def where_faults() -> Iterator[Fault]:
+def where_faults(*, queries: bool = True) -> Iterator[Fault]:
+    """What ``where`` may not be in a read of two queries, or without queries."""
     some = r"expected a bool tensor in the order of store.ids, an int64 tensor of ids, or a callable .*got "
-    for value in ([0], [True, False, True], np.array([0]), 0, True, "id", {0}):
+    for value in (0, True, "id", {0}):
         yield Fault(short(value), value, DtypeError, some + type(value).__name__)
+    for value in ([0, None], ["id"], [True, 0, None], np.array([0, None])):
+        yield Fault(short(value), value, DtypeError, "expected int64 ids, got ")
+    for value in ([0.5], [[0.5]], np.array([0.5])):
+        yield Fault(short(value), value, DtypeError, "expected int64 ids, got torch.float")
+    for mask in ([True, False], np.array([True, False])):
+        yield Fault(short(mask), mask, ShapeError, r"expected a bool tensor of shape \(3,\), one entry per row")
     for shape in ((), (2,), (4,), (3, 1), (1, 3), (0,)):
         mask = torch.ones(shape, dtype=torch.bool)
         yield Fault(f"mask {shape}", mask, ShapeError, r"expected a bool tensor of shape \(3,\), one entry per row")
@@ -224,7 +232,8 @@ def where_faults() -> Iterator[Fault]:
     yield Fault("-> ids", lambda row: row["id"], DtypeError, answer + "bool tensor, got a torch.int64 tensor")
     yield Fault("-> floats", lambda row: row["id"] * NAN, DtypeError, answer + "bool tensor, got a torch.float32")
     for shape in ((5,), (3, 1), (1, 5), (1, 2, 1)):
-        message = answer + r"tensor broadcastable to \(2, .*\) \(queries, rows\), got " + re.escape(str(shape))
+        count = 2 if queries else 1
+        message = answer + rf"tensor broadcastable to \({count}, .*\) \(queries, rows\), got " + re.escape(str(shape))
         yield Fault(f"-> {shape}", lambda row, shape=shape: torch.ones(shape) > 0, ShapeError, message)
     on_meta = lambda row: (row["id"] > 0).to("meta")  # noqa: E731
     yield Fault("-> on meta", on_meta, DeviceError, answer + "tensor on cpu")
@@ -291,7 +300,7 @@ def cases_of_writes() -> Iterator[Case]:
 
 def cases_of_ids() -> Iterator[Case]:
     for method, call in BY_ID.items():
-        for fault in id_faults():
+        for fault in id_faults(many=method == "get", one=method == "delete"):
             yield case(method, "ids", call, fault)
         if method not in ("get", "touch"):
             twice = Fault("twice", [1, 1], DuplicateIdError, "expected each id once, got 1 more than once")
@@ -307,9 +316,15 @@ def cases_of_ids() -> Iterator[Case]:
             for ids in ([], [0], [0, 1, 3]):
                 message = f"expected 2 ids, one for each row, got {len(ids)}"
                 yield case(method, "ids", call, Fault(f"{len(ids)} ids", ids, ShapeError, message))
-        if method != "add":
+        if method not in ("add", "delete"):
             fault = Fault("None", None, DtypeError, "expected int64 ids, got NoneType")
             yield case(method, "ids", call, fault)
+    exactly_one = "ids, where: expected one of them, got "
+    yield Case("delete: nothing", lambda store: store.delete(), ArgumentError, exactly_one + "neither")
+    both = lambda store: store.delete([0], where=[1])  # noqa: E731
+    yield Case("delete: ids and where", both, ArgumentError, exactly_one + "both")
+    for fault in where_faults(queries=False):
+        yield case("delete", "where", lambda store, where: store.delete(where=where), fault)
     existing = Fault("existing", [9, 1], DuplicateIdError, "expected ids that are not in the store, got existing 1")
     yield case("add", "ids", BY_ID["add"], existing)
 

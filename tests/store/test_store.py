@@ -961,6 +961,33 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(softdb.UnknownIdError):
                 self.store.delete([number])
 
+    @rule(limit=st.integers(0, 9), kind=st.sampled_from(["rule", "mask", "ids"]))
+    def delete_where(self, limit: int, kind: str) -> None:
+        removed = [number for number, (_, _, time) in self.model.items() if time < limit]
+        where: Any = removed
+        if kind == "rule":
+            where = lambda row: row["time"] < limit  # noqa: E731
+        elif kind == "mask":
+            where = torch.isin(self.store.ids, torch.tensor(removed, dtype=torch.int64))
+        self.store.delete(where=where)
+        self.model = {number: row for number, row in self.model.items() if number not in removed}
+
+    @rule()
+    def clear(self) -> None:
+        self.store.clear()
+        self.model.clear()
+
+    @rule(ids=st.lists(st.integers(-1, 40) | st.just(2**40), max_size=4))
+    def get_with_padding(self, ids: list[int]) -> None:
+        rows = self.store.get([ids], missing="pad")
+        expected = [self.model.get(number, ([0.0] * 3, 0.0, -1)) for number in ids]
+        assert rows.keys.tolist() == [[row[0] for row in expected]]
+        assert rows.values.squeeze(-1).tolist() == [[row[1] for row in expected]]
+        assert rows.fields["time"].tolist() == [[row[2] for row in expected]]
+        assert self.store.fields_at(ids, "time", fill=-5).tolist() == [
+            self.model[number][2] if number in self.model else -5 for number in ids
+        ]
+
     @rule()
     def reload(self) -> None:
         other = SoftKVStore(3, 1, fields=("time",), index=self.index)

@@ -261,7 +261,7 @@ def select(
 
 
 def find_ids(rows: RowStorage, where: Where) -> Tensor:  # -> (m,) int64, on the CPU
-    """Return the ids of the rows that ``where`` selects, as for a read without queries."""
+    """Return the ids of the rows that ``where`` selects, without queries."""
     if callable(where):
         slots = rows.live_slots()
         ids = rows.ids[slots]  # A copy made first: the rule may write to the store.

@@ -1,4 +1,4 @@
-"""Reads as pure functions of tensors: `soft_read`, `topk_read` and `merge`."""
+"""Reads as pure functions of tensors: `soft_read`, `topk_read`, `merge`, `class_weights`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from softdb.kernels.hidden import zero_hidden_keys
 from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumerate_queries
 from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
+from softdb.reading.classes import class_weights
 from softdb.reading.exact import read_exactly
 from softdb.reading.result import (
     Read,
@@ -76,7 +77,7 @@ from softdb.transforms import (
     suspend_transforms,
 )
 
-__all__ = ["Read", "merge", "soft_read", "topk_read"]
+__all__ = ["Read", "class_weights", "merge", "soft_read", "topk_read"]
 
 
 def soft_read(

@@ -104,7 +104,7 @@ class Writer:
             self._write(WriteBatch(slots=slots, keys=stored_keys, values=stored_values, new_generation=True))
 
     def delete(self, ids: Ids | None, find_ids: Callable[[], Tensor] | None) -> None:
-        """Remove the rows with the given ids, or with those that a function returns."""
+        """Remove the rows with the given ids, or with the ids that a function returns."""
         with self._access.changing("delete"):
             if (ids is None) == (find_ids is None):
                 both = "both" if find_ids is not None else "neither"

@@ -154,11 +154,21 @@ def _format_number(number: object) -> str:
 
 
 def check_float_tensor(
-    name: str, value: object, shape: Sequence[int | None], device: torch.device | None = None
+    name: str,
+    value: object,
+    shape: Sequence[int | None],
+    device: torch.device | None = None,
+    *,
+    for_integers: str = "",
 ) -> Tensor:
     """Return ``value``; raise unless it is a floating-point tensor of ``shape``.
 
-    ``shape`` is as in `check_shape`. If ``device`` is given, the tensor must be on it.
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        shape: As in `check_shape`.
+        device: Device that the tensor must be on; None for any device.
+        for_integers: Alternative to a conversion of integers, for the message.
     """
     if not isinstance(value, Tensor):
         raise DtypeError(
@@ -166,7 +176,8 @@ def check_float_tensor(
         )
     if value.dtype not in FLOAT_DTYPES:
         wanted = f"one of {FLOAT_DTYPE_NAMES}" if value.is_floating_point() else "a floating-point tensor"
-        raise DtypeError(f"{name}: expected {wanted}, got {value.dtype}; convert it with .float()")
+        otherwise = for_integers if value.dtype in INTEGER_DTYPES else ""
+        raise DtypeError(f"{name}: expected {wanted}, got {value.dtype}; convert it with .float(){otherwise}")
     check_dense(name, value)
     check_shape(name, value, shape)
     if device is not None:

@@ -1,4 +1,4 @@
-"""Reads as pure functions of tensors: `soft_read`, `topk_read`, `merge`, `class_weights`."""
+"""Pure functions of tensors: `soft_read`, `topk_read`, `merge`, `class_weights`."""
 
 from __future__ import annotations
 

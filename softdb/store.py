@@ -39,6 +39,7 @@ from softdb.snapshot.lock import lock_directory
 from softdb.snapshot.writer import write_snapshot
 from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
+from softdb.table.creation import create_store
 from softdb.table.invariants import check_invariants
 from softdb.table.rows import Missing, Rows, check_row_ids, contains, copy_field, copy_rows, copy_usage
 from softdb.table.storage import RowStorage
@@ -64,7 +65,8 @@ class SoftKVStore(StoreModule):
 
     Args:
         key_dim: Width of queries and keys.
-        value_dim: Width of values. It may differ from ``key_dim``.
+        value_dim: Width of values. It may differ from ``key_dim``. With 0, the store is only an index: its rows have
+            keys, ids and fields, and reads report ids, weights and scores.
         metric: Score of a query q and a key k: "dot" (q·k), "scaled_dot" (q·k / √key_dim), "cosine" or "l2"
             (−‖q − k‖²). A higher score is better.
         temperature: Number above 0 that divides the scores, unless `read` is called with another one. For a learnable
@@ -180,6 +182,53 @@ class SoftKVStore(StoreModule):
         self._index = IndexManager(index_config, metric, self.key_dim, moving=self.trainable)
         self._assemble()
         self._table.record_versions()
+
+    @classmethod
+    @without_transforms
+    def from_tensors(
+        cls, keys: Tensor, values: Tensor, *, ids: Ids | None = None, fields: Fields | None = None, **options: Any
+    ) -> SoftKVStore:
+        """Create a store that holds the given rows.
+
+        Equal to::
+
+            store = SoftKVStore(keys.shape[1], values.shape[1], fields=tuple(fields), device=keys.device,
+                                dtype=torch.promote_types(keys.dtype, values.dtype), **options)
+            store.add(keys, values, ids, fields)
+
+        The store keeps detached copies. The cost is linear in the number of rows; the storage has exactly their number,
+        or ``capacity``.
+
+        Args:
+            keys: (n, key_dim), floating point.
+            values: (n, value_dim), floating point, on the device of ``keys``. For a store without values, pass
+                ``keys.new_zeros(len(keys), 0)``.
+            ids: As for `add`.
+            fields: The fields of the store, and their values as for `add`, by name. If None, the store has no fields.
+            **options: Other options of the store, such as ``metric`` or ``trainable``.
+
+        Returns:
+            The store.
+
+        Raises:
+            ArgumentError: An option is out of range, or follows from the tensors: ``key_dim``, ``value_dim``,
+                ``device``, ``dtype``. Or there are more than ``capacity`` rows.
+            DuplicateIdError: An id is given twice.
+            ShapeError: A tensor has the wrong shape.
+            DtypeError: An argument has the wrong type, or there is no argument of this name.
+            DeviceError: A tensor is on the meta device, or the tensors are on different devices.
+            NonFiniteError: A key or value is NaN or infinite.
+            FieldError: A field name is no identifier or is reserved.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore.from_tensors(torch.eye(2), torch.ones(2, 1), fields={"time": [3, 5]}, metric="l2")
+            >>> store.fields, len(store)
+            (('time',), 2)
+        """
+        store: SoftKVStore = create_store(cls, keys, values, ids, fields, options)
+        return store
 
     def _assemble(self) -> None:
         """Create the objects that read and write the table, for a new store or a copy."""

@@ -327,6 +327,8 @@ def _bound_error(
     """
     if len(sample.factors) == 0 or float(sample.factors.amax()) <= 1:  # the sample holds all rows
         return torch.zeros_like(total)
+    if read.values.shape[-1] == 0:
+        return torch.zeros_like(total)
     size = torch.linalg.vector_norm(read.values.double(), dim=-1)
     variance = _estimate_variance(summed, sample, read.values, total, size)
     if recall < 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from softdb._checks import check_choice, check_positive
+from softdb._checks import check_choice, check_int, check_positive
 from softdb.errors import ArgumentError
 from softdb.scoring.metrics import METRICS, Metric
 from softdb.table.fields import check_field_names
@@ -35,7 +35,7 @@ class StoreConfig:
             check_choice("evict", self.evict, get_args(Evict))
         checked = {
             "key_dim": check_positive("key_dim", self.key_dim),
-            "value_dim": check_positive("value_dim", self.value_dim),
+            "value_dim": check_int("value_dim", self.value_dim, least=0),
             "trainable": bool(self.trainable),
             "fields": check_field_names(self.fields),
             "capacity": None if self.capacity is None else check_positive("capacity", self.capacity),

@@ -19,7 +19,7 @@ from softdb.table.journal import RESIZE_OUTCOME, WRITE_OUTCOME, Growth, WriteBat
 from softdb.table.slots import NO_SLOTS, slots_to_index
 from softdb.table.table import Table
 
-__all__ = ["Fields", "Writer"]
+__all__ = ["Fields", "Writer", "check_rows"]
 
 Fields = Mapping[str, Tensor | Sequence[int] | int]
 
@@ -207,11 +207,17 @@ class Writer:
         """Check keys or values and convert them to the dtype of the store."""
         tensors = self._table.tensors()
         table = tensors[name]
-        check_float_tensor(name, given, (None, table.shape[-1]), table.device)
+        check_rows(name, given, table.shape[-1], table.device)
         stored = given.detach().to(table.dtype)
         check_finite(name, stored)
         own = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
         return stored.clone() if stored.untyped_storage().data_ptr() in own else stored
+
+
+def check_rows(name: str, given: Tensor, width: int | None, device: torch.device | None) -> None:
+    """Raise unless ``given`` can be keys or values of rows, except for its numbers."""
+    for_integers = ", or store integers in fields=..." if name == "values" else ""
+    check_float_tensor(name, given, (None, width), device, for_integers=for_integers)
 
 
 def check_count(ids: Tensor, count: int) -> None:

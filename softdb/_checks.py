@@ -274,9 +274,9 @@ def convert_ids(name: str, value: object) -> Tensor:
 
 def _has_bool(value: object) -> bool:
     """Return whether a list, which may be nested, contains a bool."""
-    if isinstance(value, (list, tuple)):
-        return any(_has_bool(entry) for entry in value)
-    return isinstance(value, (bool, np.bool_))
+    if not isinstance(value, (list, tuple)):
+        return False
+    return any(isinstance(entry, (bool, np.bool_)) or _has_bool(entry) for entry in value)
 
 
 def check_ids(
@@ -292,7 +292,7 @@ def check_ids(
         scalar: Whether one id may have no dimension; it becomes a vector.
     """
     ids = convert_ids(name, value)
-    if isinstance(value, (list, tuple)) and _has_bool(value):  # torch would convert the bools to integers.
+    if _has_bool(value):  # torch would convert the bools to integers.
         raise DtypeError(f"{name}: expected int64 ids, got torch.bool in a list; pass integers")
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise DtypeError(f"{name}: expected int64 ids, got {ids.dtype}; pass integers")

@@ -46,7 +46,7 @@ from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 from softdb.table.usage import Usage, check_tracking
 from softdb.table.writer import Fields, Writer
-from softdb.transforms import without_transforms
+from softdb.transforms import disable_compile, without_transforms
 
 __all__ = ["SoftKVStore"]
 
@@ -506,6 +506,7 @@ class SoftKVStore(StoreModule):
         """
         self._writer.clear()
 
+    @disable_compile("softdb: get: expected to run outside of graphs, which contain no rows by id")
     @without_transforms
     def get(self, ids: Ids, missing: Missing = "error") -> Rows:
         """Return copies of rows, in the order and shape of ``ids``.
@@ -540,6 +541,7 @@ class SoftKVStore(StoreModule):
         given = check_row_ids(ids, missing)
         return self._access.reading(lambda: copy_rows(self._table, given, missing))
 
+    @disable_compile("softdb: fields_at: expected to run outside of graphs, which contain no rows by id")
     @without_transforms
     def fields_at(self, ids: Ids, name: str, fill: int = -1) -> Tensor:
         """Return one field of rows, in the shape of ``ids``.
@@ -939,9 +941,9 @@ class SoftKVStore(StoreModule):
 
         Reads in other threads then see all writes of the block, or none. Use it for your own writes to ``keys`` and
         ``values`` and for steps of optimizers of ``torch.optim``, which the store cannot detect in advance, and for
-        several writes that belong together. A single `add`, `put`, `update`, `revive`, `delete` or step of an optimizer
-        of `softdb.optim` does not need it: concurrent reads then use one version of the store. Run ``backward`` in the
-        thread that writes, because backward reads the rows again.
+        several writes that belong together. A single `add`, `put`, `update`, `revive`, `delete`, `clear` or step of an
+        optimizer of `softdb.optim` does not need it: concurrent reads then use one version of the store. Run
+        ``backward`` in the thread that writes, because backward reads the rows again.
 
         Example:
             >>> import torch

@@ -70,6 +70,8 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
     """Raise unless all labels are classes or -1."""
     wanted = f"labels: expected integers from -1 to {num_classes - 1}, below num_classes={num_classes}"
     if torch.compiler.is_compiling():
+        if is_active():
+            return  # No rule of vmap covers the assertion; the scatter raises for labels that are too large.
         torch._assert_async(((labels >= -1) & (labels < num_classes)).all(), wanted)
         return
     if is_active():

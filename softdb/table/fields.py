@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,8 @@ def check_fields(fields: Sequence[str], given: object, count: int, *, complete: 
 def check_column(name: str, column: object, count: int) -> Tensor:
     """Convert a column to an int64 tensor of shape () or (count,)."""
     try:
+        if isinstance(column, np.ndarray):
+            column = np.array(column, order="C")  # As in `convert_ids`.
         values = column.detach() if isinstance(column, Tensor) else torch.as_tensor(column, device="cpu")
         values = values.cpu()
         if values.numel() == 0:

@@ -7,7 +7,9 @@ journal holds the plan until it has been applied.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from softdb.table.table import Table
 
 __all__ = ["Fields", "Writer", "check_rows"]
 
-Fields = Mapping[str, Tensor | Sequence[int] | int]
+Fields = Mapping[str, Tensor | npt.NDArray[Any] | Sequence[int] | int]
 
 # Largest id, so that the next id still fits int64.
 MAX_ID = 2**63 - 2

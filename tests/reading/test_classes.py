@@ -88,6 +88,22 @@ def test_transforms_of_torch_func() -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_classifier_equals_the_eager_one() -> None:
+    store = SoftKVStore.from_tensors(torch.randn(9, 3), torch.zeros(9, 0), fields={"label": torch.arange(9) % 3})
+
+    def classify(query: Tensor) -> Tensor:
+        read = store.read(query, "topk", k=4)
+        return class_weights(store.fields_at(read.ids, "label"), read.weights, 3)  # type: ignore[arg-type]
+
+    query = torch.randn(5, 3, requires_grad=True)
+    compiled = torch.compile(classify, backend="aot_eager")(query)
+    assert torch.allclose(compiled, classify(query))
+    (gradient,) = torch.autograd.grad(compiled[:, 1].sum(), query)
+    (wanted,) = torch.autograd.grad(classify(query)[:, 1].sum(), query)
+    assert torch.allclose(gradient, wanted, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_one_compiled_graph_gives_the_same_values_gradients_and_errors() -> None:
     labels, weights = problem(3, 5)
     weights.requires_grad_()
@@ -99,6 +115,8 @@ def test_one_compiled_graph_gives_the_same_values_gradients_and_errors() -> None
     assert torch.equal(gradient, wanted)
     with pytest.raises(RuntimeError, match="labels: expected integers from -1 to 3"):
         compiled(labels.clone().fill_(4), weights, 4)
+    mapped = torch.compile(torch.vmap(lambda la, w: class_weights(la, w, 4)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(mapped(labels, weights.detach()), found)
 
 
 def test_no_tensor_of_rows_by_classes_is_allocated() -> None:

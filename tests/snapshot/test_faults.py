@@ -350,6 +350,7 @@ CHANGES: dict[str, Callable[[SoftKVStore], object]] = {
     "update": lambda store: store.update([0, 1, 2], *ROWS, fields={"time": 9}),
     "revive": lambda store: store.revive([0, 1, 2], *ROWS),
     "delete": lambda store: store.delete([0, 1, 2]),
+    "clear": lambda store: store.clear(),
     "touch": lambda store: store.touch([0, 1]),
     "load_state_dict": lambda store: store.load_state_dict(OTHERS[store.evict]),
 }

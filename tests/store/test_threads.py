@@ -319,6 +319,7 @@ WRITES: dict[str, Callable[[SoftKVStore], object]] = {
     "update": lambda store: store.update([3, 8, 5], torch.ones(3, 4), torch.ones(3, 2), fields={"time": 9}),
     "revive": lambda store: store.revive([3, 8, 5], torch.ones(3, 4), torch.ones(3, 2)),
     "delete": lambda store: store.delete([3, 8, 15, 16]),
+    "clear": lambda store: store.clear(),
     "reserve": lambda store: store.reserve(100),
     "load_state_dict": lambda store: store.load_state_dict(table(store, rows=7).state_dict()),
     "build_index": lambda store: store.build_index(),

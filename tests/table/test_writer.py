@@ -135,8 +135,9 @@ def test_clear_makes_open_reads_of_trained_rows_stale() -> None:
 def test_writes_take_ids_in_lists_and_arrays() -> None:
     store = store_of(0)
     keys, values = torch.ones(2, 3), torch.ones(2, 2)
-    store.add(keys, values, ids=np.array([7, 5])[::-1], fields={"time": [1, 2]})
+    store.add(keys, values, ids=np.array([7, 5])[::-1], fields={"time": np.array([1, 2])[::-1]})
     assert store.ids.tolist() == [5, 7]
+    assert store.fields_at([5, 7], "time").tolist() == [2, 1]
     store.put((7, 9), keys, values, fields={"time": 3})
     store.update(np.array([9], dtype=np.int32), fields={"time": [4]})
     store.touch([[5]][0])

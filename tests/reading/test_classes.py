@@ -88,6 +88,8 @@ def test_transforms_of_torch_func() -> None:
 
 
 @pytest.mark.slow
+# Dynamo looks at the gradient of each tensor that enters a graph after a break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_classifier_equals_the_eager_one() -> None:
     store = SoftKVStore.from_tensors(torch.randn(9, 3), torch.zeros(9, 0), fields={"label": torch.arange(9) % 3})
 

@@ -10,7 +10,7 @@ from typing_extensions import assert_type
 
 import softdb
 from softdb import IndexConfig, SoftKVStore, errors, lab
-from softdb.functional import merge, soft_read, topk_read
+from softdb.functional import class_weights, merge, soft_read, topk_read
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_, update_average
 
@@ -45,6 +45,13 @@ def use_a_store() -> None:
     assert_type(read.values, Tensor)
     assert_type(read.ids, Tensor | None)
     assert_type(store.get(ids), softdb.Rows)
+    assert_type(store.get([[0, -1]], missing="pad"), softdb.Rows)
+    assert_type(store.fields_at(ids, "time"), Tensor)
+    store.read(query, where=[0, 1], exclude=[[0], [1], [2]])
+    store.delete(where=[True] * 2 + [False] * 6)
+    store.delete(ids.numpy()[2:3])
+    store.delete(3)
+    assert_type(store.device, torch.device)
     assert_type(len(store), int)
     assert_type(store.index_stats(), softdb.IndexStats)
     try:
@@ -57,12 +64,16 @@ def use_a_store() -> None:
         clip_row_grad_norm_(store.parameters(), 1.0)
         optimizer.step()
     assert_type(lab.compare(store, query, ks=(2,)), lab.Comparison)
+    store.clear()
+    copied = SoftKVStore.from_tensors(query, query[:, :0], ids=[5, 6, 7], fields={"time": 1}, metric="l2")
+    assert_type(copied, SoftKVStore)
 
 
 def use_functions() -> None:
     query, keys, values = torch.randn(3, 4), torch.randn(8, 4), torch.randn(8, 2)
     read = topk_read(query, keys, values, torch.arange(4).expand(3, 4), metric="l2")
     assert_type(merge([read, soft_read(query, keys, values)]), softdb.Read)
+    assert_type(class_weights(torch.arange(4), torch.ones(3, 4), 4), Tensor)
 
 
 def use_layers() -> None:

@@ -17,8 +17,8 @@ __all__ = ["CostHints"]
 # Number of elements of a dense gradient above which row-sparse ones are proposed: 64 MiB of float32.
 MAX_DENSE_GRADIENT = 2**24
 
-# Multiply-adds that a read must waste before a hint, some ten milliseconds on two cores: smaller waste is not noticed.
-MIN_WASTE = 2**30
+# Waste that is worth a hint, in products of a query with a key and a value: some ten milliseconds on two cores.
+MIN_WASTE = 2**23
 
 # A warning names the first caller outside both directories.
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
@@ -47,16 +47,15 @@ class CostHints:
                 "which updates only the rows read"
             )
 
-    def check_cost(self, option: str, cost: float, exact_cost: float, width: int) -> None:
+    def check_cost(self, option: str, cost: float, exact_cost: float) -> None:
         """Warn if a read costs more than the exact read of the same queries.
 
         Args:
             option: The option that determines the cost, such as "k=64".
             cost: Estimated cost of the read, in products of a query with a key and a value.
             exact_cost: Estimated cost of the exact read.
-            width: Width of a key and a value together.
         """
-        if exact_cost > 0 and (cost - exact_cost) * width > MIN_WASTE and self._is_first(option.split("=")[0]):
+        if exact_cost > 0 and cost - exact_cost > MIN_WASTE and self._is_first(option.split("=")[0]):
             _warn(
                 f"{option}: the topk read costs about {cost / exact_cost:.1f} times as much as the exact read of the "
                 'same queries, estimated from the shapes; use mode="exact", or a smaller number'

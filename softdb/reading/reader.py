@@ -266,20 +266,18 @@ class Reader:
             read, sampled = self._add_tail(view, read, operand, spec, tables, count, found.recall, generator)
             used = torch.cat([used, sampled])
         if options.mode == "topk":
-            self._hint_at_exact_read(view, spec.selection, found, options)
+            self._hint_at_exact_read(spec.selection, found, options)
         return read, used
 
-    def _hint_at_exact_read(
-        self, view: ReadView, selection: Selection, found: Candidates, options: ReadOptions
-    ) -> None:
+    def _hint_at_exact_read(self, selection: Selection, found: Candidates, options: ReadOptions) -> None:
         """Warn once for each option that makes a topk read cost more than an exact one."""
         (queries, k), rows = found.slots.shape, selection.shared_count
-        exact, width = estimate_exact_cost(rows, queries), view.keys.shape[-1] + view.values.shape[-1]
+        exact = estimate_exact_cost(rows, queries)
         cost = self.costs.estimate_candidates_cost(k, queries, rows if found.exact else 0)
-        self._hints.check_cost(f"k={k}", cost, exact, width)
+        self._hints.check_cost(f"k={k}", cost, exact)
         if options.tail_samples and cost <= exact:
             cost += self.costs.estimate_sample_cost(min(options.tail_samples, rows), queries)
-            self._hints.check_cost(f"tail_samples={options.tail_samples}", cost, exact, width)
+            self._hints.check_cost(f"tail_samples={options.tail_samples}", cost, exact)
 
     def _read_candidates(
         self,
@@ -397,9 +395,9 @@ class Reader:
             read = replace_queries(read, some, repeated)
             used.append(sampled)
         remaining, _ = _find_above_tolerance(read, tolerance)
-        rows, width = selection.shared_count, view.keys.shape[-1] + view.values.shape[-1]
-        cost += estimate_exact_cost(rows, len(remaining))
-        self._hints.check_cost(f"tolerance={tolerance}", cost, estimate_exact_cost(rows, len(query)), width)
+        cost += estimate_exact_cost(selection.shared_count, len(remaining))
+        exact_cost = estimate_exact_cost(selection.shared_count, len(query))
+        self._hints.check_cost(f"tolerance={tolerance}", cost, exact_cost)
         if len(remaining) == 0:
             return keep_best(read, k), torch.cat(used)
         part = replace(spec, selection=selection.take(remaining))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.contract import DISPATCH, METRICS, Problem, force_dispatch
+from support.contract import DISPATCH, METRICS, Problem, force_dispatch, rotate
 from torch import Tensor
 
 import softdb
@@ -157,18 +157,16 @@ READ_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read_options", READ_OPTIONS, ids=str)
-@pytest.mark.parametrize("where", FILTER_KINDS)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("metric", "where", "read_options"), rotate(METRICS, FILTER_KINDS, READ_OPTIONS), ids=str)
 def test_hidden_rows_of_a_store_have_no_effect(metric: str, where: str, read_options: dict[str, Any]) -> None:
     for keys, values in ((math.nan, math.nan), (math.inf, 1.0), (1.0, -math.inf)):
         Case(metric, read_options, where, keys, values).check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", DISPATCH)
-@pytest.mark.parametrize("where", FILTER_KINDS)
-@pytest.mark.parametrize("metric", ["scaled_dot", "l2"])
+@pytest.mark.parametrize(
+    ("metric", "where", "dispatch"), rotate(["scaled_dot", "l2"], FILTER_KINDS, list(DISPATCH)), ids=str
+)
 def test_hidden_rows_have_no_effect_in_tiles(
     metric: str, where: str, dispatch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,14 +191,16 @@ def make_filter(kind: str, store: SoftKVStore) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "two partitions"])
-@pytest.mark.parametrize("kind", ["callable", "exclude"])
 @pytest.mark.parametrize(
-    "read_options",
-    [*({"normalizer": name} for name in NORMALIZERS), {"k": 4}, {"mode": "topk", "k": 4, "tail_samples": ROWS}],
+    ("metric", "read_options", "kind", "dispatch"),
+    rotate(
+        METRICS,
+        [*({"normalizer": name} for name in NORMALIZERS), {"k": 4}, {"mode": "topk", "k": 4, "tail_samples": ROWS}],
+        ["callable", "exclude"],
+        [None, "small tiles, rows first", "two partitions"],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("metric", METRICS)
 def test_values_hidden_from_some_queries_do_not_affect_them(
     metric: str, read_options: dict[str, Any], kind: str, dispatch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,10 +251,13 @@ def test_an_invalid_key_that_some_query_sees_raises() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", [None, "small tiles, rows first", "three partitions, rows first"])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("metric", "k", "normalizer", "dispatch"),
+    rotate(
+        METRICS, [None, 3], list(NORMALIZERS), [None, "small tiles, rows first", "three partitions, rows first"]
+    ),
+    ids=str,
+)
 def test_rows_hidden_by_a_mask_have_no_effect(
     metric: str, k: int | None, normalizer: str, dispatch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from support.contract import (
     Problem,
     ReadContract,
     RoundingNoise,
+    TiledReadContract,
     force_dispatch,
     force_tiling,
     largest_error,
@@ -48,7 +49,7 @@ class TestSoftRead(ReadContract):
 
 
 @pytest.mark.slow
-class TestSoftReadInSmallTiles(TestSoftRead):
+class TestSoftReadInSmallTiles(TiledReadContract, TestSoftRead):
     """Reads in tiles, with each setting of the dispatcher."""
 
     @pytest.fixture(autouse=True, params=DISPATCH)
@@ -83,7 +84,7 @@ class TestSoftReadWithBestRows(ReadContract):
 
 
 @pytest.mark.slow
-class TestSoftReadWithBestRowsInSmallTiles(TestSoftReadWithBestRows):
+class TestSoftReadWithBestRowsInSmallTiles(TiledReadContract, TestSoftReadWithBestRows):
     @pytest.fixture(
         autouse=True,
         params=["small tiles, rows first", "small tiles, always shifted", "two partitions", "one tile, short sums"],
@@ -98,7 +99,7 @@ class TestRoundingNoise:
 
     @pytest.mark.parametrize("dispatch", [None, "two partitions", "five partitions, always shifted, rows first"])
     @pytest.mark.parametrize("reader", [TestSoftRead, TestSoftReadWithBestRows])
-    @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+    @pytest.mark.parametrize("scale", [1.0, 1e4])
     @pytest.mark.parametrize("metric", METRICS)
     def test_gradients_agree(
         self,

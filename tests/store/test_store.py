@@ -17,7 +17,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 from support import reference
-from support.contract import DISPATCH, METRICS, Problem, ReadContract, force_dispatch, largest_error
+from support.contract import (
+    DISPATCH,
+    METRICS,
+    Problem,
+    ReadContract,
+    TiledReadContract,
+    force_dispatch,
+    largest_error,
+)
 from torch import Tensor, nn
 
 import softdb
@@ -83,7 +91,7 @@ class TestExactWithBestRows(StoreContract):
 
 
 @pytest.mark.slow
-class TestExactInSmallTiles(TestExact):
+class TestExactInSmallTiles(TiledReadContract, TestExact):
     """In blocks, with the bound that the store keeps."""
 
     @pytest.fixture(autouse=True, params=list(DISPATCH)[::3])
@@ -127,7 +135,7 @@ class TestExactAmongHoles(StoreContract):
 
 
 @pytest.mark.slow
-class TestExactAmongHolesInSmallTiles(TestExactAmongHoles):
+class TestExactAmongHolesInSmallTiles(TiledReadContract, TestExactAmongHoles):
     @pytest.fixture(
         autouse=True, params=["tiny tiles", "two partitions", "five partitions, always shifted, rows first"]
     )

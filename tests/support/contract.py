@@ -6,9 +6,10 @@ gradients over metrics, shapes and score scales, as well as filters, ties and em
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,19 @@ def force_dispatch(choice: str, patch: pytest.MonkeyPatch) -> None:
 def force_tiling(tiling: Tiling, patch: pytest.MonkeyPatch) -> None:
     """Make every backend use a tiling."""
     patch.setattr(Tiling, "for_device", lambda device: tiling)
+
+
+def rotate(first: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combine all entries of the other sequences, each combination with one entry of the first, in turn.
+
+    With long enough sequences each pair of entries of two sequences is combined at least once, at a fraction of the
+    cost of all combinations.
+    """
+    places = itertools.product(*(range(len(other)) for other in others))
+    return [
+        (first[sum(place) % len(first)], *(other[at] for other, at in zip(others, place, strict=True)))
+        for place in places
+    ]
 
 
 class RoundingNoise(TorchDispatchMode):
@@ -361,3 +375,20 @@ class ReadContract:
         assert torch.allclose(read.values.float(), plain.values, atol=1e-2)
         assert leaves["query"].grad is not None
         assert leaves["query"].grad.dtype == torch.float32
+
+
+class TiledReadContract(ReadContract):
+    """Contract with fewer shapes and scales, for subclasses that repeat it with several tilings.
+
+    Of three shapes, one fits into a tile of rows and two are divided; scores of the smaller scale need no shift.
+    """
+
+    @pytest.mark.parametrize(("key_dim", "rows"), [(33, 7), (3, 123), (1, 507)])
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_agrees_for_odd_shapes(self, metric: str, key_dim: int, rows: int) -> None:
+        super().test_agrees_for_odd_shapes(metric, key_dim, rows)
+
+    @pytest.mark.parametrize("scale", [1e-5, 1e4])
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_agrees_for_every_score_scale(self, metric: str, scale: float) -> None:
+        super().test_agrees_for_every_score_scale(metric, scale)

@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Recall values from earlier segments, with and without a memory.")
     parser.add_argument("--small", action="store_true", help="quick run: shorter sequences, fewer words and steps")
     small = parser.parse_args().small
-    task, steps = (Task(segments=4, words=64), 200) if small else (Task(segments=8, words=128), 600)
+    task, steps = (Task(segments=3, words=48), 170) if small else (Task(segments=8, words=128), 600)
     torch.manual_seed(0)
     started = time.perf_counter()
     models = {"with memory": train(task, True, steps), "without": train(task, False, steps)}

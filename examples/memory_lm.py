@@ -104,7 +104,7 @@ def train(model: Model, text: list[Tensor], held_out: list[Tensor], steps: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a language model with and without memory.")
     parser.add_argument("--small", action="store_true", help="quick run: fewer steps and seconds")
-    steps, seconds, count = (50, 2, 20) if parser.parse_args().small else (300, 30, None)
+    steps, seconds, count = (50, 1, 20) if parser.parse_args().small else (300, 30, None)
     text, held_out = read_text()
     print(f"{'perplexity with':<18}{'parameters':>12}{'read':>10}{steps:>6} steps{'s':>8}{seconds:>10} s{'steps':>8}")
     for name in ("no memory", "ContextMemory", "ProductKeyMemory", "both"):

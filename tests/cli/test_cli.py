@@ -567,7 +567,7 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(tmp_path: Path)
     assert "sp?ces ??: every byte is as it was saved" in done.stdout
     path = path.rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"\xff"))
     for command in ("verify", "info"):
-        done = run(command, str(path))
+        done = call(command, str(path))
         check_exit(done)
         assert done.stderr == ""
         assert "odd?: every byte is as it was saved" in done.stdout

@@ -253,9 +253,7 @@ def test_an_invalid_key_that_some_query_sees_raises() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "k", "normalizer", "dispatch"),
-    rotate(
-        METRICS, [None, 3], list(NORMALIZERS), [None, "small tiles, rows first", "three partitions, rows first"]
-    ),
+    rotate(METRICS, [None, 3], list(NORMALIZERS), [None, "small tiles, rows first", "three partitions, rows first"]),
     ids=str,
 )
 def test_rows_hidden_by_a_mask_have_no_effect(

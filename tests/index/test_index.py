@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import itertools
 import math
 import pickle
 import random
@@ -282,11 +283,14 @@ def check_current(store: SoftKVStore) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("factory", "tolerance"),
-    [("IVF16,Flat", 0.0), ("IVF16,Flat", 0.02), ("IVF16,Flat", 0.5), ("PCA15,IVF8,Flat", 0.02), ("HNSW16", 0.02)],
+    ("name", "factory", "tolerance"),
+    [
+        *((name, "IVF16,Flat", 0.02) for name in OPTIMIZERS),
+        *itertools.product(("SGD", "AdamW fused", "RowAdam"), ("IVF16,Flat",), (0.0, 0.5)),
+        *itertools.product(("SGD", "AdamW fused", "RowAdam"), ("PCA15,IVF8,Flat", "HNSW16"), (0.02,)),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's Adagrad
-@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_index_is_current_after_steps_of_every_optimizer(name: str, factory: str, tolerance: float) -> None:
     make_optimizer, sparse = OPTIMIZERS[name]
     store = make(IndexConfig(factory, tolerance=tolerance), trainable=True, sparse_grad=sparse)

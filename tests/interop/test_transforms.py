@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.contract import rotate
 from support.programs import check_exit
 from support.versions import TORCH_RELEASE
 from torch import Tensor, nn
@@ -41,9 +42,7 @@ pytestmark = [
     # torch.export emits these warnings about its own code.
     pytest.mark.filterwarnings("ignore:.*(LeafSpec|isinstance.treespec).*:FutureWarning"),
 ]
-inductor = pytest.param(
-    "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-)
+
 exports = pytest.mark.skipif(
     TORCH_RELEASE < (2, 8), reason="torch.export emits other warnings and requires bounds before torch 2.8"
 )
@@ -708,14 +707,18 @@ class Counter:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "how",
-    [{"mode": "topk", "k": 3}, {"k": 2}, {"mode": "hard"}, {"normalizer": "sparsemax"}],
-    ids=["topk", "exact", "hard", "sparse"],
+    ("training", "how", "backend"),
+    rotate(
+        [False, True],
+        [{"mode": "topk", "k": 3}, {"k": 2}, {"mode": "hard"}, {"normalizer": "sparsemax"}],
+        ["eager", "aot_eager", "inductor"],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", inductor])
 def test_compiled_reads_count_and_evict_as_eager_ones(backend: str, how: dict[str, Any], training: bool) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
     back = torch.randn(VALUE_DIM, KEY_DIM)
 
     def step(store: SoftKVStore, query: Tensor) -> Tensor:

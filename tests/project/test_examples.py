@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from support.programs import check_exit
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +22,23 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TORCH_WARNING = "ignore:Implicitly cleaning up:ResourceWarning"
 
 
+def call(name: str, *arguments: str) -> str:
+    """Run an example in this process, which saves the imports, and return what it prints."""
+    path, threads, state = str(ROOT / "examples" / name), torch.get_num_threads(), torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr(sys, "argv", [path, *arguments])
+        patch.syspath_prepend(str(ROOT / "examples"))
+        try:
+            runpy.run_path(path, run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_rng_state(state)
+    assert err.getvalue() == ""
+    return out.getvalue()
+
+
 def run(name: str, *arguments: str) -> str:
+    """Run an example as a user does, in a process of its own, and return what it prints."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", TORCH_WARNING, str(ROOT / "examples" / name), *arguments],
@@ -65,7 +85,7 @@ def test_quickstart() -> None:
 @pytest.mark.slow
 def test_retrieval_in_training_beats_the_linear_classifier() -> None:
     pytest.importorskip("sklearn")
-    out = run("retrieval_in_training.py", "--small")
+    out = call("retrieval_in_training.py", "--small")
     assert "\r" not in out  # Progress is shown on a terminal only.
     accuracy = {line[:30].strip(): float(line[30:37]) for line in out.splitlines()[2:]}
     linear = accuracy["linear classifier on pixels"]
@@ -78,7 +98,7 @@ def test_retrieval_in_training_beats_the_linear_classifier() -> None:
 @pytest.mark.slow
 def test_train_keys_reduces_the_error_at_a_high_recall() -> None:
     pytest.importorskip("tqdm")
-    lines = run("train_keys.py", "--small").splitlines()
+    lines = call("train_keys.py", "--small").splitlines()
     assert lines[0].split() == ["step", "loss", "recall", "mass", "pending"]
     table = [[float(cell) for cell in line.split()] for line in lines[1:7]]
     assert all(recall > 0.9 and 0 < mass <= 1 for _, _, recall, mass, _ in table)
@@ -89,24 +109,24 @@ def test_train_keys_reduces_the_error_at_a_high_recall() -> None:
 @pytest.mark.slow
 def test_associative_recall_needs_the_memory() -> None:
     pytest.importorskip("tqdm")
-    lines = run("associative_recall.py", "--small").splitlines()
+    lines = call("associative_recall.py", "--small").splitlines()
     accuracy = {line[:32].strip(): [float(cell) for cell in line[32:].split()] for line in lines[1:5]}
     (all_with, _, earlier), (all_without, same_without, earlier_without) = (
-        accuracy[f"4 segments, {name}"] for name in ("with memory", "without")
+        accuracy[f"3 segments, {name}"] for name in ("with memory", "without")
     )
     assert all_with > 80
     assert earlier > 80
     assert same_without > 70  # Attention within the segment suffices.
     assert earlier_without < 10
     assert all_with - all_without > 25
-    assert accuracy["16 segments, with memory"][0] - accuracy["16 segments, without"][0] > 30
+    assert accuracy["12 segments, with memory"][0] - accuracy["12 segments, without"][0] > 30
 
 
 @pytest.mark.slow
 def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None:
     pytest.importorskip("tqdm")
-    header, *lines = run("memory_lm.py", "--small").splitlines()
-    assert header.split()[-6:] == ["50", "steps", "s", "2", "s", "steps"]
+    header, *lines = call("memory_lm.py", "--small").splitlines()
+    assert header.split()[-6:] == ["50", "steps", "s", "1", "s", "steps"]
     table = {line[:18].strip(): [float(cell.replace(",", "")) for cell in line[18:].split()] for line in lines}
     parameters, read, after_steps = ({name: cells[column] for name, cells in table.items()} for column in range(3))
     assert list(table) == ["no memory", "ContextMemory", "ProductKeyMemory", "both"]
@@ -123,9 +143,9 @@ def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None
 def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
-    lines = run("digits_memory.py", "--small").splitlines()
+    lines = call("digits_memory.py", "--small").splitlines()
     table = {line[:32].strip(): [float(cell) for cell in re.findall(r"[0-9.]+", line[32:])] for line in lines[1:6]}
-    in_turn = {name: cells[2] for name, cells in table.items()}
+    in_turn = {name: cells[1] for name, cells in table.items()}
     assert table["hidden layer"][0] > 90
     assert table["values trained, keys of all"][0] > 90
     assert in_turn["values trained, keys of all"] > 85
@@ -146,7 +166,7 @@ def test_hard_vs_soft_is_less_accurate_at_high_temperatures(tmp_path: Path) -> N
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
     plot = tmp_path / "compared.png"
-    lines = run("hard_vs_soft.py", "--small", "--plot", str(plot)).splitlines()
+    lines = call("hard_vs_soft.py", "--small", "--plot", str(plot)).splitlines()
     assert plot.read_bytes().startswith(b"\x89PNG")
     accuracy, distance = parse_table(lines, "accuracy", 36), parse_table(lines, "distance", 36)
     assert len(accuracy) == 10
@@ -170,7 +190,7 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
     pytest.importorskip("tqdm")
     pytest.importorskip("matplotlib")
     plot = tmp_path / "missed.png"
-    output = run("how_much_does_topk_miss.py", "--small", "--plot", str(plot)).splitlines()
+    output = call("how_much_does_topk_miss.py", "--small", "--plot", str(plot)).splitlines()
     assert plot.read_bytes().startswith(b"\x89PNG")
     second = next(number for number, line in enumerate(output) if line.startswith("digits: 32 queries to 1,765 rows"))
     assert output[0].startswith("senses: 32 queries to 4,064 rows")
@@ -199,7 +219,7 @@ def test_how_much_does_topk_miss_falls_with_temperature_and_with_a_sampled_tail(
 @pytest.mark.slow
 def test_train_hard_lookup_has_the_lowest_hard_error_with_gumbel() -> None:
     pytest.importorskip("tqdm")
-    cells = parse_table(run("train_hard_lookup.py", "--small").splitlines(), "trained by", 32)
+    cells = parse_table(call("train_hard_lookup.py", "--small").splitlines(), "trained by", 32)
     correct, hard, soft, apart, ahead = ({name: row[2 * n] for name, row in cells.items()} for n in range(5))
     for method in ("softmax, at 0.1", "softmax, decay from 1 to 0.1"):
         assert soft[method] < 0.75 * hard[method]  # The soft read is better than the hard read.

@@ -135,7 +135,7 @@ def test_a_disk_that_takes_few_bytes_at_a_time(tmp_path: Path) -> None:
 def test_a_power_failure_at_any_operation_leaves_the_old_snapshot_or_the_new_one(
     place: str, size: str, tmp_path: Path
 ) -> None:
-    holds(faults.power_failures, tmp_path, {"new": 1}, place=place, again=40)
+    holds(faults.power_failures, tmp_path, {"new": 1}, place=place, again=40, subsets=6 if size == "whole" else 2)
 
 
 @pytest.mark.slow

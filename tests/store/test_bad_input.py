@@ -485,8 +485,8 @@ def complaint(case: Case, store: SoftKVStore) -> str | None:
 
 
 def check_all() -> int:
-    """Check every third case of the table; return their number."""
-    table = cases()[::3]
+    """Check every ninth case of the table; return their number."""
+    table = cases()[::9]
     for store in (growing(), full()):
         for one in table:
             wrong = complaint(one, store)
@@ -512,7 +512,7 @@ def test_bad_input_is_an_error_without_asserts() -> None:
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths}, check=False
     )
     check_exit(done)
-    assert done.stdout.split() == ["1", str(len(cases()[::3]))]
+    assert done.stdout.split() == ["1", str(len(cases()[::9]))]
 
 
 # -- nothing to read ---------------------------------------------------------------------------------------------------

@@ -114,50 +114,64 @@ def test_a_child_process_reads_the_same_as_its_parent(first: str, threads: int, 
     assert finish(start(str(program), first, *METHODS, threads=threads)) == METHODS
 
 
-# Prints the number of threads of torch in a forked child, after the parent did the named action.
+# Prints, for each action of a parent, the number of threads of torch in a child that the parent forks afterwards. Each
+# parent is itself forked from a process that has only imported softdb, so that all share the imports.
 THREADS = """
-import os, signal, sys
+import os, signal, sys, traceback
 import torch
 import softdb
 from softdb.functional import soft_read, topk_read
 from softdb.layers import ProductKeyMemory
 
-torch.set_num_threads(2)
-query, keys, values = torch.randn(500, 32), torch.randn(20_000, 32), torch.randn(20_000, 8)
+def fork(action):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)  # the parent waits no longer
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        raise SystemExit(f"{action}: {code}")
 
-def read():
-    return soft_read(query, keys, values)
+def parent(name):
+    torch.set_num_threads(2)
+    query, keys, values = torch.randn(500, 32), torch.randn(20_000, 32), torch.randn(20_000, 8)
 
-before = {
-    "import": lambda: None,
-    "store": lambda: softdb.SoftKVStore(32, 8),
-    "soft_read": read,
-    "topk_read": lambda: topk_read(query, keys, values, torch.arange(16).expand(500, 16)),
-    "layer": lambda: ProductKeyMemory(16, 64**2)(torch.randn(400, 16)),
-}
-before[sys.argv[1]]()
-parent_end, child_end = os.pipe()
-child = os.fork()
-if child == 0:
-    signal.alarm(100)  # the parent waits no longer
-    threads = torch.get_num_threads()
-    assert read().values.isfinite().all()
-    os.write(child_end, str(threads).encode())
-    os._exit(0)
-os.close(child_end)
-print(os.read(parent_end, 10).decode())
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    def read():
+        return soft_read(query, keys, values)
+
+    before = {
+        "import": lambda: None,
+        "store": lambda: softdb.SoftKVStore(32, 8),
+        "soft_read": read,
+        "topk_read": lambda: topk_read(query, keys, values, torch.arange(16).expand(500, 16)),
+        "layer": lambda: ProductKeyMemory(16, 64**2)(torch.randn(400, 16)),
+    }
+    before[name]()
+
+    def child():
+        threads = torch.get_num_threads()
+        assert read().values.isfinite().all()
+        print(name, threads, flush=True)
+
+    fork(child)
+
+for name in sys.argv[1:]:
+    fork(lambda: parent(name))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("fork" not in METHODS, reason="no fork on this system")
-@pytest.mark.parametrize(
-    ("parent", "threads"), [("import", 2), ("store", 1), ("soft_read", 1), ("topk_read", 1), ("layer", 1)]
-)
-def test_a_forked_child_has_one_thread_if_its_parent_has_used_softdb(parent: str, threads: int) -> None:
+def test_a_forked_child_has_one_thread_if_its_parent_has_used_softdb() -> None:
     """A child keeps its threads if its parent only imported softdb; otherwise several threads would hang."""
-    assert finish(start("-c", THREADS, parent, threads=2)) == [str(threads)]
+    expected = {"import": 2, "store": 1, "soft_read": 1, "topk_read": 1, "layer": 1}
+    found = dict(line.split() for line in finish(start("-c", THREADS, *expected, threads=2)))
+    assert {parent: int(threads) for parent, threads in found.items()} == expected
 
 
 SEPARATE = """
@@ -170,37 +184,43 @@ class Named(SoftKVStore):
     pass
 
 
-def child(store, connection):
+def child(stores, connection):
     connection.send("started")
     connection.recv()
-    connection.send((len(store), store(torch.ones(1, 4)).tolist()))
-    store.values.fill_(7.0)
+    for store in stores:
+        connection.send((type(store).__name__, len(store), store(torch.ones(1, 4)).tolist()))
+        store.values.fill_(7.0)
     connection.send("written")
     connection.recv()
 
 
 if __name__ == "__main__":
-    for kind in (SoftKVStore, Named):
-        for shared in (False, True):
-            store = kind(4, 2)
-            ids = store.add(torch.eye(4), torch.ones(4, 2))
-            if shared:
-                store.share_memory()
-            parent_end, child_end = multiprocessing.get_context("spawn").Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=child, args=(store, child_end), daemon=True)
-            process.start()
-            assert parent_end.poll(300) and parent_end.recv() == "started"
-            store.update(ids, values=torch.full((4, 2), 5.0))
-            parent_end.send("go")
-            assert parent_end.poll(100)
-            count, answer = parent_end.recv()
-            assert count == 4
-            assert answer == [[5.0, 5.0] if shared else [1.0, 1.0]], answer
-            assert parent_end.recv() == "written"
-            assert bool((store.values == (7.0 if shared else 5.0)).all())
-            parent_end.send("end")
-            process.join(100)
-            assert process.exitcode == 0
+    cases = [(kind, shared) for kind in (SoftKVStore, Named) for shared in (False, True)]
+    stores = []
+    for kind, shared in cases:
+        store = kind(4, 2)
+        ids = store.add(torch.eye(4), torch.ones(4, 2))
+        if shared:
+            store.share_memory()
+        stores.append(store)
+    parent_end, child_end = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(stores, child_end), daemon=True)
+    process.start()
+    assert parent_end.poll(300) and parent_end.recv() == "started"
+    for store in stores:
+        store.update(ids, values=torch.full((4, 2), 5.0))
+    parent_end.send("go")
+    for kind, shared in cases:
+        assert parent_end.poll(100)
+        name, count, answer = parent_end.recv()
+        assert (name, count) == (kind.__name__, 4)
+        assert answer == [[5.0, 5.0] if shared else [1.0, 1.0]], answer
+    assert parent_end.recv() == "written"
+    for store, (_, shared) in zip(stores, cases, strict=True):
+        assert bool((store.values == (7.0 if shared else 5.0)).all())
+    parent_end.send("end")
+    process.join(100)
+    assert process.exitcode == 0
 """
 
 
@@ -235,8 +255,9 @@ def load_by_workers() -> None:
     expected = torch.cat([store.read(dataset.queries, "topk", k=5).values, store(dataset.queries)], 1)
     assert store.index_stats().builds == 1
     for method in METHODS:
+        workers = 2 if method == "fork" else 1  # each other worker imports all modules
         loader = torch.utils.data.DataLoader(
-            dataset, batch_size=8, num_workers=2, multiprocessing_context=method, timeout=300
+            dataset, batch_size=8, num_workers=workers, multiprocessing_context=method, timeout=300
         )
         assert torch.allclose(torch.cat(list(loader)), expected, atol=1e-5), method
         print(method)
@@ -397,22 +418,40 @@ def train(folder: str, kill_at: int = -1, kill: str = "") -> None:
             save_run(Path(folder), step + 1, store, state, kill=step == kill_at)
 
 
+def train_in_children(runs: list[tuple[Any, ...]]) -> None:
+    """Train in forked children, one after the other, which share the imports.
+
+    Print the exit code of each, the number of saved stores, and the number of complete checkpoints.
+    """
+    for arguments in runs:
+        child = os.fork()
+        if child == 0:
+            train(*arguments)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        stores, complete = (len(list(Path(arguments[0]).glob(f"*/{name}"))) for name in ("store", "rest.pt"))
+        print("exit", code, stores, complete, flush=True)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal on this system")
+@pytest.mark.skipif("fork" not in METHODS, reason="no fork on this system")
 def test_a_killed_run_resumes_with_identical_losses(tmp_path: Path) -> None:
     """Kill the run within a step, and between the two files of a checkpoint."""
 
-    def run(folder: str, *arguments: object) -> subprocess.Popen[str]:
-        given = ", ".join(map(repr, (str(tmp_path / folder), *arguments)))
-        return start("-c", f"import test_processes as t; t.train({given})")
-
-    both = run("whole"), run("killed", 9, "within a step")
-    expected, before = finish(both[0]), finish(both[1], -signal.SIGKILL)
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    runs = [(whole,), (killed, 9, "within a step"), (killed, 15, "between two files"), (killed,)]
+    printed = finish(start("-c", f"import test_processes as t; t.train_in_children({runs!r})"))
+    found: list[list[str]] = [[]]
+    for line in printed:
+        found[-1].append(line)
+        if line.startswith("exit"):
+            found.append([])
+    *expected, code = found[0]
+    assert code == "exit 0 6 6"
     assert [line.split()[0] for line in expected] == [str(step) for step in range(STEPS)]
-    assert before == expected[:9]
-    assert finish(run("killed", 15, "between two files"), -signal.SIGKILL) == expected[8:16]
-    assert (tmp_path / "killed" / "step-000016" / "store").exists()
-    assert finish(run("killed")) == expected[12:]  # from the last complete checkpoint
+    assert found[1] == [*expected[:9], f"exit {-signal.SIGKILL} 2 2"]
+    assert found[2] == [*expected[8:16], f"exit {-signal.SIGKILL} 4 3"]
+    assert found[3] == [*expected[12:], "exit 0 6 6"]  # from the last complete checkpoint
 
 
 # -- forks while other threads work -----------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_copy_of_a_held_lock_is_free() -> None:
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"factory": "HNSW8"}, {"factory": "Flat"}])
 def test_each_read_sees_exactly_one_version(options: dict[str, Any]) -> None:
     report = Report("race")
-    race(report, None, seconds=2.0, **options)
+    race(report, None, seconds=1.0, **options)
     assert report.violations == []
 
 
@@ -329,8 +329,8 @@ WRITES: dict[str, Callable[[SoftKVStore], object]] = {
 }
 # Operations whose interruption does not depend on the eviction rule.
 EVICTION_INDEPENDENT = ("reserve", "build_index", "refresh", "read", "materialize")
-# Number of lines of each write at which it is interrupted.
-INTERRUPTED_LINES = 16
+# Number of lines of each write at which it is interrupted: many for one kind of store, fewer for the others.
+INTERRUPTED_LINES, FEWER_LINES = 16, 6
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "trainable": {"trainable": True},
@@ -358,6 +358,10 @@ def contents(store: SoftKVStore) -> tuple[dict[int, list[float]], int]:
     rows, ids = store.get(store.ids), store.ids.tolist()
     numbers = torch.cat([rows.keys, rows.values, rows.fields["time"].unsqueeze(-1).float()], dim=-1)
     return dict(zip(ids, numbers.tolist(), strict=True)), int(store.rows.next_id)
+
+
+def lines_of(kind: str) -> int:
+    return INTERRUPTED_LINES if kind == "plain" else FEWER_LINES
 
 
 def interrupt() -> None:
@@ -420,7 +424,7 @@ def test_an_interrupt_at_any_line_leaves_a_write_complete_or_undone(name: str, k
     with counter.on():
         write(tried)
     assert counter.count > 10
-    step = max(1, counter.count // INTERRUPTED_LINES)
+    step = max(1, counter.count // lines_of(kind))
     outcomes = set()
     for at in range(1 + len(name) % step, counter.count + 1, step):
         store = copied(original)
@@ -456,7 +460,7 @@ def test_a_signal_handler_can_save_during_a_write(name: str, kind: str, tmp_path
     counter = Interrupts(None)
     with counter.on():
         write(whole)
-    step = max(1, counter.count // INTERRUPTED_LINES)
+    step = max(1, counter.count // lines_of(kind))
     for at in range(1 + len(name) % step, counter.count, step):
         store = copy.deepcopy(original)
         before = contents(store)

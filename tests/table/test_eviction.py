@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 
 import pytest
 import torch
+from support.contract import rotate
 from torch import Tensor
 
 import softdb
@@ -117,10 +118,10 @@ COPIES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queue_share", [0.0, 1 / 8, 0.9])
-@pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("evict", EVICTIONS)
-@pytest.mark.parametrize("capacity", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("queue_share", "evict", "capacity", "trainable"),
+    rotate([0.0, 1 / 8, 0.9], EVICTIONS, [1, 7, 40], [False, True]),
+)
 def test_evicted_rows_match_a_plain_python_model(
     evict: str, capacity: int, trainable: bool, queue_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

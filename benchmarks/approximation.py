@@ -45,18 +45,19 @@ class ClusteredData:
 def cases(small: bool) -> Iterator[Case]:
     """Yield cases of real rows, then of a million clustered rows."""
     yield from _make_real_cases(small)
-    yield _make_unbiased_case(50 if small else UNBIASED_DRAWS)
+    yield _make_unbiased_case(10 if small else UNBIASED_DRAWS)
     rows, queries = (8_000, 16) if small else (1_000_000, 256)
     data = ClusteredData(rows)
     query = data.draw_queries(queries)
     index = IndexConfig("IVF64,Flat") if small else "auto"
     store = data.make_store(index=index)
     store.read(query, "topk", k=256)
-    yield _make_tail_case(store, query, (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0), 256 if small else 16_384)
-    for temperature in (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 64.0):
+    temperatures = (1.0, 8.0) if small else (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0)
+    yield _make_tail_case(store, query, temperatures, 256 if small else 16_384)
+    for temperature in (2.0, 64.0) if small else (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 64.0):
         yield _make_tolerance_case(store, query, temperature)
     del store
-    for target in (0.8, 0.9, 0.95, 0.99):
+    for target in (0.9,) if small else (0.8, 0.9, 0.95, 0.99):
         yield _make_recall_case(data, query, target, index if isinstance(index, str) else index.factory)
 
 

@@ -86,7 +86,7 @@ def cases(small: bool) -> Iterator[Case]:
     config = IndexConfig("IVF16,Flat" if small else "auto", recall=RECALL_TARGET)
     yield _make_size_case(many, few, config, 3 if small else STEPS_PER_TURN)
     yield _make_dense_case(many, config)
-    steps, every = (6, 2) if small else (STEPS, STEPS_PER_CHECK)
+    steps, every = (4, 2) if small else (STEPS, STEPS_PER_CHECK)
     yield _make_recall_case(many, config, steps, every)
     yield _make_pending_case(many, config)
 

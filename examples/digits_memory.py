@@ -112,9 +112,7 @@ def main() -> None:
         if seeds > 1:
             cells = [f"{mean} ± {std:.1f}" for mean, std in zip(cells, accuracy.std(0), strict=True)]
         print(f"{name:<32} {cells[0]:>14} {cells[1]:>14}")
-    print(
-        f"mean{' and standard deviation' if seeds > 1 else ''} of {seeds} seed(s), in {time.perf_counter() - started:.0f} s"
-    )
+    print(f"mean and standard deviation over seeds: {seeds}, in {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1245,6 +1245,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         "default_ddp_leaves_each_process_its_counters",
         "an_index_follows_rows_that_only_other_ranks_read",
         "row_optimizers_refuse_shards",
+        "two_processes_equal_one_on_the_joint_batch",
         "zero_redundancy_optimizer",
         "fsdp2_with_dense_gradients",
         "fsdp2_of_layers",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.programs import run_ranks
 from torch import Tensor, nn
 
 from softdb import IndexConfig, SoftKVStore
@@ -157,63 +155,3 @@ def test_reads_and_appended_rows_between_forward_and_backward_change_no_gradient
         each.found = (query.grad, each.values.grad.to_dense())  # type: ignore[assignment, union-attr]
     for mine, other in zip(store.found, alone.found, strict=True):  # type: ignore[arg-type]
         assert torch.equal(mine, other)
-
-
-SCRIPT = """
-import sys
-import warnings
-import torch
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = TESTS
-from test_training import make, queries
-from softdb.optim import RowAdam
-
-class Wrapped(torch.nn.Module):
-    def __init__(self, store):
-        super().__init__()
-        self.store = store
-
-    def forward(self, query, **how):
-        return self.store(query, **how)
-
-def train(model, store, parts, **how):
-    optimizer = RowAdam(store.parameters(), lr=0.1)
-    for seed in range(6):
-        optimizer.zero_grad()
-        query = queries(16, seed=seed)[parts]
-        (model(query, **how) - query[:, :4]).square().mean().backward()
-        optimizer.step()
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank = int(sys.argv[1])
-    distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-    warnings.simplefilter("ignore")  # of torch's own
-    for how in {"mode": "topk", "k": 4}, {"mode": "exact"}:
-        store, alone = make(), make()
-        for each in store, alone:
-            each.reserve(400)
-        part = slice(8 * rank, 8 * rank + 8)
-        model = Wrapped(store)
-        train(DistributedDataParallel(model, broadcast_buffers=False), store, part, **how)
-        layout = store.keys.grad.layout
-        assert layout == torch.sparse_coo, layout
-        train(alone, alone, slice(None), **how)
-        for mine, other in zip(store.parameters(), alone.parameters()):
-            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
-        assert not torch.equal(store.get(store.ids).keys, make().keys.detach())
-    distributed.destroy_process_group()
-    print("equal")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        SCRIPT.replace("TESTS", repr([str(folder) for folder in Path(__file__).parents[:2]])), encoding="utf-8"
-    )
-    for out in run_ranks(script, tmp_path / "meeting"):
-        assert out.strip() == "equal"

@@ -89,6 +89,12 @@ def contents(store: SoftKVStore) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(maxsize=16)
+def contents_at_first(store: SoftKVStore) -> dict[str, Any]:
+    """Return the contents of a store at the first call; campaigns compare the same stores many times."""
+    return contents(store)
+
+
 def which(path: Path, stores: Mapping[str, SoftKVStore]) -> str:
     """Load a directory; return the name of the equal store, or "corrupt", "missing" or another error."""
     try:
@@ -99,7 +105,7 @@ def which(path: Path, stores: Mapping[str, SoftKVStore]) -> str:
         return "missing"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return next((name for name, store in stores.items() if contents(store) == found), "an unknown store")
+    return next((name for name, store in stores.items() if contents_at_first(store) == found), "an unknown store")
 
 
 def content_of(path: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import softdb
-from softdb import SoftKVStore
+from softdb import IndexConfig, SoftKVStore
 from softdb.layers import MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 
@@ -55,6 +56,17 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, **options: object) -> Tensor:
         return self.store(self.linear(x), **options)
+
+
+class Wrapper(nn.Module):
+    """A module that contains a store."""
+
+    def __init__(self, store: SoftKVStore) -> None:
+        super().__init__()
+        self.store = store
+
+    def forward(self, query: Tensor, **options: object) -> Tensor:
+        return self.store(query, **options)
 
 
 @scenario
@@ -157,6 +169,36 @@ def row_optimizers_refuse_shards(rank: int) -> None:
         with pytest.raises(softdb.DtypeError, match=r"params: expected whole Parameters.*ignored_params"):
             kind(model.parameters(), lr=0.1)
     assert math.isfinite(float(clip_row_grad_norm_(model.parameters(), 1.0)))
+
+
+@scenario
+def two_processes_equal_one_on_the_joint_batch(rank: int) -> None:
+    def make() -> SoftKVStore:
+        store = SoftKVStore(8, 4, trainable=True, index=IndexConfig("IVF8,Flat", recall=1.0))
+        generator = torch.Generator().manual_seed(0)
+        store.add(torch.randn(300, 8, generator=generator), torch.randn(300, 4, generator=generator))
+        store.reserve(400)
+        return store
+
+    def train(model: nn.Module, store: SoftKVStore, part: slice, how: dict[str, Any]) -> None:
+        optimizer = RowAdam(store.parameters(), lr=0.1)
+        for seed in range(6):
+            optimizer.zero_grad()
+            query = normal(16, 8, seed=seed)[part]
+            (model(query, **how) - query[:, :4]).square().mean().backward()
+            optimizer.step()
+
+    for how in ({"mode": "topk", "k": 4}, {"mode": "exact"}):
+        store, single = make(), make()
+        before = store.keys.detach().clone()
+        wrapped = DistributedDataParallel(Wrapper(store), broadcast_buffers=False)
+        train(wrapped, store, slice(8 * rank, 8 * rank + 8), how)
+        assert store.keys.grad is not None
+        assert store.keys.grad.layout == torch.sparse_coo
+        train(single, single, slice(None), how)
+        for mine, other in zip(store.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(store.keys, before)
 
 
 @scenario

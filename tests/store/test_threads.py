@@ -126,7 +126,7 @@ def test_a_copy_of_a_held_lock_is_free() -> None:
 @pytest.mark.parametrize("options", [{}, {"background": True}, {"factory": "HNSW8"}, {"factory": "Flat"}])
 def test_each_read_sees_exactly_one_version(options: dict[str, Any]) -> None:
     report = Report("race")
-    race(report, None, seconds=1.0, **options)
+    race(report, None, seconds=2.0, **options)
     assert report.violations == []
 
 

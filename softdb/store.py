@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,24 @@ from softdb.table.access import Access
 from softdb.table.config import Evict, StoreConfig
 from softdb.table.creation import create_store
 from softdb.table.invariants import check_invariants
-from softdb.table.rows import Missing, Rows, check_row_ids, contains, copy_field, copy_rows, copy_usage
+from softdb.table.rows import (
+    Missing,
+    Rows,
+    check_row_ids,
+    contains,
+    copy_field,
+    copy_rows,
+    copy_usage,
+    set_tracking,
+)
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 from softdb.table.usage import Usage, check_tracking
 from softdb.table.writer import Fields, Writer
 from softdb.transforms import disable_compile, without_transforms
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self from Python 3.11
 
 __all__ = ["SoftKVStore"]
 
@@ -95,7 +107,8 @@ class SoftKVStore(StoreModule):
             A write never evicts a row that it inserts or replaces. Eviction has the effects of `delete`: the id is
             never assigned again, backward of a read that used the row raises `StaleReadError`, and the pending gradient
             of the row is dropped.
-        track_usage: Whether to count how often, and with which weight, reads report each row. See `usage`.
+        track_usage: Whether to count how often, and with which weight, reads report each row. See `usage` and
+            `track_usage_`.
         device: Device of the stored tensors.
         dtype: Floating-point dtype of ``keys`` and ``values``.
 
@@ -286,7 +299,7 @@ class SoftKVStore(StoreModule):
         count too. The counters are copies; the cost is linear in the number of slots.
 
         Raises:
-            NotApplicableError: The store was constructed without ``track_usage=True``.
+            NotApplicableError: The store does not track usage.
         """
         check_tracking(self.rows.track_usage, "store")
         return self._access.reading(lambda: copy_usage(self.rows))
@@ -298,11 +311,39 @@ class SoftKVStore(StoreModule):
         The order of eviction does not change.
 
         Raises:
-            NotApplicableError: The store was constructed without ``track_usage=True``.
+            NotApplicableError: The store does not track usage.
         """
         check_tracking(self.rows.track_usage, "store")
         with self.rows.access.writing():
             self.rows.reset_usage(slice(None))
+
+    @without_transforms
+    def track_usage_(self, enabled: bool = True) -> Self:
+        """Start counting reads for `usage`, or stop and drop the counters.
+
+        It replaces ``track_usage`` of the constructor. The counters start at 0; if the store counts already, they
+        continue. ``state_dict``, `save` and copies of the store follow: they have counters from now on, or none, and a
+        state dict with counters loads strictly only into a store that has them. Rows, open reads and the order of
+        eviction do not change. The cost of starting is linear in the number of slots.
+
+        Args:
+            enabled: Whether to count.
+
+        Returns:
+            The store.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=2, value_dim=1)
+            >>> ids = store.add(torch.eye(2), torch.tensor([[10.0], [20.0]]))
+            >>> read = store.track_usage_().read(torch.tensor([9.0, 0.0]), mode="hard")
+            >>> store.usage.reads
+            tensor([1, 0])
+        """
+        with self._access.exclusive():
+            set_tracking(self._table, bool(enabled))
+        return self
 
     @without_transforms
     def add(self, keys: Tensor, values: Tensor, ids: Ids | None = None, fields: Fields | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Copies of rows and of their usage counters."""
+"""Copies of rows, and their usage counters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,9 +13,9 @@ from softdb._checks import Ids, check_choice, check_ids, check_int, describe
 from softdb.errors import FieldError, ShapeError
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
-from softdb.table.usage import Usage
+from softdb.table.usage import COUNTER_COLUMNS, Usage, new_counters
 
-__all__ = ["Missing", "Rows", "check_row_ids", "contains", "copy_field", "copy_rows", "copy_usage"]
+__all__ = ["Missing", "Rows", "check_row_ids", "contains", "copy_field", "copy_rows", "copy_usage", "set_tracking"]
 
 Missing = Literal["error", "pad"]
 
@@ -96,3 +96,24 @@ def copy_usage(rows: RowStorage) -> Usage:
     slots = rows.live_slots()
     with rows.access.counter_lock:
         return Usage(rows.reads[slots], rows.weight[slots])
+
+
+def set_tracking(table: Table, enabled: bool) -> None:
+    """Start usage counters at zero, or drop them; nothing changes if it is so already.
+
+    The caller holds the exclusive lock.
+    """
+    rows = table.rows
+    if rows.track_usage == enabled:
+        return
+    counters = new_counters(rows.capacity, rows.ids.device) if enabled else ()
+    for name, counter in zip(COUNTER_COLUMNS, counters, strict=False):
+        rows.register_buffer(name, counter)
+    for names in ("optional", "columns", "saved"):
+        kept = tuple(name for name in getattr(rows, names) if name not in COUNTER_COLUMNS)
+        setattr(rows, names, (*kept, *COUNTER_COLUMNS) if enabled else kept)
+    rows.track_usage = enabled
+    if not enabled:
+        for name in COUNTER_COLUMNS:
+            delattr(rows, name)
+    table.config = replace(table.config, track_usage=enabled)

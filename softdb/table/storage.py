@@ -25,7 +25,7 @@ from softdb.table.journal import WriteBatch, WritePlan
 from softdb.table.locks import SharedLock
 from softdb.table.slot_rows import SlotRows
 from softdb.table.slots import NO_SLOTS, FreeSlots, SlotTable
-from softdb.table.usage import keep_sum_dtype, reset_counters
+from softdb.table.usage import COUNTER_COLUMNS, keep_sum_dtype, reset_counters
 from softdb.table.versions import RecordedVersions
 
 __all__ = ["CHANGE_COLUMNS", "RowStorage"]
@@ -96,7 +96,7 @@ class RowStorage(nn.Module):
         self.evict = evict
         self.track_usage = bool(track_usage)
         clocks = () if evict is None else (CLOCK_COLUMNS[evict],)
-        self.optional = (*clocks, "reads", "weight") if self.track_usage else clocks
+        self.optional = (*clocks, *COUNTER_COLUMNS) if self.track_usage else clocks
         self.columns = ("generation", *(f"field_{name}" for name in self.fields), *self.optional)
         self.saved = ("ids", "next_id", *self.columns)
         self.watched = ("ids", "next_id", "generation", "id_check", *clocks)

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from softdb.errors import NotApplicableError
 
-__all__ = ["Usage", "check_tracking", "count_reads", "keep_sum_dtype", "new_counters", "reset_counters"]
+__all__ = [
+    "COUNTER_COLUMNS",
+    "Usage",
+    "check_tracking",
+    "count_reads",
+    "keep_sum_dtype",
+    "new_counters",
+    "reset_counters",
+]
+
+# Buffers of a store that hold the counters: the number of reads, and the sum of the weights.
+COUNTER_COLUMNS = ("reads", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,5 +89,6 @@ def check_tracking(track_usage: bool, owner: str) -> None:
     """Raise `NotApplicableError` unless a "store" or "layer" tracks usage."""
     if not track_usage:
         raise NotApplicableError(
-            f"track_usage: expected True to read usage counters, got False; make the {owner} with track_usage=True"
+            f"track_usage: expected True to read usage counters, got False; make the {owner} with track_usage=True, or "
+            f"call {owner}.track_usage_()"
         )

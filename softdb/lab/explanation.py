@@ -6,7 +6,7 @@ import itertools
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from softdb._checks import (
     check_positive,
     describe,
 )
-from softdb.errors import DtypeError, ShapeError
+from softdb.errors import ArgumentError, DtypeError, ShapeError
 from softdb.lab.choices import resolve_temperatures
 from softdb.lab.comparison import Reference, read_support
 from softdb.lab.plotting import create_figure, escape_label, sample_color, set_temperature_axis
 from softdb.lab.tables import TextResult, format_range, shorten
+from softdb.layers.head_rows import Layer, find_head_rows
+from softdb.layers.memory import MemoryLayer
 from softdb.reading.result import Read
 from softdb.scoring.normalizers import NORMALIZERS, is_hard, is_sparse
 
@@ -206,8 +208,10 @@ def explain(
     query_labels: Sequence[str] | None = None,
     temperature: float | None = None,
     temperatures: Sequence[float] | None = None,
-    normalizer: str = "softmax",
+    normalizer: str | None = None,
     generator: torch.Generator | None = None,
+    head: int | None = None,
+    sequence: int | None = None,
 ) -> Explanation:
     """List the rows that an exact read blends, with their weights and contributions.
 
@@ -215,24 +219,45 @@ def explain(
     weight times its value, so the values of the read are the sum of the contributions of all rows. The result lists the
     k rows with the highest scores, and their weights at several temperatures.
 
+    Instead of a store, pass a layer of `softdb.layers` and its inputs, (dim,) or (Q, dim). The result explains the read
+    of each head, before the output projection:
+
+    - A `softdb.layers.MemoryLayer` reads its rows with its own temperature and normalizer; "hard" is explained as
+      "straight_through". In topk mode the k candidates hold all weight; with ``tolerance``, which estimates the exact
+      read, the exact read is explained.
+    - A `softdb.layers.ProductKeyMemory` reads its k rows of ``store.weight``. Their weights at other temperatures are
+      those of the same k rows.
+    - A `softdb.layers.ContextMemory` reads tokens. ``query`` holds the next tokens, (n, dim), of one sequence; they are
+      not stored. Ids are positions: tokens are counted from 0 at the last ``reset``, and the first token of ``query``
+      has the number ``layer.length``. Tokens have document 0, as in a call without ``documents``.
+
+    Batch normalization of queries uses its running statistics. Layers and their pasts do not change, except that reads
+    of a store that tracks usage count. The cost is that of some exact reads of the rows; in topk mode, of a search and
+    of reads of the candidates.
+
     Args:
-        store: A `softdb.SoftKVStore`.
-        query: One query or several, floating point.
+        store: A `softdb.SoftKVStore`, or a layer.
+        query: One query or several, floating point; with a layer its inputs, (dim,) or (Q, dim).
         labels: Labels of the rows: a sequence in the order of ``store.ids``, or a mapping from ids. By default
-            "row 17" for id 17.
+            "row 17" for id 17. With a `softdb.layers.ContextMemory`, a sequence has the labels of all tokens since
+            ``reset``, followed by those of ``query``.
         k: Number of rows to list for each query.
         query_labels: Labels of the queries. By default "query 0", "query 1" and so on.
-        temperature: Divisor of the scores; by default the store's own temperature.
+        temperature: Divisor of the scores; by default the store's or the layer's own temperature.
         temperatures: Temperatures to list weights at; by default 8, 4, 2, 1, 0.5 and 0.25 times the store's own.
-        normalizer: Name of the normalizer, as in `softdb.SoftKVStore.read`. With "gumbel", each temperature draws its
-            own noise, and ``scores`` include the noise.
+        normalizer: Name of the normalizer, as in `softdb.SoftKVStore.read`; by default that of the layer, or "softmax".
+            With "gumbel", each temperature draws its own noise, and ``scores`` include the noise.
         generator: Generator for the noise of "gumbel". If None, the default generator of torch.
+        head: Number of the head of a layer, from 0. If None, all heads are listed, one after another for each query.
+            A layer whose heads have their own rows or temperatures needs it.
+        sequence: With a `softdb.layers.ContextMemory`, index of the sequence in the batch; by default the first.
 
     Returns:
         An `Explanation`. ``print(found.table())`` prints it, ``found.plot(path)`` plots it.
 
     Raises:
-        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is invalid.
+        ArgumentError, ShapeError, DtypeError, NonFiniteError: An argument is invalid: there is no such head, or the
+            argument does not apply to the store or layer.
 
     Example:
         >>> import torch
@@ -253,23 +278,116 @@ def explain(
             0.0 %                adds        0  north
             0.0 %  in all other rows; 1.0 effective rows
           weight of the best row: 68 % at 8, 85 % at 4, 100 % at 2 to 0.25
+
+        Tokens of a sequence that a head attends to:
+
+        >>> from softdb.layers import ContextMemory
+        >>> layer = ContextMemory(16, rows=100, heads=2).eval()
+        >>> tokens = torch.randn(1, 6, 16)
+        >>> _ = layer(tokens[:, :5])
+        >>> found = lab.explain(layer, tokens[0, 5], ["the", "river", "bank", "was", "so", "steep"], head=1)
+        >>> sorted(found.labels)                                 # the token attends to itself, too
+        [0, 1, 2, 3, 4, 5]
     """
     check_float_tensor("query", query, (-1, None))
     if query.dim() > 2 or query.numel() == 0:
-        raise ShapeError(f"query: expected shape (key_dim,) or (Q, key_dim), at least one, got {tuple(query.shape)}")
+        raise ShapeError(
+            f"query: expected shape (key_dim,) or (Q, key_dim), or (dim,) or (Q, dim) with a layer, at least one, got "
+            f"{tuple(query.shape)}"
+        )
     check_finite("query", query)
-    check_choice("normalizer", normalizer, NORMALIZERS)
     queries = query.reshape(-1, query.shape[-1])
+    names = _name_queries(query_labels, len(queries))
+    options: dict[str, Any] = {"k": k, "temperature": temperature, "temperatures": temperatures, "generator": generator}
+    if not isinstance(store, Layer):
+        for name, value in (("head", head), ("sequence", sequence)):
+            if value is not None:
+                raise ArgumentError(f"{name}: expected no value with a store, which has none; leave it out")
+        normalizer = "softmax" if normalizer is None else normalizer
+        return _explain(store, queries, names, labels, store.ids, "row", normalizer=normalizer, **options)
+    check_float_tensor("query", queries, (None, store.dim))
+    explanations = []
+    for number in range(store.heads) if head is None else [head]:
+        rows = find_head_rows(store, queries, number, sequence)
+        head_names = (
+            names if head is not None or store.heads == 1 else tuple(f"{name}, head {number}" for name in names)
+        )
+        chosen = rows.normalizer if normalizer is None else normalizer
+        explanations.append(
+            _explain(rows, rows.queries, head_names, labels, rows.ids, rows.noun, normalizer=chosen, **options)
+        )
+    _check_heads(store, explanations)
+    return _interleave(explanations)
+
+
+def _name_queries(labels: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return the labels of the queries; by default "query 0"."""
+    names = tuple(f"query {number}" for number in range(count)) if labels is None else tuple(map(str, labels))
+    if isinstance(labels, str) or len(names) != count:
+        raise ShapeError(f"query_labels: expected one for each of {count} queries, got {len(names)}")
+    return names
+
+
+def _check_heads(layer: Layer, explanations: Sequence[Explanation]) -> None:
+    """Raise if the rows or temperatures of several heads differ."""
+    if len(explanations) == 1:
+        return
+    problem = None
+    if isinstance(layer, MemoryLayer) and len(layer.stores) > 1:
+        problem = "its own rows"
+    elif len({(one.temperature, one.temperatures) for one in explanations}) > 1:
+        problem = "its own temperature"
+    if problem is not None:
+        raise ArgumentError(
+            f"head: expected a number from 0 to {layer.heads - 1}, since each head of this {type(layer).__name__} has "
+            f"{problem}, got None; pass head=..."
+        )
+
+
+def _interleave(explanations: Sequence[Explanation]) -> Explanation:
+    """Join the explanations of several heads: all heads of query 0 come first."""
+    first = explanations[0]
+    joined: dict[str, Any] = {}
+    for name in ("ids", "scores", "weights", "contributions", "values", "rest", "effective_rows", "cooling"):
+        joined[name] = torch.stack([getattr(one, name) for one in explanations], dim=1).flatten(0, 1)
+    labels = {row: label for one in explanations for row, label in one.labels.items()}
+    queries = tuple(itertools.chain(*zip(*(one.queries for one in explanations), strict=True)))
+    return replace(first, queries=queries, labels=labels, **joined)
+
+
+def _explain(
+    store: Any,
+    queries: Tensor,
+    names: tuple[str, ...],
+    labels: Labels | None,
+    ids: Tensor,
+    noun: str,
+    *,
+    k: int,
+    temperature: float | None,
+    temperatures: Sequence[float] | None,
+    normalizer: str,
+    generator: torch.Generator | None,
+) -> Explanation:
+    """Explain the reads of a store, or of the rows of a head.
+
+    Args:
+        store: Object with the ``read``, ``get`` and ``temperature`` of a store.
+        queries: (Q, key_dim).
+        names: Labels of the queries.
+        labels: Labels of the rows, as for `explain`.
+        ids: Ids of all rows that labels name.
+        noun: Name of a row in default labels.
+        k: As for `explain`.
+        temperature: As for `explain`.
+        temperatures: As for `explain`.
+        normalizer: As for `explain`.
+        generator: As for `explain`.
+    """
+    check_choice("normalizer", normalizer, NORMALIZERS)
     count = check_positive("k", k)
     resolved = resolve_temperatures(store, temperatures)
     own = float(store.temperature) if temperature is None else check_above_zero("temperature", temperature)
-    names = (
-        tuple(f"query {number}" for number in range(len(queries)))
-        if query_labels is None
-        else tuple(map(str, query_labels))
-    )
-    if isinstance(query_labels, str) or len(names) != len(queries):
-        raise ShapeError(f"query_labels: expected one for each of {len(queries)} queries, got {len(names)}")
     options = {"normalizer": normalizer, "generator": generator}
     reference = Reference(store, [queries], own)
     read = store.read(queries.double(), k=count, temperature=own, **options)
@@ -280,7 +398,7 @@ def explain(
     others = [store.read(queries.double(), k=count, temperature=step, **options) for step in resolved]
     return Explanation(
         queries=names,
-        labels=_resolve_labels(store, labels, rows.tolist()),
+        labels=_resolve_labels(ids, labels, rows.tolist(), noun),
         ids=read.ids,
         scores=read.scores,
         weights=read.weights,
@@ -319,19 +437,27 @@ def _weights_at(read: Read, ids: Tensor) -> Tensor:  # (Q, k) -> (Q, k)
     return torch.where(is_reported, read.weights.gather(-1, order).gather(-1, places), 0.0)
 
 
-def _resolve_labels(store: Any, labels: Labels | None, ids: list[int]) -> dict[int, str]:
-    """Return the label of each row; "row 17" for a row without one."""
+def _resolve_labels(known: Tensor, labels: Labels | None, ids: list[int], noun: str) -> dict[int, str]:
+    """Return the label of each row; "row 17" for a row without one.
+
+    Args:
+        known: Ids that a sequence of labels names, in its order.
+        labels: The labels.
+        ids: The rows.
+        noun: Name of a row.
+    """
     if labels is None:
-        return {row: f"row {row}" for row in ids}
+        return {row: f"{noun} {row}" for row in ids}
     if isinstance(labels, Mapping):
         given = {row: labels.get(row) for row in ids}
     else:
         if isinstance(labels, (str, Tensor)):
             raise DtypeError(f"labels: expected a sequence of strings, or a mapping from ids, got {describe(labels)}")
-        if len(labels) != len(store):
+        if len(labels) != len(known):
+            order = "of store.ids" if noun == "row" else f"of the {noun}s"
             raise ShapeError(
-                f"labels: expected one for each of {len(store):,} rows, in the order of store.ids, got {len(labels):,}"
+                f"labels: expected one for each of {len(known):,} {noun}s, in the order {order}, got {len(labels):,}"
             )
-        places = {row: place for place, row in enumerate(store.ids.tolist())}
+        places = {row: place for place, row in enumerate(known.tolist())}
         given = {row: labels[places[row]] for row in ids}
-    return {row: f"row {row}" if label is None else str(label) for row, label in given.items()}
+    return {row: f"{noun} {row}" if label is None else str(label) for row, label in given.items()}

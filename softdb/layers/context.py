@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from softdb._checks import (
-    INTEGER_DTYPES,
     check_float_tensor,
     check_ids,
+    check_int,
     check_positive,
     check_shape,
-    describe,
     is_out_of_memory,
     refuse_unknown_keywords,
 )
-from softdb.errors import (
-    ArgumentError,
-    DeviceError,
-    DtypeError,
-    ShapeError,
-    SoftDBError,
-    StaleReadError,
-    TransformError,
-)
-from softdb.functional import soft_read
+from softdb.errors import ArgumentError, SoftDBError, TransformError
+from softdb.layers.context_attention import UNTRACED_MESSAGE, attend, attend_outside
 from softdb.layers.context_state import ContextState, Ring, Stores
 from softdb.layers.queries import Queries, make_output, reset_output
-from softdb.reading.result import Read, merge
-from softdb.transforms import (
-    check_no_tangent,
-    disable_compile,
-    is_active,
-    is_batched,
-    is_forward_mode,
-    is_traced,
-    is_wrapped,
-    suspend_transforms,
-    unwrap_tensors,
-)
+from softdb.layers.temperature import LayerWithTemperature, Temperature
+from softdb.reading.result import Read
+from softdb.transforms import is_active, is_traced, is_wrapped, suspend_transforms
 
 __all__ = ["ContextMemory"]
 
 
-UNTRACED_MESSAGE = (
-    "softdb: ContextMemory: expected to run outside of graphs of torch.compile and torch.export, since it stores the "
-    "tokens of each call; leave out fullgraph=True"
-)
-
-
 @refuse_unknown_keywords
-class ContextMemory(nn.Module):
+class ContextMemory(LayerWithTemperature):
     r"""Attend causally to the current segment and to past segments of the sequence.
 
     Each call takes the next segment of the same sequences, in the same order in the batch. The layer stores the tokens
@@ -69,7 +45,7 @@ class ContextMemory(nn.Module):
     before this segment, and k and v the keys and values of this segment::
 
         q = (x @ W_Q.T).unflatten(-1, (heads, key_dim));  k = x @ W_K.T;  v = x @ W_V.T
-        a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim)) @ cat([V, v[: t + 1]])
+        a[t] = softmax(q[t] @ cat([K, k[: t + 1]]).T / sqrt(key_dim) / temperature) @ cat([V, v[: t + 1]])
         y = a.flatten(-2) @ W_O.T
 
     For a sequence of up to ``rows`` tokens the result equals full causal attention, for any length of the segments.
@@ -89,6 +65,9 @@ class ContextMemory(nn.Module):
     ``evaluation_past.``; they are left out if it is empty. A loaded past is dropped, with a warning, if the next
     segment has another number of sequences.
 
+    To generate text, `repeat_interleave` and `reorder` follow the hypotheses of a beam search, `crop` drops the tokens
+    that speculative decoding rejects, and calls under `paused` store nothing.
+
     Args:
         dim: Width of input and output.
         rows: Number of past tokens that are kept per sequence. Their storage is allocated at the first call in each of
@@ -99,6 +78,8 @@ class ContextMemory(nn.Module):
         k: Number of past tokens that each query attends to: the k with the highest scores, which an index finds for
             each sequence. If None, each query attends to all past tokens, and the cost of a segment is proportional to
             ``rows``. Up to about ten thousand tokens, None is faster.
+        temperature: Number above 0 that divides the scores, or "learnable": one number per head, which is the
+            exponential of the Parameter ``log_temperature``, (heads,), and starts at 1.
         device, dtype: Device and dtype of the parameters and of the stored tokens, as for any module.
 
     Raises:
@@ -143,6 +124,7 @@ class ContextMemory(nn.Module):
         key_dim: int = 64,
         value_dim: int | None = None,
         k: int | None = None,
+        temperature: Temperature = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -157,7 +139,9 @@ class ContextMemory(nn.Module):
         self.keys = Queries(self.dim, 1, self.key_dim, "layer", **factory_kwargs)
         self.values = nn.Linear(self.dim, self.value_dim, bias=False, **factory_kwargs)
         self.output = make_output(self.heads, self.value_dim, self.dim, **factory_kwargs)
+        self._make_temperature(temperature, self.heads, **factory_kwargs)
         self._past, self._evaluation_past = self._new_past(), self._new_past()
+        self._pauses = 0
         self.reset_parameters()
 
     def _new_past(self) -> ContextState:
@@ -176,6 +160,7 @@ class ContextMemory(nn.Module):
         self.keys.reset_parameters()
         nn.init.normal_(self.values.weight, std=self.dim**-0.5)
         reset_output(self.output)
+        self._reset_temperature()
         self._past.clear()
         self._evaluation_past.clear()
 
@@ -200,10 +185,138 @@ class ContextMemory(nn.Module):
         if isinstance(sequences, Tensor) and sequences.dtype == torch.bool:
             check_shape("sequences", sequences, (past.batch,))
             sequences = sequences.nonzero().squeeze(-1)
-        indices = check_ids("sequences", sequences, repeats=True).reshape(-1)
-        if len(indices) and int(indices.max()) >= past.batch:
-            raise ArgumentError(f"sequences: expected indices into a batch of {past.batch}, got {indices.tolist()[:5]}")
-        past.forget(indices)
+        past.forget(_check_indices("sequences", sequences, past.batch))
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of each sequence since `reset`, in the current mode.
+
+        Padding and forgotten tokens count. At most the last ``rows`` of them are stored.
+        """
+        return self._current_past.length
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Read the past without storing segments, until the block ends.
+
+        Each call in the block is a call with ``write=False``: it attends to the past and to its own segment, and the
+        next call does not see it. Blocks may be nested. ``reset``, `crop` and `reorder` still change the past.
+
+        Example:
+            >>> import torch
+            >>> from softdb.layers import ContextMemory
+            >>> layer = ContextMemory(32, rows=512).eval()
+            >>> _ = layer(torch.randn(3, 100, 32))                   # three prompts
+            >>> draft = torch.randn(3, 5, 32)
+            >>> with layer.paused():
+            ...     first, again = layer(draft), layer(draft)
+            >>> torch.equal(first, again), layer.length
+            (True, 100)
+        """
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def reorder(self, indices: Tensor | Sequence[int]) -> None:
+        """Replace sequence i of the batch by sequence ``indices[i]``.
+
+        Equal, for the keys, values and documents of the past, to::
+
+            past = past[indices]                                     # (batch, length, ...) -> (m, length, ...)
+
+        A beam search calls it with the hypothesis that each new hypothesis continues. An index may occur several times
+        or not at all, so the batch may change its size. As for `reset`, it is the past of the current mode.
+
+        Call it before or after the ``backward`` of the last segment: the gradients are the same, since earlier reads
+        keep their tokens. Only activation checkpointing needs the backward first; it raises `softdb.StaleReadError`
+        otherwise. The cost is that of a copy of the past, ``m * rows * (key_dim + value_dim)`` numbers; with ``k``,
+        only the sequences that occur repeatedly are copied, with their index.
+
+        Args:
+            indices: (m,) int64, at least one; each below the number of sequences.
+
+        Raises:
+            ArgumentError: There is no index, or an index is outside of the batch.
+            DtypeError: ``indices`` are not integers.
+
+        Source: ``reorder_cache`` of Hugging Face transformers.
+
+        Example:
+            >>> import torch
+            >>> from softdb.layers import ContextMemory
+            >>> layer = ContextMemory(32, rows=512).eval()
+            >>> _ = layer(torch.randn(1, 100, 32))                   # the prompt
+            >>> layer.repeat_interleave(3)                           # three hypotheses
+            >>> for token in torch.randn(4, 3, 1, 32):
+            ...     y = layer(token)                                 # scores of the next token of each hypothesis
+            ...     layer.reorder([0, 0, 2])                         # hypothesis 0 continues twice, 1 not at all
+            >>> y.shape, layer.length
+            (torch.Size([3, 1, 32]), 104)
+        """
+        past = self._current_past
+        chosen = _check_indices("indices", indices, past.batch)
+        if not len(chosen):
+            raise ArgumentError("indices: expected at least one sequence, got none; call reset() to forget all")
+        past.select(chosen)
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch, as `torch.repeat_interleave` does.
+
+        Equal to ``reorder(torch.arange(batch).repeat_interleave(repeats))``, at its cost. An empty past stays empty.
+
+        Args:
+            repeats: Number of copies of each sequence, such as the number of beams.
+
+        Raises:
+            ArgumentError: ``repeats`` is below 1.
+
+        Source: ``batch_repeat_interleave`` of Hugging Face transformers.
+        """
+        repeats, past = check_positive("repeats", repeats), self._current_past
+        if past.batch:
+            past.select(torch.arange(past.batch, device="cpu").repeat_interleave(repeats))
+
+    def crop(self, n: int) -> None:
+        """Drop the newest tokens of every sequence, so that the first n remain.
+
+        Equal, for the keys, values and documents of the past, to::
+
+            past = past[:, :n]                                       # (batch, length, ...) -> (batch, n, ...)
+
+        of which the last ``rows`` tokens are stored, as always. Speculative decoding calls it after a segment of
+        proposed tokens: ``crop(-m)`` drops the m tokens that were rejected. A token that a newer one has replaced does
+        not come back. The tokens of the last segment replace older ones only at the next call, so dropping tokens of
+        the last segment loses nothing. If more are dropped, fewer than ``rows`` tokens may remain.
+
+        Call it before or after the ``backward`` of the last segment, as for `reorder`. With ``k``, the backward of a
+        segment that read dropped tokens raises `softdb.StaleReadError` afterwards. The cost is constant if only tokens
+        of the last segment are dropped; otherwise it is that of a copy of the past, or with ``k`` of their deletion.
+
+        Args:
+            n: Number of tokens since `reset` that remain; if negative, minus the number of tokens to drop. If n is at
+                least `length`, nothing changes.
+
+        Raises:
+            DtypeError: n is no integer.
+
+        Source: ``crop`` of Hugging Face transformers; speculative decoding: Leviathan et al. 2023 (arXiv 2211.17192).
+
+        Example:
+            >>> import torch
+            >>> from softdb.layers import ContextMemory
+            >>> layer = ContextMemory(32, rows=512).eval()
+            >>> _ = layer(torch.randn(1, 100, 32))                   # the prompt
+            >>> y = layer(torch.randn(1, 5, 32))                     # five proposed tokens
+            >>> layer.crop(-2)                                       # the last two are rejected
+            >>> layer.length
+            103
+        """
+        past, n = self._current_past, check_int("n", n, least=-(2**63))
+        remaining = max(0, past.length + n if n < 0 else n)
+        if remaining < past.length:
+            past.crop(remaining)
 
     @overload
     def forward(
@@ -253,14 +366,17 @@ class ContextMemory(nn.Module):
         if is_traced(x) and not torch.compiler.is_dynamo_compiling():
             raise TransformError(UNTRACED_MESSAGE)
         check_float_tensor("x", x, (None, None, self.dim))
-        queries = self.queries(x).squeeze(-2).transpose(1, 2)  # (batch, heads, n, key_dim)
-        keys = self.keys(x)[..., 0, 0, :]  # (batch, n, key_dim)
-        values = self.values(x)
-        dtype = self.values.weight.dtype if write else None
-        attend = _attend_outside if torch.compiler.is_dynamo_compiling() else _attend
-        read: Read = attend(self._current_past, queries, keys, values, documents, dtype)
+        queries, keys, values = self._project(x)
+        dtype = self.values.weight.dtype if write and not self._pauses else None
+        attends = attend_outside if torch.compiler.is_dynamo_compiling() else attend
+        read: Read = attends(self._current_past, queries, keys, values, documents, dtype)
         y: Tensor = self.output(read.values.transpose(1, 2).flatten(-2))
         return (y, read) if return_read else y
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, (batch, heads, n, key_dim), keys and values, (batch, n, ...)."""
+        queries = self._divide_by_temperature(self.queries(x).squeeze(-2).transpose(1, 2), 2)
+        return queries, self.keys(x)[..., 0, 0, :], self.values(x)
 
     if TYPE_CHECKING:
         __call__ = forward  # torch.nn.Module types it as Callable[..., Any]
@@ -279,7 +395,8 @@ class ContextMemory(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
+        self._pauses = 0  # Copies made within `paused` are not paused.
         if "_evaluation_past" not in self.__dict__:  # Older pickles have one past for both modes.
             self._evaluation_past = self._new_past()
 
@@ -334,122 +451,9 @@ class ContextMemory(nn.Module):
                 )
 
 
-def _attend(
-    past: ContextState,
-    queries: Tensor,  # (batch, heads, n, key_dim)
-    keys: Tensor,  # (batch, n, key_dim)
-    values: Tensor,  # (batch, n, value_dim)
-    documents: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Read:
-    """Read a segment and the past; store the segment in ``dtype`` unless it is None."""
-    if is_forward_mode():
-        check_no_tangent(queries, keys, values)
-    if is_active():
-        return _attend_under_transform(past, queries, keys, values, documents, dtype)
-    batch, count = keys.shape[:2]
-    is_recomputing = torch._C._current_graph_task_id() != -1  # Only activation checkpointing runs within a backward.
-    documents = _check_documents(documents, batch, count, keys.device)
-    if past.batch not in (0, batch):
-        if not past.is_loaded or is_recomputing or batch == 0:
-            _check_batch(past, batch)
-        warnings.warn(
-            f"x: expected {past.batch} sequences, as in the loaded past of the ContextMemory, got {batch}; the past is "
-            "dropped; call reset() after load_state_dict() before new sequences",
-            UserWarning,
-            stacklevel=2,
-        )
-        past.clear()
-    if is_recomputing and not past.is_recompute(keys):
-        raise StaleReadError(
-            "x: expected activation checkpointing to recompute the last segment that the memory read, got another one, "
-            "so the result would differ; call backward() before the next segment"
-        )
-    if not is_recomputing:
-        past.flush_segment()
-        past.record_segment(keys)
-    read = _attend_to_segment(queries, keys, values, documents)
-    before = past.read(queries, documents)
-    if before is not None:
-        read = merge([before, read])
-    if dtype is not None and not is_recomputing and batch:
-        past.remember(keys, values, documents, dtype)
-    return read
-
-
-def _attend_under_transform(
-    past: ContextState,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    documents: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Read:
-    """Read a segment and the past under a transform of torch.func.
-
-    Tokens are stored as plain tensors, detached from the transform.
-    """
-    if dtype is not None and any(map(is_batched, (keys, values))):
-        raise TransformError(
-            "write: expected False under torch.vmap, since a ContextMemory cannot store a segment for each sample; "
-            "pass write=False, or pass the samples as sequences of x"
-        )
-    if is_wrapped(documents):
-        raise TransformError(
-            "documents: expected a tensor that no transform of torch.func wraps; pass documents from outside of the "
-            "transformed function"
-        )
-    batch, count = keys.shape[:2]
-    with suspend_transforms():
-        _check_batch(past, batch)
-        documents = _check_documents(documents, batch, count, keys.device)
-        past.flush_segment()
-    read = _attend_to_segment(queries, keys, values, documents)
-    before = past.read(queries, documents)
-    if before is not None:
-        read = merge([before, read])
-    if dtype is not None and batch:
-        kept = unwrap_tensors("keys", keys), unwrap_tensors("values", values)
-        with suspend_transforms():
-            past.remember(*kept, documents, dtype)
-    return read
-
-
-def _check_batch(past: ContextState, batch: int) -> None:
-    """Raise unless the past is empty or has ``batch`` sequences."""
-    if past.batch not in (0, batch):
-        raise ShapeError(
-            f"x: expected {past.batch} sequences, as in the past, got {batch}; call reset() before new sequences"
-        )
-
-
-def _attend_to_segment(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Read:
-    """Compute causal attention within a segment, (batch, heads, n)."""
-    count = keys.shape[1]
-    mask = torch.ones(count, count, dtype=torch.bool, device=keys.device).tril()
-    if documents is not None:
-        own = documents[:, None, :, None]
-        mask = mask & (own == documents[:, None, None, :]) & (own >= 0)
-    return soft_read(queries, keys.unsqueeze(1), values.unsqueeze(1), mask=mask)
-
-
-_attend_outside = disable_compile(UNTRACED_MESSAGE)(_attend)
-
-
-def _check_documents(documents: object, batch: int, count: int, device: torch.device) -> Tensor | None:
-    """Check ``documents`` and return them as (batch, 1 or n)."""
-    if documents is None:
-        return None
-    if not isinstance(documents, Tensor) or documents.dtype not in INTEGER_DTYPES:
-        raise DtypeError(f"documents: expected an int64 tensor, got {describe(documents)}")
-    if documents.is_meta:
-        raise DeviceError("documents: expected a tensor with data, got one on the meta device; pass one with data")
-    if documents.shape not in ((batch,), (batch, count)):
-        raise ShapeError(
-            f"documents: expected shape ({batch},) or ({batch}, {count}), one number per sequence or per token, "
-            f"got {tuple(documents.shape)}"
-        )
-    given = documents.to(device, torch.int64).reshape(batch, -1)
-    if given.numel() and int(given.min()) < -1:
-        raise ArgumentError(f"documents: expected numbers of at least 0, or -1 for padding, got {int(given.min())}")
-    return given
+def _check_indices(name: str, indices: object, batch: int) -> Tensor:
+    """Return indices of sequences as (m,) int64 on the CPU."""
+    checked = check_ids(name, indices, repeats=True).reshape(-1)
+    if len(checked) and int(checked.max()) >= batch:
+        raise ArgumentError(f"{name}: expected indices into a batch of {batch}, got {checked.tolist()[:5]}")
+    return checked

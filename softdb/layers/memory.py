@@ -11,20 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softdb._checks import check_float_tensor, check_keywords, check_positive, describe
-from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError, NotApplicableError, ShapeError
 from softdb.filters import Where
 from softdb.layers.queries import Queries, QueryNorm, make_output, reset_output, stack_reads
+from softdb.layers.temperature import LayerWithTemperature, Temperature
 from softdb.reading.options import Mode, ReadOptions
 from softdb.reading.result import Read
 from softdb.scoring.normalizers import reports_rows
 from softdb.store import SoftKVStore
+from softdb.table.usage import Usage, check_tracking
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self from Python 3.11
 
 __all__ = ["MemoryLayer"]
 
 
 # Options of stores that a `MemoryLayer` passes to its own stores.
-STORE_OPTIONS = ("metric", "temperature", "index", "sparse_grad", "track_usage")
+STORE_OPTIONS = ("metric", "index", "sparse_grad", "track_usage")
 
 
 # Options of stores and reads that a `MemoryLayer` refuses, with the reason and the alternative.
@@ -36,20 +40,20 @@ REFUSED_OPTIONS = {
         "a MemoryLayer makes stores without it; pass store=... with your own store",
     ),
     **dict.fromkeys(
-        ("exclude", "tail_samples", "tolerance", "generator"),
+        ("exclude", "tail_samples", "generator"),
         "a MemoryLayer does not pass it to its reads; read one of layer.stores yourself",
     ),
     "where": "a MemoryLayer takes it at each call; pass it to the layer's call",
 }
 
 
-class MemoryLayer(ModuleWithProperties):
+class MemoryLayer(LayerWithTemperature):
     r"""Multi-head attention over learned rows.
 
     In mode "exact", with the ``keys`` and ``values`` of the store, equal to::
 
         q = (x @ W_Q.T).unflatten(-1, (heads, key_dim))          # one query per head
-        a = softmax(q @ keys.T / sqrt(key_dim)) @ values         # (..., heads, value_dim)
+        a = softmax(q @ keys.T / sqrt(key_dim) / temperature) @ values     # (..., heads, value_dim)
         y = a.flatten(-2) @ W_O.T
 
     and with ``gate`` to ``y = (silu(x @ W_G.T) * a.flatten(-2)) @ W_O.T``. The weights over all rows are computed in
@@ -71,6 +75,11 @@ class MemoryLayer(ModuleWithProperties):
         k: In topk mode, the number of candidates; in exact mode, the number of best rows in the `softdb.Read` that
             ``return_read`` returns.
         normalizer: As in `softdb.SoftKVStore.read`; "gumbel" adds noise in training mode only.
+        temperature: Number above 0 that divides the scores, or "learnable": one number per head, which is the
+            exponential of the Parameter ``log_temperature``, (heads,), and starts at 1. Default: that of ``store``, or
+            1. A number is also the temperature of the layer's own stores.
+        tolerance: In topk mode, the maximum error of each read, as in `softdb.SoftKVStore.read`: the read chooses the
+            number of candidates. It reports rows only if ``k`` is given. The rows get dense gradients.
         shared: Whether all heads read one store; otherwise each head has its own store of ``rows`` rows.
         query_norm: "layer" applies layer normalization to each query, "batch" applies batch normalization to each
             feature of the queries, None applies no normalization.
@@ -78,11 +87,10 @@ class MemoryLayer(ModuleWithProperties):
         store: Store to read instead of a new one: the ``store`` of another layer, to share its rows, or your own store,
             which you may write to. It must have ``rows`` rows when the layer is constructed, and keeps its own options.
         device, dtype: Device and dtype of the parameters, as for any module.
-        **store_options: Options of the new stores: ``metric``, ``temperature``, ``index``, ``sparse_grad``,
-            ``track_usage``, as for `softdb.SoftKVStore`. With ``sparse_grad=True``, gradients of the rows are
-            row-sparse in topk and hard mode: train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the
-            rows that reads report. An exact softmax read without ``k`` reports none, so with ``track_usage`` the mode
-            "exact" needs ``k`` or another normalizer.
+        **store_options: Options of the new stores: ``metric``, ``index``, ``sparse_grad``, ``track_usage``, as for
+            `softdb.SoftKVStore`. With ``sparse_grad=True``, gradients of the rows are row-sparse in topk and hard mode:
+            train the rows with `softdb.optim.RowAdam`. ``track_usage`` counts the rows that reads report, for `usage`.
+            An exact softmax read and a read with ``tolerance`` report none without ``k``.
 
     Attributes:
         stores: List of the one store that all heads read, or of one store per head.
@@ -104,6 +112,8 @@ class MemoryLayer(ModuleWithProperties):
         torch.Size([2, 10, 4])
     """
 
+    tolerance: float | None = None
+
     def __init__(
         self,
         dim: int,
@@ -115,6 +125,8 @@ class MemoryLayer(ModuleWithProperties):
         mode: Mode = "exact",
         k: int | None = None,
         normalizer: str = "softmax",
+        temperature: Temperature | None = None,
+        tolerance: float | None = None,
         shared: bool = True,
         query_norm: QueryNorm | None = None,
         gate: bool = False,
@@ -130,12 +142,23 @@ class MemoryLayer(ModuleWithProperties):
         self.heads, self.key_dim = check_positive("heads", heads), check_positive("key_dim", key_dim)
         self.value_dim = self.key_dim if value_dim is None else check_positive("value_dim", value_dim)
         self.mode, self.normalizer = mode, normalizer
-        self.k = ReadOptions(mode, k, normalizer=normalizer).k
+        if tolerance is not None and mode != "topk":
+            raise ArgumentError(
+                f"tolerance: expected no value in a MemoryLayer with mode={mode!r}, which does not approximate; leave "
+                "it out, or pass mode='topk'"
+            )
+        options = ReadOptions(mode, k, normalizer=normalizer, tolerance=tolerance)
+        self.k, self.tolerance = options.k, options.tolerance
         if store is not None:
             self._check_store(store, rows, shared, store_options)
-        if mode == "exact" and self.k is None and not reports_rows(normalizer):
-            _check_untracked(store, store_options)
+        self._check_tracking(
+            store_options.get("track_usage", False) if store is None else store.rows.track_usage,
+            "track_usage: expected False" if store is None else "store: expected one without track_usage=True",
+        )
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._make_temperature(temperature, self.heads, **factory_kwargs)
+        if store is None and self._temperature is not None:  # The stores have the number, and read as the layer does.
+            store_options["temperature"], self._temperature = self._temperature, None
         self.queries = Queries(self.dim, self.heads, self.key_dim, query_norm, **factory_kwargs)
         if store is None:
             number = 1 if shared else self.heads
@@ -185,6 +208,93 @@ class MemoryLayer(ModuleWithProperties):
         (store,) = self.stores
         return store  # type: ignore[return-value]
 
+    def _check_tracking(self, is_tracked: bool, problem: str) -> None:
+        """Raise if usage is tracked by reads that report no rows to count."""
+        is_estimate = self.tolerance is not None
+        is_reporting = self.k is not None or self.mode == "hard" or reports_rows(self.normalizer)
+        if is_tracked and not is_reporting:
+            reads, others = "an exact softmax read", ", mode='topk', or another normalizer"
+            if is_estimate:
+                reads, others = "a read with tolerance", ""
+            raise ArgumentError(
+                f"{problem}, since {reads} without k reports no rows to count; pass k=... to count the k best "
+                f"rows{others}"
+            )
+
+    @property
+    def usage(self) -> Usage:
+        """Usage counters of the rows, as of `softdb.SoftKVStore.usage`.
+
+        If the heads share a store, the counters are sums over the heads: an input counts once for each head that
+        reports the row. With ``shared=False`` they are concatenated in the order of ``stores``: of a layer's own rows,
+        ``usage.reads.view(heads, rows)`` has those of each head. The reads of other layers of a shared store count
+        too. Restart the counters with ``reset_usage`` of the stores. `softdb.lab.summarize_usage` shows them.
+
+        Raises:
+            NotApplicableError: The stores do not track usage: see `track_usage_`.
+        """
+        for one in self.stores:
+            check_tracking(one.rows.track_usage, "layer")  # type: ignore[union-attr, arg-type]
+        counters: list[Any] = [store.usage for store in self.stores]
+        return Usage(torch.cat([one.reads for one in counters]), torch.cat([one.weight for one in counters]))
+
+    def track_usage_(self, enabled: bool = True) -> Self:
+        """Start counting reads for `usage`, or stop and drop the counters.
+
+        Equal to ``store.track_usage_(enabled)`` for every store of the layer; see `softdb.SoftKVStore.track_usage_`.
+
+        Args:
+            enabled: Whether to count.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ArgumentError: The reads of the layer report no rows to count: exact softmax reads, or reads with
+                ``tolerance``, without ``k``.
+
+        Example:
+            >>> import torch
+            >>> from softdb.layers import MemoryLayer
+            >>> layer = MemoryLayer(32, rows=1000, heads=4, mode="topk", k=8).track_usage_()
+            >>> y = layer(torch.randn(10, 32))
+            >>> layer.usage.reads.shape, int(layer.usage.reads.sum())  # 10 inputs, 4 heads, 8 rows each
+            (torch.Size([1000]), 320)
+        """
+        self._check_tracking(bool(enabled), "enabled: expected False")
+        for store in self.stores:
+            store.track_usage_(enabled)  # type: ignore[operator]
+        return self
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Divisor of the scores: a number, or learned ones for the heads, (heads,).
+
+        Assign a number to change it, as a schedule does. The number of a layer with its own stores is that of the
+        stores.
+
+        Raises:
+            ArgumentError: In an assignment, if the temperature is learned, or the number is not above 0.
+            NotApplicableError: Stores of the layer have different temperatures.
+        """
+        own = self._own_temperature
+        if own is not None:
+            return own
+        first, *others = {float(store.temperature) for store in self.stores}  # type: ignore[arg-type]
+        if others:
+            raise NotApplicableError(
+                "temperature: expected stores with one temperature, got several; use store.temperature of layer.stores"
+            )
+        return first
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._assign_temperature(value)
+        if self._own:
+            for store in self.stores:
+                store.temperature = self._temperature  # type: ignore[assignment]
+            self._temperature = None
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights and rows; keep the rows of a store that was passed."""
@@ -194,6 +304,7 @@ class MemoryLayer(ModuleWithProperties):
         if self.gate is not None:
             nn.init.normal_(self.gate.weight, std=self.dim**-0.5)
         reset_output(self.output)
+        self._reset_temperature()
 
     @overload
     def forward(self, x: Tensor, *, where: Where | None = None, return_read: Literal[False] = False) -> Tensor: ...
@@ -225,11 +336,15 @@ class MemoryLayer(ModuleWithProperties):
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x).squeeze(-2)  # (..., heads, key_dim)
         options: dict[str, Any] = {"mode": self.mode, "k": self.k, "where": where, "normalizer": self.normalizer}
+        options["tolerance"] = self.tolerance
+        temperature = self._own_temperature
         if len(self.stores) == 1:
-            read = self.stores[0].read(queries, **options)  # type: ignore[operator]
+            read = self.stores[0].read(queries, temperature=temperature, **options)  # type: ignore[operator]
         else:
-            heads = zip(self.stores, queries.unbind(-2), strict=True)
-            read = stack_reads([store.read(query, **options) for store, query in heads], queries.dim() - 2)  # type: ignore[operator]
+            divisors = temperature if isinstance(temperature, Tensor) else [temperature] * self.heads
+            heads = zip(self.stores, queries.unbind(-2), divisors, strict=True)
+            reads = [store.read(query, temperature=divisor, **options) for store, query, divisor in heads]  # type: ignore[operator]
+            read = stack_reads(reads, queries.dim() - 2)
         heads_output = read.values.flatten(-2)
         if self.gate is not None:
             heads_output = F.silu(self.gate(x)) * heads_output
@@ -252,17 +367,6 @@ def _check_store_options(owner: str, options: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{name}: expected no value, since {REFUSED_OPTIONS[name]}")
     own = [name for name in inspect.signature(MemoryLayer).parameters if name != "store_options"]
     check_keywords(owner, options, [*own, *STORE_OPTIONS])
-
-
-def _check_untracked(store: SoftKVStore | None, options: Mapping[str, Any]) -> None:
-    """Raise if the store tracks usage, for reads that report no rows."""
-    tracked = options.get("track_usage", False) if store is None else store.rows.track_usage
-    if tracked:
-        name = "track_usage: expected False" if store is None else "store: expected one without track_usage=True"
-        raise ArgumentError(
-            f"{name}, since an exact softmax read without k reports no rows to count; pass k=... to count the k best "
-            "rows, mode='topk', or another normalizer"
-        )
 
 
 def _fill_randomly(store: SoftKVStore, std: float) -> None:

@@ -17,6 +17,7 @@ from softdb.interop.ddp import is_called_by_ddp, make_stand_in
 from softdb.kernels.spec import disable_autocast
 from softdb.layers.product_search import PairSearch, find_best_pairs
 from softdb.layers.queries import Queries, QueryNorm, reset_output
+from softdb.layers.temperature import LayerWithTemperature, Temperature
 from softdb.reading.hints import CostHints
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
@@ -24,6 +25,9 @@ from softdb.scoring.normalizers import softmax
 from softdb.table.hooks import mark_rows
 from softdb.table.usage import Usage, check_tracking, count_reads, keep_sum_dtype, new_counters, reset_counters
 from softdb.transforms import is_active, move_samples_first, suspend_transforms, unwrap_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self from Python 3.11
 
 __all__ = ["ProductKeyMemory", "ValueTable"]
 
@@ -49,12 +53,9 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(rows, value_dim, sparse=sparse_grad, device=device, dtype=dtype)
-        self.track_usage, self._hints = track_usage, CostHints()
+        self.track_usage, self._hints = False, CostHints()
         mark_rows(self.weight)
-        if track_usage:
-            reads, total = new_counters(rows, device)
-            self.register_buffer("reads", reads)
-            self.register_buffer("total", total)
+        self.track_usage_(track_usage)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -90,7 +91,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         Counting starts when the layer is made, and starts again after `reset_usage`.
 
         Raises:
-            NotApplicableError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The values do not track usage.
         """
         check_tracking(self.track_usage, "layer")
         return Usage(self.reads.clone(), self.total.clone())
@@ -99,10 +100,23 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
         """Set the counters of reads to 0.
 
         Raises:
-            NotApplicableError: The layer was made without ``track_usage=True``.
+            NotApplicableError: The values do not track usage.
         """
         check_tracking(self.track_usage, "layer")
         reset_counters(self.reads, self.total)
+
+    @torch.inference_mode(False)
+    def track_usage_(self, enabled: bool = True) -> Self:
+        """Start counters at 0, or drop them; nothing changes if it is so already."""
+        enabled = bool(enabled)
+        if enabled and not self.track_usage:
+            reads, total = new_counters(self.num_embeddings, self.weight.device)
+            self.register_buffer("reads", reads)
+            self.register_buffer("total", total)
+        elif self.track_usage and not enabled:
+            del self.reads, self.total
+        self.track_usage = enabled
+        return self
 
     def blend(self, weights: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, value_dim)
         """Return ``(weights[..., None] * weight[rows]).sum(1)``, and count the reads."""
@@ -122,7 +136,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
 
 
 @refuse_unknown_keywords
-class ProductKeyMemory(nn.Module):
+class ProductKeyMemory(LayerWithTemperature):
     r"""Memory of n² learned values, whose keys are all pairs of two lists of n keys.
 
     Row ``i * n + j`` has the key ``cat([K1[i], K2[j]])``; each head has its own K1 and K2. The query of a head has two
@@ -131,7 +145,7 @@ class ProductKeyMemory(nn.Module):
         q1, q2 = norm((x @ W_Q.T).unflatten(-1, (heads, 2, key_dim / 2)))
         scores = (q1 @ K1.T)[..., :, None] + (q2 @ K2.T)[..., None, :]     # (..., heads, n, n)
         best, rows = topk(scores.flatten(-2), k)
-        y = (softmax(best)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
+        y = (softmax(best / temperature)[..., None] * values[rows]).sum((-3, -2))        # over heads and candidates
 
     The search is exact, and scores only the 2 n keys of the two lists. The k best sums are among the pairs of the k
     best keys of each half. Only pairs with ``(rank1 + 1) * (rank2 + 1) <= k`` are compared, with ranks counted from 0.
@@ -152,7 +166,9 @@ class ProductKeyMemory(nn.Module):
         key_dim: Width of queries, both halves together.
         value_dim: Width of values; default: ``dim``. If it differs from ``dim``, the output is projected to ``dim``.
         query_norm: "layer" applies layer normalization to each half of a query, "batch" applies batch normalization to
-            each feature of the queries, None applies no normalization.
+            each feature of the queries, None applies neither.
+        temperature: Number above 0 that divides the scores, or "learnable": one number per head, which is the
+            exponential of the Parameter ``log_temperature``, (heads,), and starts at 1.
         store: Another layer's ``store``, to share its values. It keeps its own ``sparse_grad`` and ``track_usage``.
         sparse_grad: Whether the gradient of the values is row-sparse. A dense gradient has the size of all values.
         track_usage: Whether ``store.usage`` counts the reads of each row and sums their weights.
@@ -196,6 +212,7 @@ class ProductKeyMemory(nn.Module):
         key_dim: int = 256,
         value_dim: int | None = None,
         query_norm: QueryNorm | None = "layer",
+        temperature: Temperature = 1.0,
         store: ValueTable | None = None,
         sparse_grad: bool = False,
         track_usage: bool = False,
@@ -222,6 +239,7 @@ class ProductKeyMemory(nn.Module):
         half = self.key_dim // 2
         self.queries = Queries(self.dim, self.heads, half, query_norm, parts=2, **factory_kwargs)
         self.keys = nn.Parameter(torch.empty(self.heads, 2, self.count, half, **factory_kwargs))
+        self._make_temperature(temperature, self.heads, **factory_kwargs)
         self._own = store is None
         if store is None:
             store = ValueTable(
@@ -252,6 +270,43 @@ class ProductKeyMemory(nn.Module):
             self.store.reset_parameters()
         if self.output is not None:
             reset_output(self.output)
+        self._reset_temperature()
+
+    @property
+    def usage(self) -> Usage:
+        """Usage counters of the values: reads and sum of weights of each row.
+
+        Equal to ``store.usage``. The counters are sums over the heads: an input counts once for each head that reads
+        the row. The reads of other layers that share the store count too. Restart the counters with
+        ``store.reset_usage()``. `softdb.lab.summarize_usage` shows them.
+
+        Raises:
+            NotApplicableError: The layer does not track usage: see `track_usage_`.
+        """
+        return self.store.usage
+
+    def track_usage_(self, enabled: bool = True) -> Self:
+        """Start counting reads for `usage`, or stop and drop the counters.
+
+        The counters start at 0; if the store counts already, they continue. They are part of ``state_dict`` while there
+        are any. Layers that share the store count together.
+
+        Args:
+            enabled: Whether to count.
+
+        Returns:
+            The layer.
+
+        Example:
+            >>> import torch
+            >>> from softdb.layers import ProductKeyMemory
+            >>> layer = ProductKeyMemory(64, rows=128 * 128, heads=4, k=8, key_dim=32).track_usage_()
+            >>> y = layer(torch.randn(10, 64))
+            >>> int(layer.usage.reads.sum())                     # 10 inputs, 4 heads, 8 rows each
+            320
+        """
+        self.store.track_usage_(enabled)
+        return self
 
     @overload
     def forward(self, x: Tensor, *, return_read: Literal[False] = False) -> Tensor: ...
@@ -282,7 +337,7 @@ class ProductKeyMemory(nn.Module):
         leading = queries.shape[:-2]
         with disable_autocast(x.device):
             dtype = compute_dtype(queries, self.keys)
-            queries = queries.reshape(-1, *queries.shape[-3:]).to(dtype)
+            queries = self._divide_by_temperature(queries.reshape(-1, *queries.shape[-3:]).to(dtype), 2)
             scores, rows = find_best_pairs(queries, self.keys.to(dtype), self.k, self.search)
             weights, lse = softmax(scores)  # (M, heads, k)
             values = self.store.blend(weights.flatten(0, 1), rows.flatten(0, 1))  # (M heads, value_dim)

@@ -21,13 +21,14 @@ from softdb import (
     DeviceError,
     DtypeError,
     NonFiniteError,
+    NotApplicableError,
     SecondDerivativeError,
     ShapeError,
     SoftKVStore,
     StaleReadError,
 )
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
-from softdb.layers import context_state as context_state_module
+from softdb.layers.context_stores import MIN_INDEXED_ROWS
 from softdb.layers.product_search import PairSearch
 from softdb.optim import RowAdam
 from softdb.scoring.normalizers import NORMALIZERS, reports_rows
@@ -260,7 +261,7 @@ def test_memory_layer_rejects_invalid_arguments() -> None:
         ({"num_heads": 4}, DtypeError, r"num_heads: MemoryLayer has no such argument; did you mean heads=\.\.\.\?"),
         ({"temperatur": 2.0}, DtypeError, r"temperatur: MemoryLayer .* did you mean temperature=\.\.\.\?"),
         ({"embed_dim": 4}, DtypeError, "embed_dim: MemoryLayer has no such argument; it has dim, .* metric, "),
-        ({"tolerance": 0.1}, ArgumentError, r"tolerance: .* MemoryLayer .*; read one of layer\.stores yourself"),
+        ({"tolerance": 0.1}, ArgumentError, "tolerance: .* MemoryLayer with mode='exact'.*, or pass mode='topk'"),
         ({"tail_samples": 9}, ArgumentError, r"tail_samples: .* MemoryLayer .*; read one of layer\.stores yourself"),
         ({"trainable": False}, ArgumentError, r"trainable: .* layer\.stores\.requires_grad_\(False\)"),
         ({"capacity": 20}, ArgumentError, r"capacity: .* MemoryLayer .*; pass store=\.\.\."),
@@ -690,14 +691,14 @@ def test_past_is_converted_with_the_layer(k: int | None) -> None:
 
 
 def test_long_past_is_indexed() -> None:
-    layer = ContextMemory(8, context_state_module.MIN_INDEXED_ROWS, heads=2, key_dim=8, k=8)
-    x = torch.randn(1, context_state_module.MIN_INDEXED_ROWS + 600, 8)
+    layer = ContextMemory(8, MIN_INDEXED_ROWS, heads=2, key_dim=8, k=8)
+    x = torch.randn(1, MIN_INDEXED_ROWS + 600, 8)
     with torch.no_grad():
         for part in x.split(300, dim=1):
             layer(part)
         (store,) = layer._past.tokens.stores  # type: ignore[union-attr]
         assert store.index_stats().factory.startswith("IVF")
-        assert len(store) == context_state_module.MIN_INDEXED_ROWS
+        assert len(store) == MIN_INDEXED_ROWS
         exact = copy.deepcopy(layer)
         exact.k = None
         y, read = layer(x[:, :50], return_read=True)
@@ -1350,3 +1351,178 @@ def test_blend_operator_passes_opcheck() -> None:
     rows = torch.randint(9, (6, 3))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.softdb.blend.default, (weights, values, rows, False), test_utils=checks)
+
+
+# -- temperature, tolerance and usage of MemoryLayer and ProductKeyMemory --------------------------------
+
+
+@pytest.mark.parametrize(("mode", "k"), [("exact", None), ("topk", 5)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_learnable_temperature_divides_the_scores_of_each_head(mode: Any, k: int | None, shared: bool) -> None:
+    options: dict[str, Any] = {"mode": mode, "k": k, "shared": shared, "sparse_grad": False, "dtype": torch.float64}
+    layer = MemoryLayer(8, 30, heads=3, key_dim=6, temperature="learnable", **options)
+    x = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    plain = MemoryLayer(8, 30, heads=3, key_dim=6, **options)
+    plain.load_state_dict({name: t for name, t in layer.state_dict().items() if name != "log_temperature"})
+    torch.testing.assert_close(layer(x), plain(x))  # It starts at 1.
+    with torch.no_grad():
+        layer.log_temperature.copy_(torch.tensor([-1.0, 0.0, 0.7]))
+    # A layer without temperature whose queries are divided by it.
+    scaled = copy.deepcopy(layer)
+    del scaled.log_temperature
+    scaled.register_parameter("log_temperature", None)
+    assert scaled.temperature == 1.0
+    divisor = layer.log_temperature.exp().repeat_interleave(6).unsqueeze(-1)
+    weight = layer.queries.projection.weight / divisor
+    wanted = torch.func.functional_call(
+        scaled,
+        {name: parameter for name, parameter in layer.named_parameters() if name != "log_temperature"}
+        | {"queries.projection.weight": weight},
+        (x,),
+    )
+    assert_values_and_gradients_close(layer(x), wanted, [x, *layer.parameters()])
+    layer.reset_parameters()
+    assert layer.temperature.tolist() == [1.0] * 3
+    with pytest.raises(ArgumentError, match="temperature: expected no assignment to a MemoryLayer that learns it"):
+        layer.temperature = 0.5
+
+
+def test_temperature_of_a_memory_layer_is_that_of_its_stores_or_its_own() -> None:
+    layer = MemoryLayer(8, 20, key_dim=4, temperature=0.5)
+    assert layer.temperature == layer.store.temperature == 0.5
+    layer.temperature = 0.25
+    assert layer.store.temperature == 0.25
+    assert MemoryLayer(8, 20, key_dim=4, store=layer.store).temperature == 0.25
+    other = MemoryLayer(8, 20, key_dim=4, store=layer.store, temperature=2.0)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 8)
+    before = other(x)
+    layer.temperature = 2.0
+    torch.testing.assert_close(other(x), layer(x))
+    layer.temperature = 0.1
+    assert torch.equal(other(x), before)
+    other.temperature = 3.0
+    assert (other.temperature, layer.temperature) == (3.0, 0.1)
+    separate = MemoryLayer(8, 20, heads=2, shared=False, temperature=0.5)
+    separate.stores[1].temperature = 1.0
+    with pytest.raises(NotApplicableError, match="temperature: expected stores with one temperature, got several"):
+        _ = separate.temperature
+
+
+@pytest.mark.parametrize("kind", [MemoryLayer, ContextMemory, ProductKeyMemory])
+def test_layers_reject_invalid_temperatures(kind: Any) -> None:
+    with pytest.raises(DtypeError, match=f"temperature: expected .* or 'learnable', in a {kind.__name__}, got"):
+        kind(8, 64, temperature="learned")
+    with pytest.raises(ArgumentError, match="temperature: expected a finite number above 0, got 0"):
+        kind(8, 64, temperature=0)
+    with pytest.raises(DtypeError, match="temperature: expected a number, got"):
+        kind(8, 64, temperature=[1.0])
+    layer = kind(8, 64, temperature=torch.tensor(0.5))
+    assert type(layer.temperature) is float
+    assert "log_temperature" not in layer.state_dict()
+    learned = kind(8, 64, heads=2, temperature="learnable", dtype=torch.bfloat16)
+    assert learned.temperature.dtype == torch.float32
+    assert learned(torch.randn(2, 3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_temperature_divides_the_scores_of_a_product_key_memory() -> None:
+    layer = ProductKeyMemory(8, 49, heads=2, k=5, key_dim=6, temperature="learnable", dtype=torch.float64)
+    with torch.no_grad():
+        layer.log_temperature.copy_(torch.tensor([-1.0, 0.5]))
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    _, rows, scores = reference_product_keys(layer, x)
+    weights = (scores / layer.log_temperature.exp().unsqueeze(-1)).softmax(-1)
+    wanted = (weights.unsqueeze(-1) * layer.store.weight[rows]).sum((-3, -2))
+    assert_values_and_gradients_close(layer(x), wanted, [x, *layer.parameters()])
+
+
+def test_tolerance_bounds_the_error_of_a_memory_layer() -> None:
+    layer = MemoryLayer(8, 500, heads=2, key_dim=4, mode="topk", tolerance=0.05, dtype=torch.float64)
+    exact = MemoryLayer(8, 500, heads=2, key_dim=4, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(20, 8, dtype=torch.float64)
+    _, read = layer(x, return_read=True)
+    _, wanted = exact(x, return_read=True)
+    error = ((read.values - wanted.values).norm(dim=-1) / wanted.values.norm(dim=-1)).detach()
+    assert read.error is not None
+    assert float(read.error.max()) <= 0.05
+    assert float(error.mean()) <= 0.05
+    assert read.ids is None
+    for options, message in (
+        ({}, "tolerance: .* MemoryLayer with mode='exact'"),
+        ({"mode": "hard"}, "tolerance: .* MemoryLayer with mode='hard'"),
+        ({"mode": "topk", "normalizer": "sparsemax"}, "normalizer: expected 'softmax' with tolerance"),
+        ({"mode": "topk", "track_usage": True}, "track_usage: expected False, since a read with tolerance without k"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            MemoryLayer(8, 20, tolerance=0.1, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_usage_of_a_memory_layer_sums_or_concatenates_the_heads(shared: bool) -> None:
+    layer = MemoryLayer(8, 20, heads=2, shared=shared, mode="topk", k=3)
+    with pytest.raises(NotApplicableError, match=r"track_usage: expected True .* call layer\.track_usage_\(\)"):
+        _ = layer.usage
+    assert layer.track_usage_() is layer
+    _, read = layer(torch.randn(5, 8), return_read=True)
+    counts = torch.stack([read.ids[:, head].flatten().bincount(minlength=20) for head in range(2)])
+    usage = layer.usage
+    assert torch.equal(usage.reads, counts.sum(0) if shared else counts.flatten())
+    assert float(usage.weight.sum()) == pytest.approx(10.0)
+    layer.track_usage_()  # The counters continue.
+    assert torch.equal(layer.usage.reads, usage.reads)
+    resumed = MemoryLayer(8, 20, heads=2, shared=shared, mode="topk", k=3, track_usage=True)
+    resumed.load_state_dict(layer.state_dict())
+    assert torch.equal(resumed.usage.reads, usage.reads)
+    layer.track_usage_(False)
+    assert not any(name.endswith((".reads", ".weight")) for name in layer.state_dict() if ".rows." in name)
+    with pytest.raises(NotApplicableError):
+        _ = layer.usage
+    with pytest.raises(ArgumentError, match="enabled: expected False, since an exact softmax read without k"):
+        MemoryLayer(8, 20).track_usage_()
+
+
+def test_product_key_memory_starts_and_stops_counting() -> None:
+    layer = ProductKeyMemory(12, 100, heads=2, k=5, key_dim=8)
+    x = torch.randn(3, 12)
+    layer(x)
+    assert layer.track_usage_() is layer
+    _, read = layer(x, return_read=True)
+    assert torch.equal(layer.usage.reads, read.ids.flatten().bincount(minlength=100))
+    plain = layer.state_dict().keys()
+    assert {"store.reads", "store.total"} <= plain
+    assert torch.equal(copy.deepcopy(layer).usage.reads, layer.usage.reads)
+    layer.track_usage_(False)
+    assert layer.state_dict().keys() == plain - {"store.reads", "store.total"}
+    layer(x)
+    with pytest.raises(NotApplicableError, match=r"call layer\.track_usage_\(\)"):
+        _ = layer.usage
+    layer.track_usage_()
+    assert int(layer.usage.reads.sum()) == 0
+
+
+@pytest.mark.slow
+@ignore_compile_warnings
+def test_compiled_layers_follow_temperature_and_tracking() -> None:
+    for make in (
+        lambda: MemoryLayer(8, 20, key_dim=4, mode="topk", k=3, temperature="learnable"),
+        lambda: ProductKeyMemory(8, 49, k=3, key_dim=4, temperature="learnable"),
+    ):
+        torch._dynamo.reset()
+        layer = make()
+        compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(5, 8)
+        for _ in range(2):
+            with torch.no_grad():
+                layer.log_temperature.fill_(-1.0)
+            y, wanted = compiled(x), layer(x)
+            torch.testing.assert_close(y, wanted)
+            for got, want in zip(
+                compute_gradients(y, list(layer.parameters()), torch.ones_like(y)),
+                compute_gradients(wanted, list(layer.parameters()), torch.ones_like(y)),
+                strict=True,
+            ):
+                torch.testing.assert_close(got, want)
+            layer.track_usage_()
+            before = int(layer.usage.reads.sum())
+            compiled(x)
+            assert int(layer.usage.reads.sum()) == before + 5 * 4 * 3

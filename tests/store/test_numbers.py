@@ -89,6 +89,19 @@ def gradients_compared(**options: Any) -> object:
     return repr(lab.compare_gradients(filled(), QUERY, lambda values: values.square().mean(), **options).gradients)
 
 
+def generated(method: str, n: Any) -> object:
+    torch.manual_seed(0)
+    layer = ContextMemory(4, 8)
+    layer(torch.randn(1, 5, 4))
+    getattr(layer, method)(n)
+    return layer.extra_repr(), layer.length
+
+
+def layer_explained(**options: Any) -> object:
+    torch.manual_seed(0)
+    return str(lab.explain(ContextMemory(4, 8), torch.randn(2, 4), temperatures=(1.0,), **options))
+
+
 def explained(**options: Any) -> object:
     explanation = lab.explain(filled(), QUERY, **{"temperatures": (1.0,), **options})
     return str(explanation), type(explanation.temperature), explanation.temperatures
@@ -132,9 +145,14 @@ WHOLE = [
     Number("ProductKeyMemory(k=)", lambda n: shapes(ProductKeyMemory(4, 64, k=n)), 2),
     Number("ProductKeyMemory(key_dim=)", lambda n: shapes(ProductKeyMemory(4, 64, key_dim=n)), 2),
     Number("ProductKeyMemory(value_dim=)", lambda n: shapes(ProductKeyMemory(4, 64, value_dim=n)), 2),
+    Number("ContextMemory.repeat_interleave(repeats=)", lambda n: generated("repeat_interleave", n), 2),
+    Number("ContextMemory.crop(n=)", lambda n: generated("crop", n), 2),
     Number("lab.compare(ks=)", lambda n: compared(ks=(n, 2, n)), 3),
     Number("lab.compare_gradients(draws=)", lambda n: gradients_compared(draws=n), 3),
     Number("lab.explain(k=)", lambda n: explained(k=n), 3),
+    Number("lab.explain(head=)", lambda n: layer_explained(head=n), 1),
+    Number("lab.explain(sequence=)", lambda n: layer_explained(sequence=n), 0),
+    Number("lab.summarize_usage(k=)", lambda n: str(lab.summarize_usage(filled(track_usage=True), k=n)), 3),
     Number("write_page(columns['k'])", lambda n: paged(k=n), 3),
 ]
 REAL = [
@@ -152,6 +170,12 @@ REAL = [
     Number("IndexConfig(tolerance=)", lambda x: repr(IndexConfig(tolerance=x)), 2),
     Number("IndexConfig(garbage=)", lambda x: repr(IndexConfig(garbage=x)), 1),
     Number("MemoryLayer(temperature=)", lambda x: shapes(MemoryLayer(4, 8, temperature=x)), 2),
+    Number("MemoryLayer(tolerance=)", lambda x: shapes(MemoryLayer(4, 8, mode="topk", tolerance=x)), 2),
+    Number("ContextMemory(temperature=)", lambda x: ContextMemory(4, 8, temperature=x).temperature, 2),
+    Number("ProductKeyMemory(temperature=)", lambda x: ProductKeyMemory(4, 64, temperature=x).temperature, 2),
+    Number(
+        "layer.temperature", lambda x: setattr(layer := MemoryLayer(4, 8), "temperature", x) or layer.temperature, 2
+    ),
     Number("RowAdam(lr=)", lambda x: trained(optim.RowAdam, lr=x), 2),
     Number("RowAdam(betas[0])", lambda x: trained(optim.RowAdam, betas=(x, 0.5)), 0),
     Number("RowAdam(betas[1])", lambda x: trained(optim.RowAdam, betas=(0.5, x)), 0),

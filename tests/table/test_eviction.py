@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -467,6 +468,40 @@ def test_usage_counts_the_rows_that_reads_report() -> None:
     assert store.usage.reads[:5].tolist() == [reads[0], 0, reads[2], 0, reads[4]]
     store.reset_usage()
     assert store.usage.reads.sum() == store.usage.weight.sum() == 0
+
+
+@pytest.mark.parametrize("evict", [None, *EVICTIONS])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_track_usage_starts_and_stops_the_counters(evict: str | None, mmap: bool, tmp_path: Path) -> None:
+    store, tracked = (full(evict, trainable=True, track_usage=flag) for flag in (False, True))
+    plain = list(store.state_dict())
+    query = torch.randn(5, 2, requires_grad=True)
+    before = store.read(query, "topk", k=2)
+    assert store.track_usage_() is store
+    assert list(store.state_dict()) == list(tracked.state_dict())
+    assert store.usage.reads.tolist() == [0] * 4
+    before.values.sum().backward()  # An open read stays valid.
+    for one in (store, tracked):
+        one.read(query, "topk", k=2)
+    assert torch.equal(store.usage.reads, tracked.usage.reads)
+    assert torch.equal(store.track_usage_().usage.weight, tracked.usage.weight)  # The counters continue.
+    store.save(tmp_path / "store")
+    loaded = SoftKVStore.load(tmp_path / "store", mmap=mmap)
+    tracked.load_state_dict(store.state_dict())
+    for one in (loaded, tracked, copy.deepcopy(store), pickle.loads(pickle.dumps(store))):
+        assert torch.equal(one.usage.reads, store.usage.reads)
+        assert list(one.track_usage_(False).state_dict()) == plain
+        with pytest.raises(softdb.NotApplicableError, match=r"call store\.track_usage_\(\)"):
+            _ = one.usage
+        one._check()
+    loaded.save(tmp_path / "plain")
+    again = SoftKVStore.load(tmp_path / "plain")
+    again.read(query, "topk", k=2)
+    assert again.track_usage_().usage.reads.tolist() == [0] * 4
+    if evict is not None:
+        store.add(*rows_of(2, 9.0))  # Evicts rows; the counters of the new ones are 0.
+        assert store.usage.reads[torch.isin(store.ids, torch.tensor([4, 5]))].tolist() == [0, 0]
+    store._check()
 
 
 @pytest.mark.parametrize("normalizer", list(filter(reports_rows, NORMALIZERS)))

@@ -97,6 +97,12 @@ class LayerWithTemperature(ModuleWithProperties):
             return (queries / temperature.reshape(-1, *[1] * dimensions)).to(queries.dtype)
         return queries if temperature == 1.0 else queries / temperature
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":  # torch would register a Parameter instead of calling the setter.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._parameters.setdefault("log_temperature", None)  # Older pickles lack it.

@@ -92,6 +92,8 @@ def test_a_layer_that_does_not_count_has_no_usage() -> None:
     with pytest.raises(softdb.NotApplicableError, match="make the layer with track_usage=True"):
         _ = table.usage
     assert hasattr(ProductKeyMemory(4, 16, k=2, track_usage=True).store, "usage")
+    for layer in (MemoryLayer(4, 5, shared=False), ProductKeyMemory(4, 16, k=2)):
+        assert not hasattr(layer, "usage")
 
 
 def test_a_layer_with_a_store_for_each_head_has_no_store() -> None:
@@ -103,5 +105,5 @@ def test_a_layer_with_a_store_for_each_head_has_no_store() -> None:
         match=r"store: expected one store that all heads share, got 4 stores; use layer.stores",
     ):
         _ = layer.store
-    with pytest.raises(AttributeError, match="has no attribute 'usage'"):
-        _ = layer.usage
+    with pytest.raises(AttributeError, match="has no attribute 'rows'"):
+        _ = layer.rows

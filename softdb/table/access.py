@@ -1,6 +1,6 @@
 """Access to a table by many readers or one writer.
 
-Before a reader or writer proceeds, every earlier write is applied and processed.
+Before a read or a write starts, an interrupted write is finished, and writes by other code are processed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from softdb.transforms import is_active, suspend_transforms
 
 __all__ = ["Access", "Preparation"]
 
-# Attempts of a read under the shared lock. When other threads write all the time, it then takes the exclusive lock.
+# Number of times that a read tries the shared lock. If other threads have written each time, it takes the exclusive
+# lock.
 READ_ATTEMPTS = 3
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Access:
                     return action()
             with access.writing():
                 self._prepare(preparation)
-        with access.writing():  # Other threads write all the time.
+        with access.writing():  # Other threads have written during each attempt.
             self._prepare(preparation)
             return action()
 
@@ -147,8 +148,8 @@ class Access:
     def _follow_tensor_writes(self) -> None:
         """Process writes by other code to keys, values and row buffers.
 
-        torch's version counters reveal in-place writes, except through ``.data``, by numpy or by fused optimizers.
-        `SoftKVStore.touch` and the optimizer hooks report the exceptions.
+        torch's version counters reveal in-place writes, but not writes through ``.data``, by NumPy or by fused
+        optimizers. `SoftKVStore.touch` and the optimizer hooks report such writes.
 
         Raises:
             ForeignWriteError: The buffers do not describe valid rows.

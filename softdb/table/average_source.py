@@ -14,13 +14,14 @@ from softdb.transforms import is_active
 
 __all__ = ["MixedRows", "SourceWatch", "Tensors"]
 
-# Rows that one observation compares, and rows among which they are chosen.
+# Maximum number of rows that one observation compares, and approximate number of rows from which it chooses them.
 SAMPLE_ROWS, INSPECTED_ROWS = 64, 1024
-# Largest deviation from a step of an average: relative to the step, and rounding in units of the dtype's precision.
+# A step may deviate from the step of an average by this fraction of its length, plus rounding errors of this many times
+# the dtype's machine epsilon.
 STEP_TOLERANCE, ROUNDING_UNITS = 0.01, 2
-# Smallest cosine between a step of an average and the way to the source.
+# Minimum cosine between a step of an average and the difference from the average to the source.
 STEP_COSINE = 0.9
-# Fewest numbers that tell a step of an average from another one.
+# Minimum number of elements that must differ from the source, so that a step of an average can be recognized.
 STEP_NUMBERS = 3
 
 
@@ -32,7 +33,7 @@ class Tensors(Protocol):
 
     @property
     def module(self) -> Any:
-        """Module that owns keys and values; an error if it is gone."""
+        """Module that owns keys and values; a ReferenceError if it was freed."""
 
     @property
     def keys(self) -> Tensor:
@@ -48,7 +49,7 @@ class MixedRows(NamedTuple):
 
     Attributes:
         ids: Ids of rows that are mixed with the row that was in their slot before.
-        zero_started: Number of rows whose average began with zeros.
+        zero_started: Number of rows whose average started from zeros.
     """
 
     ids: Tensor = NO_SLOTS
@@ -59,7 +60,7 @@ class _Version(NamedTuple):
     """Generations of the rows of a source at one time.
 
     Attributes:
-        writes: Number and hash of the writes of rows so far.
+        writes: Number of writes by the source so far, and hash of its pairs of slot and id.
         generations: Generation of each slot, (capacity,); -1 where it holds no row.
     """
 
@@ -68,7 +69,7 @@ class _Version(NamedTuple):
 
     @classmethod
     def of(cls, source: Tensors) -> _Version | None:
-        """Copy the generations; return None on meta, and if another thread writes."""
+        """Copy the generations; None for meta tensors, or if another thread writes."""
         if source.rows.ids.is_meta:
             return None
         writes = _writes_of(source)
@@ -80,7 +81,7 @@ class _Version(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Rows of slots that hold other rows in the source than at the last update.
+    """Sample of the slots whose row in the source has changed since the last update.
 
     Attributes:
         slots: The slots, (n,).
@@ -98,13 +99,13 @@ class _Sample(NamedTuple):
 class SourceWatch:
     """Detector of averages of keys and values that mix two rows in one slot.
 
-    Such an average (of ``parameters()`` or of a ``state_dict()``) starts as a deep copy and is updated in place::
+    Such an average of ``parameters()`` or of a ``state_dict()`` starts as a deep copy and is updated in place::
 
         average += rate * (source - average)        # slot by slot, 0 < rate < 1
 
-    No hook reports this, but torch lists the tensors of the copy right before. `observe`, which is called then, keeps a
-    sample of the slots that hold other rows in the source than at the last update. If at the next call the sampled rows
-    have moved towards those of the source at one rate, this was an update of an average.
+    No hook reports an update, but the tensors of the copy are listed right before it, and `observe` is called then. It
+    samples slots whose row in the source has changed since the last update. If the sampled rows have moved toward the
+    rows of the source at a common rate when `observe` is called next, an average has been updated in between.
 
     Args:
         source: Table that was copied.
@@ -117,15 +118,15 @@ class SourceWatch:
         self.mixed = NO_SLOTS
         self._source = weakref.ref(source)
         version = _Version.of(source)
-        self._updated = None if version is None else version.generations  # of the rows that are averaged
+        self._updated = None if version is None else version.generations  # at the last update
         self._sample: _Sample | None = None
-        self._changed: tuple[_Version, Tensor] | None = None  # slots since the last update
+        self._changed: tuple[_Version, Tensor] | None = None  # changed slots
 
     def restart(self, ids: Tensor, generation: Tensor) -> SourceWatch | None:
         """Return a watch for a copy into which rows have been loaded.
 
-        Its average begins with the present rows of the source, or, if others were loaded, with those of the next
-        observation.
+        If the loaded rows are those of the source, changes are found from now on, otherwise from the next observation
+        on.
         """
         source = self._live_source()
         if source is None:
@@ -140,7 +141,7 @@ class SourceWatch:
     def observe(self, own: Tensors) -> MixedRows:
         """Return the rows that the last update of an average has mixed.
 
-        Keeps a sample for the next call.
+        A sample is kept for the next call.
         """
         source = self._live_source()
         if source is None or is_active() or _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
@@ -167,17 +168,17 @@ class SourceWatch:
             return MixedRows()
         rates = _find_rates(sample, _rows_at(own, sample.slots), own.keys.dtype)
         if None in rates or not any(rates):
-            return MixedRows()  # not updated, or by something else than an average
+            return MixedRows()  # not updated, or not by an average
         generations = sample.version.generations
         if all(rate == 1 for rate in rates):  # a copy of the source
             self._updated, self._changed = generations, None
             return MixedRows()
         if not any(rate is not None and 0 < rate < 1 for rate in rates):
-            return MixedRows()  # listed while it is copied
+            return MixedRows()  # only keys or only values are copied so far
         slots = _changed_slots(known, generations)
-        # A slot that has become free still holds what remains of its row.
+        # The average of a slot that became free still contains its last row.
         self._updated, self._changed = torch.where(generations < 0, known, generations), None
-        is_empty = ~torch.cat(sample.own, 1).any(1)  # as a copy of an empty slot is
+        is_empty = ~torch.cat(sample.own, 1).any(1)  # all zeros, as in the copy of an empty slot
         held = (known[slots] >= 0) & ~torch.isin(slots, sample.slots[is_empty])
         source = self._live_source()
         ids = slots[held] if source is None else source.rows.ids.cpu()[slots[held]]
@@ -185,7 +186,7 @@ class SourceWatch:
         return MixedRows(ids, int((~held).sum()))
 
     def _keep_sample(self, own: Tensors, source: Tensors) -> None:
-        """Keep rows of slots that hold other rows than at the last update."""
+        """Keep a sample of the slots whose row has changed since the last update."""
         self._sample = None
         if self._changed is None or self._changed[0].writes != _writes_of(source):
             self._changed = self._find_changed(source)
@@ -205,9 +206,9 @@ class SourceWatch:
         self._sample = _Sample(slots[chosen], own_rows, source_rows, version)
 
     def _find_changed(self, source: Tensors) -> tuple[_Version, Tensor] | None:
-        """Find the slots whose row differs from that at the last update.
+        """Find the slots whose row has changed since the last update.
 
-        Returns the version of the source, too.
+        Returns them with the version of the source.
         """
         version = _Version.of(source)
         if version is None:
@@ -215,19 +216,19 @@ class SourceWatch:
         generations = version.generations
         if self._updated is None or len(self._updated) > len(generations):
             self._updated = generations
-        if len(self._updated) < len(generations):  # both have grown: slots stay where they are
+        if len(self._updated) < len(generations):  # both have grown; rows keep their slots
             added = len(generations) - len(self._updated)
             self._updated = torch.cat([self._updated, torch.full((added,), -1)])
         return version, _changed_slots(self._updated, generations)
 
 
 def _writes_of(source: Tensors) -> tuple[int, int]:
-    """Return number and hash of the writes of rows so far."""
+    """Return the number of writes so far, and the hash of all slots and ids."""
     return source.rows.writes, source.rows.id_hash
 
 
 def _are_comparable(own: Tensors, source: Tensors) -> bool:
-    """Return whether both have plain tensors of the same shapes."""
+    """Return whether both tables have plain tensors of the same shapes."""
     pairs = (own.keys, source.keys), (own.values, source.values)
     for tensor in (*pairs[0], *pairs[1]):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
@@ -236,7 +237,7 @@ def _are_comparable(own: Tensors, source: Tensors) -> bool:
 
 
 def _changed_slots(before: Tensor, now: Tensor) -> Tensor:
-    """Return the slots that hold a row which was not there before."""
+    """Return the slots that hold a new row."""
     return ((now >= 0) & (before != now)).nonzero().squeeze(-1)
 
 
@@ -250,9 +251,10 @@ def _rows_at(table: Tensors, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _find_rates(sample: _Sample, after: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[float | None]:
-    """Estimate the rates of keys and values.
+    """Estimate the rate of an update of keys and that of values.
 
-    Returns one rate for both where one of them has too few numbers, and none where both have.
+    If one of them differs from the source in too few elements, estimate one rate for both together. Return an empty
+    list if both together differ in too few.
     """
     parts = list(zip(sample.own, sample.source, after, strict=True))
     if any((before != source).sum() < STEP_NUMBERS for before, source, _ in parts):

@@ -1,4 +1,4 @@
-"""Detection of rows that torch's slot-wise averages mix in a copied store."""
+"""Detection of slot-wise averages that mix two rows in a copied store."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["AverageWatch"]
 class AverageWatch:
     """Detector of slots whose average mixes two rows.
 
-    A slot's average mixes two rows when the averaged store has replaced its row between two updates. torch averages
-    tensors slot by slot without calling the store, but lists the module's Parameters before each update and before the
-    average is exchanged with the model. `observe` is called at these times.
+    The average of a slot mixes two rows if the averaged store has put another row into the slot between two updates.
+    torch averages tensors slot by slot and does not call the store. However, it lists the module's Parameters before
+    each update, and before the average is exchanged with the model. `observe` is called at these times.
 
     Attributes:
         is_updated: Whether a slot-wise average has been updated in this store.
         mixed: Ids of mixed rows.
-        zero_started: Slots that held no row before an update, whose average started from zero.
-        source: Detector for averages of keys and values, which leave the copied row buffers unchanged.
+        zero_started: Slots that held no row before an update. Their averages started from zero.
+        source: Detector of averages of keys and values only, which leave the row buffers of the copy unchanged.
     """
 
     def __init__(self, *, is_updated: bool = False) -> None:
@@ -43,7 +43,7 @@ class AverageWatch:
         return self._recorded is not None and version_of(id_check) != self._recorded.version
 
     def begin(self, source: Tensors, slot_rows: SlotRows) -> None:
-        """Start to watch a deep copy of ``source``, which holds ``slot_rows``."""
+        """Start to watch a deep copy of ``source``; the copy holds ``slot_rows``."""
         if source.config.trainable:  # Otherwise keys and values are buffers, which averages copy.
             self.record(slot_rows, is_updated=source.rows.average.is_updated)
         self.source = SourceWatch(source)
@@ -55,12 +55,12 @@ class AverageWatch:
         self._recorded = slot_rows
 
     def refresh_recorded(self, ids: Tensor, generation: Tensor, id_check: Tensor) -> None:
-        """Record the same rows again, if any, after their buffers were replaced."""
+        """Record the rows again after buffers were replaced, if any are recorded."""
         if self._recorded is not None:
             self._recorded = SlotRows.copy_from(ids, generation, id_check)
 
     def reset(self) -> None:
-        """Drop the recorded rows, because the store itself has written others."""
+        """Drop the recorded rows, since the store itself has written rows."""
         self._recorded = self.source = None
 
     def pop_zero_started(self) -> Tensor:
@@ -73,7 +73,7 @@ class AverageWatch:
         known = self._recorded
         if known is None:
             return
-        # An average starts as a copy, so that the first update mixes no rows.
+        # An average starts as a copy, so the first update mixes no rows.
         is_first = not self.is_updated and now.version == known.version + 1
         same_size = len(known.ids) == len(now.ids)
         if not is_first and same_size:

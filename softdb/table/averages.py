@@ -14,14 +14,14 @@ from softdb.table.table import Table
 
 __all__ = ["prepare_average"]
 
-# Rows that are averaged at a time.
+# Number of rows that are averaged at a time.
 CHUNK_ROWS = 2**14
 # Settings that a store and its average must share.
 SHARED_SETTINGS = ("key_dim", "value_dim", "metric", "capacity", "fields", "evict")
 
 
 def prepare_average(average: Table, model: Table, decay: float) -> Callable[[], None]:
-    """Compute an average by id, with the slots of the model.
+    """Compute an average of two tables by id; each row gets its slot in ``model``.
 
     Equal to, for every row that both have::
 
@@ -86,7 +86,7 @@ def _average_by_id(average: Table, model: Table, decay: float) -> Growth:
     model_slots, average_slots = live.cpu(), rows.slots.find(model_rows.ids[live].cpu())
     known = average_slots >= 0
     model_slots, average_slots = model_slots[known], average_slots[known]
-    # Another generation of the same slot is a new row that reuses an id.
+    # A row with the same id and slot but another generation is a new row that reuses the id. It is copied.
     generation, before = model_rows.generation.cpu()[model_slots], rows.generation.cpu()[average_slots]
     same = (generation == before) | (model_slots != average_slots)
     averages, device, source = {}, rows.ids.device, model.tensors()

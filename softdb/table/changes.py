@@ -1,4 +1,4 @@
-"""Change log of slots by version, and states of tensors by version counter."""
+"""Log of changed slots by version, and states of tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# The log holds at most this fraction of the slots, but always up to this number of slots.
+# Maximum length of the log, in slots: this fraction of the rows, but at least this number.
 MAX_LOGGED_FRACTION, MIN_LOGGED_SLOTS = 1 / 8, 4096
 
 

@@ -19,7 +19,7 @@ class QueueSampling:
 
     Attributes:
         share: Fraction of the rows to queue: the rows with the lowest readings.
-        rows: Approximate number of rows whose readings are sorted to find that quantile.
+        rows: Approximate number of rows whose readings are sorted to estimate the highest reading to queue.
     """
 
     share: float = 1 / 8
@@ -57,8 +57,8 @@ class EvictionClock:
 
         Ties go to the lowest slot. ``protected`` slots are not returned. At least ``count`` other rows must exist.
 
-        Most calls compare only the front of the queue: a use or an addition of a row gives it a higher reading than all
-        queued ones, and a deletion frees its slot. All slots are scanned only when the queue runs short.
+        Most calls examine only the front of the queue. An entry is skipped if its slot has become free or has another
+        reading, since the row was deleted, used or replaced. All slots are scanned only when the queue is too short.
         """
         protected = protected.to(ids.device)
         chosen = self._take(readings, ids, count, protected)

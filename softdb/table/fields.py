@@ -15,7 +15,7 @@ __all__ = ["RowView", "check_field_names", "check_fields"]
 
 
 def check_field_names(fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the field names as a tuple, once they are valid and unique."""
+    """Return the field names as a tuple; raise unless they are valid and unique."""
     if isinstance(fields, str) or not isinstance(fields, Iterable):
         raise DtypeError(f"fields: expected a sequence of names, got {describe(fields)}")
     names = tuple(fields)

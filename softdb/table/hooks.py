@@ -34,14 +34,14 @@ __all__ = [
 ]
 
 
-# The tables of each Parameter, by weak reference, and whether it holds their "keys" or "values". Several stores may
-# share a Parameter. Optimizer hooks are needed because fused optimizers do not increment version counters; the hooks
-# are registered with the first trainable table.
+# For each Parameter, weak references to its tables, and whether it holds their "keys" or "values". Several stores may
+# share a Parameter.
 _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Handles of the hooks that keep the gradients of Parameters coalesced.
 _coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Whether the optimizer hooks are registered.
+# Whether the optimizer hooks are registered, which happens with the first trainable table. The hooks are needed because
+# fused optimizers do not increment version counters.
 _hooked = False
 
 # Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
@@ -182,7 +182,7 @@ def pause_watching(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def _keep_coalesced(parameter: Tensor) -> None:
     """Restore the flag "coalesced" of a sparse gradient, which accumulation drops.
 
-    Without the flag, the next reader would sort the gradient.
+    Without the flag, the next call of `coalesce` would sort the gradient.
     """
     gradient = parameter.grad
     if gradient is not None and gradient.layout == torch.sparse_coo:
@@ -272,7 +272,7 @@ def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:
             grown = len(parameter) > len(state)
             remedy = "call store.reserve() before constructing the optimizer, construct" if grown else "construct"
             raise GrowthError(
-                f"optimizer: expected its state {name!r} to have {len(parameter)} rows, to which the storage has "
+                f"optimizer: expected {len(parameter)} rows in its state {name!r}, since the storage has "
                 f"{'grown' if grown else 'shrunk'}, got shape {tuple(state.shape)}; {remedy} a new optimizer, or use "
                 "softdb.optim.RowAdam, which resizes its state"
             )
@@ -286,7 +286,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     after = {update.key: update for update in _find_updates(optimizer)}
     for key, update in (before | after).items():
         if not is_recorded:
-            # Without a gradient after the step, all rows count as updated: which rows the step used is unknown.
+            # If the gradient is gone after the step, it is unknown which rows the step used: all count as updated.
             first, last = before.get(key, update).slots, after[key].slots if key in after else None
             if first is not None and last is not None and not torch.equal(first, last):
                 last = torch.cat([first, last]).unique()

@@ -1,6 +1,7 @@
 """Checksum of ids, which reveals averaged or mixed row buffers.
 
-An average of the buffers of two stores, or a mixture of both, does not match the checksum.
+The checksum fits the buffers of one store. It does not fit an average of the buffers of two stores, or ids of one store
+with other buffers of another.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ __all__ = [
     "is_same_hash",
 ]
 
-# All numbers are at most this mask. float32 represents them exactly, so that an average of equal checksums does not
-# change them.
+# Hashes and numbers of writes are cut to these bits. The numbers of a checksum are then below 2^24, and float32
+# represents them exactly: an average a + rate * (b - a) of two equal checksums is the same checksum.
 HASH_MASK, INVALID_CHECK = 2**20 - 1, -1
-# Length of the checksum. Rounding changes an average of two equal integers in about one of three cases, for many decay
-# rates; over this length, such a change is practically certain to occur.
+# Length of the checksum. An average decay * a + (1 - decay) * b is rounded down to an integer. For some decays, such as
+# 0.9 and 0.9999, it differs from two equal integers in about a fifth of all cases. Ids then change, too; a checksum of
+# this length is practically certain to reveal that.
 CHECK_SIZE = 64
 CHECK_PATTERN = 1_000_003 + 40_503 * torch.arange(CHECK_SIZE, device="cpu")
 AVERAGED_IDS = (
-    "rows.ids: expected the ids of rows, got numbers that other code has averaged or overwritten, as averages with "
-    "use_buffers=True, averages of a state_dict and averages that mix two rows do; average by id with "
+    "rows.ids: expected the ids of rows, got numbers that other code has averaged or overwritten, for example by an "
+    "average with use_buffers=True, of a state_dict, or of two rows in one slot; average by id with "
     "softdb.optim.update_average(average, model, decay), and load a state_dict to use this store again"
 )
 

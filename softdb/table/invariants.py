@@ -18,7 +18,7 @@ def check_invariants(table: Table, more: Iterable[tuple[str, bool]]) -> None:
 
     Args:
         table: The table.
-        more: Further claims, each with whether it holds.
+        more: Further pairs of a claim and whether it holds.
     """
     broken = [claim for claim, holds in itertools.chain(_invariants(table), more) if not holds]
     if broken:

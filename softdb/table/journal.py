@@ -54,7 +54,7 @@ class Growth:
 
 @dataclass(frozen=True, eq=False)
 class WritePlan:
-    """Result of a batch. Every number is the one after the write.
+    """Result of a batch. All counters have their values after the write.
 
     Attributes:
         batch: The batch.
@@ -110,8 +110,8 @@ class Outcome(NamedTuple):
 
 WRITE_OUTCOME = Outcome(
     "the write has been completed",
-    "the journal holds it, and the next use of the store completes it; do not repeat the call, and until then do not "
-    "modify the tensors that were passed to it",
+    "the journal keeps the write, and the next use of the store completes it; do not repeat the call, and until then "
+    "do not modify the tensors that were passed to it",
 )
 RESIZE_OUTCOME = Outcome(
     "the storage has been resized, and nothing else was written",
@@ -158,7 +158,7 @@ class Journal:
             self._apply_again(error, outcome)
 
     def _apply_again(self, error: BaseException, outcome: Outcome) -> None:
-        """Finish the write that ``error`` interrupted, and raise the interrupt again."""
+        """Finish the write that ``error`` interrupted; raise an interrupt again."""
         message = outcome.completed
         try:
             self.recover()
@@ -167,7 +167,7 @@ class Journal:
             if not isinstance(again, Exception):
                 error = again
             elif outcome is RESIZE_OUTCOME and isinstance(error, Exception):
-                raise error from again  # Callers do not notice that the storage is resized only at the next use.
+                raise error from again  # The storage is resized at the next use, which callers do not notice.
             elif isinstance(error, Exception):
                 raise UnfinishedWriteError(f"write: expected it to complete, got {error!r}; {message}") from error
         if not isinstance(error, Exception):

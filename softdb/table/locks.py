@@ -1,8 +1,8 @@
 """Shared lock of a table: many readers or one writer.
 
 Each reader thread has its own lock, so that readers do not contend; a writer acquires the locks of all readers. The
-locks are reentrant locks of Python, acquired only by ``with``. At any interrupt, each lock is therefore either free or
-released when its block ends.
+locks are reentrant locks of Python, acquired only by ``with``. When an interrupt occurs, each lock is therefore either
+free, or held by a ``with`` block that releases it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SharedLock:
         self._own = threading.local()
         self._gate: Any = threading.RLock()  # Held by the writer; readers acquire it before they start.
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()  # The locks of all live threads.
-        self.counter_lock = threading.RLock()  # Reentrant, since a signal handler may save while its thread counts.
+        self.counter_lock = threading.RLock()  # Reentrant: a signal handler may save while its thread holds it.
 
     @property
     def is_read(self) -> bool:
@@ -52,7 +52,7 @@ class SharedLock:
         """Return a context manager that holds the lock for reading."""
         lock = self._lock_of_this_thread()
         if not lock._is_owned():
-            with self._gate:  # A waiting writer goes first, which prevents its starvation.
+            with self._gate:  # New readers wait for a waiting writer, so that it is not starved.
                 pass
         return lock
 

@@ -34,7 +34,7 @@ class Overwrites(NamedTuple):
     """Effects of a write by other code to the row buffers.
 
     Attributes:
-        zero_started: Slots that held no row before the write, whose average started from zero.
+        zero_started: Slots that held no row before the write. Their averages started from zero.
         rows_differ: Whether the slots hold other rows now.
     """
 
@@ -59,7 +59,7 @@ def is_unchanged(rows: RowStorage, tables: Mapping[str, Tensor]) -> bool:
 def _is_overwritten_uncounted(rows: RowStorage) -> bool:
     """Return whether ``.data`` of ``next_id`` or ``id_check`` was written to.
 
-    Buffers on other devices than the CPU are not compared, which would synchronize.
+    Buffers on other devices than the CPU are not compared, since that would synchronize with the device.
     """
     next_id, id_check = rows._buffers["next_id"], rows._buffers["id_check"]
     if next_id is None or id_check is None or not next_id.is_cpu or not id_check.is_cpu:
@@ -140,7 +140,7 @@ def _check_overwritten(rows: RowStorage, *, copied: bool) -> None:
 
 
 def check_ids_unchanged(rows: RowStorage) -> None:
-    """Raise unless the ids are unchanged, also by writes to ``.data``."""
+    """Raise if the ids were changed, including by writes to ``.data``."""
     ids = rows.ids.cpu()
     slots = (ids >= 0).nonzero().squeeze(-1)
     if not is_same_hash(hash_rows(slots, ids[slots]), rows.id_hash):
@@ -181,9 +181,9 @@ def _mixed_rows(ids: Tensor) -> ForeignWriteError:
 def warn_of_zero_start(count: int) -> None:
     """Warn about rows whose average started from zero."""
     warnings.warn(
-        f"average: expected averages that start from the rows, got {count} rows that were added to empty slots of an "
-        "averaged store between two updates and started from zero; use softdb.optim.update_average(average, model, "
-        "decay), which averages by id",
+        f"average: expected averages that start from the rows, got {count} that started from zero, since the averaged "
+        "store added rows to empty slots between two updates; use softdb.optim.update_average(average, model, decay), "
+        "which averages by id",
         stacklevel=3,
     )
 
@@ -193,5 +193,5 @@ def observe_average(rows: RowStorage) -> None:
     if rows.average.is_outdated(rows.id_check):
         rows.average.observe(rows.slot_rows)
         if len(rows.average.mixed):
-            # A store must raise too when the buffers are copied to it.
+            # A store to which these buffers are copied must raise, too.
             rows.writable_buffer("id_check").fill_(INVALID_CHECK)

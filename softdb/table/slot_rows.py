@@ -1,4 +1,4 @@
-"""Copy of which row each slot of a table holds."""
+"""Copy of the ids and generations of a table's slots."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ def resize(tensor: Tensor, capacity: int, fill: float = 0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FreeSlots:
-    """Immutable set of free slots, of which the lowest are filled first.
+    """Immutable set of free slots; the lowest slots are filled first.
 
     Taking and freeing slots returns another set, which shares memory with this one.
 
     Attributes:
-        used: Lowest slot above all that have ever held a row.
+        used: Number of slots up to the highest one that has held a row since the table was created or loaded.
         holes: Free slots below ``used``, (m,) int64, ascending.
         recent: Further free slots below ``used``, freed recently, ascending.
     """
@@ -78,7 +78,7 @@ class FreeSlots:
         return slots, FreeSlots(self.used + fresh, holes, recent)
 
     def free(self, slots: Tensor) -> FreeSlots:
-        """Return the set of free slots with ``slots`` added; each must be given once."""
+        """Return the set of free slots with ``slots`` added, which have no duplicates."""
         if len(slots) == 0:
             return self
         recent = torch.cat([self.recent, slots]).sort().values
@@ -94,8 +94,9 @@ class FreeSlots:
 class SlotTable:
     """Map from id to slot.
 
-    Ids that are small relative to the number of rows, as assigned ids are, index an array of eight bytes per id, which
-    finds a million ids in about a millisecond. A dict holds the other ids. Putting and removing ids are idempotent.
+    Ids that are small relative to the number of rows, such as assigned ids, are positions in an array with eight bytes
+    per id. A lookup of a million ids takes about a millisecond. A dict holds the other ids. `put` and `remove` are
+    idempotent.
     """
 
     def __init__(self) -> None:
@@ -151,7 +152,7 @@ class SlotTable:
         return slots
 
     def put(self, ids: Tensor, slots: Tensor) -> None:
-        """Map ``ids`` to ``slots``; call `widen` before."""
+        """Map ``ids`` to ``slots``; call `widen` first."""
         array, others = self._map
         small = ids < len(array)
         if small.all():

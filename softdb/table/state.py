@@ -16,7 +16,7 @@ def check_state(state: Mapping[str, Tensor], capacity: int, widths: Mapping[str,
     """Raise unless tensors have the dtypes and shapes of a store's tensors.
 
     Args:
-        state: By name: "keys", "values" and the "rows." buffers.
+        state: Tensors by name: "keys", "values", and the row buffers, whose names begin with "rows.".
         capacity: The number of slots.
         widths: The widths of keys and values, by name.
     """

@@ -4,7 +4,7 @@ A *slot* is a row's position in the tensors. A row never changes its slot, since
 out by slot. A deleted row leaves a free slot; new rows fill the lowest free slots. An *id* is the public int64 number
 of a row. Ids are assigned in ascending order; no id is assigned twice.
 
-An index or an open read records the ``version`` that it used, and later queries the changes since.
+An index and an open read record the ``version`` that they used. They can later look up which slots have changed since.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class RowStorage(nn.Module):
         version: Counter of changes.
         all_changed_at: Version at which all rows last changed at once.
         all_keys_changed_at: Version at which all keys last changed at once.
-        layout: Counter of the changes of the assignment of rows to slots, or of the tensors, as a whole.
+        layout: Counter of changes to the table as a whole: rows were loaded, copied or averaged, tensors were converted
+            or moved to another device, or an interrupted write was finished. Data derived before may be wrong.
         columns: Names of the saved buffers with an entry per slot, except ``ids``.
         optional: Names of the columns that a loaded state may lack: clock readings and usage counters.
         saved: Names of all saved buffers.
-        watched: Names of the buffers whose contents other attributes are derived from.
-        recorded: Versions of the tensors up to which all writes are processed.
-        average: Detector of rows that slot-wise averages mix.
+        watched: Names of the buffers from which other attributes are derived.
+        recorded: Recorded versions of the tensors. All writes up to these versions have been processed.
+        average: Detector of slot-wise averages that mix two rows.
         clock: The eviction clock.
         free: The free slots.
         slots: The map from ids to slots.
@@ -79,8 +80,8 @@ class RowStorage(nn.Module):
     # Optional buffers. Reads change them without a new version.
     used_at: Tensor  # (capacity,) int64: clock reading of the last use; rows used together share a reading
     added_at: Tensor  # (capacity,) int64: clock reading of the addition, unique per row
-    reads: Tensor  # (capacity,) int64: number of queries that reported the row
-    weight: Tensor  # (capacity,) float64: sum of its weights in these reads
+    reads: Tensor  # (capacity,) int64: number of queries that counted the row
+    weight: Tensor  # (capacity,) float64: sum of its weights in these queries
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class RowStorage(nn.Module):
 
     @property
     def used(self) -> int:
-        """Lowest slot above all that have ever held a row."""
+        """Number of slots up to the highest one that has held a row."""
         return self.free.used
 
     @property
@@ -163,7 +164,7 @@ class RowStorage(nn.Module):
         """Return which slots below ``used`` hold a row.
 
         Returns:
-            (used,) bool, which must not be written to; None if all slots hold a row.
+            (used,) bool, which must not be written to; None if all of them hold a row.
         """
         version, mask = self._live
         if version != self.version:
@@ -208,7 +209,7 @@ class RowStorage(nn.Module):
 
         Args:
             slots: The slots.
-            keys: Whether keys were written, besides values or fields.
+            keys: Whether keys were written; otherwise only values or fields were.
         """
         if len(slots):
             self.mark_updated(slots, keys=keys)
@@ -222,7 +223,7 @@ class RowStorage(nn.Module):
 
         Args:
             slots: The slots; None for all rows.
-            keys: Whether keys may have changed, besides values.
+            keys: Whether keys may have changed; otherwise only values have.
         """
         if slots is not None and len(slots) == 0:
             return
@@ -239,7 +240,7 @@ class RowStorage(nn.Module):
         self._changes.record(self.version, slots, keys, rows=self.used)
 
     def writable_buffer(self, name: str) -> Tensor:
-        """Return a view of a buffer whose writes do not increment its version counter."""
+        """Return a view of a buffer; its writes do not change the version counter."""
         buffer = self._buffers[name]
         if buffer is None:
             raise ForeignWriteError(f"rows.{name}: expected a buffer, got None")
@@ -298,7 +299,7 @@ class RowStorage(nn.Module):
         ids, reset, written = self.writable_buffer("ids"), plan.reset_slots.to(device), plan.written_slots.to(device)
         if len(batch.removed_slots):
             self.slots.remove(plan.removed_ids)
-            # Slots that are reused at once keep their id until it is replaced: a signal handler may read in between.
+            # A slot that is reused at once keeps its id until the new id is written: a signal handler may read before.
             ids[plan.freed_slots.to(device)] = -1
         if len(plan.inserted_slots):
             self.slots.put(batch.ids, plan.inserted_slots)
@@ -397,7 +398,7 @@ class RowStorage(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Do nothing: the store loads rows and buffers together, or neither."""
+        """Do nothing: the store loads keys, values and buffers together, or none."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -47,7 +47,7 @@ class Table:
         module: The module with the tensors ``keys`` and ``values``.
         rows: Ids, fields and versions of the rows.
         config: The settings of the store.
-        open_reads: The reads that wait for their backward; true while there are any.
+        open_reads: The reads whose backward is still due; true if there are any.
 
     Attributes:
         journal: The write in progress, until it is applied.
@@ -141,8 +141,8 @@ class Table:
         """Raise if a transform of torch.func has wrapped keys or values."""
         if is_wrapped(self.keys, self.values):
             raise TransformError(
-                "keys, values: expected the store's own tensors, got tensors that a transform of torch.func wraps and "
-                "functional_call substitutes; within functional_call only read the store"
+                "keys, values: expected the store's own tensors, got tensors that functional_call has substituted and "
+                "a transform of torch.func has wrapped; within functional_call only read the store"
             )
 
     def check_not_substituted(self) -> None:
@@ -295,7 +295,7 @@ class Table:
                 f"{change}, but backward of a read is still due, and its gradients have the old size; {remedy}call "
                 "backward() or delete the read first, or read under torch.no_grad()"
             )
-        # `reserve` is called before DistributedDataParallel wraps the store; an empty store is not wrapped.
+        # DistributedDataParallel has not wrapped the store yet if `reserve` is called or the store has no slots.
         if not reserved and capacity > 0 and is_distributed():
             raise GrowthError(
                 f"{change}, which DistributedDataParallel does not support; "
@@ -307,8 +307,8 @@ def swap_storage(parameter: Tensor, table: Tensor, gradient: Tensor | None) -> N
     """Replace the storage of a Parameter by a tensor of another size.
 
     The Parameter remains the same object, so that optimizers still refer to it. A graph that is still referenced may
-    hold its AccumulateGrad node, which expects gradients of the old size. torch creates a new node only when the dtype
-    changes, so the dtype changes temporarily.
+    hold the Parameter's AccumulateGrad node, which expects gradients of the old size. torch creates a new node only
+    when the dtype changes, so the dtype is changed temporarily.
     """
     parameter.grad = None
     parameter.data = table.new_empty(0, dtype=torch.float32 if table.dtype != torch.float32 else torch.half)

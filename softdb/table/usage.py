@@ -30,8 +30,9 @@ class Usage:
     `SoftKVStore.usage` returns them.
 
     Attributes:
-        reads: (n,) int64: number of queries that the row was counted for. A query counts the rows in its ``read.ids``.
-            A query of an exact read without ``k`` counts the rows with weight above 0, but no row with softmax.
+        reads: (n,) int64: number of queries that counted the row. A query counts the rows in its ``read.ids``. An exact
+            read without ``k`` reports no ids: each query counts the rows with weight above 0. With the softmax
+            normalizer, it counts none.
         weight: (n,) float64: sum of the row's weights over the same queries.
     """
 
@@ -62,7 +63,7 @@ def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor) -
     Args:
         reads: (n,) int64.
         weight: (n,) float64.
-        slots: Slots of the reported rows, of any shape, without padding. Repeated slots count repeatedly.
+        slots: Slots of the reported rows, of any shape, without padding. A slot is counted each time that it occurs.
         weights: Their weights, of the same shape.
     """
     slots = slots.flatten()

@@ -25,14 +25,14 @@ class Differences(NamedTuple):
 class RecordedVersions:
     """Recorded states of tensors, by name.
 
-    Softdb has processed every write to a tensor up to its recorded state.
+    All writes to a tensor before its recorded state have been processed.
     """
 
     def __init__(self) -> None:
         self._recorded: dict[str, TensorState] = {}
 
     def record(self, tensors: Mapping[str, Tensor], substituted: frozenset[str] = frozenset()) -> None:
-        """Record the present state of ``tensors``; keep that of ``substituted`` names."""
+        """Record the states of ``tensors``; keep the records of ``substituted`` names."""
         kept = {name: state for name, state in self._recorded.items() if name in substituted}
         self._recorded = kept | {name: state_of(tensor) for name, tensor in tensors.items() if name not in substituted}
 

@@ -54,7 +54,7 @@ class Writer:
             columns = check_fields(rows.fields, fields, len(keys), complete=True)
             added = new.to(
                 self._table.keys.device
-            )  # Copy before the write: an error after it would hide that the rows exist.
+            )  # Copy before the write: an error here after the write would hide that the rows exist.
             removed_slots, growth = self._make_room(new)
             self._write(WriteBatch(new, NO_SLOTS, removed_slots, *stored, columns), growth)
             return added
@@ -152,7 +152,7 @@ class Writer:
     def _write(self, batch: WriteBatch, growth: Growth | None = None) -> None:
         """Plan a batch and apply the plan through the journal.
 
-        Growth is a separate write before it: if growth is interrupted, no rows are inserted.
+        Growth is committed first, as a separate write: if it is interrupted, no rows are inserted.
         """
         if growth is not None:
             self._table.journal.commit(lambda: self._table.install(growth), RESIZE_OUTCOME)
@@ -185,7 +185,7 @@ class Writer:
         return rows.clock.rows_to_evict(readings, rows.ids[: rows.used], excess, replaced).cpu(), None
 
     def _new_ids(self, count: int) -> Tensor:
-        """Return the next ``count`` ids, which stay available until the rows are inserted."""
+        """Return the next ``count`` ids; they are taken when the rows are inserted."""
         first = self._table.rows.first_new_id
         if first + count - 1 > MAX_ID:
             raise ArgumentError(f"ids: expected unused ids up to {MAX_ID}, got none; pass ids of deleted rows")

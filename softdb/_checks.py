@@ -65,7 +65,7 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of Python, a device or torch's CPU allocator is OOM."""
+    """Return whether an error of Python, torch or a device means lack of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     signs = ("DefaultCPUAllocator", "out of memory", "bad_alloc")
@@ -102,7 +102,7 @@ def check_int(name: str, value: object, *, least: int = 1) -> int:
     if number < least:
         raise ArgumentError(f"{name}: expected an integer of at least {least}, got {_format_number(number)}")
     if number >= 2**63:
-        raise ArgumentError(f"{name}: expected an integer that int64 holds, got {_format_number(number)}")
+        raise ArgumentError(f"{name}: expected an integer of at most {2**63 - 1}, got {_format_number(number)}")
     return number
 
 
@@ -186,7 +186,7 @@ def check_float_tensor(
 
 
 def check_dtype(dtype: object) -> None:
-    """Raise unless ``dtype`` is None or a dtype of keys, values and queries."""
+    """Raise unless ``dtype`` is None, or a dtype that keys and values may have."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise DtypeError(f"dtype: expected one of {FLOAT_DTYPE_NAMES}, got {describe(dtype)}")
 
@@ -238,8 +238,8 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | None]) -> None:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Return whether every element of ``value`` is finite; allocate nothing."""
-    # A finite sum has finite terms only. An infinite sum may be an overflow, so the terms are tested then.
+    """Return whether every element of ``value`` is finite; usually allocate nothing."""
+    # A finite sum has finite terms only. If the sum is not finite, it may have overflowed: all terms are tested.
     return math.isfinite(value.detach().sum().item()) or bool(torch.isfinite(value).all())
 
 
@@ -324,7 +324,7 @@ def check_unique(name: str, ids: Tensor) -> None:
     ordered = ids.sort().values
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
-        raise DuplicateIdError(f"{name}: expected each id once, got {list_ids(twice.unique())} more than once")
+        raise DuplicateIdError(f"{name}: expected each id once, got repeated ids {list_ids(twice.unique())}")
 
 
 def is_broadcastable(shape: Sequence[int], target: Sequence[int]) -> bool:

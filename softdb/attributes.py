@@ -1,4 +1,4 @@
-"""Properties of modules that may not apply, and a cached property without a lock."""
+"""Modules whose properties may not apply, and a cached property without a lock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class lock_free_cached_property(Generic[T]):
     """Property that is computed once per object, without a lock.
 
     `functools.cached_property` of Python 3.11 holds one lock for all objects: threads wait for each other, and a forked
-    child waits forever for a thread that it does not have.
+    child waits forever if another thread of the parent held the lock.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:

@@ -12,7 +12,7 @@
     ├── DtypeError             (TypeError)     a tensor or argument has the wrong type or name
     ├── UnknownIdError         (KeyError)      no row has this id
     ├── FieldError             (KeyError)      a field is unknown, missing or reserved
-    ├── GrowthError            (RuntimeError)  the storage cannot grow now, or would exceed its capacity
+    ├── GrowthError            (RuntimeError)  the storage cannot be resized now, or would exceed its capacity
     ├── StaleReadError         (RuntimeError)  a row changed between a read and its backward
     ├── SecondDerivativeError  (RuntimeError)  an exact read was differentiated twice
     ├── ForeignWriteError      (RuntimeError)  other code replaced or overwrote the tensors of the store
@@ -22,12 +22,12 @@
     ├── MissingPackageError    (ImportError)   a package of an extra of softdb is not installed
     ├── ReadOnlyError          (RuntimeError)  the rows are memory-mapped files: call materialize() first
     ├── TransformError         (NotImplementedError)  a transform of torch.func or torch.export is not supported
-    ├── UnfinishedWriteError   (RuntimeError)  a write is recorded; the next use of the store completes it
+    ├── UnfinishedWriteError   (RuntimeError)  a write failed midway; the next use of the store completes it
     └── UnsupportedSystemError (RuntimeError)  the operating system lacks the files and locks of save and load
 
-If a method that writes raises one of them, nothing has been written, except for `UnfinishedWriteError`.
+If a method that writes raises one of them, nothing has been written, except with `UnfinishedWriteError`.
 
-`PerformanceWarning` is a warning, no error: a result is right, and another option would cost less.
+`PerformanceWarning` is a warning, not an error: the result is right, but another option would cost less.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class DtypeError(SoftDBError, TypeError):
 
 
 class UnfinishedWriteError(SoftDBError, RuntimeError):
-    """Memory ran out during a write; the next use of the store completes it."""
+    """A write failed midway; the next use of the store completes it.
+
+    The usual cause is a lack of memory.
+    """
 
 
 class _LookupFailure(SoftDBError, KeyError):
@@ -113,7 +116,7 @@ class FieldError(_LookupFailure):
 class ForeignWriteError(SoftDBError, RuntimeError):
     """Other code replaced or overwrote the tensors of a store.
 
-    They no longer hold the rows of the store.
+    The tensors may no longer hold the rows of the store.
     """
 
 
@@ -141,7 +144,7 @@ class CorruptSnapshotError(SoftDBError, ValueError):
 
 
 class IndexBuildError(SoftDBError, RuntimeError):
-    """The index build failed; topk reads fall back to exact search."""
+    """The index build failed; top-k reads use exact search."""
 
 
 class LockedError(SoftDBError, RuntimeError):
@@ -173,5 +176,5 @@ class UnsupportedSystemError(SoftDBError, RuntimeError):
 class PerformanceWarning(UserWarning):
     """Warning that another read or option would give the same result at a lower cost.
 
-    A store gives each warning once. Turn it off by ``warnings.simplefilter("ignore", softdb.PerformanceWarning)``.
+    A store issues each warning once. Turn it off by ``warnings.simplefilter("ignore", softdb.PerformanceWarning)``.
     """

@@ -1,4 +1,4 @@
-"""State of the process: distributed, forked, and the use of OpenMP."""
+"""Facts about the process: process group, forks and the use of OpenMP."""
 
 from __future__ import annotations
 

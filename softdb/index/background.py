@@ -26,6 +26,6 @@ class BackgroundBuild:
         return not self._thread.is_alive()
 
     def wait(self) -> BuildResult | None:
-        """Wait for the result; return None if the thread did not finish."""
+        """Wait for the result; return None if the thread ended without one."""
         self._thread.join()
         return self._result

@@ -31,17 +31,17 @@ from softdb.table.slots import resize
 
 __all__ = ["Base"]
 
-# Train an IVF index again when the number of rows has grown by the first ratio since its lists were trained, or the
-# imbalance of the lists by the second.
+# Train the lists of an IVF index again when, since the last training, the number of rows has grown by the first ratio,
+# or the imbalance of the lists by the second ratio.
 OUTGROWN_RATIO, IMBALANCE_RATIO = 4, 2
 
 # Approximate number of neighbors that one step of a graph search visits.
 GRAPH_DEGREE = 32
 
-# Moves within the tolerance change the order of rows slightly: ask for this fraction of additional candidates.
+# Fraction of additional candidates to search, since moves of keys within the tolerance may change the order of rows.
 EXTRA_CANDIDATES_FRACTION = 0.25
 
-# Recompute the list layout when this fraction of the entries has been merged since.
+# Compute the list layout again when more than this fraction of the entries has been merged since.
 LAYOUT_FRACTION = 1 / 8
 
 
@@ -49,8 +49,9 @@ class Base:
     """FAISS index of merged rows.
 
     Entry e of the FAISS index is the row in slot ``slots[e]``; ``entry_of`` is the latest entry of a slot, or -1.
-    Entries of changed and deleted rows are hidden. To merge a changed row, an IVF index of plain lists updates its
-    entry and moves it to another list if necessary. Any other index appends a new entry; the old one is garbage.
+    Entries of changed and deleted rows are hidden. If the FAISS index is an IVF index whose entries can move (see
+    `find_movable_ivf`), merging a changed row updates its entry, and moves the entry to another list if necessary. In
+    any other index, a new entry is appended, and the old one is garbage.
 
     Args:
         owner: Filled FAISS index.
@@ -71,7 +72,7 @@ class Base:
         neighbors: Number of nearest rows k for which the recall was measured.
         recall_checks: Number of times that the recall was checked on recent queries.
         merged_rows: Number of rows merged since the base index was tuned.
-        tuning_fraction: Fraction of the entries after whose merge the base index is tuned again.
+        tuning_fraction: Tune the base index again when the merged rows exceed this fraction of the entries.
         check_after: Number of queries after which the recall is checked on recent queries.
     """
 
@@ -149,8 +150,8 @@ class Base:
     def is_exact_at_full_width(self) -> bool:
         """Whether a search of all lists finds the k best rows.
 
-        If so, each additional list raises the recall. It does not hold for quantized or projected vectors, which lose
-        information, or for graphs, some of whose rows no search reaches.
+        If so, a search of more lists has a higher recall. It is False for quantized or projected vectors, which lose
+        information, and for graphs, in which some rows may not be reachable.
         """
         if not isinstance(get_core_index(self.index), faiss.IndexIVFFlat):
             return False
@@ -177,8 +178,8 @@ class Base:
     ) -> Tensor:
         """Find ``k`` or more rows for each query.
 
-        Some of them may not be ``allowed`` if the FAISS index does not support selectors. The ``search_width`` is used
-        if the FAISS index supports it.
+        If the FAISS index does not support selectors, some of the rows may not be ``allowed``. ``search_width`` is
+        ignored if the FAISS index does not support it.
 
         Returns:
             Slots of the rows, -1 where fewer were found.

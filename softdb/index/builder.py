@@ -62,12 +62,12 @@ class BuildPlan:
         slots: Slots of the rows, (n,), ascending, on the CPU.
         rows: Vectors that FAISS indexes, (n, d).
         keys: Keys by slot, (capacity, d); None if ``rows`` is a copy.
-        left_out: Slots of rows that are left out: they are not finite or too long.
+        left_out: Slots of rows that are left out, since their norm is not finite or is at least `MAX_NORM`.
         capacity: Number of slots.
         factory: FAISS factory string.
         old: Base index whose trained lists are reused, or None to train new ones.
         empty: Empty FAISS index with the lists of ``old``, or None.
-        lists: List of each row in ``empty``, int64; -1 for the nearest list.
+        lists: List number of each row in ``empty``, int64; -1 means the nearest list.
         queries: Groups of queries to tune on.
         tuned_queries: Number of recent queries among them.
         neighbors: Number of nearest rows to tune for.
@@ -101,7 +101,7 @@ class BuildResult:
     Attributes:
         version: Version of the rows in the plan.
         base: Base index, or None if the build failed.
-        left_out: Slots of rows that are left out: they are not finite or too long.
+        left_out: Slots of rows that are left out, as in `BuildPlan`.
         rows: Number of rows, including the rows that are left out.
         seconds: Duration of the build.
         error: Error message, or None.
@@ -186,7 +186,7 @@ def run_build(plan: BuildPlan) -> BuildResult:
     try:
         with torch.no_grad():
             base = build_base(plan)
-    except Exception as failure:  # FAISS errors and lack of memory: reads fall back to exact search
+    except Exception as failure:  # FAISS errors and lack of memory; reads then use exact search
         error = format_faiss_error(failure)
     rows = len(plan.slots) + len(plan.left_out)
     return BuildResult(plan.version, base, plan.left_out, rows, time.perf_counter() - started, error)
@@ -255,7 +255,7 @@ def count_training_rows(index: Any) -> int:
 
 
 def train_index(index: Any, vectors: Any) -> None:
-    """Train an index on a sample of the rows, without FAISS's printed warnings."""
+    """Train an index on a sample of the rows; FAISS prints no warnings."""
     quantizers = []
     for part in iterate_parts(index):
         if isinstance(part, faiss.OPQMatrix):

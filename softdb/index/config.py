@@ -20,16 +20,16 @@ class IndexConfig:
             without a FAISS index), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
         recall: Recall target: the fraction of the k best rows that a search should find. When the index is built, the
             search width (nprobe or efSearch) is raised until a sample of queries reaches the target. It is tuned again
-            after new rows equal to a quarter to half of the index have been merged.
+            when the rows merged since exceed a fraction of the index, which is between a quarter and a half.
         tolerance: Distance that an optimizer may move a key before the index treats the row as changed, as a fraction
             of the median distance of the keys from their center. If the keys form distant clusters, the unit is
-            smaller, because it is measured within clusters. With metric="cosine", distances are those of normalized
+            smaller, because distances within clusters are used. With metric="cosine", distances are those of normalized
             keys. With 0, every change of a key counts. Scores are always computed from the current keys. For the
             comparison, the index of a trainable store keeps a float32 copy of the keys.
         garbage: Rebuild the index when more than this fraction of its entries belongs to changed or deleted rows.
-        background: Whether to build the index in a background thread. The first search after the build has finished and
-            rows have changed again uses the new index, as does every search after `SoftKVStore.refresh`. With False,
-            the default, results never depend on timing.
+        background: Whether to build the index in a background thread. When the build has finished, the new index is
+            used from the first search after a further change of rows, or from a call of `SoftKVStore.refresh`. With
+            False, the default, results never depend on timing.
     """
 
     factory: str = "auto"
@@ -61,7 +61,7 @@ class IndexStats:
         factory: FAISS factory string of the base index; "Flat" if searches are exact.
         nprobe: Number of IVF lists that each query visits; None for other indexes.
         recall: Recall measured on a sample of queries when the base index was built or last checked; 1.0 without a base
-            index. Reads for which an exact search is faster use it, and have recall 1.
+            index. A read uses exact search where that is faster, and then has recall 1.
         builds: Number of times that a base index has been built.
         search_seconds: Total time of searches, in seconds.
         upkeep_seconds: Total time to track changes, merge rows and check the recall, in seconds.

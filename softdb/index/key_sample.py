@@ -1,4 +1,4 @@
-"""Detect writes to keys that torch does not count, such as writes by ``.data``."""
+"""Detect writes to keys that torch's version counters miss, such as by ``.data``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class KeySample:
     """Copies of the keys of a sample of rows, updated after every known write.
 
     Args:
-        base: The base whose rows are sampled.
+        base: The base index whose rows are sampled.
     """
 
     def __init__(self, base: Base) -> None:

@@ -14,10 +14,11 @@ from softdb.scoring.metrics import compute_dtype
 
 __all__ = ["MAX_SCORE_GAP", "ListLayout", "list_importance"]
 
-# Scores are clamped to this many nats below the candidates: exponentials of lower ones are close to underflow.
+# Scores are clamped to this many nats below the log-sum-exp of the candidates, since exponentials of lower scores are
+# close to underflow.
 MAX_SCORE_GAP = 75.0
 
-# Number of rows of a list over which its mean key is taken.
+# Number of rows of a list from which its mean key is computed.
 ROWS_PER_MEAN = 32
 
 
@@ -51,7 +52,7 @@ class ListLayout:
         return cls(order.to(keys.device), counts.to(keys.device), means)
 
     def restrict(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Return ``order`` and ``counts`` of the slots that any query may see."""
+        """Return ``order`` and ``counts`` of the slots that the shared filter allows."""
         order, counts = self.order, self.counts
         if len(order) < selection.size:  # rows that are newer than the layout are in no list
             order = torch.cat([order, torch.arange(len(order), selection.size, device=order.device)])
@@ -67,7 +68,7 @@ class ListLayout:
 def list_importance(  # (M, w), (M, k), (M,) -> (L,)
     layout: ListLayout, query: Tensor, spec: ReadSpec, scores: Tensor, lse: Tensor
 ) -> Tensor:
-    """Estimate the weight of a row of each list, outside the candidates.
+    """Estimate for each list the weight of a row that is not a candidate.
 
     Args:
         layout: The layout of the lists.
@@ -83,7 +84,7 @@ def list_importance(  # (M, w), (M, k), (M,) -> (L,)
     has_rows = (lse > -torch.inf).nonzero().squeeze(-1)  # other queries see no row
     query = query.detach()[has_rows]
     doubled_query = 2 * query  # a squared weight is the exponential of a doubled score
-    upper = 2 * scores.detach()[has_rows, -1:].to(query.dtype)  # any better row should be a candidate
+    upper = 2 * scores.detach()[has_rows, -1:].to(query.dtype)  # a row with a higher score should be a candidate
     total = 2 * lse.detach()[has_rows].unsqueeze(-1).to(query.dtype)
     squares = operand.new_zeros(len(operand))
     height = max(1, Tiling.for_device(operand.device).tile_elements // max(1, len(operand)))

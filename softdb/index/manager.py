@@ -1,9 +1,9 @@
 """Find candidates for top-k reads.
 
 The index returns slots, not scores: a read computes its scores from the live rows, so an approximate or outdated FAISS
-index can miss a row, but cannot return a wrong one. The index is organized as a log-structured store. A *base index*, a
-FAISS index, contains rows as they were when it merged them. Rows that have changed since are hidden in it; they are
-*pending*, and every search compares them exactly (see `upkeep`).
+index can miss a row, but cannot return a wrong one. The index is organized as a log-structured store. The *base
+index* is a FAISS index that contains each row as it was when it was merged. Rows that have changed since are hidden in
+the base index. They are *pending*: every search compares them exactly (see `upkeep`).
 
 The index is updated at the first search or refresh after a write, so all searches between two writes use the same
 index. Only the search width may change between them: the recall on recent queries is checked from time to time, at
@@ -51,9 +51,9 @@ def _after_fork() -> None:
     """Enable searches in a forked child.
 
     If the parent has run an OpenMP region, in torch or FAISS, the first region in the child hangs (faiss issue 5206):
-    the runtime waits for threads that fork() did not copy. The child therefore uses one thread. A child of a process
-    that has only imported softdb keeps its threads. Build threads and owners of locks were not copied either, so they
-    are dropped.
+    the runtime waits for threads that fork() did not copy. The child therefore uses one thread, unless the parent has
+    only imported softdb. fork() copied neither build threads nor threads that hold locks, so background builds are
+    dropped, and locks are replaced.
     """
     if is_openmp_used():
         torch.set_num_threads(1)
@@ -109,7 +109,7 @@ class IndexManager:
         )
 
     def forget_threads(self) -> None:
-        """Drop the background build and the lock: fork() copied no other thread."""
+        """Drop the background build and replace the lock: fork() copies no other thread."""
         self._lock = threading.RLock()
         self._upkeep.background = None
 
@@ -272,7 +272,7 @@ class IndexManager:
     def has_stale_sample(self, keys: Tensor) -> bool:
         """Return whether sampled keys have been changed by unknown writes.
 
-        These are writes that torch does not count, such as writes by ``.data``.
+        Unknown writes are not counted by torch's version counters, such as writes through ``.data``.
         """
         return not self._is_broken and self._upkeep.has_stale_sample(keys.detach())
 

@@ -10,14 +10,16 @@ from softdb.table.slots import resize
 
 __all__ = ["KeyMovement"]
 
-# Choose the list of a row again when it has moved this far in all, or this far at once, in units of the scale.
+# Choose the list of a row again when the row has moved by more than the first distance in total since the last choice,
+# or by more than the second distance since the last merge. The unit is `KeyMovement.scale`.
 LIST_TOLERANCE, JUMP_TOLERANCE = 1.0, 0.25
 
-# Rows are clustered if their median distance from the nearest row of a sample is below 1 / CLUSTER_RATIO of that from
-# the center of all rows.
+# Rows are clustered if this number times their median distance from the nearest row of a sample is below their median
+# distance from the center of all rows.
 CLUSTER_RATIO = 4
 
-# Sizes of the samples that the scale is measured on: of all rows, and of rows whose nearest neighbor is searched.
+# Approximate numbers of rows from which the scale is measured: of the sample of all rows, and of the rows in it whose
+# nearest neighbors are searched.
 SCALE_ROWS, NEIGHBOR_ROWS = 2**14, 256
 
 # Number of elements of keys that are compared with their copies at once.
@@ -59,7 +61,7 @@ class KeyMovement:
         self.copy: Tensor | None = None
         self._drift: Tensor | None = None  # (capacity,): path length since the list was chosen
         if copied:
-            # The caller passes a copy of its own, which is kept if it has a row for each slot.
+            # ``rows`` is a copy already. It is kept as it is if it has a row for each slot.
             self.copy = rows if len(rows) == capacity else rows.new_zeros(capacity, rows.shape[1])
             if self.copy is not rows:
                 self.copy[slots.to(rows.device)] = rows

@@ -1,7 +1,7 @@
 """Find norm outliers: keys with large norms, which are searched exactly.
 
-Training makes some keys much longer than others. By dot product such rows are among the best for queries in any
-direction, so they are not found in the lists that are nearest to a query.
+Training makes some keys much longer than others. By dot product, such rows are among the best even for queries
+that are far from them, and a search of the lists nearest to the query does not find them.
 """
 
 from __future__ import annotations

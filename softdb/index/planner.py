@@ -15,7 +15,7 @@ MIN_MISSED_FRACTION = 1e-4
 
 
 def estimate_relative_cost(base: Base, queries: int) -> float:
-    """Estimate the cost of a search in the base index, in exact searches."""
+    """Estimate the cost of a search in the base index, relative to an exact search."""
     return base.visited_list_fraction * base.policy.visit_cost * queries / (queries + base.policy.first_query_cost)
 
 

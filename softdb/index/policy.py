@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 __all__ = ["FIRST_QUERY_COST", "IndexPolicy"]
 
-# Fixed cost of an exact search, in queries that are multiplied with every row.
+# Fixed cost of an exact search. The unit is the cost of multiplying one query with every row.
 FIRST_QUERY_COST = 40
 
 
@@ -23,20 +23,20 @@ class IndexPolicy:
             (benchmarks/index_crossover.py).
         pending_rows: Merge pending rows into the base index when their number exceeds this.
         pending_fraction: Merge pending rows into the base index when they exceed this fraction of its entries.
-        small_filter_fraction: Search exactly where a filter leaves at most this fraction of the rows.
-        first_query_cost: Fixed cost of an exact search, in queries.
+        small_filter_fraction: Search exactly if a filter allows at most this fraction of the rows.
+        first_query_cost: Fixed cost of an exact search, in units of the cost of one query.
         visit_cost: Cost of one IVF-visited row, in exact-search rows.
-        max_relative_cost: Search the base index if that costs at most this many times an exact search.
+        max_relative_cost: Search the base index if its cost is at most this multiple of that of an exact search.
         outlier_entries: Minimum number of entries of a base index with norm outliers.
         outlier_cost: Cost of one norm outlier, in exact-search rows.
-        outlier_rows: Fixed cost of norm outliers, in norm outliers.
+        outlier_rows: Fixed cost of a search of norm outliers, in units of the cost of one norm outlier.
         careful_factor: Factor by which a careful search multiplies the search width.
         careful_fraction: Maximum cost of a careful search, as a fraction of the cost of an exact search.
         check_after: Number of queries after which the recall on recent queries is checked. The interval doubles while
             the search width stays the same.
-        drift_fraction: Maximum cost of such checks, as a fraction of the cost of the searches.
-        tuning_fractions: Smallest and largest fraction of the entries after whose merge the base index is tuned again.
-        recall_tolerance: Difference from the recall target that a check accepts, since its sample is small.
+        drift_fraction: Maximum cost of the checks on recent queries, as a fraction of the cost of the searches.
+        tuning_fractions: Minimum and maximum of `softdb.index.base.Base.tuning_fraction`.
+        recall_tolerance: Difference from the recall target that a check accepts, since it measures few queries.
     """
 
     exact_rows: int = 500_000

@@ -24,8 +24,8 @@ class MeasuredRecall(NamedTuple):
     """Measured recall of sample queries.
 
     Attributes:
-        mean: Lowest mean recall of a group.
-        lower: Lowest mean recall of a group minus its standard error.
+        mean: Mean recall of the worst group.
+        lower: Minimum over the groups of the mean recall minus its standard error.
     """
 
     mean: float
@@ -56,7 +56,7 @@ class RecallSample:
         self.spec, self.operand, self.best, self._worst = ground_truth_top_k(self.queries, keys, metric, selection, k)
 
     def hits(self, found: Tensor) -> Tensor:  # (m, c) -> (m, c) bool
-        """Return which candidates score at least as high as the k-th best row."""
+        """Return which candidates score at least as high as, or tie with, the k-th row."""
         scores = backend_for(self.operand).score_at(self.operand, self._keys, found, self.spec)
         return (scores >= self._worst) & (found >= 0)
 

@@ -1,4 +1,4 @@
-"""Record recent queries, and generate queries where there are too few."""
+"""Record recent queries, and generate queries if there are too few."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RecentQueries:
         self.latest = latest
         self.neighbors = MIN_NEIGHBORS
         self.since_check = 0
-        self._recorded: Tensor | None = None  # recorded queries whose search follows
+        self._recorded: Tensor | None = None  # queries that `record` was called with, until their search
 
     @property
     def usable_count(self) -> int:

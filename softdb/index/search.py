@@ -17,7 +17,7 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["Candidates", "SearchTask", "complete_candidates", "find_candidates", "search_exactly"]
 
-# A filter by a rule allows an unknown fraction of the rows: ask for this many times the candidates.
+# Factor for the number of candidates of a search with a rule as filter, which allows an unknown fraction of the rows.
 RULE_CANDIDATES_FACTOR = 4
 
 
@@ -65,7 +65,7 @@ def find_candidates(  # (m,) -> (B, up to k)
 ) -> Tensor:
     """Find the best rows of the base index and of ``exact_slots``.
 
-    The latter are searched exactly.
+    The rows at ``exact_slots`` are searched exactly.
     """
     spec, k = task.spec, task.k
     found = _search_base(task, base, search_width)  # (B, c)

@@ -1,6 +1,6 @@
-"""Tune the search width: find the smallest that reaches a recall target.
+"""Tune the search width: find the smallest width that reaches a recall target.
 
-Both functions use the same search over levels, `find_level`:
+Two functions tune a base index. Both use `find_level` to search over levels:
 
 - `tune_base` runs when a base index has been built or has merged many rows, while no other search runs. It chooses the
   norm outliers as well.
@@ -34,10 +34,10 @@ __all__ = ["CHECKING_QUERIES", "check_recent_queries", "tune_base"]
 # Number of queries on which a recall is checked again.
 CHECKING_QUERIES = 64
 
-# Minimum number of IVF lists that a query visits, and of norm outliers if there are any.
+# Minimum number of IVF lists that a query visits, and minimum number of norm outliers if there are any.
 MIN_PROBES, MIN_OUTLIERS = 1, 64
 
-# Stop bisecting when the interval is below the search width divided by this.
+# Stop bisecting when the interval is at most the search width divided by this number.
 WIDTH_RESOLUTION = 8
 
 
@@ -54,10 +54,12 @@ class RecallTarget:
 
     Attributes:
         recall: Recall target.
-        tolerance: Difference from the target at which the present level is kept.
-        climb_tolerance: Difference from the target at which a level that misses it is raised no further.
-        use_lower_bound: Whether to compare the recall minus its standard error with the target. Tuning does, so that
-            other queries reach the target; a check of a small sample does not, so that noise does not change the level.
+        tolerance: Keep the present level if its recall differs from the target by at most this number.
+        climb_tolerance: When the level is raised, stop at a recall that is below the target by at most this number.
+        use_lower_bound: Whether to compare the recall minus its standard error with the target. This is True when a
+            base index is tuned for the first time, and at the first check for a number of queries or neighbors, so that
+            other queries reach the target. It is False later, so that noise of a small sample does not change the
+            level.
     """
 
     recall: float
@@ -107,8 +109,8 @@ def find_level(
     position, level = start, levels[start]
     measured = measure(level)
     if target.is_missed(measured, target.tolerance):
-        # All levels are measured on the same sample. If it is unusually difficult, the target itself would require too
-        # wide a search, so a difference remains.
+        # All levels are measured on the same sample. If it is unusually difficult, a recall equal to the target would
+        # require a search that is too wide, so a small difference is accepted.
         while target.is_missed(measured, target.climb_tolerance) and position < len(levels) - 1:
             position += 1
             level = levels[position]
@@ -142,8 +144,8 @@ def tune_base(
 ) -> None:
     """Set the search width and norm outliers so that a base reaches its target.
 
-    Each group of queries has to reach it. Rows that are not pending must be visible: the caller merges earlier norm
-    outliers first.
+    Each group of queries has to reach the target. Rows that are not pending must be visible, so the caller merges
+    earlier norm outliers first.
 
     Args:
         base: Base index.

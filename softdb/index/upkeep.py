@@ -31,10 +31,11 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["IndexCosts", "IndexUpkeep"]
 
-# Bypass the base index when an optimizer step has moved this fraction of the rows: exact searches are cheaper then.
+# Bypass the base index when more than this fraction of the rows has moved between two updates of the index. Exact
+# searches are cheaper then.
 BYPASS_FRACTION = 1 / 4
 
-# Cost of a build without assigning rows to lists, in queries that are multiplied with every row.
+# Cost of a build, except the assignment of rows to lists. The unit is the cost of multiplying one query with every row.
 BUILD_COST = 1024
 
 # Number of rows from which queries are generated when the base index is tuned again.
@@ -223,7 +224,7 @@ class IndexUpkeep:
     # -- merges ----------------------------------------------------------------------------------------------
 
     def _build_or_merge_pending(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
-        """Build the base index or merge pending rows, if due; with ``now`` always."""
+        """Build the base index or merge pending rows if due; with ``now``, always merge."""
         base = self.base
         min_rows = max(2 * self._failed_rows, self.min_rows)
         if self.config.factory == "Flat" or (base is None and len(rows) < min_rows):
@@ -233,7 +234,8 @@ class IndexUpkeep:
         else:
             has_garbage = base.visibility.hidden > self.config.garbage * base.entries
             outgrown = base.has_outgrown_lists(len(rows))
-            # The threshold is half of that for a build, so that small changes do not alternate drops and builds.
+            # The threshold is half of the one for a build, so that a few added or deleted rows do not cause repeated
+            # builds.
             if 2 * len(rows) < min_rows or (len(rows) < min_rows and (has_garbage or outgrown)):
                 self._drop()
             elif self.is_bypassed:
@@ -310,7 +312,7 @@ class IndexUpkeep:
     def _install_background(self, background: BackgroundBuild) -> None:
         """Install the result of a background build.
 
-        It was built from an earlier version of the rows.
+        The result describes an earlier version of the rows.
         """
         result = background.wait()  # if a signal interrupts it, the build stays in progress
         self.background = None

@@ -26,7 +26,7 @@ class RowAdagrad(RowOptimizer):
         a   = a + mean(g**2)
         p   = p - lr * g / (sqrt(a) + eps)
 
-    It needs little memory in addition to the rows, so it suits large embedding tables. New rows, growth, weight decay
+    The state needs little memory, so the optimizer suits large embedding tables. New rows, growth, weight decay
     and the stochastic rounding of rows in bfloat16 or float16 work as in `RowAdam`. Rows without a gradient are neither
     read nor written, and no memory is allocated for their update.
 

@@ -29,22 +29,22 @@ class RowAdam(RowOptimizer):
         v   = beta2 * v + (1 - beta2) * g**2
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
-    This is `torch.optim.SparseAdam` with weight decay. s is the step count of the Parameter. Rows that are added to a
-    store later are the exception: their first update has s = 1, as in a new optimizer. Rows without a gradient are
+    This is `torch.optim.SparseAdam` with weight decay. s is the step count of the Parameter, except for rows that are
+    added to a store later: their first update has s = 1, as in a new optimizer. Rows without a gradient are
     neither read nor written, and no memory is allocated for their update. A dense gradient updates every row, one block
     of rows at a time.
 
-    The state of a store's row is reset when its slot has received a new row since the last step of the slot, and when
-    `SoftKVStore.revive` has replaced the row's content. State grows with the storage. Free slots are not updated.
+    The state of a slot of a store is reset if the slot has received a new row since the slot's last step, or
+    if `SoftKVStore.revive` has replaced the content of the row. State grows with the storage. Free slots are not updated.
 
     Weight decay is decoupled as in AdamW: it depends neither on the gradient nor on how often a row is read. A row's
     update first applies the decay of all steps since its last update, each with the ``lr`` and ``weight_decay`` of that
-    step. If decay were applied for the current step only, rarely read rows would hardly be regularised, and the
-    regularisation would depend on the batch size. Reads between two updates see the row without the pending decay. A
+    step. If decay were applied for the current step only, rarely read rows would hardly be regularized, and the
+    regularization would depend on the batch size. Reads between two updates see the row without the pending decay. A
     row that is added later decays from its first update on.
 
     Updates of rows in bfloat16 or float16 are computed in float32 and stored by stochastic rounding: with a and b the
-    neighbors of p in the rows' dtype, a <= p < b::
+    neighbors of p in the rows' dtype, and a <= p < b::
 
         p = b if u < (p - a) / (b - a) else a              u uniform in [0, 1)
 

@@ -21,7 +21,7 @@ __all__ = ["update_average"]
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Update an exponential moving average of a model, matching rows by id.
 
-    Equal, for each Parameter and for the keys and values of each row, to::
+    For each Parameter, and for the keys and values of each row, equal to::
 
         average = decay * average + (1 - decay) * model
 
@@ -134,7 +134,7 @@ def _pair_stores(average: nn.Module, model: nn.Module) -> dict[str, tuple[SoftKV
 def _pair_other_tensors(
     average: nn.Module, model: nn.Module, stores: dict[str, tuple[SoftKVStore, SoftKVStore]]
 ) -> list[tuple[Tensor, Tensor, bool]]:
-    """Pair the tensors outside of stores; return whether each is a Parameter, too."""
+    """Return pairs of the tensors outside of stores, and whether they are Parameters."""
     prefixes = tuple(f"{name}." if name else "" for name in stores)
     pairs: list[tuple[Tensor, Tensor, bool]] = []
     for is_parameter in (True, False):

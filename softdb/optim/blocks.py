@@ -15,11 +15,11 @@ __all__ = ["BlockSizes", "RowBlock", "iterate_blocks"]
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Block size of an optimizer step, in numbers of a table.
+    """Block size of an optimizer step, in elements.
 
     Attributes:
-        cpu: Numbers per block on a CPU. A block fits in the cache and is large enough for two threads.
-        other: Numbers per block on other devices.
+        cpu: Elements per block on a CPU. A block fits in the cache and is large enough for two threads.
+        other: Elements per block on other devices.
     """
 
     cpu: int = 2**16
@@ -64,7 +64,7 @@ def iterate_blocks(
 class RowBlock:
     """Block of rows that are taken from several tables and put back.
 
-    Put the rows of one table back before taking the rows of the next, so that they are still in the cache.
+    Put the rows of one table back before taking those of the next, while they are still in the cache.
 
     Args:
         rows: Slots of the rows.

@@ -25,8 +25,8 @@ def clip_row_grad_norm_(
 ) -> Tensor:
     """Clip the joint norm of row-sparse and dense gradients, in place.
 
-    With g the concatenation of all gradients, equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``, as
-    `torch.nn.utils.clip_grad_norm_` for dense gradients. Sparse gradients are not converted to dense ones.
+    Let g be the concatenation of all gradients. Equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``, which
+    `torch.nn.utils.clip_grad_norm_` computes for dense gradients. Sparse gradients are not converted to dense ones.
 
     Args:
         parameters: Parameters. Parameters without a gradient are skipped. An uncoalesced sparse gradient is replaced by

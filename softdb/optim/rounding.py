@@ -12,14 +12,15 @@ from softdb.scoring.gumbel import splitmix64
 __all__ = ["NOISE_DTYPES", "draw_noise", "round_stochastically", "start_streams"]
 
 
-# Integer type of an entry's random bits: bfloat16 drops 16 bits of a float32, float16 up to 24 significant bits.
+# Integer type of the random bits for each entry. Rounding a float32 to bfloat16 drops 16 bits; rounding to float16
+# drops up to 24 significant bits.
 NOISE_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
 
 
 def start_streams(seed: int, step: int, rows: Tensor) -> Tensor:
     """Start the random streams of a step, for each column of ``rows``.
 
-    Each stream gives 64-bit numbers, which are divided among several columns.
+    Each stream yields 64-bit numbers. The bits of a number are divided among several columns.
     """
     key = int(splitmix64(seed, torch.tensor(step, device="cpu")))
     columns_per_number = 64 // torch.iinfo(NOISE_DTYPES[rows.dtype]).bits
@@ -66,6 +67,7 @@ def round_stochastically(numbers: Tensor, dtype: torch.dtype, noise: Tensor) -> 
         probability -= rounded
         uniform = noise.bitwise_and(2**24 - 1).to(torch.float32).mul_(2.0**-24)
         rounded.add_(uniform < probability).mul_(spacing).copysign_(within)
-    # `within - numbers` is 0 except for infinities, NaN and numbers outside of the dtype's range, which the conversion
-    # to the dtype handles. It is subtracted, since adding -0 + 0 would give 0.
+    # `within - numbers` is 0, except for infinities, NaN and numbers outside of the dtype's range. Its subtraction
+    # restores such numbers, and the conversion to the dtype handles them. `numbers - within` is not added, because
+    # -0 + 0 is 0, which would lose the sign.
     return rounded.sub_(within.sub_(numbers))

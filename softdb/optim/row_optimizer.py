@@ -70,7 +70,7 @@ class RowOptimizer(Optimizer):
 
     @abstractmethod
     def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
-        """Return the factor of a row's direction in its ``age``-th step, from 1."""
+        """Return the step size of a row in its ``age``-th step, counted from 1."""
 
     @abstractmethod
     def _update_moments(
@@ -183,8 +183,8 @@ class RowOptimizer(Optimizer):
                         loaded[parameter] = self._convert_state(others.pop(number), parameter, group)
             return {**given, "param_groups": groups, "state": others}
 
-        # torch would cast every tensor to the Parameter's dtype, which rounds moments and counts. The first hook runs
-        # after all other pre-hooks, which may edit the dictionary, and the second before all other post-hooks, which
+        # torch would cast every tensor to the Parameter's dtype, which rounds moments and counts. The pre-hook runs
+        # after all other pre-hooks, which may edit the dictionary. The post-hook runs before all other post-hooks, which
         # may read the loaded state.
         hooks = (
             self.register_load_state_dict_pre_hook(convert),
@@ -229,8 +229,8 @@ class RowOptimizer(Optimizer):
     def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
         """Update the rows of ``parameter`` that have a gradient."""
         table = table_of(parameter)
-        # Write to a store's rows through .data, which torch's version counter does not count: `record_update` records
-        # which rows have changed, whereas a new version would mean that any row may have changed.
+        # Write to a store's rows through .data, so that torch's version counter does not change: a changed counter
+        # would mean that any row may have changed, whereas `record_update` records which rows have changed.
         rows = parameter if table is None else parameter.data
         gradient = parameter.grad
         if gradient is None:
@@ -268,7 +268,7 @@ class RowOptimizer(Optimizer):
                 if streams is not None:
                     stored.copy_(round_stochastically(working, stored.dtype, draw_noise(streams, part, stored)))
                 block.put(rows, stored)
-        finally:  # After an error, some rows may have changed, too.
+        finally:  # Some rows may have changed before an error, too.
             record_update(parameter, slots)
 
     def _fit_state(self, parameter: Tensor, rows: Tensor, table: RowStorage | None, options: dict[str, Any]) -> State:
@@ -291,7 +291,7 @@ class RowOptimizer(Optimizer):
         if options["weight_decay"] != 0 and "decayed" not in state:
             state["log_decay"] = 0.0
             state["decayed"] = torch.zeros(count, dtype=torch.float64, device=device)
-        # Generations are at least 0, so that a row in a slot that growth has added counts as new.
+        # No slot has the generation -1, so a row in a slot that growth has added counts as new.
         fills = initial | {"generation": -1, "born": 0, "decayed": state.get("log_decay", 0.0)}
         for name, fill in fills.items():
             if name not in state:
@@ -328,7 +328,7 @@ class RowOptimizer(Optimizer):
 
 
 def _select_live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor | None, Tensor]:
-    """Select the live slots of a gradient, None for all, and their gradients."""
+    """Return the live slots of a gradient, or None for all, and their gradients."""
     if gradient.layout != torch.sparse_coo:
         return None, gradient
     gradient = coalesce(gradient)

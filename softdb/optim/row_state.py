@@ -4,7 +4,7 @@ The state of a Parameter is a dictionary, which is part of ``state_dict``:
 
 - ``step``: the number of steps of the Parameter.
 - A tensor for each moment of the optimizer, with one entry per row.
-- ``generation`` (n,), for the rows of a store: the generation of each slot that its state belongs to.
+- ``generation`` (n,), for the rows of a store: for each slot, the generation whose state is kept.
 - ``born`` (n,), for the rows of a store: the Parameter's step count before the row's first step.
 - ``log_decay``, with weight decay: the logarithm of the product of all decay factors so far.
 - ``decayed`` (n,), with weight decay: the value of ``log_decay`` at the row's last step.
@@ -66,7 +66,7 @@ def count_row_steps(state: State, slots: Tensor | None) -> int | Tensor:
 
 
 def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tensor | None:
-    """Return each row's decay factor since its last step; record it as applied.
+    """Return the decay factor of each row since its last step; record it as applied.
 
     The factor includes the decay of this step. Without weight decay it is None.
     """

@@ -53,7 +53,7 @@ def collect_contents(table: Table, index: IndexConfig) -> tuple[dict[str, Tensor
     description |= {"fields": list(config.fields), "index": asdict(index), "track_usage": config.track_usage}
     description |= {"rows": len(rows), "softdb": __version__}
     frozen = list_frozen_tensors(table)
-    if frozen:  # without this entry, both tensors are as trainable as the store
+    if frozen:  # without this entry, both tensors of a trainable store require gradients
         description["frozen"] = list(frozen)
     return tensors, description
 

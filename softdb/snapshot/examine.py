@@ -35,8 +35,8 @@ class Examination(NamedTuple):
         description: Description that was saved; None if the manifest is damaged.
         problem: Problem of the manifest, if any.
         files: Files that the manifest names.
-        others: Names of other files in the directory. The next save removes the ones whose names match those
-            of snapshot files.
+        others: Names of other files in the directory. The next save removes the ones that are named like files of a
+            snapshot.
     """
 
     description: dict[str, Any] | None

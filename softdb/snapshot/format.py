@@ -94,7 +94,7 @@ class Entry(NamedTuple):
 
 
 def is_name(name: str) -> bool:
-    """Return whether a tensor may have this name, which becomes part of a file name."""
+    """Return whether ``name`` is a valid name of a tensor: identifiers and dots."""
     return all(part.isidentifier() for part in name.split("."))
 
 
@@ -111,9 +111,9 @@ class Sizes:
     Attributes:
         chunk: Size of the chunks that are written and hashed, each by one thread. The hash of a file is computed from
             those of its chunks, so this size is part of the format.
-        part: Size of the parts of a chunk that are copied. A part remains in the processor cache between hash and
-            write.
-        sync: Number of written bytes after which a sync of the file to the disk is started, while hashing continues.
+        part: Size of the parts of a chunk that are copied, hashed and written one after the other. A part fits in the
+            processor cache.
+        sync: Number of written bytes after which a thread starts to sync the file to the disk. Writing continues.
         manifest: Maximum size of a manifest, which describes a few dozen tensors.
     """
 

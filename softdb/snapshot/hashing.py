@@ -13,10 +13,10 @@ from softdb.snapshot.format import Sizes
 
 __all__ = ["MAX_THREADS", "FileHash", "ThreadPool", "compute_hash"]
 
-# Maximum number of threads that hash while they read or write, and of chunks that are queued or in progress.
+# Maximum number of threads that read or write chunks and hash them.
 MAX_THREADS = min(4, os.cpu_count() or 1)
 
-
+# Maximum number of chunks that are queued or in progress.
 MAX_PENDING_CHUNKS = MAX_THREADS + 2
 
 
@@ -60,7 +60,8 @@ class FileHash:
             hashed: Function that returns the hash of the chunk.
             *arguments: Arguments of ``hashed``.
         """
-        do = self._threads.submit if size > Sizes.default().part else call_now  # starting a thread takes longer
+        # Hashing a small chunk takes less time than starting a thread.
+        do = self._threads.submit if size > Sizes.default().part else call_now
         self._waiting.append(do(hashed, *arguments))
         if len(self._waiting) > MAX_PENDING_CHUNKS:
             self._whole.update(self._waiting.popleft().result())

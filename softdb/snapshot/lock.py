@@ -21,7 +21,8 @@ __all__ = ["lock_directory", "resolve_directory", "sync_directory"]
 LOCK_POLL_SECONDS = 0.02
 
 
-# Without them, a snapshot would not be durable, links would be followed, or threads would share a file position.
+# Without these functions and flags, a snapshot would not be durable, links would be followed, or threads would share a
+# file position.
 REQUIRED_OS_NAMES = ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "preadv", "pwrite")
 
 
@@ -74,8 +75,8 @@ def lock_directory(path: str | os.PathLike[str], timeout: float) -> Iterator[Pat
     directory = resolve_directory(path)
     directory.mkdir(exist_ok=True)  # Another process may create it at the same time.
     if not (directory / MANIFEST).exists():
-        # The process that created it may not have synced its name. Without permission to read the parent directory,
-        # only that process can.
+        # The process that created the directory may not have synced its name to the disk. Without permission to read
+        # the parent directory, this process cannot do so.
         with suppress(PermissionError):
             sync_directory(directory.parent)
     with _hold_lock(directory, seconds):
@@ -104,7 +105,7 @@ def _hold_lock(directory: Path, timeout: float) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closing the file would not release the lock while a forked child has not closed its copy yet.
+            # Closing the file would not release the lock while a forked child still holds a copy of the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         _lock_descriptors.discard(descriptor)

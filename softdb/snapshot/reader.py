@@ -1,4 +1,4 @@
-"""Reader of snapshots, which compares every byte with its hash."""
+"""Reader of snapshots, which compares files with their hashes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_snapshot(
     Args:
         path: Directory of the snapshot.
         mapped: Names of tensors whose files are mapped into memory. Writes to these tensors do not reach the files. If
-            a mapped file is truncated or the disk fails, an access ends the process.
+            a mapped file is truncated or the disk fails, an access to its tensor ends the process.
         verify: Whether to compare mapped tensors with their hashes, which reads them.
 
     Returns:
@@ -235,7 +235,7 @@ def read_into(descriptor: int, place: memoryview, start: int) -> bool:
 def _allocate(file: Path, entry: Entry) -> Tensor:
     try:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-    except RuntimeError as error:  # raised by torch without memory
+    except RuntimeError as error:  # raised by torch if memory is not sufficient
         raise MemoryError(
             f"{file}: not enough memory for the {entry.nbytes} bytes of the tensor {entry.name!r}; load(mmap=True) "
             "leaves keys and values in their files"
@@ -243,7 +243,7 @@ def _allocate(file: Path, entry: Entry) -> Tensor:
 
 
 def _map_tensor(entry: Entry, source: Any) -> Tensor:
-    """Map the file of a tensor; pages that are written to are copied by the process."""
+    """Map the file of a tensor; a write copies the page and does not reach the file."""
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     # No memory is reserved for pages that are not written to: a file may be larger than the memory.

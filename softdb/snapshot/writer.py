@@ -37,10 +37,10 @@ MAX_GENERATION = 10**18 - 1  # file names have at most 18 digits
 def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write tensors and a description to a directory, atomically and durably.
 
-    If it fails, the directory still holds its previous snapshot. Call it within `lock_directory`.
+    If the write fails, the directory still holds its previous snapshot. Call this function within `lock_directory`.
 
     Args:
-        directory: Directory that `lock_directory` has lock_directory.
+        directory: Directory that `lock_directory` has locked.
         tensors: Tensors by name.
         description: Description that JSON can represent.
 
@@ -84,7 +84,7 @@ def write_snapshot(directory: Path, tensors: Mapping[str, Tensor], description: 
 
 
 def _drop_page_cache(files: Iterable[Path]) -> None:
-    """Drop files that are about to be removed from the page cache, for the new files."""
+    """Remove files from the page cache, so that new files find room in it."""
     for file in files:
         with suppress(OSError, AttributeError):  # not every system supports this advice
             if file.lstat().st_size > Sizes.default().sync:
@@ -104,9 +104,9 @@ def _list_numbered_files(directory: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _make_file_name(name: str, generation: int, taken: Collection[str]) -> str:
-    """Return a file name that differs from ``taken`` in case and accents too.
+    """Return a file name that is not in ``taken``.
 
-    It consists of lower-case ASCII characters, so that every file system distinguishes it from the others.
+    It consists of lower-case ASCII characters, so that file systems which ignore case or accents distinguish it, too.
     """
     stem = re.sub(r"[^a-z0-9_.]", "_", name.lower())[:80]
     file = f"{stem}-{generation}.safetensors"
@@ -114,7 +114,7 @@ def _make_file_name(name: str, generation: int, taken: Collection[str]) -> str:
 
 
 class _TensorWriter:
-    """Writer of tensors to files; threads copy, hash and write, and one syncs."""
+    """Writer of tensors to files; several threads write, and one thread syncs."""
 
     def __enter__(self) -> _TensorWriter:
         self._entries: list[Entry] = []

@@ -635,14 +635,14 @@ def test_an_optimizer_whose_state_did_not_grow_is_stopped(options: dict[str, boo
     store.read(problem.query).values.sum().backward()
     before = store.keys.detach().clone()
     with pytest.raises(
-        softdb.GrowthError, match=r"exp_avg' to have 50 rows.*grown, got shape \(20, 8\); call store.reserve"
+        softdb.GrowthError, match=r"50 rows in its state 'exp_avg'.*grown, got shape \(20, 8\); call store.reserve"
     ):
         optimizer.step()
     assert (store.keys == before).all()
     store.load_state_dict(store_of(Problem.random(rows=12)).state_dict())
     store.read(problem.query).values.sum().backward()
     with pytest.raises(
-        softdb.GrowthError, match=r"exp_avg' to have 12 rows.*shrunk, got shape \(20, 8\); construct a new"
+        softdb.GrowthError, match=r"12 rows in its state 'exp_avg'.*shrunk, got shape \(20, 8\); construct a new"
     ):
         optimizer.step()
 

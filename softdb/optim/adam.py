@@ -35,7 +35,8 @@ class RowAdam(RowOptimizer):
     of rows at a time.
 
     The state of a slot of a store is reset if the slot has received a new row since the slot's last step, or
-    if `SoftKVStore.revive` has replaced the content of the row. State grows with the storage. Free slots are not updated.
+    if `SoftKVStore.revive` has replaced the content of the row. State grows with the storage. Free slots are not
+    updated.
 
     Weight decay is decoupled as in AdamW: it depends neither on the gradient nor on how often a row is read. A row's
     update first applies the decay of all steps since its last update, each with the ``lr`` and ``weight_decay`` of that

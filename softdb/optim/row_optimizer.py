@@ -184,8 +184,8 @@ class RowOptimizer(Optimizer):
             return {**given, "param_groups": groups, "state": others}
 
         # torch would cast every tensor to the Parameter's dtype, which rounds moments and counts. The pre-hook runs
-        # after all other pre-hooks, which may edit the dictionary. The post-hook runs before all other post-hooks, which
-        # may read the loaded state.
+        # after all other pre-hooks, which may edit the dictionary. The post-hook runs before all other post-hooks,
+        # which may read the loaded state.
         hooks = (
             self.register_load_state_dict_pre_hook(convert),
             self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True),

@@ -131,7 +131,7 @@ def test_rows_that_come_into_an_average_begin_with_zeros_and_a_warning() -> None
     assert len(average.module) == 6
     add(store, 1)
     average.update_parameters(store)
-    with pytest.warns(UserWarning, match=r"got 1 rows that were added to empty slots.*update_average"):
+    with pytest.warns(UserWarning, match=r"got 1 that started from zero.*update_average"):
         assert 6 in average.module
     torch.testing.assert_close(average.module.get([6]).keys, 0.1 * store.get([6]).keys)
 
@@ -567,7 +567,7 @@ def test_an_average_of_parameters_alone_may_begin_with_a_copy_of_other_rows(upda
     add(store, 1)
     update(average, store, 0.2)
     if update is average_state:  # The average follows the ids and clears deleted rows.
-        with pytest.warns(UserWarning, match="got 1 rows that were added to empty slots"):
+        with pytest.warns(UserWarning, match="got 1 that started from zero"):
             update(average, store, 0.2)
     else:
         with pytest.raises(ForeignWriteError, match=r"1 slots \(ids 8\)"):
@@ -579,7 +579,7 @@ def test_rows_that_come_into_an_average_of_parameters_alone_begin_with_zeros_and
     average = copy.deepcopy(store)
     add(store, 3)
     average_parameters(average, store, 0.3)
-    with pytest.warns(UserWarning, match=r"got 3 rows that were added to empty slots.*update_average"):
+    with pytest.warns(UserWarning, match=r"got 3 that started from zero.*update_average"):
         average_parameters(average, store, 0.3)
     average_parameters(average, store, 0.3)
 

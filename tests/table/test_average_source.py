@@ -110,7 +110,7 @@ def test_rows_in_slots_that_a_copy_left_empty_are_not_mixed() -> None:
     update(average, store, 0.3)
     store.add(normal(1, 4, seed=8), normal(1, 3, seed=9))
     update(average, store, 0.3)
-    with pytest.warns(UserWarning, match="got 1 rows that were added to empty slots"):
+    with pytest.warns(UserWarning, match="got 1 that started from zero"):
         list(average.parameters())
 
 

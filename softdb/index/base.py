@@ -150,7 +150,7 @@ class Base:
     def is_exact_at_full_width(self) -> bool:
         """Whether a search of all lists finds the k best rows.
 
-        If so, a search of more lists has a higher recall. It is False for quantized or projected vectors, which lose
+        If so, each additional list raises the recall. It is False for quantized or projected vectors, which lose
         information, and for graphs, in which some rows may not be reachable.
         """
         if not isinstance(get_core_index(self.index), faiss.IndexIVFFlat):

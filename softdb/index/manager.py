@@ -1,9 +1,9 @@
 """Find candidates for top-k reads.
 
-The index returns slots, not scores: a read computes its scores from the live rows, so an approximate or outdated FAISS
-index can miss a row, but cannot return a wrong one. The index is organized as a log-structured store. The *base
-index* is a FAISS index that contains each row as it was when it was merged. Rows that have changed since are hidden in
-the base index. They are *pending*: every search compares them exactly (see `upkeep`).
+The index returns slots, not scores: a read computes its scores from the live rows. An approximate or outdated FAISS
+index can therefore miss a row, but cannot cause a wrong score. The index is organized as a log-structured store. The
+*base index* is a FAISS index that contains each row as it was when it was merged. Rows that have changed since are
+hidden in the base index. They are *pending*: every search compares them exactly (see `upkeep`).
 
 The index is updated at the first search or refresh after a write, so all searches between two writes use the same
 index. Only the search width may change between them: the recall on recent queries is checked from time to time, at
@@ -272,7 +272,7 @@ class IndexManager:
     def has_stale_sample(self, keys: Tensor) -> bool:
         """Return whether sampled keys have been changed by unknown writes.
 
-        Unknown writes are not counted by torch's version counters, such as writes through ``.data``.
+        Unknown writes are those which torch's version counters do not count, such as writes through ``.data``.
         """
         return not self._is_broken and self._upkeep.has_stale_sample(keys.detach())
 

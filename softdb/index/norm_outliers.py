@@ -1,7 +1,7 @@
 """Find norm outliers: keys with large norms, which are searched exactly.
 
-Training makes some keys much longer than others. By dot product, such rows are among the best even for queries
-that are far from them, and a search of the lists nearest to the query does not find them.
+Training makes some keys much longer than others. By dot product, such rows are among the best even for queries that are
+far from them. A search of the lists nearest to a query may therefore not find them.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ class IndexUpkeep:
         self.error: str | None = None
         self.error_unreported = False
         self._failed_rows = 0  # number of rows when a build failed
-        # A bypassed base index is rebuilt when exact searches have cost as much as this number of builds. The number
-        # doubles with each bypass, and halves with each update without a bypass.
+        # A bypassed base index is rebuilt when exact searches have cost as much as `_rebuild_backoff` builds. Each bypass
+        # doubles this number, and each update without a bypass halves it.
         self.is_bypassed, self.bypassed_queries, self._rebuild_backoff = False, 0, 1
 
     @property

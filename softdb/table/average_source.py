@@ -14,7 +14,7 @@ from softdb.transforms import is_active
 
 __all__ = ["MixedRows", "SourceWatch", "Tensors"]
 
-# Maximum number of rows that one observation compares, and approximate number of rows from which it chooses them.
+# Maximum number of rows that one observation compares, and maximum number of rows from which it chooses them.
 SAMPLE_ROWS, INSPECTED_ROWS = 64, 1024
 # A step may deviate from the step of an average by this fraction of its length, plus rounding errors of this many times
 # the dtype's machine epsilon.
@@ -120,13 +120,13 @@ class SourceWatch:
         version = _Version.of(source)
         self._updated = None if version is None else version.generations  # at the last update
         self._sample: _Sample | None = None
-        self._changed: tuple[_Version, Tensor] | None = None  # changed slots
+        self._changed: tuple[_Version, Tensor] | None = None  # source version, slots changed since the update
 
     def restart(self, ids: Tensor, generation: Tensor) -> SourceWatch | None:
         """Return a watch for a copy into which rows have been loaded.
 
-        If the loaded rows are those of the source, changes are found from now on, otherwise from the next observation
-        on.
+        If the loaded rows are those of the source, changes of rows are recorded from now on. Otherwise they are
+        recorded from the next observation on.
         """
         source = self._live_source()
         if source is None:

@@ -36,12 +36,12 @@ def prepare_average(average: Table, model: Table, decay: float) -> Callable[[], 
         decay: The weight of the average so far.
 
     Returns:
-        A function that installs the new average in ``average``.
+        A function that replaces the rows of ``average`` by the new average.
 
     Raises:
         ArgumentError: The tables have different settings.
         ReadOnlyError: The rows of the average are memory-mapped files.
-        GrowthError: The storage of the average cannot be resized now.
+        GrowthError: The storage of ``average`` must be resized, which is not possible now.
     """
     for name in SHARED_SETTINGS:
         found, expected = getattr(average.config, name), getattr(model.config, name)

@@ -57,8 +57,9 @@ class EvictionClock:
 
         Ties go to the lowest slot. ``protected`` slots are not returned. At least ``count`` other rows must exist.
 
-        Most calls examine only the front of the queue. An entry is skipped if its slot has become free or has another
-        reading, since the row was deleted, used or replaced. All slots are scanned only when the queue is too short.
+        Most calls examine only the front of the queue, since new readings are higher than all queued ones. An entry is
+        skipped if its slot has become free or has another reading: the row was deleted, used or replaced. All slots are
+        scanned only when the queue is too short.
         """
         protected = protected.to(ids.device)
         chosen = self._take(readings, ids, count, protected)

@@ -142,7 +142,7 @@ class Journal:
         return True
 
     def commit(self, apply: Callable[[], None], outcome: Outcome) -> None:
-        """Apply a write, and once more from the start if it is interrupted.
+        """Apply a write; if it is interrupted, apply it once more from the start.
 
         Args:
             apply: The function that applies the write; running it again gives the same result.

@@ -55,7 +55,7 @@ class RowStorage(nn.Module):
         layout: Counter of changes to the table as a whole: rows were loaded, copied or averaged, tensors were converted
             or moved to another device, or an interrupted write was finished. Data derived before may be wrong.
         columns: Names of the saved buffers with an entry per slot, except ``ids``.
-        optional: Names of the columns that a loaded state may lack: clock readings and usage counters.
+        optional: Names of the columns of clock readings and usage counters, which a loaded state may lack.
         saved: Names of all saved buffers.
         watched: Names of the buffers from which other attributes are derived.
         recorded: Recorded versions of the tensors. All writes up to these versions have been processed.

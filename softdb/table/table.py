@@ -40,8 +40,8 @@ class FileRows:
 class Table:
     """Rows of a module: ``keys`` and ``values``, (capacity, width), and their storage.
 
-    The module owns both tensors, so that torch finds them. The table holds a weak reference to the module, so that it
-    does not keep an unused store alive.
+    The module owns both tensors, so that torch finds them. The table holds only a weak reference to the module, so that
+    an unused store is freed.
 
     Args:
         module: The module with the tensors ``keys`` and ``values``.
@@ -51,9 +51,9 @@ class Table:
 
     Attributes:
         journal: The write in progress, until it is applied.
-        files: Set if the rows are files of a snapshot; else None.
+        files: Marker of memory-mapped rows of a snapshot; None for rows in memory.
         has_warned_of_writes: Whether the store has warned about unreported writes to keys.
-        is_sharded: Whether FSDP2 has replaced the tensors by shards, which it gathers in a forward.
+        is_sharded: Whether FSDP2 has replaced the tensors by shards. It gathers them during a forward.
     """
 
     def __init__(self, module: nn.Module, rows: RowStorage, config: StoreConfig, open_reads: object) -> None:
@@ -64,7 +64,7 @@ class Table:
         self.attach(module)
 
     def attach(self, module: nn.Module) -> None:
-        """Use the tensors of ``module``, after the table was copied."""
+        """Use the tensors of ``module``; call it after a copy of the table is made."""
         self._module = weakref.ref(module)
 
     def __getstate__(self) -> dict[str, Any]:

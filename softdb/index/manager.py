@@ -272,7 +272,7 @@ class IndexManager:
     def has_stale_sample(self, keys: Tensor) -> bool:
         """Return whether sampled keys have been changed by unknown writes.
 
-        Unknown writes are those which torch's version counters do not count, such as writes through ``.data``.
+        torch's version counters do not count unknown writes, such as writes through ``.data``.
         """
         return not self._is_broken and self._upkeep.has_stale_sample(keys.detach())
 

@@ -101,8 +101,8 @@ class IndexUpkeep:
         self.error: str | None = None
         self.error_unreported = False
         self._failed_rows = 0  # number of rows when a build failed
-        # A bypassed base index is rebuilt when exact searches have cost as much as `_rebuild_backoff` builds. Each bypass
-        # doubles this number, and each update without a bypass halves it.
+        # A bypassed base index is rebuilt when exact searches have cost as much as `_rebuild_backoff` builds. Each
+        # bypass doubles this number, and each update without a bypass halves it.
         self.is_bypassed, self.bypassed_queries, self._rebuild_backoff = False, 0, 1
 
     @property
@@ -224,7 +224,7 @@ class IndexUpkeep:
     # -- merges ----------------------------------------------------------------------------------------------
 
     def _build_or_merge_pending(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
-        """Build the base index or merge pending rows if due; with ``now``, always merge."""
+        """Build the base index or merge pending rows, if due or if ``now`` is True."""
         base = self.base
         min_rows = max(2 * self._failed_rows, self.min_rows)
         if self.config.factory == "Flat" or (base is None and len(rows) < min_rows):

@@ -94,7 +94,10 @@ class Entry(NamedTuple):
 
 
 def is_name(name: str) -> bool:
-    """Return whether ``name`` is a valid name of a tensor: identifiers and dots."""
+    """Return whether ``name`` consists of identifiers separated by dots.
+
+    The name of a tensor becomes part of a file name.
+    """
     return all(part.isidentifier() for part in name.split("."))
 
 

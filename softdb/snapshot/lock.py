@@ -76,7 +76,7 @@ def lock_directory(path: str | os.PathLike[str], timeout: float) -> Iterator[Pat
     directory.mkdir(exist_ok=True)  # Another process may create it at the same time.
     if not (directory / MANIFEST).exists():
         # The process that created the directory may not have synced its name to the disk. Without permission to read
-        # the parent directory, this process cannot do so.
+        # the parent directory, this process cannot sync it.
         with suppress(PermissionError):
             sync_directory(directory.parent)
     with _hold_lock(directory, seconds):

@@ -37,8 +37,8 @@ class RowAdagrad(RowOptimizer):
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
         initial_accumulator_value: Initial value of a, at least 0.
         maximize: Whether to maximize the objective: g is negated.
-        foreach, fused: Accepted, without effect: they choose an implementation in torch. At most one may be True.
-        differentiable: Accepted if False.
+        foreach, fused: Without effect, since they choose an implementation in torch. At most one may be True.
+        differentiable: Must be False.
 
     Memory: one number per row, in the Parameter's dtype but at least float32; for a store 16 more bytes per row; with
     weight decay 8 more bytes per row.

@@ -56,19 +56,19 @@ class RowAdam(RowOptimizer):
     In a process group of `torch.distributed` the seed is the Parameter's index in the optimizer, so replicas stay
     equal.
 
-    It replaces `torch.optim.AdamW` for a whole model: it accepts the same arguments, and dense Parameters are updated
-    as AdamW updates them, except that ``eps`` is not bias-corrected.
+    The optimizer can replace `torch.optim.AdamW` for a whole model. It accepts the same arguments, and updates dense
+    Parameters in the same way, except that ``eps`` is not bias-corrected.
 
     Args:
         params: Parameters, named Parameters, or parameter groups with their own options, as for any optimizer.
-        lr: Learning rate, at least 0. A tensor may be changed in place by a schedule.
+        lr: Learning rate, at least 0. If it is a tensor, a schedule may change it in place.
         betas: Coefficients of the running averages of g and g², each in [0, 1).
         eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
         amsgrad: Whether the denominator is the largest v of the row so far.
         maximize: Whether to maximize the objective: g is negated.
-        foreach, fused: Accepted, without effect: they choose an implementation in torch. At most one may be True.
-        capturable, differentiable: Accepted if False.
+        foreach, fused: Without effect, since they choose an implementation in torch. At most one may be True.
+        capturable, differentiable: Must be False.
 
     Memory: two numbers for each number of the Parameter, three with ``amsgrad``, in its dtype but at least float32; for
     a store 16 more bytes per row; with weight decay 8 more bytes per row.

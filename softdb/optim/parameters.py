@@ -16,10 +16,11 @@ def row_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     They are ``keys`` and ``values`` of each trainable `softdb.SoftKVStore`, the values of each
     `softdb.layers.ProductKeyMemory`, and the weight of each ``nn.Embedding(sparse=True)`` and
-    ``nn.EmbeddingBag(sparse=True)``. With `other_parameters` they are a partition of ``model.parameters()``: each
-    Parameter is yielded once, by one of them.
+    ``nn.EmbeddingBag(sparse=True)``. Each Parameter of the model is yielded once, by either this function or
+    `other_parameters`.
 
-    Use them for options of their own, since weight decay and small learning rates rarely suit rows.
+    Use both functions to give rows other options than the rest of the model: weight decay and small learning rates
+    rarely suit rows.
 
     Example:
         >>> import torch

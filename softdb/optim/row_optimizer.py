@@ -33,8 +33,8 @@ from softdb.table.storage import RowStorage
 
 __all__ = ["RowOptimizer"]
 
-# Options of torch's optimizers that are accepted if False only, and the reason. ``foreach`` and ``fused`` choose an
-# implementation in torch, and have no effect here.
+# Options of torch's optimizers that must be False here, and the reasons. Two other options, ``foreach`` and ``fused``,
+# choose an implementation in torch. They have no effect here.
 UNSUPPORTED_OPTIONS = {
     "capturable": "the step of a row optimizer cannot be captured in a CUDA graph",
     "differentiable": "autograd does not run through the step of a row optimizer",
@@ -49,7 +49,7 @@ class RowOptimizer(Optimizer):
 
     Attributes:
         block_sizes: Block sizes of a step.
-        optional_moments: Names of moments that exist with some options only.
+        optional_moments: Names of the moments that exist only with some options.
     """
 
     block_sizes = BlockSizes()

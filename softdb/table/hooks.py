@@ -40,8 +40,8 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Handles of the hooks that keep the gradients of Parameters coalesced.
 _coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Whether the optimizer hooks are registered, which happens with the first trainable table. The hooks are needed because
-# fused optimizers do not increment version counters.
+# Whether the optimizer hooks are registered, which happens with the first trainable table or marked Parameter. The hooks
+# are needed because fused optimizers do not increment version counters.
 _hooked = False
 
 # Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
@@ -80,7 +80,7 @@ def table_of(parameter: Tensor) -> RowStorage | None:
 
 
 def mark_rows(parameter: Tensor) -> None:
-    """Mark a Parameter as a table of rows that no store owns."""
+    """Mark a Parameter, which no store owns, as a table of rows."""
     parameter._holds_rows = True  # type: ignore[attr-defined]
     _register_step_hooks()
 
@@ -216,10 +216,9 @@ def _updates_only_named_rows(optimizer: torch.optim.Optimizer, group: dict[str, 
 
 
 def _check_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Raise if a step of an optimizer of torch fails for a gradient of rows.
+    """Raise if a step of a torch optimizer would fail for a gradient of rows.
 
-    The error comes before the step, so nothing has changed, and names the remedy. Optimizers of other packages are not
-    checked.
+    The error is raised before the step, so nothing has changed. Optimizers of other packages are not checked.
 
     Raises:
         ArgumentError: The optimizer does not accept the layout of a gradient.

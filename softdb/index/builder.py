@@ -55,7 +55,7 @@ MAX_POINTS_PER_CENTROID, TRAINING_ROUNDS = 64, 10
 
 @dataclass
 class BuildPlan:
-    """Inputs of a build, so that rows may change while it runs.
+    """Inputs of a build, collected before it, so that rows may change while it runs.
 
     Attributes:
         version: Version of the rows.

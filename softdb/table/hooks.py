@@ -40,8 +40,8 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Handles of the hooks that keep the gradients of Parameters coalesced.
 _coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Whether the optimizer hooks are registered, which happens with the first trainable table or marked Parameter. The hooks
-# are needed because fused optimizers do not increment version counters.
+# Whether the optimizer hooks are registered, which happens with the first trainable table or marked Parameter. The
+# hooks are needed because fused optimizers do not increment version counters.
 _hooked = False
 
 # Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
@@ -234,7 +234,7 @@ def _check_layouts(optimizer: torch.optim.Optimizer) -> None:
             is_sparse = gradient.layout == torch.sparse_coo
             if kind is torch.optim.SparseAdam and not is_sparse:
                 raise ArgumentError(
-                    "optimizer: expected one that accepts dense gradients, which this read gives to the rows, got "
+                    "optimizer: expected one that accepts dense gradients, since those of the rows are dense, got "
                     "SparseAdam; use softdb.optim.RowAdam, which accepts dense and row-sparse gradients"
                 )
             if is_sparse and not _accepts_sparse(kind, group):

@@ -37,8 +37,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             ``AveragedModel``, whose ``update_parameters`` must not be called in addition. If rows are in half
             precision, convert it with ``average.float()``; otherwise updates below half a unit in the last place are
             lost.
-        model: The model to average. Like ``average``, it may be wrapped by DistributedDataParallel, ``AveragedModel`` or
-            torch.compile.
+        model: The model to average. Like ``average``, it may be wrapped by DistributedDataParallel, ``AveragedModel``
+            or torch.compile.
         decay: Factor of the old average, from 0 to 1.
 
     Raises:

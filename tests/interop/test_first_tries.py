@@ -221,7 +221,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, RowAdam], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_a_learning_rate_schedule(name: str, kind: Any) -> None:
-    model = Model()
+    model = Model(sparse_grad=kind is RowAdam)
     optimizer = kind(model.parameters(), lr=0.01)
     schedule, first = SCHEDULES[name](optimizer), evaluate(model)
     for _ in range(12):
@@ -255,8 +255,9 @@ def test_parameter_groups_without_weight_decay_for_rows() -> None:
     assert_trained(model, *train(model, torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)))
 
 
-def test_frozen_rows_train_the_rest() -> None:
-    model = Model()
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_frozen_rows_train_the_rest(sparse_grad: bool) -> None:
+    model = Model(sparse_grad=sparse_grad)
     for parameter in row_parameters(model):
         parameter.requires_grad_(False)
     before = [parameter.clone() for parameter in row_parameters(model)]
@@ -265,16 +266,17 @@ def test_frozen_rows_train_the_rest() -> None:
     assert all(torch.equal(now, old) for now, old in zip(row_parameters(model), before, strict=True))
 
 
-def test_copies_train_independently() -> None:
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_copies_train_independently(sparse_grad: bool) -> None:
+    model = Model(sparse_grad=sparse_grad)
+    optimizer = RowAdam(model.parameters(), lr=0.01)
     train(model, optimizer, 2)
     copied = copy.deepcopy(model)
     assert torch.equal(copied(X), model(X))
     before = copied(X)
     train(model, optimizer, 2)
     assert torch.equal(copied(X), before)
-    train(copied, torch.optim.AdamW(copied.parameters(), lr=0.01), 2)
+    train(copied, RowAdam(copied.parameters(), lr=0.01), 2)
 
 
 @pytest.mark.slow
@@ -396,3 +398,17 @@ def test_accelerate_prepares_clips_and_resumes(tmp_path: Path) -> None:
     accelerator.load_state(str(tmp_path))
     assert run(1) == pytest.approx(wanted, rel=1e-4)
     assert_trained(accelerator.unwrap_model(model), first, wanted)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_line_for_each_optimizer() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    table = page.split("## What people try first")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) >= 40
+    sparse = {line[0]: line[2] for line in lines}
+    assert set(OPTIMIZERS) <= set(sparse)
+    assert {name for name in OPTIMIZERS if sparse[name] == "works"} == ACCEPT_SPARSE
+    assert {name for name in OPTIMIZERS if sparse[name] == "error"} == set(OPTIMIZERS) - ACCEPT_SPARSE - {"LBFGS"}

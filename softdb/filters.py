@@ -200,12 +200,29 @@ class Selection:
         """Return a selection that also hides every slot that is not in ``slots``."""
         return replace(self, visited=slots if self.shared is None else slots[self.shared[slots]])
 
+    def hide(self, visible: Tensor) -> Selection:  # broadcastable to (G, B, size)
+        """Return a selection that also hides rows.
+
+        Args:
+            visible: False for rows to hide; a bool tensor of 3 dimensions.
+        """
+        if visible.shape[:-1] != (1, 1) or self.mask is not None:
+            return replace(self, mask=visible if self.mask is None else self.mask & visible)
+        shared = visible[0, 0].expand(self.size)
+        shared = shared if self.shared is None else self.shared & shared
+        if self.visited is not None:
+            return replace(self, shared=shared, visited=self.visited[shared[self.visited]])
+        return _visit_few(replace(self, shared=shared))
+
     def is_visible(self, slots: Tensor) -> Tensor:  # (B, c) -> (B, c)
         """Return which candidates each query may see; False for padding (-1).
 
-        ``mask`` is not evaluated: selections with candidates have none.
+        A ``mask`` must be that of one group.
         """
         allowed = slots >= 0
+        if self.mask is not None and allowed.numel():
+            mask = self.mask.flatten(0, -2).expand(len(slots), self.size)
+            allowed &= mask.gather(1, slots.clamp(min=0))
         if self.shared is not None:
             allowed &= self.shared[slots.clamp(min=0)]
         if self.rule is not None:
@@ -254,10 +271,17 @@ def select(
     if excluded is not None and excluded.shape[1] == 0:
         excluded = None
     selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
-    if shared is not None and 2 * selection.shared_count <= rows.used:
-        # If most rows are hidden, gathering the visible rows is cheaper than scoring all rows.
-        return replace(selection, visited=shared.nonzero().squeeze(-1))
-    return selection
+    return _visit_few(selection)
+
+
+def _visit_few(selection: Selection) -> Selection:
+    """Restrict passes to the visible rows if that is cheaper.
+
+    If most rows are hidden, gathering the visible rows is cheaper than scoring all rows.
+    """
+    if selection.shared is None or 2 * selection.shared_count > selection.size:
+        return selection
+    return replace(selection, visited=selection.shared.nonzero().squeeze(-1))
 
 
 def find_ids(rows: RowStorage, where: Where) -> Tensor:  # -> (m,) int64, on the CPU

@@ -30,12 +30,14 @@ from softdb.errors import (
     TransformError,
 )
 from softdb.filters import Selection
+from softdb.kernels.bias import ScoreBias
 from softdb.kernels.gather import score_rows, weighted_sum
 from softdb.kernels.hidden import zero_hidden_keys
 from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumerate_queries
 from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
 from softdb.reading.batches import BatchFold
+from softdb.reading.bias import check_mask_type, split_mask
 from softdb.reading.classes import class_weights
 from softdb.reading.exact import read_exactly
 from softdb.reading.result import (
@@ -97,7 +99,7 @@ def soft_read(
     Equal to::
 
         scores = query @ keys.mT / sqrt(d) / temperature          # for the metric "scaled_dot"
-        values = softmax(scores.masked_fill(~mask, -inf)) @ values
+        values = softmax(scores.masked_fill(~mask, -inf)) @ values            # or softmax(scores + mask), if floating
 
     without allocating the (B, N) scores and weights: forward and backward hold a few megabytes of them at a time. A
     query that may see no row gets zeros instead of NaN. The result includes the log-sum-exp. Gradients reach every
@@ -108,7 +110,9 @@ def soft_read(
     samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
 
     Batch dimensions broadcast: pass the tensors of a multi-head layer as (batch, heads, n, d), and keys that all heads
-    share as (batch, 1, n, d).
+    share as (batch, 1, n, d). For grouped-query heads, as ``enable_gqa`` of
+    `torch.nn.functional.scaled_dot_product_attention` has them, give the query one more dimension: (batch, kv_heads,
+    group, n, d) and (batch, kv_heads, 1, n, d). The rows are not copied, and the queries of a group are read at once.
 
     Args:
         query: Queries, (*batch, B, d), floating point.
@@ -116,8 +120,10 @@ def soft_read(
         values: Values of the rows, (*batch, N, dv).
         metric: "dot", "scaled_dot", "cosine" or "l2"; see `softdb.scoring.metrics`.
         temperature: Divisor of the scores: a number above 0, or a tensor broadcastable to (*batch, B).
-        mask: True where a query may see a row, bool, broadcastable to (*batch, B, N). A row that no query may see has
-            no effect, even if it holds NaN or infinity.
+        mask: Broadcastable to (*batch, B, N). Bool: True where a query may see a row. Floating point: numbers that are
+            added to the scores after the division by the temperature, -inf where a query may not see a row; it gets a
+            gradient, and is not supported with sparse normalizers. A row that no query may see has no effect, even if
+            it holds NaN or infinity.
         k: Number of best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
         normalizer: Function from scores to weights; see `softdb.scoring.normalizers`:
 
@@ -144,6 +150,13 @@ def soft_read(
         >>> causal = torch.ones(10, 10, dtype=torch.bool).tril()
         >>> soft_read(heads, heads, heads, mask=causal).values.shape
         torch.Size([2, 4, 10, 8])
+        >>> distance = -torch.arange(10.0).unsqueeze(1).sub(torch.arange(10.0)).abs()   # prefers rows that are near
+        >>> soft_read(heads, heads, heads, mask=distance.masked_fill(~causal, -torch.inf)).values.shape
+        torch.Size([2, 4, 10, 8])
+        >>> query = torch.randn(2, 12, 10, 8)                         # 12 query heads, 4 heads of keys and values
+        >>> grouped = query.unflatten(-3, (4, -1))                    # (2, 4, 3, 10, 8)
+        >>> soft_read(grouped, heads.unsqueeze(-3), heads.unsqueeze(-3)).values.flatten(-4, -3).shape
+        torch.Size([2, 12, 10, 8])
     """
     if torch.compiler.is_dynamo_compiling() or is_traced(query):
         options: dict[str, Any] = {"metric": metric, "k": k, "normalizer": normalizer, "generator": generator}
@@ -156,12 +169,11 @@ def soft_read(
         with suspend_transforms():
             return soft_read(query, keys, values, temperature=temperature, mask=mask, **options)
     if is_forward_mode():
-        check_no_tangent(query, keys, values, temperature)
+        check_no_tangent(query, keys, values, temperature, mask)
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
-    if mask is not None:
-        _check_mask(mask, (*batch, query.shape[-2], keys.shape[-2]), query.device)
+    numbers, visible = split_mask(mask, normalizer, (*batch, query.shape[-2], keys.shape[-2]), query.device)
     tiling = Tiling.for_device(query.device)
     narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
     with disable_autocast(query.device):
@@ -169,9 +181,10 @@ def soft_read(
         center = compute_center(query, metric)
         operand = prepare_query(query, metric, temperature, center, dtype)
         fold = BatchFold(batch, query.shape[-2], keys, values)
-        selection = Selection(keys.shape[-2], mask=None if mask is None else fold.fold_mask(mask))
+        selection = Selection(keys.shape[-2], mask=None if visible is None else fold.fold_mask(visible))
+        bias = None if numbers is None else ScoreBias(fold.fold_mask(numbers).to(dtype))
         noise = draw_noise(normalizer, generator)
-        spec = ReadSpec(metric, center, selection, dtype, bf16_matmul=narrow, noise=noise, tiling=tiling)
+        spec = ReadSpec(metric, center, selection, dtype, bf16_matmul=narrow, noise=noise, bias=bias, tiling=tiling)
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
         if not selection.is_never_empty:
@@ -181,7 +194,7 @@ def soft_read(
         except NonFiniteError:
             check_finite("query", query)  # its message is more precise than that of the scores
             check_finite(
-                "keys", keys if mask is None else zero_hidden_keys(tables.keys, spec, fold.groups, queries_per_group)
+                "keys", keys if visible is None else zero_hidden_keys(tables.keys, spec, fold.groups, queries_per_group)
             )
             raise
     if not is_finite(read.values):
@@ -308,8 +321,8 @@ def _soft_read_under_transform(
     """Run `soft_read` on tensors that a transform of torch.func wraps."""
     check_normalizer(options["normalizer"], options["generator"])
     _check_tables(query, keys, values)
-    if mask is not None and not isinstance(mask, Tensor):
-        raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
+    if mask is not None:
+        check_mask_type(mask, options["normalizer"])
     divisor = temperature if isinstance(temperature, Tensor) else None
 
     def run(operands: Operands, needs_grad: list[bool]) -> Answer:
@@ -486,15 +499,6 @@ def _broadcast_batch(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, 
             "query, keys, values: expected leading dimensions that broadcast, got "
             + ", ".join(str(tuple(shape)) for shape in shapes)
         ) from None
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise DtypeError(f"mask: expected a bool tensor, True where a row may be seen, got {describe(mask)}")
-    if mask.device != device:
-        raise DeviceError(f"mask: expected a tensor on {device}, got one on {mask.device}; move it with .to()")
-    if not is_broadcastable(mask.shape, shape):
-        raise ShapeError(f"mask: expected a shape broadcastable to {shape}, got {tuple(mask.shape)}")
 
 
 def _check_candidates(candidates: Tensor, shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:

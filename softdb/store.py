@@ -676,6 +676,7 @@ class SoftKVStore(StoreModule):
         tail_samples: int = 0,
         tolerance: float | None = None,
         generator: torch.Generator | None = None,
+        bias: Tensor | None = None,  # (n,), or broadcastable to (..., n)
     ) -> Read:
         """Answer a batch of queries with weighted sums of values.
 
@@ -749,6 +750,12 @@ class SoftKVStore(StoreModule):
                 read exactly.
             generator: Generator for the noise of "gumbel" and for the sample. If None, the default generator of torch.
                 In eval mode "gumbel" draws no numbers and leaves the generator unchanged.
+            bias: Numbers that are added to the scores after the division by the temperature, in the order of
+                ``store.ids``: a floating-point tensor (n,), or broadcastable to (..., n), which gets a gradient. -inf
+                hides the row, as a filter does. ``scores``, ``lse`` and ``mass`` include the bias, and the best rows
+                are those with the largest sums. A topk read searches exactly. Not supported with ``tail_samples``,
+                ``tolerance`` and sparse normalizers. A bias that differs by query takes memory for (B, n) numbers, and
+                so does its gradient; a bias (n,) does not.
 
         Returns:
             A `Read`.
@@ -758,7 +765,7 @@ class SoftKVStore(StoreModule):
             ShapeError: A tensor has the wrong shape.
             DtypeError: An argument has the wrong type.
             DeviceError: A tensor is not on the device of the store.
-            NonFiniteError: A query is NaN or infinite somewhere.
+            NonFiniteError: A query is NaN or infinite somewhere, or a bias is NaN or +inf.
             UnknownIdError: ``where`` has an id that is not in the store.
             StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
                 read. Appending rows is allowed.
@@ -781,8 +788,12 @@ class SoftKVStore(StoreModule):
             >>> read = store.read(torch.tensor([9.0, 0.0]), mode="topk", k=1, where=torch.tensor([1]))  # ids
             >>> read.ids, read.values
             (tensor([1]), tensor([20.]))
+            >>> prior = torch.tensor([0.25, 0.75]).log()
+            >>> store.read(torch.zeros(2), bias=prior).values  # 0.25 * 10 + 0.75 * 20
+            tensor([17.5000])
         """
-        return read(self, query, mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
+        sampling = tail_samples, tolerance, generator
+        return read(self, query, mode, k, where, exclude, temperature, normalizer, *sampling, bias)
 
     @without_transforms
     @torch.no_grad()

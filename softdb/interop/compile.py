@@ -110,7 +110,7 @@ class _PendingRead:
 
     Attributes:
         read: The read.
-        inputs: Query, keys, values and temperature in the eager graph; empty if no gradient is needed.
+        inputs: Query, keys, values, temperature and bias in the eager graph; empty if no gradient is needed.
         reported: Slots and weights to count.
     """
 
@@ -124,7 +124,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     if is_active():  # Dynamo traces transforms itself, and the operator has no rule for them.
         return _read_eagerly(store, query, **options)
     mode, k, normalizer = options["mode"], options["k"], options["normalizer"]
-    where, exclude, temperature = options["where"], options["exclude"], options["temperature"]
+    where, exclude, temperature, bias = options["where"], options["exclude"], options["temperature"], options["bias"]
     if not store.training:
         normalizer = get_eval_normalizer(normalizer)
     chosen = store.temperature if temperature is None else temperature
@@ -137,6 +137,7 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
         and (k is None or (isinstance(k, int) and not isinstance(k, bool)))
         and (where is None or (not callable(where) and isinstance(where, Tensor)))  # torch 2.6 traces callable() only
         and (exclude is None or isinstance(exclude, Tensor))
+        and (bias is None or isinstance(bias, Tensor))
         and isinstance(chosen, (int, float, Tensor))
         and not isinstance(chosen, bool)
         and options["tail_samples"] == 0
@@ -153,14 +154,15 @@ def read_in_graph(store: Store, query: Tensor, **options: Any) -> Read:
     # Torch may remove or merge an operator that mutates nothing, so a separate, mutating operator counts.
     counts = store.rows.counts_reads and not is_exporting()
     keys, values = store.keys, store.values
-    wanted = [False] * 4
+    wanted = [False] * 5
     if torch.is_grad_enabled():
-        wanted = [tensor is not None and tensor.requires_grad for tensor in (query, keys, values, divisor)]
+        wanted = [tensor is not None and tensor.requires_grad for tensor in (query, keys, values, divisor, bias)]
     answer, ids, weights, scores, lse, mass, ticket = torch.ops.softdb.read.default(
         query,
         keys,
         values,
         divisor,
+        bias,
         where,
         exclude,
         store._handle,
@@ -192,15 +194,16 @@ def _read_eagerly(store: Store, query: Tensor, **options: Any) -> Read:
 @torch.library.custom_op(
     "softdb::read",
     mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor values, Tensor? temperature, Tensor? where, Tensor? exclude, "
-    "Tensor handle, str mode, SymInt? k, Tensor? number, str normalizer, ScalarType answer, bool[] wanted, "
-    "bool sparse, bool counting=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor? temperature, Tensor? bias, Tensor? where, "
+    "Tensor? exclude, Tensor handle, str mode, SymInt? k, Tensor? number, str normalizer, ScalarType answer, "
+    "bool[] wanted, bool sparse, bool counting=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read(
     query: Tensor,  # (..., key_dim)
     keys: Tensor,  # (capacity, key_dim)
     values: Tensor,  # (capacity, value_dim)
     temperature: Tensor | None,
+    bias: Tensor | None,
     where: Tensor | None,
     exclude: Tensor | None,
     handle: Tensor,  # () int64
@@ -215,7 +218,7 @@ def _read(
 ) -> Outputs:
     """Run the eager read.
 
-    Which gradients of query, keys, values and temperature are needed is known only while the graph is traced;
+    Which gradients of query, keys, values, temperature and bias are needed is known only while the graph is traced;
     ``wanted`` stores it.
     """
     store = _find_store(handle)
@@ -233,7 +236,8 @@ def _read(
     reported: list[tuple[Tensor, Tensor]] = []
     if not any(wanted):
         with torch.no_grad(), _restore_autocast(query, answer), defer_counting(None if counting else reported):
-            read = store.read(query, temperature=divisor if temperature is None else temperature, **options)
+            chosen = divisor if temperature is None else temperature
+            read = store.read(query, temperature=chosen, bias=bias, **options)
         return _to_outputs(
             read, query, _make_ticket(_PendingRead(read, (), tuple(reported))) if reported else _make_ticket(None)
         )
@@ -241,9 +245,11 @@ def _read(
     # Copies, because the graph may reuse the memory of its own tensors.
     own_query = query.detach().clone().requires_grad_(wanted[0])
     own_temperature = None if temperature is None else temperature.detach().clone().requires_grad_(wanted[3])
+    own_bias = None if bias is None else bias.detach().clone().requires_grad_(wanted[4])
     with _enable_autograd(), _restore_autocast(query, answer), defer_counting(None if counting else reported):
-        read = store.read(own_query, temperature=divisor if own_temperature is None else own_temperature, **options)
-    inputs = (own_query, store.keys, store.values, own_temperature)
+        chosen = divisor if own_temperature is None else own_temperature
+        read = store.read(own_query, temperature=chosen, bias=own_bias, **options)
+    inputs = (own_query, store.keys, store.values, own_temperature, own_bias)
     return _to_outputs(read, query, _make_ticket(_PendingRead(read, inputs, tuple(reported))))
 
 
@@ -264,6 +270,7 @@ def _(
     keys: Tensor,
     values: Tensor,
     temperature: Tensor | None,
+    bias: Tensor | None,
     where: Tensor | None,
     exclude: Tensor | None,
     handle: Tensor,
@@ -311,9 +318,9 @@ def _(handle: Tensor, ticket: Tensor) -> None:
 torch.library.define(
     "softdb::read_backward",
     "(Tensor ticket, Tensor? values, Tensor? weights, Tensor? scores, Tensor? lse, Tensor? mass, "
-    "Tensor? temperature, SymInt[] query_shape, ScalarType query_dtype, SymInt[] keys_shape, ScalarType keys_dtype, "
-    "SymInt[] values_shape, ScalarType values_dtype, Device device, bool[] wanted, bool sparse) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? temperature, Tensor? bias, SymInt[] query_shape, ScalarType query_dtype, SymInt[] keys_shape, "
+    "ScalarType keys_dtype, SymInt[] values_shape, ScalarType values_dtype, Device device, bool[] wanted, bool sparse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -327,6 +334,7 @@ def _read_backward(
     lse: Tensor | None,
     mass: Tensor | None,
     temperature: Tensor | None,
+    bias: Tensor | None,
     query_shape: Sequence[int],
     query_dtype: torch.dtype,
     keys_shape: Sequence[int],
@@ -336,8 +344,8 @@ def _read_backward(
     device: torch.device,
     wanted: Sequence[bool],
     sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of query, keys, values and temperature."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of query, keys, values, temperature and bias."""
     kept = _pending_reads.get(int(ticket))
     if kept is None:
         raise StaleReadError(
@@ -355,7 +363,7 @@ def _read_backward(
             # Backward may be repeated, so the graph is kept until the ticket is freed.
             found = list(torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True))
     results = iter(zip(leaves, found, strict=True))
-    layouts = (False, sparse, sparse, False)
+    layouts = (False, sparse, sparse, False, False)
     return tuple(  # type: ignore[return-value]
         _convert_layout(*next(results), rows) if want else torch.empty(0, device=device)
         for want, rows in zip(wanted, layouts, strict=True)
@@ -370,6 +378,7 @@ def _fake_read_backward(
     lse: Tensor | None,
     mass: Tensor | None,
     temperature: Tensor | None,
+    bias: Tensor | None,
     query_shape: Sequence[int],
     query_dtype: torch.dtype,
     keys_shape: Sequence[int],
@@ -379,7 +388,7 @@ def _fake_read_backward(
     device: torch.device,
     wanted: Sequence[bool],
     sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = torch.sparse_coo if sparse else torch.strided
     made = (
         (query_shape, query_dtype, torch.strided),
@@ -390,8 +399,10 @@ def _fake_read_backward(
         torch.empty(shape, dtype=dtype, device=device, layout=layout) if want else torch.empty(0, device=device)
         for (shape, dtype, layout), want in zip(made, wanted[:3], strict=True)
     ]
-    divisor = temperature if temperature is not None and wanted[3] else torch.empty(0, device=device)
-    return results[0], results[1], results[2], torch.empty_like(divisor, memory_format=torch.contiguous_format)
+    for tensor, want in zip((temperature, bias), wanted[3:], strict=True):
+        like = tensor if tensor is not None and want else torch.empty(0, device=device)
+        results.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return tuple(results)  # type: ignore[return-value]
 
 
 torch.library.register_fake("softdb::read_backward", _fake_read_backward)
@@ -399,23 +410,23 @@ torch.library.register_autograd("softdb::read_backward", refuse_second_derivativ
 
 
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    query, keys, values, temperature = inputs[:4]
-    mode, k, ctx.wanted, ctx.sparse = inputs[7], inputs[8], inputs[12], inputs[13]
+    query, keys, values, temperature, bias = inputs[:5]
+    mode, k, ctx.wanted, ctx.sparse = inputs[8], inputs[9], inputs[13], inputs[14]
     ctx.reads = count_read_in_graph(keys)
     ctx.shapes = [part for table in (query, keys, values) for part in (table.shape, table.dtype)]
     ctx.device = query.device
-    ctx.save_for_backward(output[-1], temperature)
+    ctx.save_for_backward(output[-1], temperature, bias)
     ctx.set_materialize_grads(False)
     if mode != "exact" or k is None:
         ctx.mark_non_differentiable(output[5])
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    ticket, temperature = ctx.saved_tensors
+    ticket, temperature, bias = ctx.saved_tensors
     values, _, weights, scores, lse, mass, _ = grads
     sparse = ctx.sparse and ctx.reads.count == 1
     results = torch.ops.softdb.read_backward.default(
-        ticket, values, weights, scores, lse, mass, temperature, *ctx.shapes, ctx.device, ctx.wanted, sparse
+        ticket, values, weights, scores, lse, mass, temperature, bias, *ctx.shapes, ctx.device, ctx.wanted, sparse
     )
     return *(result if want else None for result, want in zip(results, ctx.wanted, strict=True)), *[None] * 11
 

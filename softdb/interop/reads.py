@@ -32,6 +32,7 @@ def read(
     tail_samples: int,
     tolerance: float | None,
     generator: torch.Generator | None,
+    bias: Tensor | None,
 ) -> Read:
     """Run ``store.read`` eagerly, as an operator of a graph, or under transforms."""
     keys = store.keys
@@ -57,10 +58,11 @@ def read(
             tail_samples=tail_samples,
             tolerance=tolerance,
             generator=generator,
+            bias=bias,
         )
     if is_forward_mode():
-        check_no_tangent(query, keys, store.values, temperature)
-    options = ReadOptions(mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator)
+        check_no_tangent(query, keys, store.values, temperature, bias)
+    options = ReadOptions(mode, k, where, exclude, temperature, normalizer, tail_samples, tolerance, generator, bias)
     recompute_pruned(store)
     answer: Read = store._reader.run(query, options)
     return answer

@@ -26,6 +26,9 @@ WRAPPED_MESSAGE = (
     "transform; pass where or exclude as a tensor"
 )
 
+# Options of a read that may be tensors, in the order of the operands after query, keys and values.
+TENSOR_OPTIONS = ("temperature", "where", "exclude", "bias")
+
 
 def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     """Run ``store.read(query, **options)`` while a transform of torch.func is active."""
@@ -45,8 +48,8 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
     random = "batch" if options["tail_samples"] or options["tolerance"] is not None else ""
     if is_random(normalizer) and store.training:
         random = "queries"
-    names = [name for name in ("temperature", "where", "exclude") if isinstance(options[name], Tensor)]
-    given = [options[name] if name in names else None for name in ("temperature", "where", "exclude")]
+    names = [name for name in TENSOR_OPTIONS if isinstance(options[name], Tensor)]
+    given = [options[name] if name in names else None for name in TENSOR_OPTIONS]
     if not random and not is_wrapped(query, keys, values, *given):
         with suspend_transforms():
             plain: Read = store.read(query, **options)
@@ -57,7 +60,7 @@ def read_under_transform(store: Any, query: Tensor, **options: Any) -> Read:
         needs_grad = [want and (is_replaced or place not in (1, 2)) for place, want in enumerate(wanted)]
         own = make_leaves(operands, needs_grad)
         own_query, own_keys, own_values, *rest = cast("list[Tensor]", own)
-        arguments = dict(zip(("temperature", "where", "exclude"), rest, strict=False))
+        arguments = dict(zip(TENSOR_OPTIONS, rest, strict=False))
         chosen = options | {name: arguments[name] for name in names}
         if not is_replaced:
             recompute_pruned(store)
@@ -75,7 +78,7 @@ def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands
 
     It is not possible if samples have their own keys, values or ``where``.
     """
-    query, keys, values, temperature, where, exclude, salt = operands
+    query, keys, values, temperature, where, exclude, bias, salt = operands
     if query is None or batched[1] or batched[2] or batched[4]:
         return None
     leading = query.dim() - 1 - batched[0]
@@ -85,7 +88,9 @@ def fold_queries(operands: Operands, batched: list[bool], size: int) -> Operands
         temperature = temperature.reshape(size, *[1] * (leading + 1 - temperature.dim()), *temperature.shape[1:])
     if exclude is not None and not batched[5]:
         exclude = exclude.unsqueeze(0).expand(size, *exclude.shape)
-    return [query, keys, values, temperature, where, exclude, salt]
+    if bias is not None and batched[6]:
+        bias = bias.reshape(size, *[1] * (leading + 2 - bias.dim()), *bias.shape[1:])
+    return [query, keys, values, temperature, where, exclude, bias, salt]
 
 
 def refuse_to_fold(operands: Operands, batched: list[bool], size: int) -> None:

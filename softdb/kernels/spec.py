@@ -15,6 +15,7 @@ from torch import Tensor
 from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
 from softdb.filters import Block, Selection
+from softdb.kernels.bias import ScoreBias
 from softdb.kernels.tiling import Tiles, Tiling
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.metrics import prepare_keys, prepare_keys_backward
@@ -26,7 +27,7 @@ NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """All parameters of one pass except its tensors: metric, filters, dtype, noise.
+    """All parameters of one pass except its tensors: metric, filters, bias and noise.
 
     Attributes:
         metric: The metric for which the query was prepared.
@@ -38,6 +39,7 @@ class ReadSpec:
         bf16_matmul: Whether to multiply weights and values in bfloat16: see `Tiling.can_use_bf16_matmul`. Scores are
             computed in ``dtype``.
         noise: The Gumbel noise that is added to the scores, or None.
+        bias: Numbers that are added to the scores, or None.
         tiling: The tile sizes and thresholds.
     """
 
@@ -48,6 +50,7 @@ class ReadSpec:
     max_key_norm: Callable[[], float] | None = None
     bf16_matmul: bool = False
     noise: GumbelNoise | None = None
+    bias: ScoreBias | None = None
     tiling: Tiling = field(default_factory=lambda: Tiling.for_device(torch.device("cpu")))
 
     def choose_tiles(self, query: Tensor, copied_per_row: int, k: int = 0) -> Tiles:  # (G, B, w)
@@ -93,8 +96,8 @@ class ReadSpec:
         """Make a function that bounds the absolute scores of a block.
 
         The function takes the prepared keys of the block, (g, C, w). The bound is the largest norm of a query times the
-        largest norm of a key, by the Cauchy-Schwarz inequality. It is infinity where computing the norms would cost
-        more than the bound saves.
+        largest norm of a key, by the Cauchy-Schwarz inequality, plus the largest bias. It is infinity where computing
+        the norms would cost more than the bound saves.
         """
         is_known = self.metric == "cosine" or self.max_key_norm is not None
         if (
@@ -105,12 +108,13 @@ class ReadSpec:
         ):
             return lambda operand: math.inf
         norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())
-        if self.metric == "cosine":
-            return lambda operand: norm
-        if self.max_key_norm is not None:
-            bound = norm * self.max_key_norm()
+        offset = 0.0 if self.bias is None else self.bias.bound
+        if self.metric == "cosine" or self.max_key_norm is not None:
+            bound = offset + norm * (
+                1.0 if self.max_key_norm is None or self.metric == "cosine" else self.max_key_norm()
+            )
             return lambda operand: bound
-        return lambda operand: norm * float(torch.linalg.vector_norm(operand, dim=-1).amax())
+        return lambda operand: offset + norm * float(torch.linalg.vector_norm(operand, dim=-1).amax())
 
     def count_copied_elements(self, keys: Tensor, values: Tensor | None = None) -> int:
         """Count the elements of each row that are copied before they are used.
@@ -128,8 +132,17 @@ class ReadSpec:
         """Prepare the keys of a block for the metric."""
         return prepare_keys(rows, self.metric, self.center, self.dtype)
 
-    def add_noise_(self, scores: Tensor, block: Block, groups: slice, queries: slice) -> None:  # (g, b, C)
-        """Add noise, if any, in place to the scores of slices of groups and queries."""
+    def add_bias_(self, scores: Tensor, block: Block, groups: slice, queries: slice) -> None:  # (n, b, c)
+        """Add the bias, if any, in place to the scores of a tile."""
+        if self.bias is not None:
+            self.bias.add_(scores, block, groups, queries)
+
+    def add_offsets_(self, scores: Tensor, block: Block, groups: slice, queries: slice) -> None:  # (n, b, c)
+        """Add bias and noise, if any, in place to the scores of a tile.
+
+        Scores with noise are not split into partitions; see `count_partitions`.
+        """
+        self.add_bias_(scores, block, groups, queries)
         if self.noise is not None:
             device = scores.device
             numbers = enumerate_queries(range(queries.start, queries.stop), range(groups.start, groups.stop), device)

@@ -35,7 +35,7 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     Args:
         query: Prepared queries, (M, w).
         tables: Keys and values.
-        spec: Metric, filters, dtype and noise.
+        spec: Metric, filters, dtype, bias and noise. A sparse normalizer supports no bias.
         k: Number of best rows to report; None for none.
         normalizer: Name of the normalizer.
     """
@@ -61,10 +61,14 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
         values = straight_through(gather_best_value(tables, places, spec.dtype), values)
     if k is None:
         return Read(values, rows, one_hot_first(rows, weights.dtype), scores, lse, mass, normalizer=normalizer)
-    if torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad) and len(tables.keys):
+    bias = None if spec.bias is None else spec.bias.numbers
+    has_graph = query.requires_grad or tables.keys.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and has_graph and len(tables.keys):
         # Recompute the scores with a graph, only for their gradients. The reported scores are those of the kernel,
         # which are consistent with its log-sum-exp. The noise is left out, since it has no gradient.
         recomputed = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+        if spec.bias is not None:
+            recomputed = recomputed + spec.bias.at(rows, groups)
         scores = straight_through(scores, recomputed.masked_fill(places.is_padding, -torch.inf))
         exponents = scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)
         weights = straight_through(weights, exponents.exp())

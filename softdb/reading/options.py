@@ -11,7 +11,7 @@ from torch import Tensor
 from softdb._checks import Ids, check_above_zero, check_choice, check_int, check_positive, describe
 from softdb.errors import ArgumentError, DtypeError
 from softdb.filters import Where
-from softdb.scoring.normalizers import check_normalizer
+from softdb.scoring.normalizers import check_normalizer, is_sparse
 
 __all__ = ["MODES", "Mode", "ReadOptions"]
 
@@ -23,8 +23,8 @@ MODES = ("exact", "topk", "hard")
 class ReadOptions:
     """Arguments of `softdb.SoftKVStore.read` except the query.
 
-    The constructor checks each argument, and whether the arguments are allowed together. ``where``, ``exclude`` and
-    ``temperature`` depend on the rows and the query, and are checked when the read runs.
+    The constructor checks each argument, and whether the arguments are allowed together. ``where``, ``exclude``,
+    ``temperature`` and ``bias`` depend on the rows and the query, and are checked when the read runs.
     """
 
     mode: Mode = "exact"
@@ -36,11 +36,16 @@ class ReadOptions:
     tail_samples: int = 0
     tolerance: float | None = None
     generator: torch.Generator | None = None
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         k, tail_samples, tolerance = check_options(
             self.mode, self.k, self.normalizer, self.tail_samples, self.tolerance, self.generator
         )
+        if self.bias is not None:
+            _refuse(tail_samples != 0, "bias", "tail_samples=..., which samples rows without it")
+            _refuse(tolerance is not None, "bias", "tolerance=..., which samples rows without it")
+            _refuse(is_sparse(self.normalizer), "bias", f"normalizer={self.normalizer!r}, which supports none")
         for name, value in (("k", k), ("tail_samples", tail_samples), ("tolerance", tolerance)):
             object.__setattr__(self, name, value)
 

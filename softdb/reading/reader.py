@@ -22,6 +22,7 @@ from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec, disable_autocast
 from softdb.kernels.tiling import Tiling
 from softdb.processes import is_within_ddp
+from softdb.reading.bias import prepare_bias
 from softdb.reading.counting import count_read
 from softdb.reading.exact import read_exactly
 from softdb.reading.hints import CostHints
@@ -149,7 +150,7 @@ class Reader:
                 return keep_best(answer, None)
             return replace(answer, ids=table.rows.ids_at(answer.ids))
 
-        searches = options.mode == "topk" and substitutes is None
+        searches = options.mode == "topk" and substitutes is None and options.bias is None
         preparation = SearchPreparation(table, self._index, query, options.k) if searches else None
         return self._access.reading(read, preparation)
 
@@ -213,13 +214,16 @@ class Reader:
         temperature: float | Tensor = view.temperature
         if options.temperature is not None:
             temperature = check_temperature(options.temperature, leading, view.keys.device)
-        selection = self._select(rows, leading, options.where, options.exclude)
+        selection, bias = self._select(rows, leading, options.where, options.exclude), None
+        dtype = compute_dtype(query, view.keys, view.values)
+        if options.bias is not None:
+            bias, visible = prepare_bias(rows, options.bias, leading, dtype)
+            selection = selection if visible is None else selection.hide(visible)
         if mode != "exact" or not selection.is_never_empty:
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         tiling = Tiling.for_device(query.device)
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
         with disable_autocast(query.device):
-            dtype = compute_dtype(query, view.keys, view.values)
             center = compute_center(query, view.metric)
             operand = prepare_query(query, view.metric, temperature, center, dtype)
             if len(leading) != 1:
@@ -229,7 +233,7 @@ class Reader:
                 largest = functools.partial(largest_norm, view.keys)
             else:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
-            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, tiling)
+            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, bias, tiling)
             tables = Tables(view.keys, view.values, sparse=view.sparse)
             if mode == "exact":
                 try:
@@ -457,7 +461,7 @@ class Reader:
         if k is None:
             return Candidates(backend_for(operand).exact_top_k(operand, keys, spec, 1)[1], True, 1.0)
         count = max(1, min(k, len(view.rows)))
-        if "keys" in view.substituted:
+        if "keys" in view.substituted or spec.bias is not None:  # the index searches without the bias
             found = Candidates(backend_for(operand).exact_top_k(operand, keys, spec, count)[1], True, 1.0)
         else:
             query = query.reshape(-1, query.shape[-1])

@@ -32,8 +32,8 @@ class Read:
             of -1. None if ``k`` was not given, in an exact read or a read with ``tolerance``. A top-k read with a
             sparse normalizer may report more than k rows.
         weights: Weights of the reported rows, (..., k); 0 at padding. None if ``ids`` is None.
-        scores: Scores of the reported rows, divided by the temperature, (..., k); -inf at padding. None if ``ids`` is
-            None.
+        scores: Scores of the reported rows, divided by the temperature, plus the bias if there is one, (..., k); -inf
+            at padding. None if ``ids`` is None.
         lse: Log-sum-exp of the scores of all rows considered, (...,); -inf where there are none.
         mass: Softmax mass of the reported rows: the fraction of the total weight of all visible rows that they hold,
             (...,). If ``normalizer`` is sparse, its weights are used instead of softmax. 1 for an exact read without

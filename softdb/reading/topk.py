@@ -30,7 +30,7 @@ def read_candidates(
     Args:
         query: Prepared queries, (M, w).
         tables: Keys and values.
-        spec: Metric, filters, dtype and noise.
+        spec: Metric, filters, dtype, bias and noise.
         rows: Candidates, (M, k); -1 is padding.
         normalizer: Name of the normalizer.
         complete: Whether the candidates are known to be all visible rows, (M,) bool.
@@ -38,7 +38,9 @@ def read_candidates(
             normalizer, they include all rows with weight.
     """
     places = GatherIndex(tables.place(rows))
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, tables.keys, tables.values))
+    bias = None if spec.bias is None or len(tables.keys) == 0 else spec.bias.at(rows, tables.groups)
+    sources = query, tables.keys, tables.values, bias
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     has_values = tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     lean = not needs_grad and not places.has_padding and has_values
     if len(tables.keys) == 0:
@@ -46,9 +48,11 @@ def read_candidates(
         scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
     elif needs_grad:
         scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+        scores = scores if bias is None else scores + bias
         scores = scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
     else:
         scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
+        scores = scores if bias is None else scores + bias
     if spec.noise is not None:
         numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)

@@ -635,7 +635,7 @@ BAD_READS = [
     (dict(temperature=torch.ones(3)), softdb.ShapeError, r"temperature: .* broadcastable .* \(2,\), got shape \(3,\)"),
     (dict(temperature=torch.ones((), device="meta")), softdb.DeviceError, "temperature: expected a tensor on cpu"),
     (dict(temperature="warm"), softdb.DtypeError, "temperature: expected a number, got str 'warm'"),
-    (dict(mask=torch.ones(2, 4)), softdb.DtypeError, "mask: expected a bool tensor"),
+    (dict(mask=torch.ones(2, 4).long()), softdb.DtypeError, "mask: expected a bool tensor"),
     (dict(mask=torch.ones(3, 4) > 0), softdb.ShapeError, r"mask: expected a shape broadcastable to \(2, 4\)"),
     (dict(k=0), softdb.ArgumentError, "k: expected an integer of at least 1, got 0"),
     (dict(k=1.5), softdb.DtypeError, "k: expected an integer, got float 1.5"),

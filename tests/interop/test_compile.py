@@ -81,6 +81,8 @@ def check_parity(store: SoftKVStore, backend: str, how: dict[str, Any], x: Tenso
     inputs = [x.requires_grad_(), *model.parameters()]
     if isinstance(how.get("temperature"), Tensor):
         inputs.append(how["temperature"].requires_grad_())
+    if isinstance(how.get("bias"), Tensor):
+        inputs.append(how["bias"].requires_grad_())
     found = []
     for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
         read = run(x, **how)
@@ -116,6 +118,9 @@ HOW = {
     "exclude": {"mode": "topk", "k": 4, "exclude": torch.arange(8).view(4, 2)},
     "mask": {"k": 2, "where": torch.arange(30) % 3 == 0},
     "ids": {"mode": "topk", "k": 4, "where": torch.arange(5, 15)},
+    "bias": {"k": 2, "bias": torch.linspace(-2, 3, 30).sin()},
+    "bias by query": {"mode": "topk", "k": 4, "bias": torch.linspace(-20, 30, 120).view(4, 30).cos()},
+    "bias that hides": {"mode": "hard", "bias": torch.where(torch.arange(30) % 3 == 0, -torch.inf, 0.5)},
 }
 
 
@@ -366,8 +371,8 @@ def test_a_graph_of_a_deleted_store_raises() -> None:
     gc.collect()
     with pytest.raises(ArgumentError, match="expected the store that the compiled or exported graph reads"):
         torch.ops.softdb.read(
-            torch.randn(4, 8), keys, values, None, None, None, handle, "exact", None, number, "softmax", torch.float32,
-            [False] * 4, False,
+            torch.randn(4, 8), keys, values, None, None, None, None, handle, "exact", None, number, "softmax",
+            torch.float32, [False] * 5, False,
         )  # fmt: skip
 
 
@@ -375,6 +380,7 @@ def test_a_graph_of_a_deleted_store_raises() -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck(mode: str, wanted: bool) -> None:
     store = make_store(rows=1, sparse_grad=False)  # else mass may be NaN, which equals nothing
+    bias = torch.randn(1, requires_grad=wanted)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not wanted:  # else every call has a ticket of its own, and results are compared
         checks.append("test_aot_dispatch_dynamic")
@@ -382,8 +388,9 @@ def test_opcheck(mode: str, wanted: bool) -> None:
     torch.library.opcheck(
         torch.ops.softdb.read.default,
         (
-            torch.randn(4, 8), store.keys, store.values, None, None, None, store._handle, mode,
-            3 if mode == "topk" else None, None, "softmax", torch.float32, [False, wanted, wanted, False], False,
+            torch.randn(4, 8), store.keys, store.values, None, bias, None, None, store._handle, mode,
+            3 if mode == "topk" else None, None, "softmax", torch.float32, [False, wanted, wanted, False, wanted],
+            False,
         ),
         test_utils=checks,
     )  # fmt: skip

@@ -422,6 +422,25 @@ def test_filters_for_each_sample() -> None:
     check_equal(found, torch.stack([store(queries[0], exclude=part) for part in hidden]))
 
 
+@pytest.mark.parametrize("how", [{"k": 3}, {"mode": "topk", "k": 4}, {"mode": "hard"}], ids=["exact", "topk", "hard"])
+@pytest.mark.parametrize("by_query", [False, True])
+def test_a_bias_for_each_sample(by_query: bool, how: dict[str, Any]) -> None:
+    store, queries = make_store(), torch.randn(SAMPLES, QUERIES, KEY_DIM)
+    biases = torch.randn(SAMPLES, *([QUERIES] if by_query else []), len(store))
+    biases[..., ::4] = -torch.inf
+
+    def loss(query: Tensor, bias: Tensor) -> Tensor:
+        return members(store.read(query, bias=bias, **how))
+
+    inputs = queries.clone().requires_grad_(), biases.clone().requires_grad_()
+    wanted = torch.autograd.grad(sum(map(loss, *inputs)), inputs)
+    check_equal(vmap(grad(loss, (0, 1)))(queries, biases), wanted)
+    check_equal(grad(lambda *batch: vmap(loss)(*batch).sum(), (0, 1))(queries, biases), wanted)
+    one = inputs[0][0].detach()
+    found = vmap(grad(lambda bias: loss(one, bias)))(biases)  # the samples share their queries
+    check_equal(found, torch.autograd.grad(sum(loss(one, bias) for bias in inputs[1]), inputs[1])[0])
+
+
 @pytest.mark.parametrize("index", ["Flat", "IVF4,Flat"])
 def test_plain_reads_within_a_transform(index: str, tmp_path: Path) -> None:
     store, query = make_store(index), torch.randn(QUERIES, KEY_DIM)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softdb import NonFiniteError
 from softdb.filters import Selection
+from softdb.kernels.bias import ScoreBias
 from softdb.kernels.cpu.exact import exact_read
 from softdb.kernels.cpu.topk import exact_top_k, top_k, two_stage_top_k
 from softdb.kernels.gather import blend_at, score_at
@@ -85,6 +86,35 @@ def test_exact_top_k_equals_the_reference_for_every_tiling(
             wanted = reference.best(scores, k)
             assert (found == wanted).all()
             assert (found_scores.isneginf() == (wanted < 0)).all()
+
+
+@pytest.mark.parametrize("tile", [(64, 2), (4096, 7), (2**19, 256)], ids=str)
+@pytest.mark.parametrize(("few", "maxima"), [(1, 2**23), (1, 50), (10**9, 0)])
+def test_exact_top_k_adds_a_bias(tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling = Tiling(
+        max_dense_scores=0 if tile[0] < 2**19 else 2**17,
+        tile_elements=tile[0],
+        max_queries=tile[1],
+        one_pass_groups=few,
+        max_group_maxima=maxima,
+    )
+    force_tiling(tiling, monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randint(-2, 3, (9, 3), generator=generator).float()
+    keys = torch.randint(-2, 3, (1000, 3), generator=generator).float()
+    every_third = Selection(1000).restrict_to(torch.arange(0, 1000, 3))
+    for selection, step in ((Selection(1000), 1), (every_third, 3)):
+        for shape in ((1, 1, 1000), (1, 9, 1000), (1, 9, 1)):
+            bias = torch.randint(-3, 4, shape, generator=generator).float()
+            visible = torch.rand(shape, generator=generator) < 0.7
+            shown = visible[0] & (torch.arange(1000) % step == 0)
+            scores = (query @ keys.T + bias[0]).masked_fill(~shown, -math.inf)
+            for k in (1, 5, 50):
+                spec = ReadSpec("dot", None, selection.hide(visible), torch.float32, bias=ScoreBias(bias))
+                found_scores, found = exact_top_k(query, keys, spec, k)
+                wanted = reference.best(scores, k)
+                assert torch.equal(found, wanted)
+                assert torch.equal(found_scores[wanted >= 0], scores.gather(1, wanted.clamp(min=0))[wanted >= 0])
 
 
 def test_every_tile_is_visited_once() -> None:

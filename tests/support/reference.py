@@ -39,12 +39,16 @@ def read(
     metric: str = "scaled_dot",
     temperature: float | Tensor = 1.0,
     visible: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Answer:
     """Compute the exact read.
 
-    ``visible``, (B, N) bool, selects the rows of each query. The values of a query without visible rows are 0.
+    ``visible``, (B, N) bool, selects the rows of each query; ``bias`` is added to the scores. The values of a query
+    without visible rows are 0.
     """
     found = scores(query, keys, metric, temperature)
+    if bias is not None:
+        found = found + bias
     if visible is not None:
         found = found.masked_fill(~visible, -math.inf)
     some = (found > -math.inf).any(-1, keepdim=True)

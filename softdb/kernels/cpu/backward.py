@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from softdb.errors import SecondDerivativeError, StaleReadError
 from softdb.filters import Block
+from softdb.kernels.bias import ScoreBias
 from softdb.kernels.cpu.products import (
     BlockLoader,
     TileProduct,
@@ -35,6 +37,7 @@ class SavedTensors(NamedTuple):
     query: Tensor
     keys: Tensor
     values: Tensor
+    bias: Tensor | None
     blend: Tensor
     total: Tensor
     shift: Tensor | None
@@ -51,32 +54,36 @@ def backward_in_blocks(
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Compute the gradients of query, keys and values.
+    """Compute the gradients of query, keys, values and bias.
 
     ``grad_score = weight * (grad_blend @ value - grad_blend @ blend + grad_lse)``
 
     Args:
         saved: The tensors saved by forward.
-        spec: The read spec of forward.
+        spec: The read spec of forward, without its bias.
         group_count: Number of groups.
         tiles: The tiles of forward.
         grad_blend: Gradient of the blend, (G B, dv), or None.
         grad_lse: Gradient of the log-sum-exp, (G B,), or None.
-        needs: Whether query, keys and values need a gradient.
+        needs: Whether query, keys, values and bias need a gradient.
 
     Returns:
         The gradients, None where they are not needed.
     """
-    query, keys, values, blend = (split_groups(group_count, tensor) for tensor in saved[:4])
+    tensors = saved.query, saved.keys, saved.values, saved.blend
+    query, keys, values, blend = (split_groups(group_count, tensor) for tensor in tensors)
     total, shift, seen = saved.total, saved.shift, saved.seen
+    bias = None if saved.bias is None else ScoreBias(saved.bias)
+    spec = spec if bias is None else replace(spec, bias=bias)
     grad_blend = None if grad_blend is None else split_groups(group_count, grad_blend)
     grad_lse = None if grad_lse is None else split_groups(group_count, grad_lse)
-    needs_query, needs_keys, needs_values = needs[:3]
+    needs_query, needs_keys, needs_values, needs_bias = needs[:4]
     needs_values = needs_values and grad_blend is not None
     count, height = query.shape[:2]
     grad_query = torch.zeros_like(query) if needs_query else None
     grad_keys = _empty_gradient(keys, spec, height) if needs_keys else None
     grad_values = _empty_gradient(values, spec, height) if needs_values else None
+    grad_bias = torch.zeros_like(saved.bias) if saved.bias is not None and needs_bias else None
     # Divide these factors by the total once, instead of dividing the weights of every block.
     delta = torch.zeros_like(total) if grad_lse is None else -grad_lse
     if grad_blend is not None:
@@ -101,7 +108,7 @@ def backward_in_blocks(
             first = queries.start == 0
             part = repeat_queries(query[groups, queries], parts)
             scores = product(part, operand)  # (n, b, c), as forward made them
-            spec.add_noise_(scores, block, groups, queries)
+            spec.add_offsets_(scores, block, groups, queries)
             if shift is not None:
                 block.hide(scores, groups, queries, -torch.inf)
             weights = exponentiate(scores, None if shift is None else shift[groups, queries], spec.dtype)
@@ -110,13 +117,15 @@ def backward_in_blocks(
             upstream = None if grad_blend is None else repeat_queries(grad_blend[groups, queries], parts)
             if grad_block_values is not None and upstream is not None:
                 write_or_add_product(grad_block_values, weights.mT, upstream, first)
-            if not (needs_query or needs_keys):
+            if not (needs_query or needs_keys or needs_bias):
                 continue
             minus = delta[groups, queries].unsqueeze(-1)
             if upstream is None:
                 grad_scores = weights.mul_(-minus)
             else:
                 grad_scores = value_product(upstream, block_values).sub_(minus).mul_(weights)
+            if bias is not None and grad_bias is not None:
+                bias.add_gradient_(grad_bias, grad_scores, block, groups, queries)
             grad_scores = grad_scores.to(query.dtype)
             if grad_query is not None:
                 add_product(grad_query[groups, queries], grad_scores, operand, spec.tiling.max_sum_rows)
@@ -129,7 +138,7 @@ def backward_in_blocks(
             _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
     if seen is not None and fingerprint is not None:
         check_rule_unchanged(seen, fingerprint)
-    return [None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)]
+    return [*(None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)), grad_bias]
 
 
 def check_rule_unchanged(seen: Tensor, fingerprint: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from softdb._checks import is_finite
 from softdb.filters import Block
+from softdb.kernels.bias import ScoreBias
 from softdb.kernels.cpu.backward import check_rule_unchanged, forbid_double_backward
 from softdb.kernels.cpu.products import TileProduct, matmul_in_runs, split_groups, zero_tiny_weights_
 from softdb.kernels.cpu.topk import block_top_k
@@ -27,36 +29,44 @@ class DenseRead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, block: Block, k: int
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        spec: ReadSpec,
+        groups: int,
+        block: Block,
+        k: int,
     ) -> tuple[Tensor, Tensor, BestRows | None]:
         """Read the rows, and save the weights."""
         blend, lse, best, weights = read_dense(query, keys, values, spec, groups, block, k)
-        ctx.spec, ctx.groups, ctx.block = spec, groups, block
+        ctx.spec, ctx.groups, ctx.block = spec if bias is None else replace(spec, bias=None), groups, block
         ctx.seen = None if spec.selection.rule is None else block.fingerprint()
         # Do not use save_for_backward: under activation checkpointing, it raises if the recomputed tensor has another
         # size. The weights have another size if rows are appended between a read and its backward, which is allowed.
         ctx.weights = weights
-        ctx.save_for_backward(query, keys, values, blend, spec.selection.mask)
+        ctx.save_for_backward(query, keys, values, bias, blend, spec.selection.mask)
         ctx.set_materialize_grads(False)
         return blend, lse, best
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Compute the gradients of query, keys and values from the weights."""
-        query, keys, values, blend, _ = ctx.saved_tensors
+        """Compute the gradients of query, keys, values and bias from the weights."""
+        query, keys, values, bias, blend, _ = ctx.saved_tensors
         grad_blend, grad_lse = grads[:2]
         spec, block, weights, groups = ctx.spec, ctx.block, ctx.weights, ctx.groups
-        needs_query, needs_keys, needs_values = ctx.needs_input_grad[:3]
-        grad_query = grad_keys = grad_values = None
+        needs_query, needs_keys, needs_values, needs_bias = ctx.needs_input_grad[:4]
+        grad_query = grad_keys = grad_values = grad_bias = None
         if grad_blend is None and grad_lse is None:
-            return (None,) * 7
+            return (None,) * 8
         if ctx.seen is not None:
             check_rule_unchanged(ctx.seen, spec.selection.block(0, spec.selection.count).fingerprint())
         with torch.no_grad(), disable_autocast(query.device):
             if needs_values and grad_blend is not None:
                 grad_rows = matmul_in_runs(weights.mT, _by_group(groups, grad_blend), spec.tiling)
                 grad_values = _scatter_rows(values, groups, block, grad_rows)
-            if needs_query or needs_keys:
+            if needs_query or needs_keys or needs_bias:
                 grad_scores = weights
                 if grad_blend is not None:
                     delta = (grad_blend * blend).sum(-1, keepdim=True)
@@ -67,6 +77,11 @@ class DenseRead(torch.autograd.Function):
                     grad_scores = grad_scores.sub_(_by_group(groups, delta)).mul_(weights)
                 elif grad_lse is not None:
                     grad_scores = weights * _by_group(groups, grad_lse.unsqueeze(-1))
+                if needs_bias:
+                    grad_bias = torch.zeros_like(bias)
+                    tiles = grad_scores if grad_scores.dim() == 3 else grad_scores.unsqueeze(0)
+                    everything = slice(0, groups), slice(0, tiles.shape[1])
+                    ScoreBias(bias).add_gradient_(grad_bias, tiles, block, *everything)
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _select_rows(keys, groups, block)
                 if needs_query:
@@ -74,7 +89,8 @@ class DenseRead(torch.autograd.Function):
                 if needs_keys:
                     grad_operand = matmul_in_runs(grad_scores.mT, _by_group(groups, query), spec.tiling)
                     grad_keys = _scatter_rows(keys, groups, block, spec.prepare_keys_backward(grad_operand, rows))
-        results = forbid_double_backward([grad_query, grad_keys, grad_values], query, keys, values, *grads)
+        results = [grad_query, grad_keys, grad_values, grad_bias]
+        results = forbid_double_backward(results, query, keys, values, bias, *grads)
         return *results, None, None, None, None
 
 
@@ -89,9 +105,9 @@ def read_dense(
         scores = scores[0] if groups == 1 else scores
     else:
         scores = _pairwise(query, operand, spec.tiling)
-    if spec.noise is not None:
+    if spec.noise is not None or spec.bias is not None:
         tiles = scores if groups > 1 else scores.unsqueeze(0)
-        spec.add_noise_(tiles, block, slice(0, groups), slice(0, tiles.shape[1]))
+        spec.add_offsets_(tiles, block, slice(0, groups), slice(0, tiles.shape[1]))
     if not is_finite(scores):
         _hide_all(scores, block, 0.0)
         check_scores(scores)

@@ -27,6 +27,7 @@ Shapes. There are G groups of B queries, and each group reads N rows of its own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class _ExactRead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, k: int
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, spec: ReadSpec, groups: int, k: int
     ) -> tuple[Tensor, Tensor, BestRows | None]:
         # If rows are copied, their gradients are copied, too, so blocks have to be smaller.
         copied_per_row = spec.count_copied_elements(keys, values) * (1 + any(ctx.needs_input_grad[1:3]))
@@ -71,10 +72,9 @@ class _ExactRead(torch.autograd.Function):
                 wide = widest_dtype(total.device)
                 total = (total.to(wide) * log_total.to(wide).neg().exp()).to(total.dtype)
                 shift = log_total if shift is None else shift + log_total
-        ctx.spec, ctx.groups, ctx.tiles = spec, groups, tiles
-        ctx.save_for_backward(
-            *SavedTensors(query, keys, values, read.values, total, shift, read.seen, spec.selection.mask)
-        )
+        ctx.spec, ctx.groups, ctx.tiles = spec if bias is None else replace(spec, bias=None), groups, tiles
+        mask = spec.selection.mask
+        ctx.save_for_backward(*SavedTensors(query, keys, values, bias, read.values, total, shift, read.seen, mask))
         ctx.set_materialize_grads(False)
         return read.values, read.lse, read.best
 
@@ -82,13 +82,13 @@ class _ExactRead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         check_not_batched(grads)
         saved = SavedTensors(*ctx.saved_tensors)  # activation checkpointing allows one access only
-        results: list[Tensor | None] = [None, None, None]
+        results: list[Tensor | None] = [None, None, None, None]
         if grads[0] is not None or grads[1] is not None:
             with torch.no_grad(), disable_autocast(saved.query.device):
                 results = backward_in_blocks(
                     saved, ctx.spec, ctx.groups, ctx.tiles, grads[0], grads[1], ctx.needs_input_grad
                 )
-        return *forbid_double_backward(results, *saved[:3], *grads), None, None, None
+        return *forbid_double_backward(results, *saved[:4], *grads), None, None, None
 
 
 def exact_read(
@@ -108,7 +108,7 @@ def exact_read(
         query: Prepared queries.
         keys: The keys as stored.
         values: The values as stored.
-        spec: The metric, filters, dtype and noise.
+        spec: The metric, filters, dtype, bias and noise.
         groups: Number of groups, G.
         k: Number of best rows to return as well; 0 for none.
 
@@ -118,17 +118,21 @@ def exact_read(
     Raises:
         NonFiniteError: A score overflows, or a key is NaN.
     """
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad)
+    bias = None if spec.bias is None else spec.bias.numbers
+    operands = query, keys, values, bias
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad or keys.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
     block = select_dense_block(len(query), spec, spec.count_copied_elements(keys, values), k)
     result: tuple[Tensor, Tensor, BestRows | None]
     if block is not None:
         if not needs_grad:
             return read_dense(query, keys, values, spec, groups, block, k)[:3]
-        result = DenseRead.apply(query, keys, values, spec, groups, block, k)  # type: ignore[no-untyped-call]
+        result = DenseRead.apply(*operands, spec, groups, block, k)  # type: ignore[no-untyped-call]
     else:
         if not needs_grad:
             tiles = spec.choose_tiles(split_groups(groups, query), spec.count_copied_elements(keys, values), k)
             read = read_in_blocks(query, keys, values, spec, groups, k, tiles)
             return read.values, read.lse, read.best
-        result = _ExactRead.apply(query, keys, values, spec, groups, k)  # type: ignore[no-untyped-call]
+        result = _ExactRead.apply(*operands, spec, groups, k)  # type: ignore[no-untyped-call]
     return result

@@ -90,7 +90,7 @@ def _run_pass(
             scores = product(
                 repeat_queries(query[groups, queries], parts), operand
             )  # (n, b, c), n groups or partitions
-            spec.add_noise_(scores, block, groups, queries)
+            spec.add_offsets_(scores, block, groups, queries)
             if not bound < MAX_SCORE:  # an infinite key may give a score of -inf, as if it were hidden
                 block.hide(scores, groups, queries, torch.inf)
                 lowest = torch.minimum(lowest, scores.amin())

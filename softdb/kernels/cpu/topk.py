@@ -95,7 +95,7 @@ def exact_top_k(
     Args:
         query: Prepared queries.
         keys: The keys as stored.
-        spec: The metric, filters and dtype; its selection must not have a ``mask``.
+        spec: The metric, filters, dtype and bias. Noise is not added.
         k: Number of rows to find.
 
     Returns:
@@ -108,6 +108,7 @@ def exact_top_k(
             group, queries = slice(0, 1), slice(0, query.shape[1])
             operand = spec.prepare_keys(BlockLoader(keys, spec.dtype).load(group, block))
             scores = TileProduct(exact_ties=True)(query, operand)
+            spec.add_bias_(scores, block, group, queries)
             block.hide(scores, group, queries, -torch.inf)
             found, _, rows = block_top_k(scores[0].to(spec.dtype), block, k)
             return found, rows
@@ -127,6 +128,7 @@ def _top_k_in_one_pass(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> t
         operand = spec.prepare_keys(key_loader.load(groups, block))
         for queries in slices:
             scores = product(query[:, queries], operand)
+            spec.add_bias_(scores, block, groups, queries)
             block.hide(scores, groups, queries, -torch.inf)
             # Compare scores in the dtype in which they are returned: scores that round to the same number tie.
             best.add(scores.to(spec.dtype), groups, queries, block)
@@ -148,7 +150,10 @@ def _top_k_in_two_passes(query: Tensor, keys: Tensor, spec: ReadSpec, k: int) ->
     if spec.selection.visited is not None:
         found = torch.where(found < 0, found, spec.selection.visited[found.clamp(min=0)])
     found.masked_fill_(~spec.selection.is_visible(found), -1)
-    scores, place = top_k(score_at(query[0], keys[0], found, spec), k)
+    scores = score_at(query[0], keys[0], found, spec)
+    if spec.bias is not None:
+        scores += spec.bias.at(found, groups=1)
+    scores, place = top_k(scores, k)
     return scores, found.gather(-1, place).masked_fill_(scores == -torch.inf, -1)
 
 
@@ -175,6 +180,7 @@ def _columns_of_best_groups(
         for queries in slices:
             batch_queries = slice(part.start + queries.start, part.start + queries.stop)
             scores = product(query[:, batch_queries], operand)
+            spec.add_bias_(scores, block, group, batch_queries)
             block.hide(scores, group, batch_queries, -torch.inf)
             scores = scores[0].to(spec.dtype)
             first, whole = block.start // GROUP_COLUMNS, scores.shape[1] // GROUP_COLUMNS

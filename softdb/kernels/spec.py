@@ -109,10 +109,10 @@ class ReadSpec:
             return lambda operand: math.inf
         norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())
         offset = 0.0 if self.bias is None else self.bias.bound
-        if self.metric == "cosine" or self.max_key_norm is not None:
-            bound = offset + norm * (
-                1.0 if self.max_key_norm is None or self.metric == "cosine" else self.max_key_norm()
-            )
+        if self.metric == "cosine":
+            return lambda operand: offset + norm
+        if self.max_key_norm is not None:
+            bound = offset + norm * self.max_key_norm()
             return lambda operand: bound
         return lambda operand: offset + norm * float(torch.linalg.vector_norm(operand, dim=-1).amax())
 

@@ -182,7 +182,7 @@ def test_gumbel_draws_by_the_sum(mode: Any) -> None:
     store.add(torch.zeros(4, 1), torch.zeros(4, 1))
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     read = store.read(
-        torch.zeros(20_000, 1),
+        torch.zeros(2_000, 1),
         mode,
         k=4,
         bias=probability.log(),
@@ -190,8 +190,8 @@ def test_gumbel_draws_by_the_sum(mode: Any) -> None:
         generator=torch.Generator().manual_seed(0),
     )
     assert read.ids is not None
-    drawn = read.ids[:, 0].bincount(minlength=4) / 20_000
-    assert torch.allclose(drawn, probability, atol=0.02)
+    drawn = read.ids[:, 0].bincount(minlength=4) / 2_000
+    assert torch.allclose(drawn, probability, atol=0.05)
 
 
 def test_straight_through_is_hard_forward_and_soft_backward() -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "check_device",
     "check_dtype",
     "check_finite",
+    "check_flag",
     "check_float_tensor",
     "check_ids",
     "check_int",
@@ -76,6 +77,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Convert a bool of Python or NumPy to a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise DtypeError(f"{name}: expected True or False, got {describe(value)}")
+    return bool(value)
 
 
 def _as_scalar(value: object) -> object:

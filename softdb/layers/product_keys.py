@@ -22,7 +22,7 @@ from softdb.reading.hints import CostHints
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
 from softdb.scoring.normalizers import softmax
-from softdb.table.hooks import mark_rows
+from softdb.table.hooks import register_row_embedding
 from softdb.table.usage import Usage, check_tracking, count_reads, keep_sum_dtype, new_counters, reset_counters
 from softdb.transforms import is_active, move_samples_first, suspend_transforms, unwrap_tensors
 
@@ -54,12 +54,12 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
     ) -> None:
         super().__init__(rows, value_dim, sparse=sparse_grad, device=device, dtype=dtype)
         self.track_usage, self._hints = False, CostHints()
-        mark_rows(self.weight)
+        register_row_embedding(self)
         self.track_usage_(track_usage)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        mark_rows(self.weight)
+        register_row_embedding(self)
 
     def reset_parameters(self) -> None:
         """Draw new values of norm about 1, and set the counters of reads to 0."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softdb._checks import check_number, describe
+from softdb._checks import check_flag, check_number, describe
 from softdb.errors import DtypeError
 from softdb.optim.blocks import RowBlock
 from softdb.optim.row_optimizer import RowOptimizer
@@ -132,7 +132,7 @@ class RowAdam(RowOptimizer):
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise DtypeError(f"betas: expected two numbers, got {describe(given)}")
         pair = tuple(check_number(f"betas[{number}]", beta, below=1.0) for number, beta in enumerate(betas))
-        return checked | {"betas": pair, "amsgrad": bool(options.get("amsgrad", False))}
+        return checked | {"betas": pair, "amsgrad": check_flag("amsgrad", options.get("amsgrad", False))}
 
     def _initial_moments(self, options: dict[str, Any]) -> dict[str, float]:
         moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-from softdb.table.hooks import holds_rows
+from softdb._checks import describe
+from softdb.errors import DtypeError
+from softdb.store import SoftKVStore
+from softdb.table.hooks import is_row_embedding
 
 __all__ = ["other_parameters", "row_parameters"]
 
 
 def row_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the Parameters of ``model`` that are tables of rows.
+    """Iterate over the Parameters of ``model`` that are tables of rows.
 
     They are ``keys`` and ``values`` of each trainable `softdb.SoftKVStore`, the values of each
     `softdb.layers.ProductKeyMemory`, and the weight of each ``nn.Embedding(sparse=True)`` and
@@ -21,6 +24,15 @@ def row_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     Use both functions to give rows other options than the rest of the model: weight decay and small learning rates
     rarely suit rows.
+
+    Args:
+        model: A module, a store or a layer.
+
+    Returns:
+        An iterator in the order of ``model.parameters()``. Its cost depends on the number of modules, not of rows.
+
+    Raises:
+        DtypeError: ``model`` is no module.
 
     Example:
         >>> import torch
@@ -33,16 +45,42 @@ def row_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         >>> [len(group["params"]) for group in optimizer.param_groups]
         [2, 4]
     """
-    sparse = _sparse_embeddings(model)
-    return (parameter for parameter in model.parameters() if holds_rows(parameter) or id(parameter) in sparse)
+    rows = _find_rows(model)
+    return (parameter for parameter in model.parameters() if id(parameter) in rows)
 
 
 def other_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the Parameters of ``model`` that `row_parameters` does not yield."""
-    rows = {id(parameter) for parameter in row_parameters(model)}
+    """Iterate over the Parameters of ``model`` that `row_parameters` does not yield.
+
+    Args:
+        model: A module, a store or a layer.
+
+    Returns:
+        An iterator in the order of ``model.parameters()``.
+
+    Raises:
+        DtypeError: ``model`` is no module.
+
+    Example:
+        >>> import torch
+        >>> from softdb.layers import ProductKeyMemory
+        >>> from softdb.optim import RowAdam, other_parameters, row_parameters
+        >>> layer = ProductKeyMemory(64, rows=128 * 128, key_dim=32, k=8, sparse_grad=True)
+        >>> optimizers = RowAdam(row_parameters(layer), lr=1e-2), torch.optim.AdamW(other_parameters(layer))
+    """
+    rows = _find_rows(model)
     return (parameter for parameter in model.parameters() if id(parameter) not in rows)
 
 
-def _sparse_embeddings(model: nn.Module) -> set[int]:
-    embeddings = (module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
-    return {id(embedding.weight) for embedding in embeddings if embedding.sparse}
+def _find_rows(model: nn.Module) -> set[int]:
+    """Return the ids of the tensors of ``model`` that are tables of rows."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model: expected a module, got {describe(model)}")
+    return {id(tensor) for module in model.modules() for tensor in _tables_of(module)}
+
+
+def _tables_of(module: nn.Module) -> Iterator[Tensor]:
+    if isinstance(module, SoftKVStore):
+        yield from (tensor for name, tensor in module.named_parameters(recurse=False) if name in ("keys", "values"))
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or is_row_embedding(module)):
+        yield module.weight

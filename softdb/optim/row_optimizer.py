@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from softdb._checks import FLOAT_DTYPES, check_float_tensor, check_number
+from softdb._checks import FLOAT_DTYPES, check_flag, check_float_tensor, check_number
 from softdb.errors import ArgumentError, DtypeError
 from softdb.optim.blocks import BlockSizes, RowBlock, iterate_blocks
 from softdb.optim.gradients import check_gradient
@@ -83,15 +83,16 @@ class RowOptimizer(Optimizer):
         lr = options["lr"]
         number = check_number("lr", lr)
         for name, reason in UNSUPPORTED_OPTIONS.items():
-            if options.get(name):
-                raise ArgumentError(f"{name}: expected False, since {reason}; got {options[name]!r}")
-        if options.get("foreach") and options.get("fused"):
+            if check_flag(name, options.get(name, False)):
+                raise ArgumentError(f"{name}: expected False, since {reason}, got True; leave it out")
+        chosen = [name for name in ("foreach", "fused") if options.get(name) is not None]
+        if sum(check_flag(name, options[name]) for name in chosen) == 2:
             raise ArgumentError("fused: expected at most one of foreach and fused to be True, got both; leave them out")
         return {
             # Keep a tensor, since schedulers write to it in place.
             "lr": lr if isinstance(lr, Tensor) and lr.is_floating_point() else number,
             "eps": check_number("eps", options["eps"]),
-            "maximize": bool(options.get("maximize", False)),
+            "maximize": check_flag("maximize", options.get("maximize", False)),
             "weight_decay": check_number("weight_decay", options["weight_decay"]),
         }
 

@@ -1,4 +1,4 @@
-"""Optimizer hooks that record which rows a step has updated."""
+"""Optimizer hooks that check gradients and record which rows a step has updated."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-from softdb.errors import ArgumentError, GrowthError
+from softdb.errors import GrowthError
 from softdb.table.changes import TensorState, state_of
 from softdb.table.gradients import coalesce
+from softdb.table.layouts import check_before_step
 from softdb.table.storage import RowStorage
 
 __all__ = [
-    "holds_rows",
-    "mark_rows",
+    "is_row_embedding",
     "pause_watching",
     "record_update",
     "record_write",
+    "register_row_embedding",
     "register_row_optimizer",
     "table_of",
     "watch",
@@ -40,8 +41,11 @@ _tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Handles of the hooks that keep the gradients of Parameters coalesced.
 _coalescing: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Whether the optimizer hooks are registered, which happens with the first trainable table or marked Parameter. The
-# hooks are needed because fused optimizers do not increment version counters.
+# Embeddings whose weights are rows of a layer.
+_row_embeddings: weakref.WeakSet[nn.Embedding] = weakref.WeakSet()
+
+# Whether the optimizer hooks are registered, which happens with the first trainable table or row embedding. The hooks
+# are needed because fused optimizers do not increment version counters.
 _hooked = False
 
 # Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
@@ -79,15 +83,23 @@ def table_of(parameter: Tensor) -> RowStorage | None:
     return next((table for table, _ in _owners(parameter)), None)
 
 
-def mark_rows(parameter: Tensor) -> None:
-    """Mark a Parameter, which no store owns, as a table of rows."""
-    parameter._holds_rows = True  # type: ignore[attr-defined]
+def register_row_embedding(module: nn.Embedding) -> None:
+    """Register an embedding whose ``weight`` is a table of rows that no store owns.
+
+    The module is registered instead of its Parameter, which conversions and loading may replace.
+    """
+    _row_embeddings.add(module)
     _register_step_hooks()
 
 
-def holds_rows(parameter: Tensor) -> bool:
+def is_row_embedding(module: nn.Module) -> bool:
+    """Return whether ``module`` is an embedding that was registered."""
+    return module in _row_embeddings
+
+
+def _holds_rows(parameter: Tensor) -> bool:
     """Return whether a Parameter is a table of rows, of a store or a layer."""
-    return table_of(parameter) is not None or getattr(parameter, "_holds_rows", False)
+    return table_of(parameter) is not None or any(module.weight is parameter for module in list(_row_embeddings))
 
 
 def _owners(parameter: Tensor) -> Iterator[tuple[RowStorage, str]]:
@@ -215,50 +227,17 @@ def _updates_only_named_rows(optimizer: torch.optim.Optimizer, group: dict[str, 
     return kind in (torch.optim.SparseAdam, torch.optim.Adagrad) or kind in _row_optimizers
 
 
-def _check_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Raise if a step of a torch optimizer would fail for a gradient of rows.
-
-    The error is raised before the step, so nothing has changed. Optimizers of other packages are not checked.
-
-    Raises:
-        ArgumentError: The optimizer does not accept the layout of a gradient.
-    """
-    kind = type(optimizer)
-    if kind.__module__.split(".")[:2] != ["torch", "optim"]:
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None or not holds_rows(parameter):
-                continue
-            is_sparse = gradient.layout == torch.sparse_coo
-            if kind is torch.optim.SparseAdam and not is_sparse:
-                raise ArgumentError(
-                    "optimizer: expected one that accepts dense gradients, since those of the rows are dense, got "
-                    "SparseAdam; use softdb.optim.RowAdam, which accepts dense and row-sparse gradients"
-                )
-            if is_sparse and not _accepts_sparse(kind, group):
-                how = " with weight_decay or fused=True" if kind in (torch.optim.SGD, torch.optim.Adagrad) else ""
-                raise ArgumentError(
-                    f"optimizer: expected one that accepts row-sparse gradients, got {kind.__name__}{how}; use "
-                    "softdb.optim.RowAdam, or make the store or layer with sparse_grad=False"
-                )
-
-
-def _accepts_sparse(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> bool:
-    """Return whether an optimizer class of torch accepts sparse gradients."""
-    if kind in (torch.optim.SGD, torch.optim.Adagrad):
-        return group["weight_decay"] == 0 and not group.get("fused")
-    return kind is torch.optim.SparseAdam
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    _check_layouts(optimizer)
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    hooks = (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values())
+    # Pre-hooks of other code run later, and may convert the gradients.
+    is_last = all(hook is _before_step for hook in hooks)
+    arguments = check_before_step(optimizer, args, kwargs, _holds_rows) if is_last else None
     updates = list(_find_updates(optimizer))
     if not isinstance(optimizer, tuple(_row_optimizers)):
         for update in updates:
             _check_state(update.parameter, optimizer.state.get(update.parameter, {}))
     _pending_updates[optimizer] = updates
+    return arguments
 
 
 def _check_state(parameter: nn.Parameter, states: Mapping[str, Any]) -> None:

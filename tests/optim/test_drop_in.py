@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from softdb import ArgumentError, SoftKVStore
+from softdb import ArgumentError, DtypeError, SoftKVStore
 from softdb.layers import MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdagrad, RowAdam, other_parameters, row_parameters
 
@@ -156,6 +158,40 @@ def test_options_that_cannot_be_met_are_errors(kind: Any) -> None:
     assert len(optimizer.param_groups) == 1
 
 
+OPTION_NAMES = [(RowAdam, "amsgrad"), (RowAdam, "capturable")]
+OPTION_NAMES += [(kind, name) for kind in OPTIMIZERS for name in ("maximize", "foreach", "fused", "differentiable")]
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTION_NAMES)
+def test_options_that_are_not_true_or_false_are_errors(kind: Any, name: str) -> None:
+    for value in (1, "no", torch.tensor(True)):
+        with pytest.raises(DtypeError, match=f"{name}: expected True or False, got"):
+            kind([nn.Parameter(normal(2, 2))], **{name: value})
+    kind([nn.Parameter(normal(2, 2))], **{name: np.bool_(False)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "peer", "different"),
+    [(RowAdam, torch.optim.AdamW, ["weight_decay"]), (RowAdagrad, torch.optim.Adagrad, ["lr_decay"])],
+)
+def test_row_optimizers_have_the_arguments_and_defaults_of_torch(kind: Any, peer: Any, different: list[str]) -> None:
+    own, other = (inspect.signature(each).parameters for each in (kind, peer))
+    for name, parameter in other.items():
+        if name not in different:
+            assert own[name].default == parameter.default
+    if kind is RowAdam:
+        assert list(own)[:6] == list(other)[:6]  # the positional arguments
+
+
+def test_a_state_of_adamw_that_a_row_optimizer_cannot_continue_is_an_error() -> None:
+    parameter = nn.Parameter(normal(2, 2))
+    state = torch.optim.AdamW([parameter], lr=0.2, capturable=True).state_dict()
+    optimizer = RowAdam([parameter], lr=0.1)
+    with pytest.raises(ArgumentError, match="capturable: expected False, since the step"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_named_parameters_keep_their_names(kind: Any) -> None:
     model = make_model()
@@ -170,6 +206,20 @@ def test_named_parameters_keep_their_names(kind: Any) -> None:
 
 
 # -- row_parameters ------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_anything_but_a_module_are_an_error() -> None:
+    for function in (row_parameters, other_parameters):
+        with pytest.raises(DtypeError, match="model: expected a module, got a list"):
+            function([nn.Linear(2, 2)])  # type: ignore[arg-type]
+
+
+def test_row_parameters_are_found_after_they_were_replaced() -> None:
+    model = nn.ModuleList([MemoryLayer(6, 10, key_dim=4, device="meta"), ProductKeyMemory(6, 16, k=2, key_dim=4)])
+    model = model.to_empty(device="cpu")
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    own = [model[0].store.keys, model[0].store.values, model[1].store.weight]
+    assert [id(parameter) for parameter in row_parameters(model)] == [id(parameter) for parameter in own]
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])

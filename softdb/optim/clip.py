@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from softdb._checks import check_above_zero, check_number
+from softdb._checks import check_above_zero, check_flag, check_number
 from softdb.errors import NonFiniteError
 from softdb.optim.gradients import check_gradient
 from softdb.table.gradients import coalesce
@@ -20,20 +20,23 @@ __all__ = ["clip_row_grad_norm_"]
 def clip_row_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
-    norm_type: float = 2.0,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
     """Clip the joint norm of row-sparse and dense gradients, in place.
 
     Let g be the concatenation of all gradients. Equal to ``g *= min(1, max_norm / (norm(g) + 1e-6))``, which
-    `torch.nn.utils.clip_grad_norm_` computes for dense gradients. Sparse gradients are not converted to dense ones.
+    `torch.nn.utils.clip_grad_norm_` computes for dense gradients. The arguments are those of that function. Sparse
+    gradients are not converted to dense ones.
 
     Args:
         parameters: Parameters. Parameters without a gradient are skipped. An uncoalesced sparse gradient is replaced by
             its coalesced form.
         max_norm: Maximum norm of the gradients, at least 0.
-        norm_type: Order p of the norm, above 0; ``inf`` is the maximum norm.
+        norm_type: Order p of the norm, above 0; ``math.inf`` or "inf" is the maximum norm.
         error_if_nonfinite: Whether to raise if the norm is NaN or infinite.
+        foreach: Accepted, without effect: it chooses an implementation in torch.
 
     Returns:
         The norm before clipping, a tensor without dimensions.
@@ -53,11 +56,15 @@ def clip_row_grad_norm_(
         tensor([0.7071, 0.7071])
     """
     max_norm = check_number("max_norm", max_norm)
-    norm_type = check_above_zero("norm_type", norm_type, most=math.inf)
+    order = check_above_zero(
+        "norm_type", math.inf if isinstance(norm_type, str) and norm_type == "inf" else norm_type, most=math.inf
+    )
+    if foreach is not None:
+        check_flag("foreach", foreach)
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     owners = [parameter for parameter in given if parameter.grad is not None]
     for parameter in owners:
-        check_gradient(parameter)
+        check_gradient(parameter, allow_complex=True)
     gradients: list[Tensor] = []
     for parameter in owners:
         gradient = parameter.grad
@@ -71,8 +78,8 @@ def clip_row_grad_norm_(
     filled = [gradient for gradient in gradients if gradient.numel()]  # An empty tensor has no maximum.
     if not filled:
         return torch.zeros((), device=given[0].device if given else None)
-    norms = [torch.linalg.vector_norm(gradient, norm_type).to(filled[0].device) for gradient in filled]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    norms = [torch.linalg.vector_norm(gradient, order).to(filled[0].device) for gradient in filled]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise NonFiniteError(
             f"parameters: expected gradients with a finite norm, got {float(total)}; skip the step, or pass "

@@ -10,7 +10,7 @@ from softdb.errors import DtypeError, ShapeError
 __all__ = ["check_gradient"]
 
 
-def check_gradient(parameter: Tensor) -> None:
+def check_gradient(parameter: Tensor, *, allow_complex: bool = False) -> None:
     """Raise unless a gradient is dense or row-sparse, real, and of the right shape."""
     gradient = parameter.grad
     if gradient is None:
@@ -24,7 +24,7 @@ def check_gradient(parameter: Tensor) -> None:
             "gradient: expected a dense tensor, or a COO tensor that is sparse in its first dimension only, got "
             f"{layout}; convert it with .to_dense()"
         )
-    if not gradient.is_floating_point():
+    if not gradient.is_floating_point() and not (allow_complex and gradient.is_complex()):
         raise DtypeError(f"gradient: expected a floating-point tensor, got {gradient.dtype}; pass its real part")
     if gradient.shape != parameter.shape:
         raise ShapeError(

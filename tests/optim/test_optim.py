@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -1026,6 +1027,21 @@ def test_clipping_equals_torch_on_dense_gradients(max_norm: float, norm_type: fl
         if peer.grad is not None:
             assert torch.allclose(parameter.grad.to_dense(), peer.grad)
     assert own[0].grad.is_coalesced()
+
+
+@pytest.mark.parametrize("order", [2.0, "inf"])
+def test_clipping_accepts_the_arguments_of_torch(order: Any) -> None:
+    names = [list(inspect.signature(each).parameters) for each in (clip_row_grad_norm_, torch.nn.utils.clip_grad_norm_)]
+    assert names[0] == names[1]
+    own, other = ([make_parameter(4), nn.Parameter(torch.zeros(3, dtype=torch.complex64))] for _ in range(2))
+    for parameters in (own, other):
+        parameters[0].grad, parameters[1].grad = torch.arange(4.0), torch.full((3,), 3 + 4j)
+    total = clip_row_grad_norm_(own, 1.0, order, False, True)
+    assert torch.allclose(total, torch.nn.utils.clip_grad_norm_(other, 1.0, order, False, False))
+    for parameter, peer in zip(own, other, strict=True):
+        assert torch.allclose(parameter.grad, peer.grad)
+    with pytest.raises(softdb.DtypeError, match="foreach: expected True or False"):
+        clip_row_grad_norm_(own, 1.0, foreach="yes")  # type: ignore[arg-type]
 
 
 def test_clipping_of_empty_and_nonfinite_gradients() -> None:

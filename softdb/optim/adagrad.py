@@ -102,10 +102,10 @@ class RowAdagrad(RowOptimizer):
         return lr
 
     def _update_moments(
-        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], eps: float | Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         (totals,) = moments
         squares = torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), dim=1).square_()
         total = block.take(totals)
         block.put(totals, total.add_(squares, alpha=1 / max(1, math.prod(gradient.shape[1:]))))
-        return gradient, total.sqrt().add_(options["eps"]).view(-1, *[1] * (gradient.dim() - 1))
+        return gradient, total.sqrt().add_(eps).view(-1, *[1] * (gradient.dim() - 1))

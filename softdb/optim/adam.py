@@ -29,10 +29,13 @@ class RowAdam(RowOptimizer):
         v   = beta2 * v + (1 - beta2) * g**2
         p   = p - lr * sqrt(1 - beta2**s) / (1 - beta1**s) * m / (sqrt(v) + eps)
 
-    This is `torch.optim.SparseAdam` with weight decay. s is the step count of the Parameter, except for rows that are
-    added to a store later: their first update has s = 1, as in a new optimizer. Rows without a gradient are
-    neither read nor written, and no memory is allocated for their update. A dense gradient updates every row, one block
-    of rows at a time.
+    For a row-sparse gradient this is `torch.optim.SparseAdam` with weight decay. Rows without a gradient are neither
+    read nor written, and no memory is allocated for their update. A dense gradient updates every row, one block of rows
+    at a time, with ``eps * sqrt(1 - beta2**s)`` instead of eps: this is `torch.optim.AdamW`. With ``amsgrad``, the
+    largest v of all steps of the row replaces v in the last line. With ``maximize``, -g replaces g.
+
+    s is the step count of the Parameter, except for rows that are added to a store later: their first update has s = 1,
+    as in a new optimizer.
 
     The state of a slot of a store is reset if the slot has received a new row since the slot's last step, or
     if `SoftKVStore.revive` has replaced the content of the row. State grows with the storage. Free slots are not
@@ -56,14 +59,14 @@ class RowAdam(RowOptimizer):
     In a process group of `torch.distributed` the seed is the Parameter's index in the optimizer, so replicas stay
     equal.
 
-    The optimizer can replace `torch.optim.AdamW` for a whole model. It accepts the same arguments, and updates dense
-    Parameters in the same way, except that ``eps`` is not bias-corrected.
+    The optimizer can replace `torch.optim.AdamW` for a whole model, in which some gradients are row-sparse. It accepts
+    the same arguments; only the default of ``weight_decay`` differs.
 
     Args:
         params: Parameters, named Parameters, or parameter groups with their own options, as for any optimizer.
         lr: Learning rate, at least 0. If it is a tensor, a schedule may change it in place.
         betas: Coefficients of the running averages of g and g², each in [0, 1).
-        eps: Term that is added to the denominator, at least 0; not bias-corrected, as in SparseAdam.
+        eps: Term that is added to the denominator, at least 0.
         weight_decay: Weight decay coefficient, at least 0, with ``lr * weight_decay`` below 1.
         amsgrad: Whether the denominator is the largest v of the row so far.
         maximize: Whether to maximize the objective: g is negated.
@@ -143,16 +146,17 @@ class RowAdam(RowOptimizer):
 
     def _step_size(self, age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
         lr: float = options["lr"]
-        beta1: float
-        beta2: float
-        beta1, beta2 = options["betas"]
-        if isinstance(age, int):
-            return lr * math.sqrt(1 - beta2**age) / (1 - beta1**age)
-        exponent = age.to(torch.float64)
-        return torch.sqrt(1 - torch.pow(beta2, exponent)).mul_(lr).div_(1 - torch.pow(beta1, exponent))
+        beta1: float = options["betas"][0]
+        correction = 1 - (beta1**age if isinstance(age, int) else torch.pow(beta1, age.to(torch.float64)))
+        return _root_correction(age, options) * lr / correction
+
+    def _epsilon(self, age: int | Tensor, is_dense: bool, options: dict[str, Any]) -> float | Tensor:
+        eps: float = options["eps"]
+        # AdamW adds eps after the bias correction of sqrt(v), SparseAdam before it.
+        return _root_correction(age, options) * eps if is_dense else eps
 
     def _update_moments(
-        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], eps: float | Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         means, squares, *maxima = moments
         beta1, beta2 = options["betas"]
@@ -164,4 +168,12 @@ class RowAdam(RowOptimizer):
             largest = block.take(maxima[0])
             square = torch.maximum(largest, square, out=largest)
             block.put(maxima[0], square)
-        return mean, torch.sqrt(square, out=block.spare(square)).add_(options["eps"])
+        return mean, torch.sqrt(square, out=block.spare(square)).add_(eps)
+
+
+def _root_correction(age: int | Tensor, options: dict[str, Any]) -> float | Tensor:
+    """Return the factor of the bias correction of sqrt(v) in the ``age``-th step."""
+    beta2: float = options["betas"][1]
+    if isinstance(age, int):
+        return math.sqrt(1 - beta2**age)
+    return torch.sqrt(1 - torch.pow(beta2, age.to(torch.float64)))

@@ -74,9 +74,17 @@ class RowOptimizer(Optimizer):
 
     @abstractmethod
     def _update_moments(
-        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], options: dict[str, Any]
+        self, block: RowBlock, gradient: Tensor, moments: list[Tensor], eps: float | Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Update the moments of a block; return the direction's numerator and denominator."""
+        """Update the moments of a block; return the direction's numerator and denominator.
+
+        The denominator includes ``eps``, which is a number, or a tensor that broadcasts to the rows of the block.
+        """
+
+    def _epsilon(self, age: int | Tensor, is_dense: bool, options: dict[str, Any]) -> float | Tensor:
+        """Return the term that is added to the denominator in a row's ``age``-th step."""
+        eps: float = options["eps"]
+        return eps
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a group; return them as Python numbers."""
@@ -243,7 +251,8 @@ class RowOptimizer(Optimizer):
         state["step"] += 1
         if table is not None:
             self._reset_new_rows(state, table, table.live_slots() if slots is None else slots, options)
-        size = self._step_size(count_row_steps(state, slots), options)
+        age = count_row_steps(state, slots)
+        size, eps = self._step_size(age, options), self._epsilon(age, slots is None, options)
         factor = advance_decay(state, slots, options)
 
         moments = [state[name] for name in self._initial_moments(options)]
@@ -257,7 +266,8 @@ class RowOptimizer(Optimizer):
                 part_gradient = gradients[place].to(dtype)
                 if options["maximize"]:
                     part_gradient = part_gradient.neg()
-                numerator, denominator = self._update_moments(block, part_gradient, moments, options)
+                block_eps = _broadcast_to_rows(eps, place, part_gradient) if isinstance(eps, Tensor) else eps
+                numerator, denominator = self._update_moments(block, part_gradient, moments, block_eps, options)
                 stored = block.take(rows)
                 working = stored.to(dtype)  # The same tensor, unless it has half precision.
                 if factor is not None:

@@ -38,20 +38,43 @@ def backward(model: nn.Module, seed: int = 0) -> None:
 # -- the arguments of AdamW ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_dense_gradients_equal_adamw_with_its_options(amsgrad: bool, maximize: bool) -> None:
+def test_dense_gradients_equal_adamw_with_its_options(amsgrad: bool, maximize: bool, eps: float) -> None:
     parameters = [nn.Parameter(normal(30, 4).double()) for _ in "ab"]
-    options: dict[str, Any] = {"eps": 0.0, "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
+    options: dict[str, Any] = {"eps": eps, "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
     rates = [torch.tensor(0.05, dtype=torch.float64) for _ in "ab"]
     kinds = (RowAdam, torch.optim.AdamW)
     optimizers = [kind([p], lr=lr, **options) for kind, p, lr in zip(kinds, parameters, rates, strict=True)]
     for step in range(12):
         for parameter, optimizer, rate in zip(parameters, optimizers, rates, strict=True):
-            parameter.grad = normal(30, 4, seed=step).double() * (10.0 if step == 2 else 0.1)
+            # Gradients of the size of eps show where it is added, a larger one the maximum of amsgrad.
+            parameter.grad = normal(30, 4, seed=step).double() * eps * (100.0 if step == 2 else 1.0)
             optimizer.step()
             rate.mul_(0.9)  # as a schedule does
     torch.testing.assert_close(*parameters, rtol=0, atol=1e-10)
+
+
+def test_one_optimizer_trains_a_model_as_adamw_and_sparse_adam_do() -> None:
+    """Dense Parameters are updated as by AdamW and row-sparse ones as by SparseAdam."""
+    models = [nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)) for _ in "ab"]
+    models[1].load_state_dict(models[0].state_dict())
+    rows, others = row_parameters(models[0]), other_parameters(models[0])
+    own = RowAdam([{"params": rows, "lr": 0.1}, {"params": others, "weight_decay": 0.1}], lr=torch.tensor(0.01))
+    peers = [
+        torch.optim.SparseAdam(models[1][0].parameters(), lr=0.1),
+        torch.optim.AdamW(models[1][1].parameters(), lr=torch.tensor(0.01), weight_decay=0.1),
+    ]
+    for step in range(10):
+        ids = torch.randint(9, (3,), generator=torch.Generator().manual_seed(step))
+        for model, optimizers in zip(models, ([own], peers), strict=True):
+            model.zero_grad()
+            (1e-6 * model(ids).square().sum()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for parameter, peer in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter, peer, rtol=0, atol=2e-6)
 
 
 def test_row_sparse_gradients_with_amsgrad_and_maximize_equal_the_equation() -> None:

@@ -123,8 +123,8 @@ class ForeignWriteError(SoftDBError, RuntimeError):
 class GrowthError(SoftDBError, RuntimeError):
     """The storage cannot grow or shrink now, or would exceed its capacity.
 
-    Call ``reserve()``, or load a state dict of another size, before the read and before wrapping the module in
-    DistributedDataParallel.
+    Call ``reserve()`` or ``compact()``, or load a state dict of another size, before the read and before wrapping the
+    module in DistributedDataParallel.
     """
 
 

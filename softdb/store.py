@@ -494,8 +494,8 @@ class SoftKVStore(StoreModule):
         """Remove rows by id, or all rows that a filter allows.
 
         Their ids are never assigned again, but you may pass them to `add` or `put`. Their slots are reused, the lowest
-        first. The storage does not shrink. The cost is linear in the number of deleted rows; with ``where``, it is
-        linear in the number of slots.
+        first. The storage does not shrink; call `compact` for that. The cost is linear in the number of deleted rows;
+        with ``where``, it is linear in the number of slots.
 
         Args:
             ids: One id, or (m,) ids in the store, without duplicates.
@@ -529,8 +529,8 @@ class SoftKVStore(StoreModule):
     def clear(self) -> None:
         """Remove all rows.
 
-        It has the effects of `delete` of all ids: the store assigns none of them again, and the storage does not
-        shrink. The cost is linear in the number of slots.
+        It has the effects of `delete` of all ids: the store assigns none of them again, and the storage does not shrink
+        until `compact`. The cost is linear in the number of slots.
 
         Raises:
             UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
@@ -642,6 +642,41 @@ class SoftKVStore(StoreModule):
             torch.Size([1000, 4])
         """
         self._writer.reserve(n)
+
+    @without_transforms
+    def compact(self) -> None:
+        """Shrink the storage to the rows in the store.
+
+        The rows move to the lowest slots, in the same order: after it, for every tensor with an entry per slot::
+
+            tensor = tensor[live_slots]         # (capacity, ...) -> (len(store), ...)
+
+        Ids, their order in ``store.ids``, fields, usage, the order of eviction, pending gradients, and the state of
+        `softdb.optim.RowAdam` and `softdb.optim.RowAdagrad` follow the rows. ``keys`` and ``values`` stay the same
+        Parameters. Later snapshots have the smaller size. If rows have moved, the next topk read builds the index
+        again. A store with a ``capacity`` keeps storage of that size; exact reads become faster if rows were deleted.
+
+        Call it after many deletions, or when no more rows will be added: the next `add` doubles the storage. All rows
+        are copied, so old and new tensors are in memory together. Without free slots it does nothing.
+
+        Raises:
+            GrowthError: Rows cannot move now: ``backward`` of a read is still due, an optimizer of ``torch.optim`` has
+                state for each row, a trainable store is in a process group of several processes, or the rows are in
+                shared memory. Nothing has changed.
+            ForeignWriteError: Another store shares ``keys`` or ``values``, or other code has substituted them.
+            ReadOnlyError: The rows are memory-mapped files.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> ids = store.add(torch.randn(1_000, 4), torch.randn(1_000, 2))
+            >>> store.delete(ids[:990])
+            >>> store.compact()
+            >>> store.keys.shape, store.ids[:3]
+            (torch.Size([10, 4]), tensor([990, 991, 992]))
+        """
+        self._writer.compact()
 
     @without_transforms
     def touch(self, ids: Ids) -> None:

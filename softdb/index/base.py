@@ -269,8 +269,8 @@ class Base:
         return self._layout
 
     def resize(self, capacity: int) -> None:
-        """Allocate more slots."""
-        if capacity > len(self.entry_of):
+        """Change the number of slots; slots that are dropped have never held a row."""
+        if capacity != len(self.entry_of):
             self.entry_of = resize(self.entry_of, capacity, fill=-1)
             self.movement.resize(capacity)
 

@@ -68,7 +68,7 @@ class KeyMovement:
             self._drift = torch.zeros(capacity, device="cpu")
 
     def resize(self, capacity: int) -> None:
-        """Allocate more slots."""
+        """Change the number of slots."""
         self.copy = None if self.copy is None else resize(self.copy, capacity)
         self._drift = None if self._drift is None else resize(self._drift, capacity)
 

@@ -28,7 +28,7 @@ from softdb.optim.row_state import (
     state_dtype,
 )
 from softdb.table.gradients import coalesce, is_sharded
-from softdb.table.hooks import record_update, table_of
+from softdb.table.hooks import record_update, table_of, track_optimizer
 from softdb.table.storage import RowStorage
 
 __all__ = ["RowOptimizer"]
@@ -57,6 +57,11 @@ class RowOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, self._check_options(defaults))
+        track_optimizer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        track_optimizer(self)
 
     # -- defined by subclasses -------------------------------------------------------------------------------
 
@@ -314,6 +319,15 @@ class RowOptimizer(Optimizer):
             if state[name].device != device:
                 state[name] = state[name].to(device)
         return state
+
+    def _select_state(self, parameter: Tensor, slots: Tensor) -> State:
+        """Copy the state of the rows at ``slots`` of a store's Parameter, in their order."""
+        groups = [group for group in self.param_groups if any(own is parameter for own in group["params"])]
+        options = groups[0] if groups else self.defaults
+        options = options | self._check_options(options)
+        state = self._fit_state(parameter, parameter.data, table_of(parameter), options)
+        is_tensor = {name: isinstance(value, Tensor) for name, value in state.items()}
+        return {name: value.index_select(0, slots) if is_tensor[name] else value for name, value in state.items()}
 
     def _new_seed(self, parameter: Tensor) -> int:
         """Draw the seed of the stochastic rounding of ``parameter``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from softdb.table.slots import NO_SLOTS
+from softdb.table.slots import NO_SLOTS, resize
 from softdb.transforms import is_active
 
 __all__ = ["MixedRows", "SourceWatch", "Tensors"]
@@ -57,26 +57,26 @@ class MixedRows(NamedTuple):
 
 
 class _Version(NamedTuple):
-    """Generations of the rows of a source at one time.
+    """Rows in the slots of a source at one time.
 
     Attributes:
         writes: Number of writes by the source so far, and hash of its pairs of slot and id.
-        generations: Generation of each slot, (capacity,); -1 where it holds no row.
+        rows: Id and generation of the row in each slot, (capacity, 2); -1 where it holds no row.
     """
 
     writes: tuple[int, int]
-    generations: Tensor
+    rows: Tensor
 
     @classmethod
     def of(cls, source: Tensors) -> _Version | None:
-        """Copy the generations; None for meta tensors, or if another thread writes."""
+        """Copy ids and generations; None for meta tensors, or if another thread writes."""
         if source.rows.ids.is_meta:
             return None
         writes = _writes_of(source)
         ids, generations = source.rows.ids.cpu(), source.rows.generation.cpu()
         if len(ids) != len(generations):
             return None
-        version = cls(writes, torch.where(ids >= 0, generations, -1))
+        version = cls(writes, _pair(ids, generations))
         return version if writes == _writes_of(source) else None
 
 
@@ -87,7 +87,7 @@ class _Sample(NamedTuple):
         slots: The slots, (n,).
         own: Keys and values of the average at these slots.
         source: Keys and values of the source at these slots.
-        version: Generations of the source.
+        version: Rows of the source.
     """
 
     slots: Tensor
@@ -118,7 +118,7 @@ class SourceWatch:
         self.mixed = NO_SLOTS
         self._source = weakref.ref(source)
         version = _Version.of(source)
-        self._updated = None if version is None else version.generations  # at the last update
+        self._updated = None if version is None else version.rows  # at the last update
         self._sample: _Sample | None = None
         self._changed: tuple[_Version, Tensor] | None = None  # source version, slots changed since the update
 
@@ -132,8 +132,7 @@ class SourceWatch:
         if source is None:
             return None
         watch = SourceWatch(source)
-        loaded = torch.where(ids.cpu() >= 0, generation.cpu(), -1)
-        if watch._updated is None or not torch.equal(loaded, watch._updated):
+        if watch._updated is None or not torch.equal(_pair(ids.cpu(), generation.cpu()), watch._updated):
             watch._updated = None
         return watch
 
@@ -164,22 +163,22 @@ class SourceWatch:
     def _compare(self, own: Tensors) -> MixedRows:
         """Return the rows that have been mixed since the sample was kept."""
         sample, known = self._sample, self._updated
-        if sample is None or known is None or len(own.keys) != len(sample.version.generations):
+        if sample is None or known is None or len(own.keys) != len(sample.version.rows):
             return MixedRows()
         rates = _find_rates(sample, _rows_at(own, sample.slots), own.keys.dtype)
         if None in rates or not any(rates):
             return MixedRows()  # not updated, or not by an average
-        generations = sample.version.generations
+        present = sample.version.rows
         if all(rate == 1 for rate in rates):  # a copy of the source
-            self._updated, self._changed = generations, None
+            self._updated, self._changed = present, None
             return MixedRows()
         if not any(rate is not None and 0 < rate < 1 for rate in rates):
             return MixedRows()  # only keys or only values are copied so far
-        slots = _changed_slots(known, generations)
+        slots = _changed_slots(known, present)
         # The average of a slot that became free still contains its last row.
-        self._updated, self._changed = torch.where(generations < 0, known, generations), None
+        self._updated, self._changed = torch.where(present < 0, known, present), None
         is_empty = ~torch.cat(sample.own, 1).any(1)  # all zeros, as in the copy of an empty slot
-        held = (known[slots] >= 0) & ~torch.isin(slots, sample.slots[is_empty])
+        held = (known[slots, 0] >= 0) & ~torch.isin(slots, sample.slots[is_empty])
         source = self._live_source()
         ids = slots[held] if source is None else source.rows.ids.cpu()[slots[held]]
         self.mixed = torch.cat([self.mixed, ids]).unique()
@@ -190,7 +189,7 @@ class SourceWatch:
         self._sample = None
         if self._changed is None or self._changed[0].writes != _writes_of(source):
             self._changed = self._find_changed(source)
-        if self._changed is None or len(self._changed[0].generations) != len(own.keys):
+        if self._changed is None or len(self._changed[0].rows) != len(own.keys):
             return
         version, slots = self._changed
         if len(slots) == 0:
@@ -213,13 +212,12 @@ class SourceWatch:
         version = _Version.of(source)
         if version is None:
             return None
-        generations = version.generations
-        if self._updated is None or len(self._updated) > len(generations):
-            self._updated = generations
-        if len(self._updated) < len(generations):  # both have grown; rows keep their slots
-            added = len(generations) - len(self._updated)
-            self._updated = torch.cat([self._updated, torch.full((added,), -1)])
-        return version, _changed_slots(self._updated, generations)
+        present = version.rows
+        if self._updated is None:
+            self._updated = present
+        if len(self._updated) != len(present):  # both were resized; the remaining rows keep their slots
+            self._updated = resize(self._updated, len(present), fill=-1)
+        return version, _changed_slots(self._updated, present)
 
 
 def _writes_of(source: Tensors) -> tuple[int, int]:
@@ -236,9 +234,17 @@ def _are_comparable(own: Tensors, source: Tensors) -> bool:
     return all(a.shape == b.shape for a, b in pairs)
 
 
-def _changed_slots(before: Tensor, now: Tensor) -> Tensor:
+def _pair(ids: Tensor, generations: Tensor) -> Tensor:  # (capacity,), (capacity,) -> (capacity, 2)
+    """Pair ids and generations of slots; -1 at free slots.
+
+    Both are needed: a new row of the same id has another generation, and compaction moves another id to the slot.
+    """
+    return torch.stack([ids, torch.where(ids >= 0, generations, -1)], 1)
+
+
+def _changed_slots(before: Tensor, now: Tensor) -> Tensor:  # (capacity, 2), (capacity, 2)
     """Return the slots that hold a new row."""
-    return ((now >= 0) & (before != now)).nonzero().squeeze(-1)
+    return ((now[:, 0] >= 0) & (before != now).any(1)).nonzero().squeeze(-1)
 
 
 def _rows_at(table: Tensors, slots: Tensor) -> tuple[Tensor, Tensor]:

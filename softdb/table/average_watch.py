@@ -68,8 +68,13 @@ class AverageWatch:
         zero_started, self.zero_started = self.zero_started, NO_SLOTS
         return zero_started
 
-    def observe(self, now: SlotRows) -> None:
-        """Find slots in which the last update mixed two rows."""
+    def observe(self, now: SlotRows, *, has_whole_ids: bool) -> None:
+        """Find slots in which the last update mixed two rows.
+
+        Args:
+            now: The rows that the slots hold.
+            has_whole_ids: Whether the ids are those of a store, not an average of ids.
+        """
         known = self._recorded
         if known is None:
             return
@@ -77,7 +82,10 @@ class AverageWatch:
         is_first = not self.is_updated and now.version == known.version + 1
         same_size = len(known.ids) == len(now.ids)
         if not is_first and same_size:
-            held, holds, other = known.ids >= 0, now.ids >= 0, known.generation != now.generation
+            held, holds = known.ids >= 0, now.ids >= 0
+            other = known.generation != now.generation
+            if has_whole_ids:  # Compaction may move a row of the same generation to the slot.
+                other |= known.ids != now.ids
             self.mixed = torch.cat([self.mixed, now.ids[held & holds & other].cpu()])
             self.zero_started = torch.cat([self.zero_started, (~held & holds).nonzero().squeeze(-1).cpu()])
         if same_size:  # The average of a slot that became free still contains its last row.

@@ -86,9 +86,9 @@ def _average_by_id(average: Table, model: Table, decay: float) -> Growth:
     model_slots, average_slots = live.cpu(), rows.slots.find(model_rows.ids[live].cpu())
     known = average_slots >= 0
     model_slots, average_slots = model_slots[known], average_slots[known]
-    # A row with the same id and slot but another generation is a new row that reuses the id. It is copied.
-    generation, before = model_rows.generation.cpu()[model_slots], rows.generation.cpu()[average_slots]
-    same = (generation == before) | (model_slots != average_slots)
+    # A row with the same id but another generation is a new row that reuses the id. It is copied. Compaction moves rows
+    # with their generations.
+    same = model_rows.generation.cpu()[model_slots] == rows.generation.cpu()[average_slots]
     averages, device, source = {}, rows.ids.device, model.tensors()
     for name, table in average.tensors().items():
         present = source[name].detach()

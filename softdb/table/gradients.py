@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softdb.table.slots import resize
 
-__all__ = ["coalesce", "is_sharded", "make_row_sparse", "resize_gradient", "with_sparse_gradient"]
+__all__ = ["coalesce", "is_sharded", "make_row_sparse", "resize_gradient", "select_gradient", "with_sparse_gradient"]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -56,6 +56,22 @@ def resize_gradient(gradient: Tensor | None, capacity: int) -> Tensor | None:
         return resize(gradient, capacity)
     gradient = coalesce(gradient)
     return make_row_sparse(gradient._indices()[0], gradient._values(), torch.Size((capacity, *gradient.shape[1:])))
+
+
+def select_gradient(gradient: Tensor | None, slots: Tensor) -> Tensor | None:  # (m,), each slot once
+    """Select the gradients of ``slots``, in their order."""
+    if gradient is None:
+        return None
+    gradient = gradient.detach()
+    if gradient.layout == torch.strided:
+        return gradient.index_select(0, slots)
+    gradient = coalesce(gradient)
+    place_of = slots.new_full((len(gradient),), -1)
+    place_of[slots] = torch.arange(len(slots), device=slots.device)
+    places, order = place_of[gradient._indices()[0]].sort()
+    order = order[places >= 0]
+    shape = torch.Size((len(slots), *gradient.shape[1:]))
+    return make_row_sparse(places[places >= 0], gradient._values().index_select(0, order), shape)
 
 
 def with_sparse_gradient(table: Tensor) -> Tensor:

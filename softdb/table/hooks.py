@@ -24,6 +24,8 @@ from softdb.table.layouts import check_before_step
 from softdb.table.storage import RowStorage
 
 __all__ = [
+    "find_optimizers",
+    "follows_rows",
     "is_row_embedding",
     "pause_watching",
     "record_update",
@@ -31,6 +33,8 @@ __all__ = [
     "register_row_embedding",
     "register_row_optimizer",
     "table_of",
+    "tables_of",
+    "track_optimizer",
     "watch",
 ]
 
@@ -50,6 +54,10 @@ _hooked = False
 
 # Optimizers, besides those of torch, that update only the rows of a row-sparse gradient and resize their state.
 _row_optimizers: set[type[torch.optim.Optimizer]] = set()
+
+# Optimizers that may have state for a Parameter of a table, by ``id()``: row optimizers, and others that have updated
+# one.
+_optimizers: weakref.WeakValueDictionary[int, torch.optim.Optimizer] = weakref.WeakValueDictionary()
 
 # Updates of steps in progress, by optimizer. They are recorded before the step, which may free the gradients.
 _pending_updates: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[_Update]] = weakref.WeakKeyDictionary()
@@ -102,6 +110,11 @@ def _holds_rows(parameter: Tensor) -> bool:
     return table_of(parameter) is not None or any(module.weight is parameter for module in list(_row_embeddings))
 
 
+def tables_of(tensor: Tensor) -> list[RowStorage]:
+    """Return the tables whose keys or values ``tensor`` holds."""
+    return [table for table, _ in _owners(tensor)]
+
+
 def _owners(parameter: Tensor) -> Iterator[tuple[RowStorage, str]]:
     """Yield each table whose rows ``parameter`` holds, with "keys" or "values"."""
     for reference, name in _tables.get(parameter, ()):
@@ -139,6 +152,22 @@ def register_row_optimizer(kind: type[torch.optim.Optimizer]) -> type[torch.opti
     """Register an optimizer class that resizes its state and records its updates."""
     _row_optimizers.add(kind)
     return kind
+
+
+def track_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let `find_optimizers` find an optimizer before its first step, too."""
+    _optimizers[id(optimizer)] = optimizer
+
+
+def follows_rows(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer resizes its state, and can move it to other slots."""
+    return isinstance(optimizer, tuple(_row_optimizers))
+
+
+def find_optimizers(parameter: Tensor) -> list[Any]:
+    """Return the optimizers with state for a Parameter of a table."""
+    optimizers = [reference() for reference in _optimizers.valuerefs()]  # Other threads may add more meanwhile.
+    return [optimizer for optimizer in optimizers if optimizer is not None and optimizer.state.get(parameter)]
 
 
 def watch(parameter: Tensor, table: RowStorage, name: str) -> None:
@@ -233,7 +262,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
     is_last = all(hook is _before_step for hook in hooks)
     arguments = check_before_step(optimizer, args, kwargs, _holds_rows) if is_last else None
     updates = list(_find_updates(optimizer))
-    if not isinstance(optimizer, tuple(_row_optimizers)):
+    if updates:
+        track_optimizer(optimizer)
+    if not follows_rows(optimizer):
         for update in updates:
             _check_state(update.parameter, optimizer.state.get(update.parameter, {}))
     _pending_updates[optimizer] = updates

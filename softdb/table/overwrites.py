@@ -130,13 +130,18 @@ def _check_overwritten(rows: RowStorage, *, copied: bool) -> None:
     """
     ids = rows.ids.cpu()
     named = ids[ids >= 0]
-    slots = (ids >= 0).nonzero().squeeze(-1)
-    check = rows.id_check.cpu()
-    fits = not copied or torch.equal(check, compute_id_check(hash_rows(slots, named), int(check[0])))
+    fits = not copied or _matches_check(rows)
     whole = len(ids) == 0 or int(ids.min()) >= -1
     if fits and whole and len(named.unique()) == len(named) and int(rows.next_id) >= 0:
         return
     raise ForeignWriteError(AVERAGED_IDS)
+
+
+def _matches_check(rows: RowStorage) -> bool:
+    """Return whether the ids match the checksum; an average of ids does not."""
+    ids, check = rows.ids.cpu(), rows.id_check.cpu()
+    slots = (ids >= 0).nonzero().squeeze(-1)
+    return torch.equal(check, compute_id_check(hash_rows(slots, ids[slots]), int(check[0])))
 
 
 def check_ids_unchanged(rows: RowStorage) -> None:
@@ -191,7 +196,7 @@ def warn_of_zero_start(count: int) -> None:
 def observe_average(rows: RowStorage) -> None:
     """Check whether the last update of an average mixed rows."""
     if rows.average.is_outdated(rows.id_check):
-        rows.average.observe(rows.slot_rows)
+        rows.average.observe(rows.slot_rows, has_whole_ids=_matches_check(rows))
         if len(rows.average.mixed):
             # A store to which these buffers are copied must raise, too.
             rows.writable_buffer("id_check").fill_(INVALID_CHECK)

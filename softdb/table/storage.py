@@ -1,8 +1,8 @@
 """`RowStorage`: ids, fields and versions of rows by slot.
 
-A *slot* is a row's position in the tensors. A row never changes its slot, since optimizer state and gradients are laid
-out by slot. A deleted row leaves a free slot; new rows fill the lowest free slots. An *id* is the public int64 number
-of a row. Ids are assigned in ascending order; no id is assigned twice.
+A *slot* is a row's position in the tensors. Only compaction moves a row to another slot, since optimizer state and
+gradients are laid out by slot, and have to follow. A deleted row leaves a free slot; new rows fill the lowest free
+slots. An *id* is the public int64 number of a row. Ids are assigned in ascending order; no id is assigned twice.
 
 An index and an open read record the ``version`` that they used. They can later look up which slots have changed since.
 """

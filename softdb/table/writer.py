@@ -16,6 +16,7 @@ from torch import Tensor
 from softdb._checks import Ids, check_finite, check_float_tensor, check_ids, check_positive, check_vector, list_ids
 from softdb.errors import ArgumentError, DuplicateIdError, ShapeError
 from softdb.table.access import Access
+from softdb.table.compaction import prepare_compaction
 from softdb.table.fields import check_fields
 from softdb.table.journal import RESIZE_OUTCOME, WRITE_OUTCOME, Growth, WriteBatch
 from softdb.table.slots import NO_SLOTS, slots_to_index
@@ -133,6 +134,13 @@ class Writer:
             growth = self._table.prepare_growth(check_positive("n", n), exactly=True)
             if growth is not None:
                 self._table.journal.commit(lambda: self._table.install(growth), RESIZE_OUTCOME)
+
+    def compact(self) -> None:
+        """Move the rows to the lowest slots, and shrink the storage to them."""
+        with self._access.changing("compact"):
+            compaction = prepare_compaction(self._table)
+            if compaction is not None:
+                self._table.journal.commit(compaction, RESIZE_OUTCOME)
 
     def materialize(self) -> None:
         """Copy memory-mapped rows of a snapshot into memory."""

@@ -226,6 +226,8 @@ def test_update_average_averages_by_id(capacity: int | None, trainable: bool) ->
         store.update([8], keys=normal(1, 4, seed=step))
         if step == 2:
             store.revive([9], normal(1, 4, seed=50), normal(1, 3, seed=51))
+            store.delete([7])
+            store.compact()  # row 9 moves
         store.read(normal(2, 4), "topk", k=2)
         update_average(average, store, 0.75)
         for id, (key, value) in rows_of(store).items():

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from support.programs import check_exit
 
 import softdb
 from softdb import LockedError, SoftKVStore, snapshot
+from softdb.optim import RowAdam
 from softdb.snapshot import examine as snapshot_examine
 from softdb.snapshot import lock as snapshot_lock
 from softdb.snapshot import reader as snapshot_reader
@@ -505,6 +507,31 @@ def test_reserve_retries_after_one_interruption(monkeypatch: pytest.MonkeyPatch)
         assert "the storage has been resized" in said
         assert store.keys.shape[0] == 100
         store._check()
+
+
+@pytest.mark.parametrize("options", [{"trainable": True}, FULL], ids=["free", "full"])
+@pytest.mark.parametrize("step", [(Table, "install"), (RowStorage, "derive"), (RecordedVersions, "record")], ids=str)
+@pytest.mark.parametrize("times", [1, 100])
+def test_an_interrupted_compaction_is_completed(
+    step: tuple[Any, str], options: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for failure in (MemoryError, KeyboardInterrupt):
+        store = make(1.0, rows=6, **options)
+        optimizer = RowAdam(store.parameters(), lr=0.1)
+        store.read(torch.ones(4)).values.sum().backward()
+        optimizer.step()
+        store.delete(store.ids[1:3])
+        rows, moments = state_of(store), optimizer.state[store.values]["exp_avg"][store.rows.live_slots()]
+        gradient = store.values.grad[store.rows.live_slots()]
+        with monkeypatch.context() as patch:
+            Failing(patch, step, 1 if step[0] is Table else 2, times, failure)
+            with suppress(MemoryError, KeyboardInterrupt):
+                store.compact()
+        assert state_of(store) == rows
+        store._check()
+        assert store.rows.used == len(store) == 4
+        assert torch.equal(store.values.grad[:4], gradient)
+        assert torch.equal(optimizer.state[store.values]["exp_avg"][:4], moments)
 
 
 def test_materialize_can_be_repeated_after_it_runs_out_of_memory(

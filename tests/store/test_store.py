@@ -1002,6 +1002,13 @@ class StoreMachine(RuleBasedStateMachine):
         other.load_state_dict(self.store.state_dict())
         self.store = other
 
+    @rule()
+    def compact(self) -> None:
+        ids = self.store.ids
+        self.store.compact()
+        assert torch.equal(self.store.ids, ids)
+        assert len(self.store.keys) == len(ids)
+
     @precondition(lambda self: self.model)
     @rule(k=st.integers(1, 9), limit=st.integers(0, 9), mode=st.sampled_from(["exact", "topk", "hard"]))
     def read(self, k: int, limit: int, mode: str) -> None:

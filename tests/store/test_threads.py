@@ -320,6 +320,7 @@ WRITES: dict[str, Callable[[SoftKVStore], object]] = {
     "revive": lambda store: store.revive([3, 8, 5], torch.ones(3, 4), torch.ones(3, 2)),
     "delete": lambda store: store.delete([3, 8, 15, 16]),
     "clear": lambda store: store.clear(),
+    "compact": lambda store: store.compact(),
     "reserve": lambda store: store.reserve(100),
     "load_state_dict": lambda store: store.load_state_dict(table(store, rows=7).state_dict()),
     "build_index": lambda store: store.build_index(),

@@ -112,6 +112,7 @@ def race(
         step,
         store.refresh,
         store.build_index,
+        store.compact,
     ]
     chance = random.Random(0)
 

@@ -32,9 +32,9 @@ def store_of(problem: Problem, **options: Any) -> SoftKVStore:
     return store
 
 
-def make_trainable_store(**options: Any) -> SoftKVStore:
+def make_trainable_store(*, sparse_grad: bool = True) -> SoftKVStore:
     generator = torch.Generator().manual_seed(0)
-    store = SoftKVStore(8, 4, trainable=True, sparse_grad=True, index=IndexConfig("IVF8,Flat", recall=1.0), **options)
+    store = SoftKVStore(8, 4, trainable=True, sparse_grad=sparse_grad, index=IndexConfig("IVF8,Flat", recall=1.0))
     store.add(torch.randn(300, 8, generator=generator), torch.randn(300, 4, generator=generator))
     return store
 

@@ -109,7 +109,7 @@ KEYS, VALUES = tensors()
         ({"values": VALUES[:4]}, ShapeError, "values: expected 5 rows, one for each key, got 4"),
         ({"values": VALUES.long()}, DtypeError, r"values: .* got torch.int64; .* or store integers in fields=\.\.\."),
         ({"values": VALUES * torch.nan}, NonFiniteError, "values: expected finite numbers"),
-        ({"ids": [0, 1, 2, 3, 3]}, DuplicateIdError, "ids: expected each id once, got 3"),
+        ({"ids": [0, 1, 2, 3, 3]}, DuplicateIdError, "ids: expected each id once, got repeated ids 3"),
         ({"ids": 4}, ShapeError, "ids: expected a 1-dimensional list of ids"),
         ({"fields": ["time"]}, DtypeError, "fields: expected a mapping from field name to int64 tensor, got list"),
         ({"fields": {"id": 4}}, FieldError, "fields: expected names other than 'id'"),

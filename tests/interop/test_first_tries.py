@@ -120,13 +120,13 @@ ACCEPT_SPARSE = {"SGD", "SGD, Nesterov", "SGD, foreach", "Adagrad", "RowAdam", "
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_an_optimizer_trains_a_model_by_default(name: str) -> None:
+def test_an_optimizer_by_default(name: str) -> None:
     model = Model()
     assert_trained(model, *train(model, OPTIMIZERS[name](model.parameters())))
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LBFGS"])
-def test_an_optimizer_trains_a_model_with_row_sparse_gradients_or_names_the_remedy(name: str) -> None:
+def test_an_optimizer_with_row_sparse_gradients(name: str) -> None:
     model = Model(sparse_grad=True)
     optimizer = OPTIMIZERS[name](model.parameters())
     if name in ACCEPT_SPARSE:

@@ -1088,6 +1088,7 @@ def test_concurrent_reads_return_no_duplicates(monkeypatch: pytest.MonkeyPatch) 
     assert not duplicates
 
 
+@pytest.mark.filterwarnings("ignore::softdb.PerformanceWarning")  # k is a fifth of the visible rows
 def test_filtered_searches_reach_the_recall_target() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
     queries = clustered(600, seed=6)

@@ -90,7 +90,8 @@ class SoftKVStore(StoreModule):
             dense, and every optimizer accepts them. Use True for large tables, with an optimizer that accepts sparse
             gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`,
             `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense gradients.
-        fields: Names of the int64 fields of every row. The filter ``where`` of `read` can use them.
+        fields: Names of the int64 fields of every row. The filter ``where`` of `read` can use them, and `fields_at`
+            returns those of the rows that a read reports.
         index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, whose
             documentation describes these values.
         capacity: Maximum number of rows. The storage is allocated once at this size and never grows, so optimizers and
@@ -215,7 +216,7 @@ class SoftKVStore(StoreModule):
         Args:
             keys: (n, key_dim), floating point.
             values: (n, value_dim), floating point, on the device of ``keys``. For a store without values, pass
-                ``keys.new_zeros(len(keys), 0)``.
+                ``keys[:, :0]``.
             ids: As for `add`.
             fields: The fields of the store, and their values as for `add`, by name. If None, the store has no fields.
             **options: Other options of the store, such as ``metric`` or ``trainable``.
@@ -360,7 +361,7 @@ class SoftKVStore(StoreModule):
 
         Args:
             keys: (m, key_dim), floating point.
-            values: (m, value_dim), floating point.
+            values: (m, value_dim), floating point. For a store with ``value_dim=0``, pass ``keys[:, :0]``.
             ids: Ids of the new rows, (m,), none of them in the store. If None, the store assigns m consecutive ids,
                 starting one above the highest id that it has ever held, or at 0. The store never assigns an id twice.
             fields: Value of every field of the store, by name: m integers, or one integer for all m rows.

@@ -65,6 +65,7 @@ def test_every_example_has_a_test() -> None:
         "digits_memory.py",
         "hard_vs_soft.py",
         "how_much_does_topk_miss.py",
+        "knn_lm.py",
         "memory_lm.py",
         "quickstart.py",
         "retrieval_in_training.py",
@@ -137,6 +138,19 @@ def test_memory_lm_has_a_lower_perplexity_with_memories_at_equal_steps() -> None
     # Perplexity with no memory, ContextMemory and ProductKeyMemory: 25.1, 25.8, 24.8 with Python 3.12; 23.5, 21.2, 23.2
     # with Python 3.11.
     assert min(after_steps["ContextMemory"], after_steps["ProductKeyMemory"]) < after_steps["no memory"]
+
+
+@pytest.mark.slow
+def test_knn_lm_has_a_lower_perplexity_with_more_rows_in_memory() -> None:
+    pytest.importorskip("tqdm")
+    header, *lines = call("knn_lm.py", "--small").splitlines()
+    assert header.split()[-3:] == ["validation", "test", "without"]
+    some, more = ([float(cell.replace(",", "")) for cell in line.split()] for line in lines)
+    assert (some[0], more[0]) == (4_000, 15_968)
+    assert min(some[2], more[2]) > 0  # The best shares on the validation text.
+    assert some[5] == more[5]
+    assert some[4] < 0.97 * some[5]  # The perplexity of the test text, with and without memory.
+    assert more[4] < 0.86 * more[5]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -238,6 +238,17 @@ class Selection:
         rule = None if self.rule is None else _RuleForQueries(self.rule, queries)
         return replace(self, rule=rule, excluded=excluded)
 
+    def with_rows(self, rows: RowSource) -> Selection:
+        """Return a selection whose rule uses other ids and fields."""
+        return self if self.rule is None else replace(self, rule=self.rule.with_rows(rows))
+
+
+class RowSource(Protocol):
+    """Source of ids and fields of rows, such as `softdb.table.storage.RowStorage`."""
+
+    def view(self, slots: slice | Tensor) -> Mapping[str, Tensor]:
+        """Return ids and fields of the rows at ``slots``, by name."""
+
 
 def find_places(slots: Tensor, numbers: Tensor) -> Tensor:  # (m,) ascending, (B, c) -> (B, c)
     """Find the positions of ``numbers`` in ``slots``; -1 if they are absent."""
@@ -333,9 +344,13 @@ def _mask_from_tensor(rows: RowStorage, where: object) -> Tensor:  # -> (used,) 
 class _RuleOnSlots:
     """Rule on slots that calls a user's ``where(row)``."""
 
-    rows: RowStorage
+    rows: RowSource
     where: Rule
     batch: int
+
+    def with_rows(self, rows: RowSource) -> _RuleOnSlots:
+        """Return a rule that uses other ids and fields."""
+        return replace(self, rows=rows)
 
     def __call__(self, slots: slice | Tensor) -> Tensor:
         row = self.rows.view(slots)
@@ -370,6 +385,10 @@ class _RuleForQueries:
     def batch(self) -> int:
         """Number of queries."""
         return len(self.queries)
+
+    def with_rows(self, rows: RowSource) -> _RuleForQueries:
+        """Return a rule that uses other ids and fields."""
+        return replace(self, rule=self.rule.with_rows(rows))
 
     def __call__(self, slots: slice | Tensor) -> Tensor:
         if isinstance(slots, Tensor) and slots.dim() == 2:

@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from softdb.kernels.bias import ScoreBias
 from softdb.kernels.tiling import Tiles, Tiling
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.metrics import prepare_keys, prepare_keys_backward
+from softdb.table.kept_rows import RowCopies, RowsAtRead
 
 __all__ = ["BestRows", "ReadSpec", "check_scores", "disable_autocast", "enumerate_queries"]
+
+T = TypeVar("T")
 
 NULL_CONTEXT: AbstractContextManager[Any] = nullcontext()
 
@@ -41,6 +44,7 @@ class ReadSpec:
         noise: The Gumbel noise that is added to the scores, or None.
         bias: Numbers that are added to the scores, or None.
         tiling: The tile sizes and thresholds.
+        at_read: The rows of a store at this read; None if backward uses the tables as they are.
     """
 
     metric: str
@@ -52,6 +56,31 @@ class ReadSpec:
     noise: GumbelNoise | None = None
     bias: ScoreBias | None = None
     tiling: Tiling = field(default_factory=lambda: Tiling.for_device(torch.device("cpu")))
+    at_read: RowsAtRead | None = None
+
+    def compute_at_read(self, function: Callable[[ReadSpec, RowCopies | None], T], keys: Tensor, values: Tensor) -> T:
+        """Call ``function`` on the rows as they were at the read.
+
+        Args:
+            function: A function of a spec and the copies of the rows that have changed since, or None.
+            keys: The keys that backward uses.
+            values: The values that backward uses.
+
+        Raises:
+            StaleReadError: A row has changed without a copy.
+        """
+        at_read = self.at_read
+        if at_read is None:
+            return function(self, None)
+
+        def run(copies: RowCopies | None) -> T:
+            if copies is None:
+                return function(self, None)
+            selection = self.selection.with_rows(at_read.view(copies))
+            own = at_read.select_own(copies, keys=keys, values=values)
+            return function(replace(self, selection=selection), own)
+
+        return at_read.compute(run)
 
     def choose_tiles(self, query: Tensor, copied_per_row: int, k: int = 0) -> Tiles:  # (G, B, w)
         """Choose the tiles of a pass: see `Tiling.choose_tiles`."""

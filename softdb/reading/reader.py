@@ -48,6 +48,7 @@ from softdb.scoring.metrics import Metric, compute_center, compute_dtype, prepar
 from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
+from softdb.table.kept_rows import RowsAtRead
 from softdb.table.storage import RowStorage
 from softdb.table.table import Table
 
@@ -91,6 +92,7 @@ class ReadView:
         metric: Metric of the store.
         temperature: Temperature of the store.
         sparse: Whether gathered rows get row-sparse gradients.
+        at_read: The rows as they are now, for backward; None if gradients are disabled.
     """
 
     rows: RowStorage
@@ -101,6 +103,7 @@ class ReadView:
     metric: Metric
     temperature: float
     sparse: bool
+    at_read: RowsAtRead | None = None
 
 
 class Reader:
@@ -185,13 +188,18 @@ class Reader:
         if sparse and is_within_ddp():
             keys, values = with_sparse_gradient(keys), with_sparse_gradient(values)
         names = frozenset(replacements)
-        view = ReadView(table.rows, keys, values, names, self._index, table.config.metric, store.temperature, sparse)
+        at_read = None
+        if substitutes is None and torch.is_grad_enabled():
+            frozen = not (replacements or keys.requires_grad or values.requires_grad)
+            at_read = RowsAtRead(table.rows, tensors, keeps=frozen)
+        metric, temperature = table.config.metric, store.temperature
+        view = ReadView(table.rows, keys, values, names, self._index, metric, temperature, sparse, at_read)
         read, used = self.read(view, query, options)
         if substitutes is not None:
             return read
         if options.mode != "exact" and not sparse and not table.is_sharded:
             self._hints.check_gradient("store", (keys, values))
-        return self._open_reads.attach(read, table.rows, used, list(replacements.values()))
+        return self._open_reads.attach(read, at_read, used, list(replacements.values()))
 
     def _check_substitute(self, name: str, tensor: Tensor, mode: Mode) -> None:
         """Raise if a tensor cannot replace the store's own in a read."""
@@ -233,7 +241,9 @@ class Reader:
                 largest = functools.partial(largest_norm, view.keys)
             else:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
-            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, bias, tiling)
+            keeps = view.at_read is not None and view.at_read.keeps
+            at_read = view.at_read if keeps else None
+            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, bias, tiling, at_read)
             tables = Tables(view.keys, view.values, sparse=view.sparse)
             if mode == "exact":
                 try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ from softdb.table.storage import RowStorage
 from softdb.transforms import is_wrapped
 
 __all__ = ["FileRows", "Table"]
+
+
+class OpenReads(Protocol):
+    """Open reads: reads whose backward may still run."""
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+
+    def keep_rows(self, rows: RowStorage, tables: Mapping[str, Tensor], changing: Tensor) -> None:
+        """Copy the rows at the slots ``changing`` for the open reads that used them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Table:
         module: The module with the tensors ``keys`` and ``values``.
         rows: Ids, fields and versions of the rows.
         config: The settings of the store.
-        open_reads: The reads whose backward is still due; true if there are any.
+        open_reads: The reads whose backward is still due.
 
     Attributes:
         journal: The write in progress, until it is applied.
@@ -56,7 +66,7 @@ class Table:
         is_sharded: Whether FSDP2 has replaced the tensors by shards. It gathers them during a forward.
     """
 
-    def __init__(self, module: nn.Module, rows: RowStorage, config: StoreConfig, open_reads: object) -> None:
+    def __init__(self, module: nn.Module, rows: RowStorage, config: StoreConfig, open_reads: OpenReads) -> None:
         self.rows, self.config, self.open_reads = rows, config, open_reads
         self.journal = Journal()
         self.files: FileRows | None = None
@@ -173,6 +183,11 @@ class Table:
             )
 
     # -- writing ---------------------------------------------------------------------------------------------
+
+    def keep_rows(self, plan: WritePlan) -> None:
+        """Copy the rows that a plan will overwrite, for the open reads that used them."""
+        if len(plan.changed_slots):
+            self.open_reads.keep_rows(self.rows, self.tensors(), plan.changed_slots)
 
     def apply(self, plan: WritePlan) -> None:
         """Apply a plan to rows, keys, values and gradients.

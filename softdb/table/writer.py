@@ -165,6 +165,7 @@ class Writer:
         if growth is not None:
             self._table.journal.commit(lambda: self._table.install(growth), RESIZE_OUTCOME)
         plan = self._table.rows.plan(batch)
+        self._table.keep_rows(plan)
         self._table.journal.commit(lambda: self._table.apply(plan), WRITE_OUTCOME)
 
     def _make_room(self, new: Tensor, replaced: Tensor = NO_SLOTS) -> tuple[Tensor, Growth | None]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import softdb
-from softdb.reading.staleness import StalenessCheck
 from softdb.table.growth import resize_buffers
 from softdb.table.hooks import watch
 from softdb.table.journal import WriteBatch
+from softdb.table.kept_rows import RowsAtRead
 from softdb.table.slots import SlotTable
 from softdb.table.storage import RowStorage
 
@@ -96,7 +96,8 @@ def test_changed_since_returns_the_slots_changed_after_a_version() -> None:
 def test_a_staleness_check_raises_only_for_rows_that_were_used(used: torch.Tensor | None) -> None:
     rows = storage_of(10)
     remove(rows, [8])
-    check = StalenessCheck(rows, used)
+    check = RowsAtRead(rows, {}, keeps=False)
+    check.used = check.used if used is None else used
     insert(rows, torch.tensor([50]))  # into the free slot
     resize(rows, 20)
     insert(rows, torch.tensor([51]))

@@ -23,6 +23,7 @@ from softdb.kernels.cpu.products import (
 )
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiles
+from softdb.table.kept_rows import RowCopies
 
 __all__ = ["SavedTensors", "backward_in_blocks", "check_rule_unchanged", "forbid_double_backward"]
 
@@ -53,6 +54,7 @@ def backward_in_blocks(
     grad_blend: Tensor | None,
     grad_lse: Tensor | None,
     needs: tuple[bool, ...],
+    copies: RowCopies | None = None,
 ) -> list[Tensor | None]:
     """Compute the gradients of query, keys, values and bias.
 
@@ -66,6 +68,7 @@ def backward_in_blocks(
         grad_blend: Gradient of the blend, (G B, dv), or None.
         grad_lse: Gradient of the log-sum-exp, (G B,), or None.
         needs: Whether query, keys, values and bias need a gradient.
+        copies: Copies of the rows that have changed since forward, or None.
 
     Returns:
         The gradients, None where they are not needed.
@@ -92,7 +95,8 @@ def backward_in_blocks(
     else:
         delta = delta / total
     product, value_product = TileProduct(tiles.transposed, tiles.exact_ties), TileProduct(tiles.transposed)
-    key_loader, value_loader = BlockLoader(keys, spec.dtype), BlockLoader(values, spec.dtype)
+    key_loader = BlockLoader(keys, spec.dtype, "keys", copies)
+    value_loader = BlockLoader(values, spec.dtype, "values", copies)
     fingerprint = None if seen is None else torch.zeros_like(seen)
     for groups, block, slices in spec.iterate_tiles(tiles, count, height):
         rows = key_loader.load(groups, block)  # (g, C, d)

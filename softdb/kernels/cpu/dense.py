@@ -17,6 +17,7 @@ from softdb.kernels.cpu.products import TileProduct, matmul_in_runs, split_group
 from softdb.kernels.cpu.topk import block_top_k
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores, disable_autocast
 from softdb.kernels.tiling import Tiling
+from softdb.table.kept_rows import RowCopies
 
 __all__ = ["DenseRead", "read_dense"]
 
@@ -55,14 +56,15 @@ class DenseRead(torch.autograd.Function):
         """Compute the gradients of query, keys, values and bias from the weights."""
         query, keys, values, bias, blend, _ = ctx.saved_tensors
         grad_blend, grad_lse = grads[:2]
-        spec, block, weights, groups = ctx.spec, ctx.block, ctx.weights, ctx.groups
+        block, weights, groups, seen = ctx.block, ctx.weights, ctx.groups, ctx.seen
         needs_query, needs_keys, needs_values, needs_bias = ctx.needs_input_grad[:4]
-        grad_query = grad_keys = grad_values = grad_bias = None
         if grad_blend is None and grad_lse is None:
             return (None,) * 8
-        if ctx.seen is not None:
-            check_rule_unchanged(ctx.seen, spec.selection.block(0, spec.selection.count).fingerprint())
-        with torch.no_grad(), disable_autocast(query.device):
+
+        def compute(spec: ReadSpec, copies: RowCopies | None) -> list[Tensor | None]:
+            grad_query = grad_keys = grad_values = grad_bias = None
+            if seen is not None:
+                check_rule_unchanged(seen, spec.selection.block(0, spec.selection.count).fingerprint())  # type: ignore[union-attr]
             if needs_values and grad_blend is not None:
                 grad_rows = matmul_in_runs(weights.mT, _by_group(groups, grad_blend), spec.tiling)
                 grad_values = _scatter_rows(values, groups, block, grad_rows)
@@ -72,7 +74,10 @@ class DenseRead(torch.autograd.Function):
                     delta = (grad_blend * blend).sum(-1, keepdim=True)
                     if grad_lse is not None:
                         delta -= grad_lse.unsqueeze(-1)
-                    block_values = _cast(_select_rows(values, groups, block), spec.dtype)
+                    block_values = _select_rows(values, groups, block)
+                    if copies is not None:
+                        block_values = copies.restore_rows("values", block_values, block.rows)
+                    block_values = _cast(block_values, spec.dtype)
                     grad_scores = _pairwise(_by_group(groups, grad_blend), block_values, spec.tiling)
                     grad_scores = grad_scores.sub_(_by_group(groups, delta)).mul_(weights)
                 elif grad_lse is not None:
@@ -84,12 +89,17 @@ class DenseRead(torch.autograd.Function):
                     ScoreBias(bias).add_gradient_(grad_bias, tiles, block, *everything)
                 grad_scores = _cast(grad_scores, query.dtype)
                 rows = _select_rows(keys, groups, block)
+                if copies is not None:
+                    rows = copies.restore_rows("keys", rows, block.rows)
                 if needs_query:
                     grad_query = _flatten(groups, matmul_in_runs(grad_scores, spec.prepare_keys(rows), spec.tiling))
                 if needs_keys:
                     grad_operand = matmul_in_runs(grad_scores.mT, _by_group(groups, query), spec.tiling)
                     grad_keys = _scatter_rows(keys, groups, block, spec.prepare_keys_backward(grad_operand, rows))
-        results = [grad_query, grad_keys, grad_values, grad_bias]
+            return [grad_query, grad_keys, grad_values, grad_bias]
+
+        with torch.no_grad(), disable_autocast(query.device):
+            results = ctx.spec.compute_at_read(compute, keys, values)
         results = forbid_double_backward(results, query, keys, values, bias, *grads)
         return *results, None, None, None, None
 

@@ -40,6 +40,7 @@ from softdb.kernels.cpu.products import split_groups
 from softdb.kernels.cpu.topk import select_dense_block
 from softdb.kernels.spec import BestRows, ReadSpec, disable_autocast
 from softdb.scoring.metrics import widest_dtype
+from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
 
 __all__ = ["exact_read"]
@@ -84,10 +85,13 @@ class _ExactRead(torch.autograd.Function):
         saved = SavedTensors(*ctx.saved_tensors)  # activation checkpointing allows one access only
         results: list[Tensor | None] = [None, None, None, None]
         if grads[0] is not None or grads[1] is not None:
+            groups, tiles, needs = ctx.groups, ctx.tiles, ctx.needs_input_grad
+
+            def compute(spec: ReadSpec, copies: RowCopies | None) -> list[Tensor | None]:
+                return backward_in_blocks(saved, spec, groups, tiles, grads[0], grads[1], needs, copies)
+
             with torch.no_grad(), disable_autocast(saved.query.device):
-                results = backward_in_blocks(
-                    saved, ctx.spec, ctx.groups, ctx.tiles, grads[0], grads[1], ctx.needs_input_grad
-                )
+                results = ctx.spec.compute_at_read(compute, saved.keys, saved.values)
         return *forbid_double_backward(results, *saved[:4], *grads), None, None, None
 
 

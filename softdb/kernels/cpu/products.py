@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from softdb.filters import Block
 from softdb.kernels.tiling import GROUP_COLUMNS, Tiling
+from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
 
 __all__ = [
@@ -52,10 +53,17 @@ class ScratchBuffer:
 
 
 class BlockLoader:
-    """Loader of blocks of rows of a table, (G, N, d), in one dtype."""
+    """Loader of blocks of rows of a table, (G, N, d), in one dtype.
 
-    def __init__(self, table: Tensor, dtype: torch.dtype) -> None:
-        self._table, self._dtype = table, dtype
+    Args:
+        table: The table.
+        dtype: The dtype of the rows.
+        name: "keys" or "values".
+        copies: Copies of rows to load in place of changed ones, or None.
+    """
+
+    def __init__(self, table: Tensor, dtype: torch.dtype, name: str = "keys", copies: RowCopies | None = None) -> None:
+        self._table, self._dtype, self._name, self._copies = table, dtype, name, copies
         self._gathered, self._converted = ScratchBuffer(), ScratchBuffer()
 
     def load(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
@@ -68,6 +76,8 @@ class BlockLoader:
             rows = torch.index_select(table[0], 0, block.rows, out=memory).unsqueeze(0)
         else:
             rows = table[groups].index_select(1, block.rows)
+        if self._copies is not None:
+            rows = self._copies.restore_rows(self._name, rows, block.rows)
         if rows.dtype == self._dtype:
             return rows
         return self._converted.take(rows, rows.shape, self._dtype).copy_(rows)

@@ -163,7 +163,13 @@ class RowsAtRead:
         while True:
             changed = self.find_changed()
             places, parts = self._locate_copies(changed)
-            result = function(RowCopies.gather(parts, places) if len(changed) else None)
+            copies = RowCopies.gather(parts, places) if len(changed) else None
+            try:
+                result = function(copies)
+            except StaleReadError:
+                if len(self.find_changed()) == len(changed):
+                    raise
+                continue
             if len(self.find_changed()) == len(changed):  # Changed rows never become unchanged.
                 return result
 

@@ -131,7 +131,8 @@ class GrowthError(SoftDBError, RuntimeError):
 class StaleReadError(SoftDBError, RuntimeError):
     """A row that a read used changed before the backward of the read.
 
-    Call ``backward()`` before writes and optimizer steps, or read again.
+    Call ``backward()`` before writes and optimizer steps, or read again. Writes of a store to rows without gradient do
+    not raise it, unless the number of overwritten rows to keep exceeds the number of slots of the storage.
     """
 
 

@@ -106,8 +106,8 @@ class SoftKVStore(StoreModule):
               without ``k`` counts no row.
 
             A write never evicts a row that it inserts or replaces. Eviction has the effects of `delete`: the id is
-            never assigned again, backward of a read that used the row raises `StaleReadError`, and the pending gradient
-            of the row is dropped.
+            never assigned again, and the pending gradient of the row is dropped. If rows have gradients, backward of a
+            read that used the row raises `StaleReadError`; otherwise it uses a copy of the row (see `read`).
         track_usage: Whether to count how often, and with which weight, reads report each row. See `usage` and
             `track_usage_`.
         device: Device of the stored tensors.
@@ -804,7 +804,9 @@ class SoftKVStore(StoreModule):
             NonFiniteError: A query is NaN or infinite somewhere, or a bias is NaN or +inf.
             UnknownIdError: ``where`` has an id that is not in the store.
             StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
-                read. Appending rows is allowed.
+                read. Appending rows is allowed. If keys and values have no gradient, the store keeps the rows that it
+                overwrites, and backward uses them. The error is then raised only if the rows to keep for all reads
+                exceed the number of slots of the storage, or if other code wrote to the tensors.
             SecondDerivativeError: In a second derivative of an exact read, or of any read under `torch.func`.
             TransformError: In forward mode (jvp, jacfwd, hessian), or if the read draws random numbers in a vmap with
                 ``randomness="error"``.

@@ -1,4 +1,4 @@
-"""Staleness check: backward raises if the rows that a read used have changed, and no copies of them were kept."""
+"""Staleness check: backward raises if rows of a read have changed without a copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ __all__ = ["OpenReads", "StalenessCheck"]
 
 
 class StalenessCheck:
-    """Check that backward of a read can use the rows as they were at the read.
+    """Staleness check of a read.
+
+    Backward needs the rows as they were at the read: unchanged, or copied before they changed.
 
     Args:
         at_read: The rows that were read; None if none of the table's own tensors were.
@@ -34,7 +36,7 @@ class StalenessCheck:
         self._substitutes = [(tensor, version_of(tensor)) for tensor in substitutes]
 
     def check(self) -> None:
-        """Raise `StaleReadError` if a row that the read used has changed since, and was not copied before."""
+        """Raise `StaleReadError` if a row that the read used has changed without a copy."""
         if any(version_of(tensor) != version for tensor, version in self._substitutes):
             raise StaleReadError(
                 "keys, values: expected the tensors that are substituted for the store's own to be unchanged between "
@@ -142,7 +144,7 @@ class _CheckedRead(torch.autograd.Function):
         (token,) = ctx.saved_tensors
         # torch frees the token after this node, but nodes behind it still need the copies of rows. The callback holds
         # the token until the backward pass has ended.
-        queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+        queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(functools.partial(_release, token, ctx.token))
         ctx.token = None
         if int(token) != ctx.version:

@@ -1,8 +1,8 @@
-"""Copies of rows that a write overwrites while the backward of a read may still need them.
+"""Copies of rows that are overwritten before the backward of a read.
 
 The backward of an exact read computes the scores again, from the rows as they were at the read. A read of rows without
-gradient holds `RowsAtRead`. Before a write changes some of these rows, it copies them (`RowCopies`) for every open read
-of them. Backward takes the copies in place of the changed rows, and all other rows from the table.
+gradient holds `RowsAtRead`. Before a write changes a row, it copies the row (`RowCopies`) for every open read that used
+it. Backward takes the copies in place of the changed rows, and all other rows from the table.
 
 A copy holds a row from its last change before the write up to the write. It is right for a read whose version lies in
 between, and for no other. A change that bypassed the store has no copy, so that backward raises.
@@ -48,7 +48,7 @@ class RowCopies:
         """Copy the rows at ``slots``, ascending."""
         columns = {name: column.clone() for name, column in rows.view(slots).items()}
         copies = {name: table.detach()[slots.to(table.device)] for name, table in tables.items()}
-        return cls(slots, rows.last_change(slots), copies, columns)
+        return cls(slots, find_last_change(rows, slots), copies, columns)
 
     @classmethod
     def gather(cls, parts: Sequence[RowCopies], places: Tensor) -> RowCopies:
@@ -150,9 +150,9 @@ class RowsAtRead:
         self._locate_copies(self.find_changed())
 
     def compute(self, function: Callable[[RowCopies | None], T]) -> T:
-        """Call ``function`` with the copies of all changed rows, ascending by slot, or None.
+        """Call ``function`` with the copies of all changed rows, or None.
 
-        A write of another thread may overwrite rows while the function runs. It is then repeated, with the new copies.
+        The copies are in ascending order of slots.         A write of another thread may overwrite rows while the function runs. It is then repeated, with the new copies.
 
         Args:
             function: A function without side effects.
@@ -178,9 +178,10 @@ class RowsAtRead:
         return RestoredView(self._rows, copies)
 
     def select_own(self, copies: RowCopies, **tables: Tensor) -> RowCopies:
-        """Return ``copies`` without those of ``tables`` that are no longer the memory that later writes change.
+        """Return ``copies`` for the tables whose memory the read found in the store.
 
-        Where a key or value is NaN, a read uses a modified copy of the table, which must stay as it is.
+        Other tables are copies of it, which no write changes. For example, a read sets hidden rows with NaN to zero in
+        a copy of the keys.
         """
         own = {
             n: copies.tables[n] for n, t in tables.items() if t.untyped_storage().data_ptr() == self._storages.get(n)
@@ -192,7 +193,7 @@ class RowsAtRead:
         self.copies, self.is_expired = [], True
 
     def _locate_copies(self, changed: Tensor) -> tuple[Tensor, Sequence[RowCopies]]:
-        """Return the places of the copies of changed slots, and the parts that the places count through."""
+        """Return the places of the copies of changed slots, and the parts that contain them."""
         parts = self.copies
         if len(changed) == 0:
             return changed, parts
@@ -233,6 +234,11 @@ class RestoredView:
         return self.copies.restore_columns(self.rows.view(slots), slots)
 
 
+def find_last_change(rows: RowStorage, slots: Tensor) -> Tensor:
+    """Return the version of the last change of each row at ``slots``."""
+    return rows.changed_at[slots].clamp(min=rows.all_changed_at)
+
+
 def keep_rows(reads: Sequence[RowsAtRead], rows: RowStorage, tables: Mapping[str, Tensor], changing: Tensor) -> None:
     """Copy the rows that a write will change for the reads that used them.
 
@@ -246,7 +252,7 @@ def keep_rows(reads: Sequence[RowsAtRead], rows: RowStorage, tables: Mapping[str
     """
     slots = changing.to(rows.ids.device).unique()
     slots = slots[slots < rows.used]  # Other slots held no row yet.
-    since = rows.last_change(slots)
+    since = find_last_change(rows, slots)
     needs = {read: read.find_used(slots) & (since <= read.version) for read in reads if not read.is_expired}
     while needs:
         needed = torch.stack(list(needs.values())).any(0)

@@ -204,10 +204,6 @@ class RowStorage(nn.Module):
         changed_at = self.keys_changed_at if keys else self.changed_at
         return (changed_at[: self.used] > version).nonzero().squeeze(-1)
 
-    def last_change(self, slots: Tensor) -> Tensor:
-        """Return the version of the last change of each row at ``slots``."""
-        return self.changed_at[slots].clamp(min=self.all_changed_at)
-
     def mark_written(self, slots: Tensor, *, keys: bool = True) -> None:
         """Record a write of the store to the rows at ``slots``.
 

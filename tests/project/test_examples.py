@@ -67,6 +67,7 @@ def test_every_example_has_a_test() -> None:
         "how_much_does_topk_miss.py",
         "knn_lm.py",
         "memory_lm.py",
+        "moco_queue.py",
         "quickstart.py",
         "retrieval_in_training.py",
         "train_hard_lookup.py",
@@ -165,6 +166,18 @@ def test_digits_memory_forgets_less_than_a_hidden_layer() -> None:
     assert in_turn["values trained, keys of all"] > 85
     assert in_turn["values trained, keys of all"] > in_turn["hidden layer"] + 30
     assert in_turn["values trained, keys of 0 and 1"] > in_turn["hidden layer"] + 10
+
+
+@pytest.mark.slow
+def test_moco_queue_makes_few_labels_suffice() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    lines = call("moco_queue.py", "--small").splitlines()
+    first, last = map(float, re.findall(r"[0-9]+\.[0-9]+", lines[0]))
+    assert last < first - 0.3
+    table = {line[:26].strip(): [float(cell) for cell in line[26:].split()] for line in lines[2:5]}
+    assert table["encoder after training"][0] > table["encoder before training"][0] + 8
+    assert table["encoder after training"][0] > table["pixels"][0] + 2
 
 
 def parse_table(lines: list[str], title: str, width: int) -> dict[str, list[float]]:

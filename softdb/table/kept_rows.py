@@ -152,7 +152,8 @@ class RowsAtRead:
     def compute(self, function: Callable[[RowCopies | None], T]) -> T:
         """Call ``function`` with the copies of all changed rows, or None.
 
-        The copies are in ascending order of slots.         A write of another thread may overwrite rows while the function runs. It is then repeated, with the new copies.
+        The copies are in ascending order of slots. If another thread overwrites rows while the function runs, it is
+        called again with the new copies.
 
         Args:
             function: A function without side effects.
@@ -193,7 +194,7 @@ class RowsAtRead:
         self.copies, self.is_expired = [], True
 
     def _locate_copies(self, changed: Tensor) -> tuple[Tensor, Sequence[RowCopies]]:
-        """Return the places of the copies of changed slots, and the parts that contain them."""
+        """Return the places of the copies of changed slots, and the copies."""
         parts = self.copies
         if len(changed) == 0:
             return changed, parts

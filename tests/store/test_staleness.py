@@ -99,7 +99,7 @@ def test_changing_a_trainable_row_that_was_read_is_an_error_in_backward(mode: An
         read.values.sum().backward()
 
 
-@pytest.mark.parametrize("change", ["touch", "load", "shared", "before a write"])
+@pytest.mark.parametrize("change", ["touch", "load", "shared", "touch and write", "in place and write"])
 @pytest.mark.parametrize(("mode", "how"), MODES, ids=str)
 def test_a_write_that_bypasses_a_store_without_gradients_is_an_error_in_backward(
     mode: Any, how: Any, change: str
@@ -112,10 +112,13 @@ def test_a_write_that_bypasses_a_store_without_gradients_is_an_error_in_backward
     used = 0 if read.ids is None else int(read.ids[0, 0])
     if change == "shared":
         other.update([used], keys=torch.zeros(1, 8))
-    elif change == "before a write":  # The copy that the update makes is not the row that was read.
-        store.keys.data[used] = 0.0
-        store.touch([used])
-        store.update([used], keys=torch.ones(1, 8))
+    elif "write" in change:  # The copy that the update makes is not the row that was read.
+        if "touch" in change:
+            store.keys.data[used] = 0.0
+            store.touch([used])
+        else:
+            store.keys.zero_()
+        store.update(store.ids, keys=torch.ones(30, 8))
     else:
         CHANGES[change](store, used)
     with pytest.raises(softdb.StaleReadError, match=r"call backward\(\) before writing"):
@@ -438,18 +441,32 @@ def test_copies_are_made_for_open_reads_of_the_written_rows_only() -> None:
     assert not store._open_reads
 
 
-def test_a_write_of_another_thread_during_backward_repeats_the_backward() -> None:
+def test_a_copy_for_a_later_read_is_not_used_by_an_earlier_one() -> None:
+    store = make_queue()
+    query = torch.randn(4, 8, requires_grad=True)
+    stale = store(query).sin().sum()
+    store.touch([0])
+    (wanted,) = torch.autograd.grad(store(query).sin().sum(), query)
+    good = store(query).sin().sum()
+    store.update([0, 1], keys=torch.zeros(2, 8))  # copies row 1 for both reads, row 0 for the later one
+    assert torch.equal(torch.autograd.grad(good, query)[0], wanted)
+    with pytest.raises(softdb.StaleReadError, match=r"got 1 changed or deleted rows \(slots 0\)"):
+        stale.backward()
+
+
+@pytest.mark.parametrize("writes_first", [False, True])
+def test_a_write_of_another_thread_during_backward_repeats_the_backward(writes_first: bool) -> None:
     store = make_queue()
     query = torch.randn(4, 8, requires_grad=True)
     calls = []
 
     def where(row: Any) -> Tensor:
-        calls.append(len(row["id"]))
+        calls.append(row["id"] % 7 != 0)
         if len(calls) == 3:  # in the backward of the second read
             thread = Thread(target=overwrite, args=(store,))
             thread.start()
             thread.join()
-        return (row["id"] % 7 != 0).expand(4, -1)
+        return (row["id"] % 7 != 0 if writes_first else calls[-1]).expand(4, -1)
 
     def gradient() -> Tensor:
         return torch.autograd.grad(store.read(query, where=where).values.sin().sum(), query)[0]

@@ -306,6 +306,7 @@ READS: dict[str, dict[str, Any]] = {
     "tail": {"mode": "topk", "k": 3, "tail_samples": 40},
     "topk sparsemax": {"mode": "topk", "k": 2, "normalizer": "sparsemax"},
     "tolerance": {"mode": "topk", "tolerance": 0.1},
+    "bias": {"bias": torch.linspace(-1, 1, 60), "k": 3},
     "rule": {"where": lambda row: row["time"] < torch.arange(4).unsqueeze(-1) + 55},
     "few rows": {"where": torch.arange(60) % 3 == 0},
 }

@@ -173,8 +173,9 @@ def row_optimizers_refuse_shards(rank: int) -> None:
 
 @scenario
 def two_processes_equal_one_on_the_joint_batch(rank: int) -> None:
-    def make() -> SoftKVStore:
-        store = SoftKVStore(8, 4, trainable=True, index=IndexConfig("IVF8,Flat", recall=1.0))
+    def make(sparse_grad: bool) -> SoftKVStore:
+        index = IndexConfig("IVF8,Flat", recall=1.0)
+        store = SoftKVStore(8, 4, trainable=True, sparse_grad=sparse_grad, index=index)
         generator = torch.Generator().manual_seed(0)
         store.add(torch.randn(300, 8, generator=generator), torch.randn(300, 4, generator=generator))
         store.reserve(400)
@@ -188,13 +189,14 @@ def two_processes_equal_one_on_the_joint_batch(rank: int) -> None:
             (model(query, **how) - query[:, :4]).square().mean().backward()
             optimizer.step()
 
-    for how in ({"mode": "topk", "k": 4}, {"mode": "exact"}):
-        store, single = make(), make()
+    topk: dict[str, Any] = {"mode": "topk", "k": 4}
+    for sparse_grad, how in ((False, topk), (True, topk), (True, {"mode": "exact"})):
+        store, single = make(sparse_grad), make(sparse_grad)
         before = store.keys.detach().clone()
         wrapped = DistributedDataParallel(Wrapper(store), broadcast_buffers=False)
         train(wrapped, store, slice(8 * rank, 8 * rank + 8), how)
         assert store.keys.grad is not None
-        assert store.keys.grad.layout == torch.sparse_coo
+        assert store.keys.grad.is_sparse == sparse_grad
         train(single, single, slice(None), how)
         for mine, other in zip(store.parameters(), single.parameters(), strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)

@@ -125,3 +125,15 @@ def test_integer_values_raise_an_error_that_points_to_fields() -> None:
                 DtypeError, match=rf"values: .* got {dtype}; .*\.float\(\), or store integers in fields="
             ):
                 one.add(torch.ones(1, 4), torch.ones(1, width, dtype=dtype), fields={"time": 1})
+
+
+@pytest.mark.parametrize("rows", [60, 1500])
+def test_backward_of_a_store_with_free_slots(rows: int) -> None:
+    """Trainable values of no width get a gradient, whether one block holds all slots or not."""
+    store = SoftKVStore(4, 0, trainable=True, capacity=rows + 7)
+    ids = store.add(torch.randn(rows, 4), torch.empty(rows, 0))
+    store.delete(ids[::9])
+    store.read(torch.randn(100, 4), k=2).lse.sum().backward()
+    store(torch.randn(100, 4, requires_grad=True)).sum().backward()
+    assert store.values.grad is not None
+    assert store.values.grad.shape == store.values.shape

@@ -139,7 +139,8 @@ def backward_in_blocks(
             grad_operand = grad_operand.view(-1, block.count, grad_operand.shape[-1])
             _write(grad_keys, groups, block, spec.prepare_keys_backward(grad_operand, rows))
         if grad_values is not None and grad_block_values is not None:
-            _write(grad_values, groups, block, grad_block_values.view(-1, block.count, values.shape[-1]))
+            grad_block_values = grad_block_values.view(groups.stop - groups.start, block.count, values.shape[-1])
+            _write(grad_values, groups, block, grad_block_values)
     if seen is not None and fingerprint is not None:
         check_rule_unchanged(seen, fingerprint)
     return [*(None if grad is None else grad.flatten(0, 1) for grad in (grad_query, grad_keys, grad_values)), grad_bias]

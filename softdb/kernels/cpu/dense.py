@@ -174,7 +174,7 @@ def _select_rows(table: Tensor, groups: int, block: Block) -> Tensor:  # (G N, d
 def _scatter_rows(table: Tensor, groups: int, block: Block, part: Tensor) -> Tensor:  # (G, C, d) -> (G N, d)
     """Write the gradient of a block into a gradient of its table."""
     part = _cast(part, table.dtype)
-    if isinstance(block.rows, slice) and part.numel() == table.numel():
+    if isinstance(block.rows, slice) and groups * block.count == len(table):
         return _flatten(groups, part)
     gradient = torch.zeros_like(table)
     rows = _by_group(groups, gradient)

@@ -91,7 +91,7 @@ class Block:
             inside = (query >= queries.start) & (query < queries.stop)
             scores[:, query[inside] - queries.start, column[inside]] = value
 
-    def fingerprint(self) -> Tensor:  # (B,) or (), int64
+    def fingerprint(self) -> Tensor:  # (B,) or (1,), int64
         """Compute a hash of the visible slots of each query.
 
         Backward compares its hash with that of forward, to detect a rule that returned another mask. Two different
@@ -102,7 +102,8 @@ class Block:
         device = "cpu" if mask is None else mask.device
         slots = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
         slot_hashes = slots * 2654435761 % 2**20 + 1  # sums of integers are exact
-        return (slot_hashes if mask is None else mask * slot_hashes).sum(-1)
+        # A mask of several dimensions belongs to one group.
+        return (slot_hashes if mask is None else mask * slot_hashes).sum(-1).flatten()
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,17 @@ def test_a_bias_is_combined_with_filters(by_query: bool, how: dict[str, Any]) ->
         check_read(store, query, bias, visible, where=where, exclude=exclude, **how)
 
 
+def test_a_bias_hides_rows_beside_a_callable_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of a bias has a dimension for groups, that of a callable has none."""
+    force_dispatch("two partitions", monkeypatch)
+    store, query = make_store(), torch.randn(QUERIES, 5, dtype=torch.float64, requires_grad=True)
+    kind, least = store.fields_at(store.ids, "kind"), torch.arange(QUERIES).view(-1, 1) % 3
+    for shape in ((ROWS,), (QUERIES, ROWS)):
+        bias = make_bias(*shape, hidden=0.2)
+        check_read(store, query, bias, kind != 1, where=lambda row: row["kind"] != 1)
+        check_read(store, query, bias, kind >= least, where=lambda row: row["kind"] >= least, k=3)
+
+
 @pytest.mark.parametrize("how", MODES.values(), ids=MODES)
 def test_minus_infinity_equals_a_filter(how: dict[str, Any]) -> None:
     """Also where the hidden rows hold numbers that are not finite."""

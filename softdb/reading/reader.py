@@ -225,7 +225,8 @@ class Reader:
         selection, bias = self._select(rows, leading, options.where, options.exclude), None
         dtype = compute_dtype(query, view.keys, view.values)
         if options.bias is not None:
-            bias, visible = prepare_bias(rows, options.bias, leading, dtype)
+            with disable_autocast(query.device):
+                bias, visible = prepare_bias(rows, options.bias, leading, dtype)
             selection = selection if visible is None else selection.hide(visible)
         if mode != "exact" or not selection.is_never_empty:
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN

@@ -231,6 +231,17 @@ def test_narrow_rows_and_autocast(dtype: torch.dtype) -> None:
     assert largest_error(found, wanted) <= torch.finfo(dtype).eps * float(wanted.abs().max()) + 1e-6
 
 
+@pytest.mark.parametrize(("dtype", "cast"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_the_dtype_of_autocast_may_differ_from_that_of_the_bias(dtype: torch.dtype, cast: torch.dtype) -> None:
+    store, query = make_store(dtype=torch.float32), torch.randn(QUERIES, 5)
+    bias = make_bias(ROWS, hidden=0.2).detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=cast):
+        found = store.read(query, bias=bias)
+    wanted = store.read(query, bias=bias)
+    assert torch.equal(found.lse, wanted.lse)
+    assert torch.equal(*(torch.autograd.grad(read.lse.sum(), bias)[0] for read in (found, wanted)))
+
+
 @pytest.mark.parametrize("largest", [3e38, 1e4])
 def test_huge_negative_numbers_hide_in_effect(largest: float) -> None:
     """As the masks of libraries do that add the lowest finite number."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softdb._checks import is_finite
 from softdb.attributes import lock_free_cached_property
 from softdb.errors import NonFiniteError
 from softdb.filters import Block
@@ -110,28 +111,35 @@ def _select_tile(numbers: Tensor, block: Block, groups: slice, queries: slice, c
     return part if part.shape[-1] == columns else part[0].unflatten(-1, (-1, columns)).transpose(0, 1)
 
 
-def separate_hidden_rows(name: str, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+def separate_hidden_rows(name: str, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Split a bias into finite numbers and a mask.
 
     Args:
         name: Name of the argument, for the message.
         bias: Numbers; -inf hides a row.
+        dtype: Dtype of the read.
 
     Returns:
-        The numbers with 0 in place of -inf, differentiable; and a bool tensor, False where the number was -inf, or None
-        if none was.
+        The numbers in ``dtype`` with 0 in place of -inf, differentiable; and a bool tensor, False where the number was
+        -inf, or None if none was.
 
     Raises:
-        NonFiniteError: A number is NaN or +inf.
+        NonFiniteError: A number is NaN or +inf, or overflows in ``dtype``.
     """
     if bias.numel() == 0:
-        return bias, None
+        return bias.to(dtype), None
     lowest, highest = (float(number) for number in bias.detach().aminmax())
     if not highest < math.inf:
         raise NonFiniteError(
             f"{name}: expected finite numbers, or -inf to hide a row, got NaN or infinity; replace them"
         )
-    if lowest > -math.inf:
-        return bias, None
-    hidden = bias.detach() == -math.inf
-    return bias.masked_fill(hidden, 0.0), ~hidden
+    hidden = None if lowest > -math.inf else bias.detach() == -math.inf
+    finite = bias if hidden is None else bias.masked_fill(hidden, 0.0)
+    numbers = finite.to(dtype)
+    if torch.finfo(bias.dtype).max > torch.finfo(dtype).max and not is_finite(numbers):
+        largest = float(finite.detach().abs().max())
+        raise NonFiniteError(
+            f"{name}: expected numbers of at most {torch.finfo(dtype).max:.2g}, since the read computes in {dtype}, or "
+            f"-inf to hide a row, got an absolute value of {largest:.2g}; replace it"
+        )
+    return numbers, None if hidden is None else ~hidden

@@ -37,8 +37,8 @@ def prepare_bias(
             f"bias: expected a shape broadcastable to {(*leading, len(rows))}, one number per row in the order of "
             f"store.ids, got {tuple(bias.shape)}"
         )
-    numbers, visible = separate_hidden_rows("bias", bias)
-    own = ScoreBias(_to_slots(rows, _fold(numbers, leading), 0.0).to(dtype))
+    numbers, visible = separate_hidden_rows("bias", bias, dtype)
+    own = ScoreBias(_to_slots(rows, _fold(numbers, leading), 0.0))
     return own, None if visible is None else _to_slots(rows, _fold(visible, leading), True)
 
 
@@ -70,7 +70,7 @@ def check_mask_type(mask: Tensor, normalizer: str) -> None:
 
 
 def split_mask(
-    mask: Tensor | None, normalizer: str, shape: Sequence[int], device: torch.device
+    mask: Tensor | None, normalizer: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the mask of a pure read, and split it into a bias and a bool mask.
 
@@ -79,9 +79,10 @@ def split_mask(
         normalizer: Name of the normalizer.
         shape: Shape that the mask must be broadcastable to.
         device: Device that the mask must be on.
+        dtype: Dtype of the read.
 
     Returns:
-        Finite numbers to add to the scores, and which rows may be seen; None for neither.
+        Finite numbers in ``dtype`` to add to the scores, and which rows may be seen; None for neither.
     """
     if mask is None:
         return None, None
@@ -93,4 +94,4 @@ def split_mask(
         raise ShapeError(f"mask: expected a shape broadcastable to {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:
         return None, mask
-    return separate_hidden_rows("mask", mask)
+    return separate_hidden_rows("mask", mask, dtype)

@@ -45,6 +45,7 @@ def read_candidates(
     lean = not needs_grad and not places.has_padding and has_values
     if len(tables.keys) == 0:
         zeros = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
+        zeros = zeros if spec.bias is None else zeros + spec.bias.numbers.sum() * 0.0
         scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
     elif needs_grad:
         scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)

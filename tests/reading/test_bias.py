@@ -12,7 +12,8 @@ from support.contract import force_dispatch, largest_error
 from torch import Tensor
 
 import softdb
-from softdb import SoftKVStore
+from softdb import NonFiniteError, SoftKVStore
+from softdb.functional import soft_read
 
 QUERIES, ROWS = 6, 200
 
@@ -162,6 +163,20 @@ def test_nothing_to_read(rows: int, how: dict[str, Any]) -> None:
     assert read.ids is None or (read.ids == -1).all()
     read.values.sum().backward()
     assert bias.grad is None or (bias.grad == 0).all()
+    values = store.read(query.detach(), bias=bias.detach()[:1].expand(rows).requires_grad_(), **how).values
+    assert values.requires_grad
+
+
+def test_a_bias_that_the_read_cannot_hold_is_refused() -> None:
+    store, query = make_store(9, dtype=torch.float32), torch.zeros(2, 5)
+    for number in (-1e39, 1e39):
+        bias = torch.tensor([number, -math.inf] + 7 * [0.0], dtype=torch.float64)
+        with pytest.raises(NonFiniteError, match="bias: expected numbers of at most"):
+            store.read(query, bias=bias)
+        with pytest.raises(NonFiniteError, match="mask: expected numbers of at most"):
+            soft_read(query, store.keys[:9], store.values[:9], mask=bias)
+    read = store.read(query.double(), bias=bias)
+    assert read.lse.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["topk", "hard"])

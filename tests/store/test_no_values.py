@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.contract import force_dispatch
 from torch import Tensor
 
 from softdb import DtypeError, SoftKVStore, lab
@@ -127,12 +128,15 @@ def test_integer_values_raise_an_error_that_points_to_fields() -> None:
                 one.add(torch.ones(1, 4), torch.ones(1, width, dtype=dtype), fields={"time": 1})
 
 
-@pytest.mark.parametrize("rows", [60, 1500])
-def test_backward_of_a_store_with_free_slots(rows: int) -> None:
-    """Trainable values of no width get a gradient, whether one block holds all slots or not."""
+@pytest.mark.parametrize(("rows", "dispatch"), [(60, None), (1500, None), (1024, "two partitions")])
+def test_backward_of_a_store_with_free_slots(rows: int, dispatch: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainable values of no width get a gradient, whether one product covers all slots or not."""
+    if dispatch is not None:
+        force_dispatch(dispatch, monkeypatch)
     store = SoftKVStore(4, 0, trainable=True, capacity=rows + 7)
     ids = store.add(torch.randn(rows, 4), torch.empty(rows, 0))
-    store.delete(ids[::9])
+    if dispatch is None:  # A product does not cover a part of a block with hidden rows.
+        store.delete(ids[::9])
     store.read(torch.randn(100, 4), k=2).lse.sum().backward()
     store(torch.randn(100, 4, requires_grad=True)).sum().backward()
     assert store.values.grad is not None

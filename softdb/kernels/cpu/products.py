@@ -187,7 +187,7 @@ def zero_where_hidden(largest: Tensor) -> Tensor:
 
 def split_rows(rows: Tensor, parts: int) -> Tensor:  # (g, C, d) -> (parts, C / parts, d)
     """Split the rows of a block into partitions, if there is more than one."""
-    return rows.view(parts, -1, rows.shape[-1]) if parts > 1 else rows
+    return rows.view(parts, rows.shape[1] // parts, rows.shape[-1]) if parts > 1 else rows
 
 
 def repeat_queries(queries: Tensor, parts: int) -> Tensor:  # (g, b, d) -> (parts, b, d)

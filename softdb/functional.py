@@ -182,13 +182,13 @@ def soft_read(
         operand = prepare_query(query, metric, temperature, center, dtype)
         fold = BatchFold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if visible is None else fold.fold_mask(visible))
+        if not selection.is_never_empty or is_random(normalizer):
+            check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         bias = None if numbers is None else ScoreBias(fold.fold_mask(numbers))
         noise = draw_noise(normalizer, generator)
         spec = ReadSpec(metric, center, selection, dtype, bf16_matmul=narrow, noise=noise, bias=bias, tiling=tiling)
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
-        if not selection.is_never_empty:
-            check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         try:
             read = read_exactly(fold.fold_queries(operand), tables, spec, k, normalizer)
         except NonFiniteError:

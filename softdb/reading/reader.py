@@ -228,7 +228,7 @@ class Reader:
             with disable_autocast(query.device):
                 bias, visible = prepare_bias(rows, options.bias, leading, dtype)
             selection = selection if visible is None else selection.hide(visible)
-        if mode != "exact" or not selection.is_never_empty:
+        if mode != "exact" or not selection.is_never_empty or is_random(options.normalizer):
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         tiling = Tiling.for_device(query.device)
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))

@@ -14,7 +14,7 @@ from support.contract import Problem, largest_error
 from torch import Tensor
 
 from softdb import Read, SoftKVStore
-from softdb.errors import ArgumentError, DtypeError
+from softdb.errors import ArgumentError, DtypeError, NonFiniteError
 from softdb.functional import merge, soft_read
 from softdb.lab.comparison import NORMALIZER_STYLES
 from softdb.lab.page_charts import NORMALIZER_DASHES
@@ -210,6 +210,18 @@ def test_noise_is_gumbel_distributed_and_independent() -> None:
         assert abs(float(correlation)) < 5 / math.sqrt(noise.numel())
     other = torch.exp(-torch.exp(-GumbelNoise(seed=8).at(torch.arange(1000), torch.arange(2000), torch.float64)))
     assert abs(float((uniform * (other - 0.5)).mean() * 12)) < 5 / math.sqrt(noise.numel())
+
+
+def test_a_refused_query_draws_no_numbers() -> None:
+    store = SoftKVStore.from_tensors(torch.randn(5, 2), torch.randn(5, 1))
+    generator, query = torch.Generator().manual_seed(0), torch.tensor([[0.0, math.nan]])
+    before = generator.get_state()
+    for mode, k in (("exact", None), ("topk", 2)):
+        with pytest.raises(NonFiniteError, match="query"):
+            store.read(query, mode, k, normalizer="gumbel", generator=generator)
+    with pytest.raises(NonFiniteError, match="query"):
+        soft_read(query, store.keys, store.values, normalizer="gumbel", generator=generator)
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_noise_depends_on_query_and_row_only() -> None:

@@ -801,7 +801,8 @@ class SoftKVStore(StoreModule):
             ShapeError: A tensor has the wrong shape.
             DtypeError: An argument has the wrong type.
             DeviceError: A tensor is not on the device of the store.
-            NonFiniteError: A query is NaN or infinite somewhere, or a bias is NaN or +inf.
+            NonFiniteError: A query is NaN or infinite somewhere, or a bias is NaN, +inf or too large for float32 in a
+                read that has no float64 tensor.
             UnknownIdError: ``where`` has an id that is not in the store.
             StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
                 read. Appending rows is allowed. If keys and values have no gradient, the store keeps the rows that it

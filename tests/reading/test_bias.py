@@ -119,7 +119,7 @@ def test_a_bias_is_combined_with_filters(by_query: bool, how: dict[str, Any]) ->
         check_read(store, query, bias, visible, where=where, exclude=exclude, **how)
 
 
-def test_a_bias_hides_rows_beside_a_callable_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bias_and_a_callable_hide_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask of a bias has a dimension for groups, that of a callable has none."""
     force_dispatch("two partitions", monkeypatch)
     store, query = make_store(), torch.randn(QUERIES, 5, dtype=torch.float64, requires_grad=True)

@@ -114,7 +114,7 @@ def check_no_tangent(*values: object) -> None:
             and value.is_floating_point()
             and forward_ad.unpack_dual(value).tangent is not None
         ):
-            raise TransformError(f"query, keys, values, temperature: {FORWARD_MODE_MESSAGE}")
+            raise TransformError(f"query, keys, values, temperature, bias, mask: {FORWARD_MODE_MESSAGE}")
 
 
 def disable_compile(message: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -422,7 +422,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise TransformError(f"query, keys, values, temperature: {FORWARD_MODE_MESSAGE}")
+        raise TransformError(f"query, keys, values, temperature, bias, mask: {FORWARD_MODE_MESSAGE}")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *operands: Tensor | None) -> Any:
@@ -544,7 +544,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise TransformError(f"query, keys, values, temperature: {FORWARD_MODE_MESSAGE}")
+        raise TransformError(f"query, keys, values, temperature, bias, mask: {FORWARD_MODE_MESSAGE}")
 
     @staticmethod
     def vmap(

@@ -176,8 +176,10 @@ def test_forward_mode_without_transforms() -> None:
             lambda: exact(QUERY[0], keys, VALUES),
             lambda: store(query),
             lambda: store(query, mode="topk", k=3),
+            lambda: store(QUERY[0], bias=query.sum()),
+            lambda: exact(QUERY[0], KEYS, VALUES, mask=query.sum()),
         ):
-            with pytest.raises(TransformError, match="forward-mode tangent"):
+            with pytest.raises(TransformError, match="bias, mask: expected no forward-mode tangent"):
                 read()
         assert torch.equal(store(QUERY[0]), store(QUERY[0]))
         tangent = forward_ad.unpack_dual(best(query, KEYS, VALUES)).tangent

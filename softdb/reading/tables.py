@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softdb.kernels.gather import GatherIndex, gather_rows
+from softdb.table.gradients import with_sparse_gradient
 
 __all__ = ["Tables", "gather_best_value", "one_hot_first"]
 
@@ -37,6 +38,11 @@ class Tables:
         first = torch.arange(self.groups, device=rows.device) * (len(self.keys) // self.groups)
         first = first.repeat_interleave(len(rows) // self.groups).unsqueeze(-1)
         return torch.where(rows < 0, rows, rows + first)
+
+    def zero(self, dtype: torch.dtype) -> Tensor:
+        """Return 0, the sum of the tables if they have no rows, in their graph."""
+        tables = [with_sparse_gradient(table) if self.sparse else table for table in (self.keys, self.values)]
+        return sum((table.sum(dtype=dtype) for table in tables), torch.zeros((), dtype=dtype, device=self.keys.device))
 
     def gather_keys(self, places: GatherIndex, dtype: torch.dtype) -> Tensor:
         """Gather keys at ``places``."""

@@ -44,7 +44,7 @@ def read_candidates(
     has_values = tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
     lean = not needs_grad and not places.has_padding and has_values
     if len(tables.keys) == 0:
-        zeros = 0.0 * query.sum(-1, keepdim=True)  # connects the result to the graph
+        zeros = 0.0 * query.sum(-1, keepdim=True) + tables.zero(spec.dtype)  # connects the result to the graph
         zeros = zeros if spec.bias is None else zeros + spec.bias.numbers.sum() * 0.0
         scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
     elif needs_grad:
@@ -94,7 +94,7 @@ def _blend(weights: Tensor, tables: Tables, places: GatherIndex, dtype: torch.dt
     """Compute the weighted sum of the values at places."""
     width = tables.values.shape[-1]
     if len(tables.values) == 0:
-        values = weights.new_zeros(*weights.shape, width, dtype=dtype)
+        values = tables.zero(dtype).expand(*weights.shape, width)
     else:
         values = tables.gather_values(places, dtype)
     return weighted_sum(weights, values)

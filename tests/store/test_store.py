@@ -320,6 +320,20 @@ def test_padding_where_there_are_fewer_rows_than_k(mode: str) -> None:
     assert torch.allclose(read.mass, torch.ones(2))
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_read_before_the_first_row_has_gradients_of_zero(sparse_grad: bool, normalizer: str) -> None:
+    store, query = SoftKVStore(3, 2, trainable=True, sparse_grad=sparse_grad), torch.ones(2, 3)
+    with torch.no_grad():
+        assert not store.read(query, "topk", k=2).values.requires_grad
+    read = store.read(query, "topk", k=2, normalizer=normalizer)
+    (read.values.sum() + read.weights.sum()).backward()
+    store.read(query, "hard").values.sum().backward()
+    assert store.values.grad is not None
+    assert store.values.grad.shape == (0, 2)
+    assert store.values.grad.layout == (torch.sparse_coo if sparse_grad else torch.strided)
+
+
 def test_mass_of_a_topk_read_is_known_only_when_it_holds_every_row() -> None:
     problem = Problem.random(rows=10)
     store = store_of(problem)

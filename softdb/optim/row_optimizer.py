@@ -215,9 +215,9 @@ class RowOptimizer(Optimizer):
         moments = self._initial_moments(options)
         moments |= dict.fromkeys(self.optional_moments, 0.0)
         check_state_names(given, moments, self.optional_moments, type(self).__name__)
-        shape = parameter.shape or torch.Size([1])
+        shape = parameter.shape
         # The state of a store's rows may have another length: the store may be loaded later, or grow.
-        count: int | None = shape[0] if table_of(parameter) is None else None
+        count: int | None = (shape[0] if shape else 1) if table_of(parameter) is None else None
         state: State = {}
         for name, value in given.items():
             label = f"state[{name!r}]"
@@ -227,14 +227,18 @@ class RowOptimizer(Optimizer):
             if name == "log_decay":
                 state[name] = check_log_factor(label, value)
                 continue
-            wanted = (count, *(self._state_shape(shape)[1:] if name in moments else ()))
+            if not shape and name in moments:  # Earlier versions saved one entry.
+                value = value.squeeze() if isinstance(value, Tensor) and value.shape == (1,) else value
+                wanted: tuple[int | None, ...] = ()
+            else:
+                wanted = (count, *(self._state_shape(shape)[1:] if name in moments else ()))
             if name in ("generation", "born"):
                 check_integers(label, value, wanted)
                 dtype = torch.int64
             else:
                 check_float_tensor(label, value, wanted)
                 dtype = torch.float64 if name == "decayed" or value.dtype == torch.float64 else torch.float32
-            count = len(value)
+            count = len(value) if wanted else count
             state[name] = torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value.detach())
         return state
 
@@ -249,7 +253,8 @@ class RowOptimizer(Optimizer):
         gradient = parameter.grad
         if gradient is None:
             return
-        if rows.dim() == 0:
+        is_scalar = rows.dim() == 0
+        if is_scalar:
             rows, gradient = rows.view(1), gradient.view(1)
         state = self._fit_state(parameter, rows, table, options)
         slots, gradients = _select_live_gradients(gradient, table)
@@ -261,6 +266,8 @@ class RowOptimizer(Optimizer):
         factor = advance_decay(state, slots, options)
 
         moments = [state[name] for name in self._initial_moments(options)]
+        if is_scalar:  # Their shape in the state is that of torch's optimizers.
+            moments = [moment.view(1) for moment in moments]
         count = min(self.block_sizes.rows_per_block(rows), len(rows) if slots is None else len(slots))
         dtype = state_dtype(rows.dtype)
         buffers: dict[int, Tensor] = {}
@@ -298,7 +305,7 @@ class RowOptimizer(Optimizer):
                 state.pop(name, None)
         for name, start in initial.items():
             if name not in state:
-                state[name] = torch.full(self._state_shape(rows.shape), start, dtype=dtype, device=device)
+                state[name] = torch.full(self._state_shape(parameter.shape), start, dtype=dtype, device=device)
         if rows.dtype in NOISE_DTYPES and "seed" not in state:
             state["seed"] = self._new_seed(parameter)
         if table is not None and "generation" not in state:
@@ -312,7 +319,7 @@ class RowOptimizer(Optimizer):
         for name, fill in fills.items():
             if name not in state:
                 continue
-            if len(state[name]) != count:
+            if state[name].dim() > 0 and len(state[name]) != count:
                 state[name] = resize_state(state[name], count, fill)
             if name in initial and state[name].dtype != dtype:  # The Parameter has been converted.
                 state[name] = state[name].to(dtype)

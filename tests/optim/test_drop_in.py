@@ -215,6 +215,39 @@ def test_a_state_of_adamw_that_a_row_optimizer_cannot_continue_is_an_error() -> 
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_state_of_a_parameter_without_dimensions_is_exchanged_with_adamw(amsgrad: bool) -> None:
+    parameters = [nn.Parameter(torch.tensor(1.5, dtype=torch.float64)) for _ in range(2)]
+    optimizers: list[Any] = [
+        kind([parameter], lr=0.1, weight_decay=0.2, amsgrad=amsgrad)
+        for kind, parameter in zip((RowAdam, torch.optim.AdamW), parameters, strict=True)
+    ]
+    for exchange in (False, True, False):
+        if exchange:
+            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+        for gradient in (2.0, -1.0, 0.5):
+            for optimizer, parameter in zip(optimizers, parameters, strict=True):
+                parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+                optimizer.step()
+    assert torch.allclose(*parameters, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_state_with_one_entry_for_a_parameter_without_dimensions_loads(kind: Any) -> None:
+    parameter = nn.Parameter(torch.tensor(1.5))
+    optimizer, other = kind([parameter], lr=0.1), kind([parameter], lr=0.1)
+    parameter.grad = torch.tensor(2.0)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    for name, value in state["state"][0].items():
+        if isinstance(value, Tensor):
+            state["state"][0][name] = value.view(1)
+    other.load_state_dict(state)
+    assert str(other.state) == str(optimizer.state)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_named_parameters_keep_their_names(kind: Any) -> None:
     model = make_model()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import softdb
 from softdb import PerformanceWarning, SoftKVStore
 from softdb.layers import ProductKeyMemory
 from softdb.reading.hints import CostHints
@@ -86,3 +88,24 @@ def test_small_waste_is_not_reported() -> None:
     with pytest.warns(PerformanceWarning, match="about 2.0 times"):
         hints.check_cost("k=3", 2.0**24 + 1, 2.0**23)
     hints.check_cost("k=4", 2.0**26, 2.0**23)
+
+
+def test_a_read_in_a_compiled_function_is_reported_where_it_is_called() -> None:
+    store, query = make(10, trainable=True, capacity=2**17 + 1), normal(3, 64)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def read(query: Tensor) -> Tensor:
+        return store.read(query, "topk", k=2).values
+
+    with pytest.warns(PerformanceWarning, match="sparse_grad") as said:
+        read(query)
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("suffix", ["_app/train.py", "vision/models.py"])
+def test_a_package_whose_name_starts_like_a_library_is_a_caller(suffix: str) -> None:
+    library = Path(torch.__file__ if suffix.startswith("vision") else softdb.__file__).parent
+    code = compile("hints.check_cost('k=1', 2.0**24, 1.0)", f"{library}{suffix}", "exec")
+    with pytest.warns(PerformanceWarning) as said:
+        exec(code, {"hints": CostHints()})
+    assert said[0].filename == f"{library}{suffix}"

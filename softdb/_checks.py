@@ -37,6 +37,7 @@ __all__ = [
     "check_keywords",
     "check_not_meta",
     "check_number",
+    "check_placement",
     "check_positive",
     "check_real",
     "check_shape",
@@ -197,6 +198,16 @@ def check_dtype(dtype: object) -> None:
     """Raise unless ``dtype`` is None, or a dtype that keys and values may have."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise DtypeError(f"dtype: expected one of {FLOAT_DTYPE_NAMES}, got {describe(dtype)}")
+
+
+def check_placement(device: torch.device | str | None) -> torch.device:
+    """Return the device, or torch's default; raise if it is not available."""
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DeviceError(f"device: expected an available device, got {device!r}: {error}") from error
 
 
 def check_dense(name: str, value: Tensor) -> None:

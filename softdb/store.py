@@ -15,6 +15,7 @@ from softdb._checks import (
     check_dtype,
     check_finite,
     check_float_tensor,
+    check_placement,
     check_positive,
     describe,
     refuse_unknown_keywords,
@@ -129,6 +130,7 @@ class SoftKVStore(StoreModule):
     Raises:
         ArgumentError: A number is out of range, or arguments do not fit together.
         DtypeError: An argument has the wrong type, or there is no argument of this name.
+        DeviceError: The ``device`` is not available.
         FieldError: A field name is not a Python identifier, is reserved, or is repeated.
 
     Example:
@@ -178,6 +180,7 @@ class SoftKVStore(StoreModule):
             setattr(self, name, getattr(config, name))
         self.temperature, self.sparse_grad = temperature, bool(sparse_grad)
         check_dtype(dtype)
+        check_placement(device)
         if not isinstance(index, (str, IndexConfig)):
             raise DtypeError(
                 f"index: expected 'auto', 'Flat', a FAISS factory string or an IndexConfig, got {describe(index)}"
@@ -687,7 +690,7 @@ class SoftKVStore(StoreModule):
         and steps of optimizers do not need it.
 
         Args:
-            ids: Ids of the rows that were written to, (m,), in the store.
+            ids: Ids of the rows that were written to: one id, or (m,) ids, in the store.
 
         Raises:
             UnknownIdError: An id is not in the store.

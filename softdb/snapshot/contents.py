@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb._checks import is_out_of_memory
+from softdb._checks import check_placement, is_out_of_memory
 from softdb.errors import ArgumentError, CorruptSnapshotError, DeviceError, SoftDBError
 from softdb.index.config import IndexConfig
 from softdb.snapshot.reader import read_snapshot
@@ -148,13 +148,7 @@ def resolve_device(device: torch.device | str | None, *, mapped: bool) -> torch.
     """
     if mapped and device is None:
         device = "cpu"  # independent of torch's default device
-    try:
-        place = torch.device("cpu" if device is None else device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise DeviceError(f"device: expected an available device, got {device!r}: {error}") from error
+    place = check_placement("cpu" if device is None else device)
     if mapped and place.type != "cpu":
         raise ArgumentError(f"device: expected the CPU with mmap=True, got {place}; load without mmap")
     if place.type == "meta":

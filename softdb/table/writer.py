@@ -123,7 +123,7 @@ class Writer:
     def touch(self, ids: Ids) -> None:
         """Record that the caller has written to the tensors of rows."""
         with self._access.changing("touch"):
-            given = check_ids("ids", ids, repeats=True)
+            given = check_ids("ids", ids, scalar=True, repeats=True)
             check_vector("ids", given)
             slots = self._table.rows.slots.slots_of("ids", given).unique()
             self._table.journal.commit(lambda: self._table.rows.mark_written(slots), WRITE_OUTCOME)

@@ -300,7 +300,7 @@ def cases_of_writes() -> Iterator[Case]:
 
 def cases_of_ids() -> Iterator[Case]:
     for method, call in BY_ID.items():
-        for fault in id_faults(many=method == "get", one=method == "delete"):
+        for fault in id_faults(many=method == "get", one=method in ("delete", "touch")):
             yield case(method, "ids", call, fault)
         if method not in ("get", "touch"):
             twice = Fault("twice", [1, 1], DuplicateIdError, "expected each id once, got repeated ids 1")

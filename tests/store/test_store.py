@@ -415,6 +415,21 @@ def test_assigned_ids_rise_and_are_never_reused() -> None:
     assert other.add(rows, rows).tolist() == [101, 102, 103]
 
 
+@pytest.mark.parametrize("device", ["bogus", "cuda:999", 1.5])
+def test_a_device_that_is_not_available_is_an_error(device: Any) -> None:
+    with pytest.raises(softdb.DeviceError, match="device: expected an available device, got"):
+        SoftKVStore(3, 2, device=device)
+
+
+def test_touch_accepts_one_id() -> None:
+    store = SoftKVStore(2, 1, index="IVF2,Flat")
+    store.add(torch.randn(100, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(100, 1))
+    store.build_index()
+    store.keys.data[7] = torch.tensor([50.0, 0.0])
+    store.touch(7)
+    assert store.read(torch.tensor([1.0, 0.0]), "topk", k=1).ids.tolist() == [7]
+
+
 def test_get_returns_rows_in_the_order_of_the_ids() -> None:
     store = SoftKVStore(2, 1, fields=("time", "kind"))
     keys, values = torch.arange(8.0).view(4, 2), torch.arange(4.0)[:, None]

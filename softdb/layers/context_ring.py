@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,16 @@ from softdb.transforms import is_active
 __all__ = ["Ring"]
 
 
+@dataclass
+class WriteCount:
+    """Count of the tokens written to the tables of a `Ring`.
+
+    Each copy of the tables has its own count, so that a read knows what was written to the tables that it used.
+    """
+
+    written: int
+
+
 class Ring:
     """Ring buffer of the last tokens of every sequence; reads attend to all of them.
 
@@ -35,6 +47,7 @@ class Ring:
     Attributes:
         tables: Keys, values and documents, (batch, rows, ...). Tokens of document -1 are hidden.
         written: Number of tokens of each sequence that have been written.
+        count: The number of tokens that have been written to ``tables``.
     """
 
     required_names = frozenset((*SEGMENT_NAMES, "written"))
@@ -42,6 +55,10 @@ class Ring:
     def __init__(self, rows: int, key_dim: int, value_dim: int) -> None:
         self.rows, self.widths = rows, (key_dim, value_dim)
         self.clear()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.count = WriteCount(self.written)  # Older pickles lack it.
 
     def new_empty(self) -> Ring:
         """Return an empty ring of the same shape."""
@@ -53,8 +70,11 @@ class Ring:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.tables: Segment | None = None
-        self.written = 0
+        self._set_tables(None, 0)
+
+    def _set_tables(self, tables: Segment | None, written: int) -> None:
+        """Use other tables, with the tokens up to ``written``."""
+        self.tables, self.written, self.count = tables, written, WriteCount(written)
 
     @property
     def batch(self) -> int:
@@ -69,7 +89,7 @@ class Ring:
     def select(self, indices: Tensor) -> None:
         """Replace the sequences by those at ``indices``, in new tables."""
         if self.tables is not None:
-            self.tables = select_sequences(self.tables, indices)
+            self._set_tables(select_sequences(self.tables, indices), self.written)
 
     def crop(self, length: int) -> bool:
         """Forget all tokens but the first ``length``, fewer than there are.
@@ -80,11 +100,12 @@ class Ring:
         Returns:
             Whether a read still scans rows of dropped tokens, which document -1 hides.
         """
-        if self.tables is not None:
-            self.tables = map_segment(torch.clone, self.tables)
+        tables, is_hidden = self.tables, self.written > self.rows
+        if tables is not None:
+            tables = map_segment(torch.clone, tables)
             dropped = torch.arange(max(length, self.written - self.rows), self.written) % self.rows
-            self.tables[2][:, dropped.to(self.tables[2].device)] = -1
-        is_hidden, self.written = self.written > self.rows, length
+            tables[2][:, dropped.to(tables[2].device)] = -1
+        self._set_tables(tables, length)
         return is_hidden
 
     def list_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +121,7 @@ class Ring:
         """Write the tokens of a segment over the oldest ones."""
         batch, count = segment[2].shape
         if self.tables is None:
-            self.tables = new_segment(batch, self.rows, self.widths, segment[0])
+            self._set_tables(new_segment(batch, self.rows, self.widths, segment[0]), self.written)
         if count > self.rows:
             self.written += count - self.rows
             count, segment = self.rows, map_segment(lambda part: part[:, -self.rows :], segment)
@@ -112,6 +133,7 @@ class Ring:
             table.data[:, first : first + before_end] = part[:, :before_end]
             table.data[:, : count - before_end] = part[:, before_end:]
         self.written += count
+        self.count.written = self.written
 
     def read(self, queries: Tensor, documents: Tensor | None) -> Read | None:
         """Read the tokens of each query's document; None if there are no tokens."""
@@ -125,30 +147,19 @@ class Ring:
         read = soft_read(queries, keys, values, mask=mask)
         if is_active():  # The tables are copies, so no write changes them.
             return read
-        check = partial(self._check_unchanged, self.tables, max(self.written, self.rows))
+        check = partial(_check_unchanged, self.count, max(self.written, self.rows))
         for tensor in (read.values, read.lse):
             if tensor.requires_grad:
                 tensor.register_hook(check)
         return read
 
-    def _check_unchanged(self, tables: Segment, limit: int, gradient: Tensor) -> None:
-        """Raise if tokens that a read of ``tables`` used have been overwritten.
-
-        The oldest token of the read is overwritten once more than ``limit`` tokens have been written in total.
-        """
-        # If the layer was moved to another device or dtype, or cropped, it has new tables, and the tables of the read
-        # are unchanged.
-        is_same_storage = self.tables is not None and self.tables[2].data_ptr() == tables[2].data_ptr()
-        if is_same_storage and self.written > limit:
-            raise StaleReadError(
-                "backward: expected the tokens that the read used, got tokens that later segments have overwritten; "
-                "call backward() before the next segment, or make the layer with more rows"
-            )
-
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Convert every tensor with a function."""
         if self.tables is not None:
-            self.tables = map_segment(function, self.tables)
+            tables = map_segment(function, self.tables)
+            # Without a move to another device or dtype, the tables are the same, and so is the count of writes to them.
+            is_moved = any(new.data_ptr() != old.data_ptr() for new, old in zip(tables, self.tables, strict=True))
+            self.tables, self.count = tables, WriteCount(self.written) if is_moved else self.count
 
     def state(self, like: Tensor) -> dict[str, Tensor]:
         """Return the tensors to save; empty ones have the dtype and device of ``like``."""
@@ -161,6 +172,17 @@ class Ring:
         written = load_count(state, name, 0)
         check_segment(state, name, self.rows if len(state["documents"]) else None, self.widths)
         tables = copy_segment(state, like)
-        self.written = written
-        self.tables = tables if len(tables[0]) else None
+        self._set_tables(tables if len(tables[0]) else None, written)
         return bool((tables[2] != 0).any())
+
+
+def _check_unchanged(count: WriteCount, limit: int, gradient: Tensor) -> None:
+    """Raise if tokens that a read used have been overwritten in the tables that it read.
+
+    The oldest token of the read is overwritten once more than ``limit`` tokens have been written in total.
+    """
+    if count.written > limit:
+        raise StaleReadError(
+            "backward: expected the tokens that the read used, got tokens that later segments have overwritten; "
+            "call backward() before the next segment, or make the layer with more rows"
+        )

@@ -180,6 +180,23 @@ def test_staleness_is_detected_after_changes() -> None:
         late.sum().backward()
 
 
+@pytest.mark.parametrize("change", ["reorder", "crop", "reset"])
+def test_a_change_does_not_hide_that_tokens_were_overwritten(change: str) -> None:
+    layer = make(None)
+    layer(draw(2, ROWS))
+    y = layer(draw(2, 2))
+    with layer.paused():
+        layer(draw(2, 2))  # Writes the two tokens over those that the read used.
+    if change == "reorder":
+        layer.reorder([1, 0])
+    elif change == "crop":
+        layer.crop(9)
+    else:
+        layer.reset()
+    with pytest.raises(StaleReadError, match="tokens that later segments have overwritten"):
+        y.sum().backward()
+
+
 @with_and_without_k
 @pytest.mark.parametrize("change", ["paused", "crop", "reorder"])
 def test_activation_checkpointing_recomputes_unless_the_past_changed(k: int | None, change: str) -> None:

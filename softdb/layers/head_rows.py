@@ -193,10 +193,12 @@ def _make_store(ids: Tensor, keys: Tensor, values: Tensor, metric: Any, training
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Set a module to eval mode until the block ends."""
-    was_training = module.training
+    """Set a module and its parts to eval mode until the block ends."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        # A part may have another mode than the module, as a frozen normalization has.
+        for part, was_training in modes:
+            part.training = was_training

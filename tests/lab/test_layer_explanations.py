@@ -62,6 +62,15 @@ def check(found: lab.Explanation, query: int, scores: Tensor, values: Tensor, no
 # -- MemoryLayer -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [MemoryLayer, ProductKeyMemory])
+def test_explanation_leaves_a_frozen_normalization_frozen(kind: type[nn.Module]) -> None:
+    layer = make(kind, 16, k=4, query_norm="batch")
+    layer.queries.norm.eval()
+    lab.explain(layer, draw(2), head=0)
+    assert layer.queries.training
+    assert not layer.queries.norm.training
+
+
 @pytest.mark.parametrize(
     ("options", "normalizer"),
     [

@@ -48,9 +48,15 @@ def attend(
     batch, count = keys.shape[:2]
     is_recomputing = torch._C._current_graph_task_id() != -1  # Only activation checkpointing runs within a backward.
     documents = _check_documents(documents, batch, count, keys.device)
+    if not past.is_loaded or is_recomputing or batch == 0:
+        _check_batch(past, batch)
+    if is_recomputing and not past.is_recompute(keys):
+        raise StaleReadError(
+            "x: expected activation checkpointing to recompute the last segment that the memory read, got another one, "
+            "so the result would differ; call backward() before the next segment"
+        )
+    read = _attend_to_segment(queries, keys, values, documents)  # Checks the numbers before the past changes.
     if past.batch not in (0, batch):
-        if not past.is_loaded or is_recomputing or batch == 0:
-            _check_batch(past, batch)
         warnings.warn(
             f"x: expected {past.batch} sequences, as in the loaded past of the ContextMemory, got {batch}; the past is "
             "dropped; call reset() after load_state_dict() before new sequences",
@@ -58,15 +64,9 @@ def attend(
             stacklevel=2,
         )
         past.clear()
-    if is_recomputing and not past.is_recompute(keys):
-        raise StaleReadError(
-            "x: expected activation checkpointing to recompute the last segment that the memory read, got another one, "
-            "so the result would differ; call backward() before the next segment"
-        )
     if not is_recomputing:
         past.flush_segment()
         past.record_segment(keys)
-    read = _attend_to_segment(queries, keys, values, documents)
     before = past.read(queries, documents)
     if before is not None:
         read = merge([before, read])

@@ -980,6 +980,11 @@ def test_loaded_past_is_dropped_when_the_batch_size_changes(k: int | None, train
     assert torch.equal(loaded(x[1]), fresh(x[1]))  # Warnings are errors here, so this call did not warn.
     with pytest.raises(ShapeError, match=r"x: expected 3 sequences, .* got 2; call reset\(\)"):
         loaded(torch.randn(2, 10, 12))  # The past is no longer a loaded one.
+    # A call that fails drops nothing.
+    loaded.load_state_dict(layer.state_dict())
+    with pytest.raises(NonFiniteError):
+        loaded(torch.full((3, 10, 12), torch.nan), write=write)
+    assert loaded.length == 20
     # A loaded past that was continued is not dropped either.
     loaded.load_state_dict(layer.state_dict())
     loaded(torch.randn(2, 10, 12), write=False)

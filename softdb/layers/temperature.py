@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softdb._checks import check_above_zero
+from softdb._checks import check_above_zero, check_temperature
 from softdb.attributes import ModuleWithProperties
 from softdb.errors import ArgumentError, DtypeError
 from softdb.scoring.metrics import compute_dtype
+from softdb.transforms import is_active
 
 __all__ = ["LayerWithTemperature", "Temperature"]
 
@@ -91,9 +92,14 @@ class LayerWithTemperature(ModuleWithProperties):
         Args:
             queries: (..., heads, *rest), where ``rest`` has ``dimensions`` dimensions.
             dimensions: Number of dimensions after that of the heads.
+
+        Raises:
+            ArgumentError: A learned temperature is not above 0 or not finite. A compiled graph does not check it.
         """
         temperature = self.temperature
         if isinstance(temperature, Tensor):
+            if not torch.compiler.is_compiling() and not is_active():
+                check_temperature(temperature, temperature.shape)
             return (queries / temperature.reshape(-1, *[1] * dimensions)).to(queries.dtype)
         return queries if temperature == 1.0 else queries / temperature
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from softdb import ArgumentError, DtypeError, StaleReadError
-from softdb.layers import ContextMemory
+from softdb.layers import ContextMemory, ProductKeyMemory
 
 DIM, ROWS = 8, 12
 with_and_without_k = pytest.mark.parametrize("k", [None, 3])
@@ -337,3 +337,16 @@ def test_temperature_divides_the_scores_of_a_context_memory(k: int | None, tempe
         got, expected = (torch.autograd.grad(result, parameters, direction) for result in (y, wanted))
         for mine, want in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize("value", [-1000.0, 1000.0, torch.nan])
+def test_a_diverged_temperature_is_named(value: float) -> None:
+    for layer in (
+        make(None, temperature="learnable"),
+        make(3, temperature="learnable"),
+        ProductKeyMemory(DIM, 16, k=4, key_dim=4, temperature="learnable", dtype=torch.float64),
+    ):
+        torch.nn.init.constant_(layer.log_temperature, value)
+        with pytest.raises(ArgumentError, match="temperature: expected finite numbers above 0"):
+            layer(draw(2, 3))
+        assert getattr(layer, "length", 0) == 0

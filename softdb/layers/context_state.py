@@ -71,10 +71,17 @@ class ContextState:
     @torch.inference_mode(False)
     @torch.no_grad()
     def forget(self, indices: Tensor) -> None:
-        """Forget the tokens of the sequences at ``indices`` in the batch."""
-        self.flush_segment()
+        """Forget the tokens of the sequences at ``indices`` in the batch.
+
+        The last segment is hidden without writing it, since a write would replace tokens of the other sequences.
+        """
         self.version += 1
         self.tokens.forget(indices)
+        if self.recent is not None:
+            keys, values, documents = self.recent
+            documents = documents.clone()
+            documents[indices.to(documents.device)] = -1
+            self.recent = keys, values, documents
         self.mixed = True
 
     @torch.inference_mode(False)

@@ -239,6 +239,20 @@ def test_rejected_tokens_leave_no_trace(k: int | None) -> None:
     assert "sequences=0" in repr(layer)
 
 
+@with_and_without_k
+def test_forgetting_one_sequence_loses_no_tokens_of_the_others(k: int | None) -> None:
+    layer = make(k).eval()
+    layer(draw(2, ROWS))
+    plain, x = copy.deepcopy(layer), draw(2, 5)
+    layer(x)
+    layer.reset([1])
+    layer.crop(-3)
+    plain(x[:, :2])
+    y = layer(after := draw(2, 2))
+    torch.testing.assert_close(y[0], plain(after)[0])
+    torch.testing.assert_close(y[1], attend(layer, draw(0), after[1]))
+
+
 def test_crop_counts_padding_and_forgotten_tokens() -> None:
     for k in (None, 3):
         layer = make(k).eval()

@@ -200,7 +200,8 @@ class ContextMemory(LayerWithTemperature):
         """Read the past without storing segments, until the block ends.
 
         Each call in the block is a call with ``write=False``: it attends to the past and to its own segment, and the
-        next call does not see it. Blocks may be nested. ``reset``, `crop` and `reorder` still change the past.
+        next call does not see it. If the memory is full, the first call in the block replaces the oldest tokens by those of
+        the segment before it, as any next call does. Blocks may be nested. ``reset``, `crop` and `reorder` still change the past.
 
         Example:
             >>> import torch
@@ -287,8 +288,9 @@ class ContextMemory(LayerWithTemperature):
 
         of which the last ``rows`` tokens are stored, as always. Speculative decoding calls it after a segment of
         proposed tokens: ``crop(-m)`` drops the m tokens that were rejected. A token that a newer one has replaced does
-        not come back. The tokens of the last segment replace older ones only at the next call, so dropping tokens of
-        the last segment loses nothing. If more are dropped, fewer than ``rows`` tokens may remain.
+        not come back. The tokens of the last segment replace older ones only at the next call, even one under `paused`,
+        so dropping tokens of the last segment before it loses nothing. If more are dropped, fewer than ``rows`` tokens
+        may remain.
 
         Call it before or after the ``backward`` of the last segment, as for `reorder`. With ``k``, the backward of a
         segment that read dropped tokens raises `softdb.StaleReadError` afterwards. The cost is constant if only tokens

@@ -305,7 +305,7 @@ def explain(
                 raise ArgumentError(f"{name}: expected no value with a store, which has none; leave it out")
         normalizer = "softmax" if normalizer is None else normalizer
         return _explain(store, queries, names, labels, store.ids, "row", normalizer=normalizer, **options)
-    check_float_tensor("query", queries, (None, store.dim))
+    check_float_tensor("query", query, (-1, store.dim))
     explanations = []
     for number in range(store.heads) if head is None else [head]:
         rows = find_head_rows(store, queries, number, sequence)
@@ -322,8 +322,10 @@ def explain(
 
 def _name_queries(labels: Sequence[str] | None, count: int) -> tuple[str, ...]:
     """Return the labels of the queries; by default "query 0"."""
+    if isinstance(labels, str):
+        raise DtypeError(f"query_labels: expected a sequence of strings, got {describe(labels)}; pass [{labels!r}]")
     names = tuple(f"query {number}" for number in range(count)) if labels is None else tuple(map(str, labels))
-    if isinstance(labels, str) or len(names) != count:
+    if len(names) != count:
         raise ShapeError(f"query_labels: expected one for each of {count} queries, got {len(names)}")
     return names
 

@@ -447,7 +447,7 @@ def test_labels_are_plotted_literally(tmp_path: Path) -> None:
     assert "\x1b" not in str(found)
     with pytest.raises(softdb.DtypeError, match="labels: expected a sequence of strings"):
         lab.explain(store, torch.eye(2), "ab")
-    with pytest.raises(softdb.ShapeError, match="query_labels"):
+    with pytest.raises(softdb.DtypeError, match="query_labels: expected a sequence of strings, got str 'ab'"):
         lab.explain(store, torch.eye(2), query_labels="ab")
     with pytest.raises(softdb.ShapeError, match="query: expected shape"):
         lab.explain(store, torch.zeros(0, 2))

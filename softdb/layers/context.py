@@ -200,8 +200,9 @@ class ContextMemory(LayerWithTemperature):
         """Read the past without storing segments, until the block ends.
 
         Each call in the block is a call with ``write=False``: it attends to the past and to its own segment, and the
-        next call does not see it. If the memory is full, the first call in the block replaces the oldest tokens by those of
-        the segment before it, as any next call does. Blocks may be nested. ``reset``, `crop` and `reorder` still change the past.
+        next call does not see it. If the memory is full, the first call in the block replaces the oldest tokens by
+        those of the segment before it, as any next call does. Blocks may be nested. ``reset``, `crop` and `reorder`
+        still change the past.
 
         Example:
             >>> import torch

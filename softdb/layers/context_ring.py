@@ -120,14 +120,16 @@ class Ring:
     def write(self, segment: Segment) -> None:
         """Write the tokens of a segment over the oldest ones."""
         batch, count = segment[2].shape
-        if self.tables is None:
-            self._set_tables(new_segment(batch, self.rows, self.widths, segment[0]), self.written)
+        tables = self.tables
+        if tables is None:
+            tables = new_segment(batch, self.rows, self.widths, segment[0])
+            self._set_tables(tables, self.written)
         if count > self.rows:
             self.written += count - self.rows
             count, segment = self.rows, map_segment(lambda part: part[:, -self.rows :], segment)
         first = self.written % self.rows
         before_end = min(count, self.rows - first)
-        for table, part in zip(self.tables, segment, strict=True):
+        for table, part in zip(tables, segment, strict=True):
             # Write through .data, which torch does not detect. Otherwise backward of an earlier read would raise after
             # any write. That backward needs only the rows that it read, and `_check_unchanged` checks exactly those.
             table.data[:, first : first + before_end] = part[:, :before_end]
@@ -177,7 +179,7 @@ class Ring:
 
 
 def _check_unchanged(count: WriteCount, limit: int, gradient: Tensor) -> None:
-    """Raise if tokens that a read used have been overwritten in the tables that it read.
+    """Raise if tokens of a read have been overwritten in the tables that it used.
 
     The oldest token of the read is overwritten once more than ``limit`` tokens have been written in total.
     """

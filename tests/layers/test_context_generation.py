@@ -186,7 +186,7 @@ def test_a_change_does_not_hide_that_tokens_were_overwritten(change: str) -> Non
     layer(draw(2, ROWS))
     y = layer(draw(2, 2))
     with layer.paused():
-        layer(draw(2, 2))  # Writes the two tokens over those that the read used.
+        layer(draw(2, 2))  # Replaces two tokens that the read used.
     if change == "reorder":
         layer.reorder([1, 0])
     elif change == "crop":

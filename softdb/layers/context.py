@@ -293,9 +293,9 @@ class ContextMemory(LayerWithTemperature):
         so dropping tokens of the last segment before it loses nothing. If more are dropped, fewer than ``rows`` tokens
         may remain.
 
-        Call it before or after the ``backward`` of the last segment, as for `reorder`. With ``k``, the backward of a
-        segment that read dropped tokens raises `softdb.StaleReadError` afterwards. The cost is constant if only tokens
-        of the last segment are dropped; otherwise it is that of a copy of the past, or with ``k`` of their deletion.
+        Call it before or after the ``backward`` of the last segment, as for `reorder`. The cost is constant if only
+        tokens of the last segment are dropped; otherwise it is that of a copy of the past, or with ``k`` of their
+        deletion.
 
         Args:
             n: Number of tokens since `reset` that remain; if negative, minus the number of tokens to drop. If n is at

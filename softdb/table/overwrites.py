@@ -162,14 +162,15 @@ def observe_listing(table: Tensors) -> None:
     """
     rows: RowStorage = table.rows
     observe_average(rows)
-    if rows.average.source is None:
+    source = rows.average.source  # Another thread may end the watch.
+    if source is None:
         return
-    found = rows.average.source.observe(table)
+    found = source.observe(table)
     if len(found.ids):
         rows.average.mixed = torch.cat([rows.average.mixed, found.ids])
         rows.writable_buffer("id_check").fill_(INVALID_CHECK)  # Later uses of the average raise too.
-    if len(rows.average.source.mixed):
-        raise _mixed_rows(rows.average.source.mixed)
+    if len(source.mixed):
+        raise _mixed_rows(source.mixed)
     if found.zero_started:
         warn_of_zero_start(found.zero_started)
 

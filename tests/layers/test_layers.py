@@ -617,16 +617,29 @@ def test_backward_raises_after_tokens_of_the_read_were_evicted() -> None:
     fourth.sum().backward()  # `reset` allocates new storage, so the rows of this read are unchanged.
 
 
-def test_backward_raises_after_tokens_of_a_topk_read_were_evicted() -> None:
+@pytest.mark.parametrize("later", [0, 1, 4])
+def test_evicted_tokens_of_a_topk_read_are_kept_for_its_backward(later: int) -> None:
     layer = ContextMemory(12, 20, heads=2, key_dim=6, k=3)
-    parts = torch.randn(2, 60, 12).split(10, dim=1)
+    twin = copy.deepcopy(layer)
+    parts = torch.randn(2, 70, 12).split(10, dim=1)
     for part in parts[:2]:
         layer(part)
+        twin(part)
     third = layer(parts[2])
-    for part in parts[3:5]:
+    for part in parts[3 : 3 + later]:
         layer(part)
+    third.sum().backward()
+    twin(parts[2]).sum().backward()
+    for mine, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_more_open_topk_reads_than_the_past_keeps_tokens_for_raise_in_backward() -> None:
+    layer = ContextMemory(12, 20, heads=2, key_dim=6, k=3)
+    outputs = [layer(part) for part in torch.randn(2, 70, 12).split(10, dim=1)]
+    outputs[-1].sum().backward()
     with pytest.raises(StaleReadError):
-        third.sum().backward()
+        outputs[2].sum().backward()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

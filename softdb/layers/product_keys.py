@@ -155,8 +155,7 @@ class ProductKeyMemory(LayerWithTemperature):
     The gradient of the values is dense: any optimizer trains the layer, but each step processes all values. For many
     values pass ``sparse_grad=True``, and train the values with `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad` or
     `torch.optim.SparseAdam`, whose step updates only the rows that were read, and the other Parameters with any
-    optimizer, as in the example. Clip row-sparse gradients with `softdb.optim.clip_row_grad_norm_`, since
-    `torch.nn.utils.clip_grad_norm_` supports dense gradients only.
+    optimizer, as in the example.
 
     Args:
         dim: Width of input and output.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softdb.table.slots import resize
+from softdb.table.sparse_norm import register_sparse_norm
 
 __all__ = ["coalesce", "is_sharded", "make_row_sparse", "resize_gradient", "select_gradient", "with_sparse_gradient"]
 
@@ -21,6 +22,7 @@ def is_sharded(tensor: object) -> bool:
 
 def make_row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
     """Create a coalesced COO tensor of ``shape`` that holds ``values`` at ``rows``."""
+    register_sparse_norm()
     # torch.sparse_coo_tensor(check_invariants=False) would skip the checks too, but torch 2.11 and 2.12 then warn that
     # checks are disabled: https://github.com/pytorch/pytorch/issues/178274.
     whole: Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(

@@ -161,18 +161,12 @@ def test_sparse_adam_for_rows_and_adamw_for_others() -> None:
 # -- loops ---------------------------------------------------------------------------------------------------
 
 
-def clip(model: nn.Module, sparse_grad: bool) -> None:
-    if sparse_grad:
-        clip_row_grad_norm_(model.parameters(), 1.0)
-    else:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-
+@pytest.mark.parametrize("clip", [torch.nn.utils.clip_grad_norm_, clip_row_grad_norm_])
 @pytest.mark.parametrize("sparse_grad", [False, True])
-def test_clipping_by_norm(sparse_grad: bool) -> None:
+def test_clipping_by_norm(sparse_grad: bool, clip: Callable[..., Tensor]) -> None:
     model = Model(sparse_grad=sparse_grad)
     (100 * compute_loss(model)).backward()
-    clip(model, sparse_grad)
+    clip(model.parameters(), 1.0)
     gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
     assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1.0, abs=1e-3)
 
@@ -196,7 +190,7 @@ def test_grad_scaler_and_autocast_and_accumulation(sparse_grad: bool) -> None:
                 loss = F.cross_entropy(model(X[part]), LABELS[part]) / 2
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        clip(model, sparse_grad)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
     assert_trained(model, first, evaluate(model))
@@ -294,14 +288,14 @@ def test_a_compiled_model_trains() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("clipping", ["norm", "value"])
-def test_lightning_fits_with_clipping_and_resumes(clipping: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("clipping", "sparse_grad"), [("norm", False), ("value", False), ("norm", True)])
+def test_lightning_fits_with_clipping_and_resumes(clipping: str, sparse_grad: bool, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
     class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model = Model()
+            self.model = Model(sparse_grad=sparse_grad)
             self.losses: list[float] = []
 
         def training_step(self, batch: Any, index: int) -> Tensor:
@@ -310,7 +304,7 @@ def test_lightning_fits_with_clipping_and_resumes(clipping: str, tmp_path: Path)
             return loss
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=0.01)
+            return (RowAdam if sparse_grad else torch.optim.AdamW)(self.parameters(), lr=0.01)
 
     def make_trainer(epochs: int) -> Any:
         return lightning.Trainer(
@@ -343,7 +337,7 @@ def test_the_trainer_of_transformers_fits_and_resumes(optimizer: str, tmp_path: 
     data = [{"x": x, "labels": label} for x, label in zip(X, LABELS, strict=True)]
 
     def run(steps: int, resume: str | None = None) -> tuple[Model, list[float]]:
-        model = Model()
+        model = Model(sparse_grad=optimizer == "RowAdam")
         arguments = transformers.TrainingArguments(
             str(tmp_path / f"run {steps}"),
             max_steps=steps,
@@ -370,11 +364,12 @@ def test_the_trainer_of_transformers_fits_and_resumes(optimizer: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_accelerate_prepares_clips_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_accelerate_prepares_clips_and_resumes(sparse_grad: bool, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model = Model(sparse_grad=sparse_grad)
+    optimizer = (RowAdam if sparse_grad else torch.optim.AdamW)(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=40)
     prepared = accelerator.prepare(model, optimizer, DataLoader(make_data(), batch_size=16), schedule)
     model, optimizer, loader, schedule = prepared

@@ -91,7 +91,7 @@ class NotApplicableError(ArgumentError, AttributeError):
 
 
 class DtypeError(SoftDBError, TypeError):
-    """A tensor or an argument has the wrong type, or an argument an unknown name."""
+    """A tensor or argument has the wrong type, or an argument has an unknown name."""
 
 
 class UnfinishedWriteError(SoftDBError, RuntimeError):

@@ -92,7 +92,7 @@ class SoftKVStore(StoreModule):
             gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`,
             `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense gradients.
         fields: Names of the int64 fields of every row. The filter ``where`` of `read` can use them, and `fields_at`
-            returns those of the rows that a read reports.
+            returns the field of the rows that a read reports.
         index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, whose
             documentation describes these values.
         capacity: Maximum number of rows. The storage is allocated once at this size and never grows, so optimizers and
@@ -213,23 +213,24 @@ class SoftKVStore(StoreModule):
                                 dtype=torch.promote_types(keys.dtype, values.dtype), **options)
             store.add(keys, values, ids, fields)
 
-        The store keeps detached copies. The cost is linear in the number of rows; the storage has exactly their number,
-        or ``capacity``.
+        The store keeps detached copies. The cost is linear in the number of rows. The storage has one slot for each
+        row, or ``capacity`` slots.
 
         Args:
             keys: (n, key_dim), floating point.
             values: (n, value_dim), floating point, on the device of ``keys``. For a store without values, pass
                 ``keys[:, :0]``.
             ids: As for `add`.
-            fields: The fields of the store, and their values as for `add`, by name. If None, the store has no fields.
+            fields: Value of every field by name, as for `add`. The names become the fields of the store. If None, the
+                store has no fields.
             **options: Other options of the store, such as ``metric`` or ``trainable``.
 
         Returns:
             The store.
 
         Raises:
-            ArgumentError: An option is out of range, or follows from the tensors: ``key_dim``, ``value_dim``,
-                ``device``, ``dtype``. Or there are more than ``capacity`` rows.
+            ArgumentError: An option is out of range; ``key_dim``, ``value_dim``, ``device`` or ``dtype`` is given,
+                which the tensors determine; or there are more than ``capacity`` rows.
             DuplicateIdError: An id is given twice.
             ShapeError: A tensor has the wrong shape.
             DtypeError: An argument has the wrong type, or there is no argument of this name.
@@ -325,10 +326,10 @@ class SoftKVStore(StoreModule):
     def track_usage_(self, enabled: bool = True) -> Self:
         """Start counting reads for `usage`, or stop and drop the counters.
 
-        It replaces ``track_usage`` of the constructor. The counters start at 0; if the store counts already, they
-        continue. ``state_dict``, `save` and copies of the store follow: they have counters from now on, or none, and a
-        state dict with counters loads strictly only into a store that has them. Rows, open reads and the order of
-        eviction do not change. The cost of starting is linear in the number of slots.
+        It changes the option ``track_usage`` of an existing store. The counters start at 0; if the store counts
+        already, they continue. While the store counts, ``state_dict``, `save` and copies of the store include the
+        counters. With ``strict=True``, a state dict with counters loads only into a store that counts. Rows, open reads
+        and the order of eviction do not change. The cost of starting is linear in the number of slots.
 
         Args:
             enabled: Whether to count.
@@ -470,8 +471,8 @@ class SoftKVStore(StoreModule):
     def revive(self, ids: Ids, keys: Tensor, values: Tensor) -> None:
         """Replace the contents of existing rows and treat them as new rows.
 
-        Use it to restart rows that reads no longer select. It writes as `update` does, and also resets the state of the
-        old contents: pending gradients are dropped, `usage` starts at 0, and `softdb.optim.RowAdam` and
+        Use it to restart rows that reads no longer select. It does what `update` does, and also resets everything that
+        belonged to the old contents: pending gradients are dropped, `usage` starts at 0, and `softdb.optim.RowAdam` and
         `softdb.optim.RowAdagrad` reset the optimizer state of the rows. Optimizers of ``torch.optim`` do not reset
         their state: they apply the old momentum to the new contents.
 
@@ -503,9 +504,9 @@ class SoftKVStore(StoreModule):
 
         Args:
             ids: One id, or (m,) ids in the store, without duplicates.
-            where: The rows to remove, in place of ``ids``, as for `read`: a bool tensor in the order of ``store.ids``,
-                ids, or a callable ``where(row) -> bool tensor``. There are no queries, so the result of a callable must
-                be broadcastable to (C,).
+            where: Filter that selects the rows to remove, instead of ``ids``. As for `read`, it is a bool tensor in the
+                order of ``store.ids``, ids, or a callable ``where(row) -> bool tensor``. There are no queries, so the
+                result of a callable must be broadcastable to (C,).
 
         Raises:
             ArgumentError: Both ``ids`` and ``where`` are given, or neither is.
@@ -533,8 +534,8 @@ class SoftKVStore(StoreModule):
     def clear(self) -> None:
         """Remove all rows.
 
-        It has the effects of `delete` of all ids: the store assigns none of them again, and the storage does not shrink
-        until `compact`. The cost is linear in the number of slots.
+        It has the effects of ``delete(store.ids)``: no id is assigned again, and the storage does not shrink until
+        `compact`. The cost is linear in the number of slots.
 
         Raises:
             UnfinishedWriteError: Memory ran out after the write was recorded. Do not repeat the call.
@@ -560,8 +561,8 @@ class SoftKVStore(StoreModule):
 
         Args:
             ids: Ids of any shape (...), or one id. Duplicates are allowed.
-            missing: "error" raises for an id that is not in the store. With "pad", such an id and the padding -1 give
-                zeros as key and value, and -1 in every field, so ``read.ids`` may be passed.
+            missing: "error" raises for an id that is not in the store. "pad" returns zeros as key and value, and -1 in
+                every field, for such an id and for the padding -1. You may then pass ``read.ids``.
 
         Returns:
             A `Rows` with ``keys`` (..., key_dim), ``values`` (..., value_dim) and ``fields``, a dict of (...,) int64
@@ -569,7 +570,7 @@ class SoftKVStore(StoreModule):
 
         Raises:
             UnknownIdError: An id is not in the store, and ``missing`` is "error".
-            ArgumentError: An id is negative, or ``missing`` is neither "error" nor "pad".
+            ArgumentError: An id is negative (with "pad", less than -1), or ``missing`` is neither "error" nor "pad".
             DtypeError: The ids are not integers.
 
         Example:
@@ -591,13 +592,13 @@ class SoftKVStore(StoreModule):
     def fields_at(self, ids: Ids, name: str, fill: int = -1) -> Tensor:
         """Return one field of rows, in the shape of ``ids``.
 
-        It copies neither keys nor values. Use it for labels of the rows that a read reports; see
+        It copies neither keys nor values. Use it to get the labels of the rows that a read reports, for example for
         `softdb.functional.class_weights`. The cost is linear in the number of ids.
 
         Args:
             ids: Ids of any shape (...), or one id. Duplicates and the padding -1 are allowed.
             name: Name of the field.
-            fill: Number for -1 and for ids that are not in the store.
+            fill: Number to return for -1 and for ids that are not in the store.
 
         Returns:
             (...,) int64, on the device of the store.
@@ -636,7 +637,8 @@ class SoftKVStore(StoreModule):
             n: Total number of rows, including the rows in the store.
 
         Raises:
-            GrowthError: ``n`` exceeds ``capacity``, or a read of the current storage still waits for its ``backward``.
+            GrowthError: ``n`` exceeds ``capacity``, or the store is trainable and a read of it still waits for its
+                ``backward``.
 
         Example:
             >>> from softdb import SoftKVStore
@@ -651,21 +653,23 @@ class SoftKVStore(StoreModule):
     def compact(self) -> None:
         """Shrink the storage to the rows in the store.
 
-        The rows move to the lowest slots, in the same order: after it, for every tensor with an entry per slot::
+        The rows move to the lowest slots, in the same order. For every tensor with an entry per slot, this equals::
 
             tensor = tensor[live_slots]         # (capacity, ...) -> (len(store), ...)
 
         Ids, their order in ``store.ids``, fields, usage, the order of eviction, pending gradients, and the state of
         `softdb.optim.RowAdam` and `softdb.optim.RowAdagrad` follow the rows. ``keys`` and ``values`` stay the same
         Parameters. Later snapshots have the smaller size. If rows have moved, the next topk read builds the index
-        again. A store with a ``capacity`` keeps storage of that size; exact reads become faster if rows were deleted.
+        again. The storage of a store with a ``capacity`` keeps its size, but exact reads become faster if rows were
+        deleted.
 
-        Call it after many deletions, or when no more rows will be added: the next `add` doubles the storage. All rows
-        are copied, so old and new tensors are in memory together. Without free slots it does nothing.
+        Call it after many deletions, or when no more rows will be added. After it, a store without ``capacity`` is
+        full, so the next `add` at least doubles the storage. All rows are copied, and old and new tensors are in memory
+        at the same time. If there are no free slots, it does nothing.
 
         Raises:
-            GrowthError: Rows cannot move now: ``backward`` of a read is still due, an optimizer of ``torch.optim`` has
-                state for each row, a trainable store is in a process group of several processes, or the rows are in
+            GrowthError: Rows cannot move now: a read still waits for its ``backward``, an optimizer of ``torch.optim``
+                has state for each row, a trainable store is in a process group of several processes, or the rows are in
                 shared memory. Nothing has changed.
             ForeignWriteError: Another store shares ``keys`` or ``values``, or other code has substituted them.
             ReadOnlyError: The rows are memory-mapped files.
@@ -754,8 +758,8 @@ class SoftKVStore(StoreModule):
             where: Rows that may be read, as one of
 
                 - a bool tensor (n,), in the order of ``store.ids``;
-                - an int64 tensor of ids. A list or a NumPy array may replace a tensor, and breaks the graph of
-                  torch.compile;
+                - an int64 tensor of ids. You may pass a list or a NumPy array in place of a tensor, but it breaks the
+                  graph of torch.compile;
                 - a callable ``where(row) -> bool tensor``. ``row["id"]`` and ``row[field]`` are int64 tensors: (C,) for
                   a block of rows, or (B, C) for the candidates of B flattened queries. The result must be broadcastable
                   to (B, C). Combine conditions with ``&`` and ``|``.
@@ -774,7 +778,7 @@ class SoftKVStore(StoreModule):
                   rows. In exact mode the rows with weight above 0 are gathered; if they are too many, `ArgumentError`
                   is raised. In topk mode, k is doubled while all candidates of a query have weight, up to the larger of
                   16 k and 1,024. ``mass`` is 1 if the candidates are known to include all rows with weight, else NaN.
-                  After an approximate search this is known only if all visible rows are candidates.
+                  After an approximate search, this is known only if all visible rows are candidates.
             tail_samples: Number of rows to sample, in topk mode, to estimate the contribution of the rows that are not
                 candidates. If the number is large enough for all other rows, the read is exact. With a sample, ``lse``
                 is an estimate over all allowed rows, and ``weights`` and ``mass`` are relative to that estimate.
@@ -792,9 +796,9 @@ class SoftKVStore(StoreModule):
             bias: Numbers that are added to the scores after the division by the temperature, in the order of
                 ``store.ids``: a floating-point tensor (n,), or broadcastable to (..., n), which gets a gradient. -inf
                 hides the row, as a filter does. ``scores``, ``lse`` and ``mass`` include the bias, and the best rows
-                are those with the largest sums. A topk read searches exactly. Not supported with ``tail_samples``,
-                ``tolerance`` and sparse normalizers. A bias that differs by query takes memory for (B, n) numbers, and
-                so does its gradient; a bias (n,) does not.
+                are the rows with the largest sums of score and bias. A topk read with a bias searches exactly. Not
+                supported with ``tail_samples``, ``tolerance`` and sparse normalizers. A bias that differs by query is a
+                (B, n) tensor, and so is its gradient. For a bias (n,), no (B, n) tensor is allocated.
 
         Returns:
             A `Read`.
@@ -804,8 +808,8 @@ class SoftKVStore(StoreModule):
             ShapeError: A tensor has the wrong shape.
             DtypeError: An argument has the wrong type.
             DeviceError: A tensor is not on the device of the store.
-            NonFiniteError: A query is NaN or infinite somewhere, or a bias is NaN, +inf or too large for float32 in a
-                read that has no float64 tensor.
+            NonFiniteError: A query contains NaN or infinity, or a bias contains NaN, +inf or, in a read without float64
+                tensors, a number that overflows in float32.
             UnknownIdError: ``where`` has an id that is not in the store.
             StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
                 read. Appending rows is allowed. If keys and values have no gradient, the store keeps the rows that it
@@ -1036,7 +1040,7 @@ class SoftKVStore(StoreModule):
         Reads in other threads then see all writes of the block, or none. Use it for your own writes to ``keys`` and
         ``values`` and for steps of optimizers of ``torch.optim``, which the store cannot detect in advance, and for
         several writes that belong together. A single `add`, `put`, `update`, `revive`, `delete`, `clear` or step of an
-        optimizer of `softdb.optim` does not need it: concurrent reads then use one version of the store. Run
+        optimizer of `softdb.optim` does not need it: each of them is already atomic for concurrent reads. Run
         ``backward`` in the thread that writes, because backward reads the rows again.
 
         Example:

@@ -20,8 +20,8 @@ __all__ = ["ScoreBias", "separate_hidden_rows"]
 class ScoreBias:
     """Finite numbers that are added to the scores of G groups of B queries and N rows.
 
-    Each dimension of the numbers may have size 1 instead, and broadcasts. No larger tensor is allocated, also not for
-    the gradient.
+    A dimension of the numbers may also have size 1, which broadcasts. Neither the numbers nor their gradient are
+    expanded to (G, B, N).
 
     Attributes:
         numbers: Numbers in slot order, (G, B, N), in the dtype of the read.
@@ -101,8 +101,8 @@ def _select_tile(numbers: Tensor, block: Block, groups: slice, queries: slice, c
     """Return the numbers of a tile, split into partitions like its scores.
 
     Returns:
-        (g, b, C), or (parts, b, columns) where ``columns`` is less than C; size 1 is kept. A view if the rows of the
-        block are a slice.
+        (g, b, C), or (parts, b, columns) where ``columns`` is less than C; size 1 is kept. If the rows of the block are
+        a slice, the result is a view.
     """
     part = _select_queries(numbers, groups, queries)
     if part.shape[-1] == 1:
@@ -120,8 +120,8 @@ def separate_hidden_rows(name: str, bias: Tensor, dtype: torch.dtype) -> tuple[T
         dtype: Dtype of the read.
 
     Returns:
-        The numbers in ``dtype`` with 0 in place of -inf, differentiable; and a bool tensor, False where the number was
-        -inf, or None if none was.
+        The numbers in ``dtype`` with 0 in place of -inf, differentiable; and a bool tensor that is False where a number
+        was -inf. The tensor is None if no number was -inf.
 
     Raises:
         NonFiniteError: A number is NaN or +inf, or overflows in ``dtype``.

@@ -63,7 +63,7 @@ class Explanation(TextResult):
         rest: Weight of all other rows, (Q,).
         effective_rows: exp(entropy of all weights), (Q,).
         temperature: Divisor of the scores.
-        temperatures: Temperatures at which ``cooling`` has the weights, highest first.
+        temperatures: Temperatures of the weights in ``cooling``, highest first.
         cooling: Weights of the same rows at each of ``temperatures``, (Q, temperatures, k).
         normalizer: Name of the normalizer; "straight_through" for "gumbel" in eval mode.
     """
@@ -223,17 +223,17 @@ def explain(
     of each head, before the output projection:
 
     - A `softdb.layers.MemoryLayer` reads its rows with its own temperature and normalizer; "hard" is explained as
-      "straight_through". In topk mode the k candidates hold all weight; with ``tolerance``, which estimates the exact
-      read, the exact read is explained.
-    - A `softdb.layers.ProductKeyMemory` reads its k rows of ``store.weight``. Their weights at other temperatures are
-      those of the same k rows.
+      "straight_through". In topk mode, the k candidates have all the weight. With ``tolerance``, the layer's read is an
+      estimate of the exact read, and the result explains the exact read.
+    - A `softdb.layers.ProductKeyMemory` reads its k rows of ``store.weight``. The weights at other temperatures are
+      computed over the same k rows.
     - A `softdb.layers.ContextMemory` reads tokens. ``query`` holds the next tokens, (n, dim), of one sequence; they are
       not stored. Ids are positions: tokens are counted from 0 at the last ``reset``, and the first token of ``query``
       has the number ``layer.length``. Tokens have document 0, as in a call without ``documents``.
 
-    Batch normalization of queries uses its running statistics. Layers and their pasts do not change, except that reads
-    of a store that tracks usage count. The cost is that of some exact reads of the rows; in topk mode, of a search and
-    of reads of the candidates.
+    Batch normalization of queries uses its running statistics. Layers and their pasts do not change, except that a
+    store that tracks usage counts the reads. The cost is that of a few exact reads of the rows or, in topk mode, of one
+    search and a few reads of the candidates.
 
     Args:
         store: A `softdb.SoftKVStore`, or a layer.
@@ -249,7 +249,7 @@ def explain(
             With "gumbel", each temperature draws its own noise, and ``scores`` include the noise.
         generator: Generator for the noise of "gumbel". If None, the default generator of torch.
         head: Number of the head of a layer, from 0. If None, all heads are listed, one after another for each query.
-            A layer whose heads have their own rows or temperatures needs it.
+            It is required if the heads of the layer have different rows or temperatures.
         sequence: With a `softdb.layers.ContextMemory`, index of the sequence in the batch; by default the first.
 
     Returns:

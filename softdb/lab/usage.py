@@ -147,9 +147,10 @@ def summarize_usage(
 ) -> UsageSummary:
     """Summarize how often reads use each row, and which rows are dead.
 
-    Equal to sorting ``source.usage.reads``, most reads first. Several heads of a layer that read one store are counted
-    together: an input counts once for each head that reports the row. If each head has its own store, the rows of all
-    heads are listed, with the number of the head. Dead rows can be restarted with `softdb.SoftKVStore.revive`.
+    Equal to sorting the rows by ``source.usage.reads``, most reads first. If the heads of a layer read one store, its
+    counters are sums over the heads: an input counts once for each head that reports the row. If each head has its own
+    store, the summary lists the rows of all heads, with the number of the head. Restart dead rows with
+    `softdb.SoftKVStore.revive`.
 
     Args:
         source: A store or layer that tracks usage (``track_usage=True`` or ``track_usage_()``), or a `softdb.Usage`,
@@ -214,7 +215,7 @@ def _read_counters(source: Any) -> tuple[Tensor, Tensor | None, Usage]:
             f"{describe(source)}; the rows of a ContextMemory are tokens that are replaced, and have no usage"
         )
     stores: list[Any] = [source] if isinstance(source, SoftKVStore) else list(source.stores)
-    with ExitStack() as stack:  # No other thread adds rows between reading the ids and the counters.
+    with ExitStack() as stack:  # Otherwise another thread could add rows between reading the ids and the counters.
         for store in stores:
             stack.enter_context(store.writing())
         lists, usage = [store.ids.cpu() for store in stores], source.usage

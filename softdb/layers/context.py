@@ -200,9 +200,9 @@ class ContextMemory(LayerWithTemperature):
         """Read the past without storing segments, until the block ends.
 
         Each call in the block is a call with ``write=False``: it attends to the past and to its own segment, and the
-        next call does not see it. If the memory is full, the first call in the block replaces the oldest tokens by
-        those of the segment before it, as any next call does. Blocks may be nested. ``reset``, `crop` and `reorder`
-        still change the past.
+        next call does not attend to that segment. The first call in the block still stores the last segment before the
+        block, as every call does; if the memory is full, its tokens replace the oldest ones. Blocks may be nested.
+        ``reset``, `crop` and `reorder` still change the past.
 
         Example:
             >>> import torch
@@ -228,13 +228,14 @@ class ContextMemory(LayerWithTemperature):
 
             past = past[indices]                                     # (batch, length, ...) -> (m, length, ...)
 
-        A beam search calls it with the hypothesis that each new hypothesis continues. An index may occur several times
-        or not at all, so the batch may change its size. As for `reset`, it is the past of the current mode.
+        In a beam search, ``indices[i]`` is the old hypothesis that the new hypothesis i continues. An index may occur
+        several times or not at all, so the size of the batch may change. Like `reset`, it changes only the past of the
+        current mode.
 
         Call it before or after the ``backward`` of the last segment: the gradients are the same, since earlier reads
-        keep their tokens. Only activation checkpointing needs the backward first; it raises `softdb.StaleReadError`
-        otherwise. The cost is that of a copy of the past, ``m * rows * (key_dim + value_dim)`` numbers; with ``k``,
-        only the sequences that occur repeatedly are copied, with their index.
+        keep their tokens. With activation checkpointing, call ``backward`` first; otherwise it raises
+        `softdb.StaleReadError`. The cost is that of a copy of the past, ``m * rows * (key_dim + value_dim)`` numbers;
+        with ``k``, only the sequences that occur repeatedly are copied, with their index.
 
         Args:
             indices: (m,) int64, at least one; each below the number of sequences.
@@ -287,19 +288,18 @@ class ContextMemory(LayerWithTemperature):
 
             past = past[:, :n]                                       # (batch, length, ...) -> (batch, n, ...)
 
-        of which the last ``rows`` tokens are stored, as always. Speculative decoding calls it after a segment of
-        proposed tokens: ``crop(-m)`` drops the m tokens that were rejected. A token that a newer one has replaced does
-        not come back. The tokens of the last segment replace older ones only at the next call, even one under `paused`,
-        so dropping tokens of the last segment before it loses nothing. If more are dropped, fewer than ``rows`` tokens
-        may remain.
+        At most the last ``rows`` of the n tokens are stored. In speculative decoding, call it after a segment of
+        proposed tokens: ``crop(-m)`` drops the m tokens that were rejected. Tokens of the last segment replace older
+        tokens only at the next call, even if that call is under `paused`. Until then, you can drop them and lose no
+        older token. If you drop more, fewer than ``rows`` tokens may remain, because replaced tokens do not come back.
 
         Call it before or after the ``backward`` of the last segment, as for `reorder`. The cost is constant if only
-        tokens of the last segment are dropped; otherwise it is that of a copy of the past, or with ``k`` of their
-        deletion.
+        tokens of the last segment are dropped; otherwise it is that of a copy of the past, or, with ``k``, that of
+        deleting the tokens.
 
         Args:
-            n: Number of tokens since `reset` that remain; if negative, minus the number of tokens to drop. If n is at
-                least `length`, nothing changes.
+            n: Number of tokens since `reset` that remain. If n is negative, -n tokens are dropped. If n is at least
+                `length`, nothing changes.
 
         Raises:
             DtypeError: n is no integer.

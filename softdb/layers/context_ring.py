@@ -33,7 +33,7 @@ __all__ = ["Ring"]
 class WriteCount:
     """Count of the tokens written to the tables of a `Ring`.
 
-    Each copy of the tables has its own count, so that a read knows what was written to the tables that it used.
+    Each copy of the tables has its own count, so that backward detects writes to the tables that its read used.
     """
 
     written: int
@@ -94,11 +94,11 @@ class Ring:
     def crop(self, length: int) -> bool:
         """Forget all tokens but the first ``length``, fewer than there are.
 
-        The tables are new, since later tokens will be written to the rows of the dropped ones, which the backward of an
-        earlier read may need.
+        The tables are copied: later tokens overwrite the rows of the dropped ones, but the backward of an earlier read
+        may need these rows.
 
         Returns:
-            Whether a read still scans rows of dropped tokens, which document -1 hides.
+            Whether reads still include rows of dropped tokens, so that they have to be hidden by document -1.
         """
         tables, is_hidden = self.tables, self.written > self.rows
         if tables is not None:
@@ -159,7 +159,7 @@ class Ring:
         """Convert every tensor with a function."""
         if self.tables is not None:
             tables = map_segment(function, self.tables)
-            # Without a move to another device or dtype, the tables are the same, and so is the count of writes to them.
+            # If the device and dtype stay the same, so do the tables, and later writes still change their count.
             is_moved = any(new.data_ptr() != old.data_ptr() for new, old in zip(tables, self.tables, strict=True))
             self.tables, self.count = tables, WriteCount(self.written) if is_moved else self.count
 

@@ -92,7 +92,7 @@ class ContextState:
             documents = torch.zeros(1, 1, dtype=torch.int64, device=keys.device)
         else:
             self.mixed = self.mixed or bool((documents != 0).any())
-        # The whole segment, even if it is longer than the memory: `crop` may drop its end.
+        # Keep the whole segment, even if it is longer than the memory, because `crop` may drop its end.
         self.recent = keys.to(dtype, copy=True), values.to(dtype, copy=True), documents.expand(keys.shape[:2]).clone()
         self.is_loaded = False
 

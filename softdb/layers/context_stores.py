@@ -18,7 +18,7 @@ from softdb.store import SoftKVStore
 __all__ = ["Stores"]
 
 
-# Number of rows per sequence from which an index finds the k best.
+# Minimum number of rows per sequence for which an index finds the k best.
 MIN_INDEXED_ROWS = 4096
 
 
@@ -96,7 +96,11 @@ class Stores:
             self.stores = [copy.deepcopy(s) if copied else s for s, copied in zip(chosen, repeated, strict=True)]
 
     def crop(self, length: int) -> bool:
-        """Forget all tokens but the first ``length``; return False: none is hidden."""
+        """Forget all tokens but the first ``length``.
+
+        Returns:
+            False, since dropped tokens are deleted, not hidden.
+        """
         for store in self.stores:
             store.delete(store.ids[store.ids >= length])
         self.written = length

@@ -39,7 +39,8 @@ class HeadRows:
         temperature: Divisor of the scores.
         normalizer: Name of the normalizer.
         ids: Ids of all rows of the layer, (n,), of which ``store`` may have only some.
-        seen: Rows that each query sees, (Q, rows of the store), by the field "place"; None for all.
+        seen: Whether each query sees each row, (Q, rows of the store), indexed by the field "place"; None if each query
+            sees all rows.
         noun: Name of a row in default labels.
     """
 
@@ -73,7 +74,7 @@ def _is_seen(seen: Tensor) -> Callable[[Mapping[str, Tensor]], Tensor]:  # (Q, n
 def find_head_rows(layer: Layer, x: Tensor, head: int, sequence: int | None) -> HeadRows:
     """Find the rows that a head reads for inputs, and its queries.
 
-    The reads of stores count as use. Batch normalization uses its running statistics, as in eval mode.
+    If a store tracks usage, these reads count. Batch normalization uses its running statistics, as in eval mode.
 
     Args:
         layer: A `MemoryLayer`, `ContextMemory` or `ProductKeyMemory`.
@@ -169,7 +170,7 @@ def _temperature_of(layer: Layer, head: int) -> float:
 
 
 def _list_rows(found: Tensor) -> tuple[Tensor, Tensor]:  # (Q, k) -> (n,), (Q, n)
-    """List the distinct ids of the rows found, and which of them each query found."""
+    """List the distinct ids of the rows found, and mark the ids that each query found."""
     ids = found[found >= 0].unique()
     return ids, _is_listed(found, ids)
 
@@ -199,6 +200,6 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        # A part may have another mode than the module, as a frozen normalization has.
+        # A part may have another mode than the module, for example a frozen normalization.
         for part, was_training in modes:
             part.training = was_training

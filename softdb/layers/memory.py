@@ -77,7 +77,7 @@ class MemoryLayer(LayerWithTemperature):
         normalizer: As in `softdb.SoftKVStore.read`; "gumbel" adds noise in training mode only.
         temperature: Number above 0 that divides the scores, or "learnable": one number per head, which is the
             exponential of the Parameter ``log_temperature``, (heads,), and starts at 1. Default: that of ``store``, or
-            1. A number is also the temperature of the layer's own stores.
+            1. If the layer has its own stores, a number is also their temperature.
         tolerance: In topk mode, the maximum error of each read, as in `softdb.SoftKVStore.read`: the read chooses the
             number of candidates. It reports rows only if ``k`` is given. The rows get dense gradients.
         shared: Whether all heads read one store; otherwise each head has its own store of ``rows`` rows.
@@ -226,9 +226,10 @@ class MemoryLayer(LayerWithTemperature):
         """Usage counters of the rows, as of `softdb.SoftKVStore.usage`.
 
         If the heads share a store, the counters are sums over the heads: an input counts once for each head that
-        reports the row. With ``shared=False`` they are concatenated in the order of ``stores``: of a layer's own rows,
-        ``usage.reads.view(heads, rows)`` has those of each head. The reads of other layers of a shared store count
-        too. Restart the counters with ``reset_usage`` of the stores. `softdb.lab.summarize_usage` shows them.
+        reports the row. With ``shared=False`` they are concatenated in the order of ``stores``: if the layer has its
+        own rows, ``usage.reads.view(heads, rows)`` are the counters of each head. The reads of other layers of a shared
+        store count too. Restart the counters with ``reset_usage`` of the stores. `softdb.lab.summarize_usage` shows
+        them.
 
         Raises:
             NotApplicableError: The stores do not track usage: see `track_usage_`.
@@ -270,8 +271,8 @@ class MemoryLayer(LayerWithTemperature):
     def temperature(self) -> float | Tensor:
         """Divisor of the scores: a number, or learned ones for the heads, (heads,).
 
-        Assign a number to change it, as a schedule does. The number of a layer with its own stores is that of the
-        stores.
+        Assign a number to change it, as a schedule does. If the layer has its own stores, the number is their
+        temperature, and an assignment changes it.
 
         Raises:
             ArgumentError: In an assignment, if the temperature is learned, or the number is not above 0.

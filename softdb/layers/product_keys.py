@@ -107,7 +107,7 @@ class ValueTable(ModuleWithProperties, nn.Embedding):
 
     @torch.inference_mode(False)
     def track_usage_(self, enabled: bool = True) -> Self:
-        """Start counters at 0, or drop them; nothing changes if it is so already."""
+        """Start counters at 0, or drop them; without effect if already done."""
         enabled = bool(enabled)
         if enabled and not self.track_usage:
             reads, total = new_counters(self.num_embeddings, self.weight.device)
@@ -287,8 +287,8 @@ class ProductKeyMemory(LayerWithTemperature):
     def track_usage_(self, enabled: bool = True) -> Self:
         """Start counting reads for `usage`, or stop and drop the counters.
 
-        The counters start at 0; if the store counts already, they continue. They are part of ``state_dict`` while there
-        are any. Layers that share the store count together.
+        The counters start at 0; if the store counts already, they continue. While the store counts, they are part of
+        ``state_dict``. Layers that share the store count together.
 
         Args:
             enabled: Whether to count.

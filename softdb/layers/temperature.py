@@ -32,7 +32,7 @@ class LayerWithTemperature(ModuleWithProperties):
     def _make_temperature(self, temperature: object, heads: int, **factory_kwargs: Any) -> None:
         """Make the Parameter of a learnable temperature, or keep a number.
 
-        None keeps no number, for a layer that reads with the temperature of its store.
+        With None, the layer has no temperature of its own: it reads with that of its store.
         """
         is_learnable = isinstance(temperature, str) and temperature == "learnable"
         parameter = nn.Parameter(torch.zeros(heads, **factory_kwargs)) if is_learnable else None

@@ -73,8 +73,8 @@ class RowAdam(RowOptimizer):
         foreach, fused: Without effect, since they choose an implementation in torch. At most one may be True.
         capturable, differentiable: Must be False.
 
-    Memory: two numbers for each number of the Parameter, three with ``amsgrad``, in its dtype but at least float32; for
-    a store 16 more bytes per row; with weight decay 8 more bytes per row.
+    Memory: two tensors of the Parameter's shape, three with ``amsgrad``, in its dtype but at least float32. A store
+    needs 16 more bytes per row, and weight decay 8 more bytes per row.
 
     Raises:
         ArgumentError, DtypeError: An argument is invalid.

@@ -19,17 +19,18 @@ def row_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     They are ``keys`` and ``values`` of each trainable `softdb.SoftKVStore`, the values of each
     `softdb.layers.ProductKeyMemory`, and the weight of each ``nn.Embedding(sparse=True)`` and
-    ``nn.EmbeddingBag(sparse=True)``. Each Parameter of the model is yielded once, by either this function or
+    ``nn.EmbeddingBag(sparse=True)``. Each Parameter of the model is yielded once, either by this function or by
     `other_parameters`.
 
-    Use both functions to give rows other options than the rest of the model: weight decay and small learning rates
+    Use both functions to give rows and the rest of the model different options: weight decay and small learning rates
     rarely suit rows.
 
     Args:
         model: A module, a store or a layer.
 
     Returns:
-        An iterator in the order of ``model.parameters()``. Its cost depends on the number of modules, not of rows.
+        An iterator in the order of ``model.parameters()``. Its cost depends on the number of modules, not on the number
+        of rows.
 
     Raises:
         DtypeError: ``model`` is no module.

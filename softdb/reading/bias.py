@@ -1,4 +1,4 @@
-"""Biases of reads: check them, and bring them into the form of the kernels."""
+"""Check the biases of reads, and convert them to the form of the kernels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def split_mask(
         dtype: Dtype of the read.
 
     Returns:
-        Finite numbers in ``dtype`` to add to the scores, and which rows may be seen; None for neither.
+        Finite numbers in ``dtype`` to add to the scores, or None; and a bool mask of the rows that may be seen, or
+        None.
     """
     if mask is None:
         return None, None

@@ -21,7 +21,7 @@ def class_weights(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
 
     without the (..., k, num_classes) tensor. The result is differentiable in ``weights``, any number of times and by
     every transform of torch.func. With the labels and weights of the rows of a read, it is a k-nearest-neighbor
-    classifier: the probability of each class, up to the weight of the rows that were not reported.
+    classifier: it returns the probability of each class. Rows that were not reported do not contribute.
 
     Args:
         labels: Class of each row, (..., k), integers from 0 to num_classes - 1; -1 counts for nothing. For a read,

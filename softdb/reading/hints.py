@@ -15,10 +15,11 @@ from softdb.errors import PerformanceWarning
 
 __all__ = ["CostHints"]
 
-# Number of elements of a dense gradient above which row-sparse ones are proposed: 64 MiB of float32.
+# Maximum number of elements of dense gradients without a warning: 64 MiB of float32.
 MAX_DENSE_GRADIENT = 2**24
 
-# Waste that is worth a hint, in products of a query with a key and a value: some ten milliseconds on two cores.
+# Minimum additional cost for which a warning is given, in products of a query with a key and a value. It takes some ten
+# milliseconds on two cores.
 MIN_WASTE = 2**23
 
 # A warning names the first caller outside both directories, and outside the code that torch.compile generates.
@@ -36,7 +37,7 @@ class CostHints:
         """Warn if a read of a few rows makes large dense gradients.
 
         Args:
-            owner: What has the option ``sparse_grad``, "store" or "layer".
+            owner: The object with the option ``sparse_grad``: "store" or "layer".
             tables: Keys and values that are read.
         """
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -64,7 +65,7 @@ class CostHints:
             )
 
     def _is_first(self, option: str) -> bool:
-        """Return whether no hint about ``option`` has been given, and record that one is."""
+        """Return whether this is the first hint about ``option``, and record it."""
         is_first = option not in self._given
         self._given.add(option)
         return is_first

@@ -237,7 +237,8 @@ def _are_comparable(own: Tensors, source: Tensors) -> bool:
 def _pair(ids: Tensor, generations: Tensor) -> Tensor:  # (capacity,), (capacity,) -> (capacity, 2)
     """Pair ids and generations of slots; -1 at free slots.
 
-    Both are needed: a new row of the same id has another generation, and compaction moves another id to the slot.
+    Both are needed: a new row may have the same id, but has another generation; after compaction, a slot may hold a row
+    with another id.
     """
     return torch.stack([ids, torch.where(ids >= 0, generations, -1)], 1)
 

@@ -39,7 +39,7 @@ def prepare_compaction(table: Table) -> Callable[[], None] | None:
         tensor = tensor[slots]
 
     In a table with a fixed capacity, the free slots follow. The tensors are keys, values, their gradients, the buffers
-    of the rows, and the state of row optimizers. The caller holds the exclusive lock; nothing is changed.
+    of the rows, and the state of row optimizers. The caller holds the exclusive lock. Nothing is changed.
 
     Args:
         table: The table.
@@ -134,7 +134,7 @@ def _check_optimizers(name: str, tensor: Tensor) -> None:
 
 
 def _find_fixed_optimizers(tensor: Tensor) -> list[Optimizer]:
-    """Return the optimizers with state for each row of ``tensor`` that cannot move it."""
+    """Return the optimizers whose state for the rows of ``tensor`` cannot move."""
     return [
         optimizer
         for optimizer in find_optimizers(tensor)

@@ -14,7 +14,7 @@ from softdb.table.writer import Fields, check_rows
 
 __all__ = ["create_store"]
 
-# Options of a store that follow from the tensors, and the argument that replaces each of them.
+# Options of a store that are derived from the tensors, and the argument from which each is derived.
 DERIVED_OPTIONS = {"key_dim": "keys", "value_dim": "values", "device": "keys", "dtype": "keys"}
 
 
@@ -25,7 +25,7 @@ def create_store(
 
     Args:
         cls: Class of the store.
-        keys: As for `softdb.SoftKVStore.from_tensors`, as are all others.
+        keys: Keys of the rows. All arguments are those of `softdb.SoftKVStore.from_tensors`.
         values: Values of the rows.
         ids: Ids of the rows.
         fields: Fields of the rows.

@@ -4,8 +4,8 @@ The backward of an exact read computes the scores again, from the rows as they w
 gradient holds `RowsAtRead`. Before a write changes a row, it copies the row (`RowCopies`) for every open read that used
 it. Backward takes the copies in place of the changed rows, and all other rows from the table.
 
-A copy holds a row from its last change before the write up to the write. It is right for a read whose version lies in
-between, and for no other. A change that bypassed the store has no copy, so that backward raises.
+A copy holds the contents that a row had between two changes. It is valid only for reads made between these changes. If
+a change bypassed the store, there is no copy, and backward raises.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RowCopies:
         return RowView({name: view[name].index_copy(0, columns, self.columns[name][places]) for name in view})
 
     def _find(self, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Return which columns of a block have a copy, and the places of the copies."""
+        """Find the columns of a block that have copies, and the places of the copies."""
         if isinstance(slots, slice):
             first, last = torch.searchsorted(self.slots, self.slots.new_tensor([slots.start, slots.stop])).tolist()
             return self.slots[first:last] - slots.start, torch.arange(first, last, device=self.slots.device)
@@ -108,7 +108,7 @@ class RowsAtRead:
     Args:
         rows: The rows of the table.
         tables: Keys and values that are read, by name; empty if they are not the table's own.
-        keeps: Whether writes have to copy the rows that they overwrite.
+        keeps: Whether writes copy the rows that they overwrite.
 
     Attributes:
         access: The lock of the rows.
@@ -117,7 +117,7 @@ class RowsAtRead:
         used: Slots that the read may have used: a bool mask over the first slots, a tensor of slots (-1 is padding), or
             None for every slot below ``first``.
         copies: Copies of the rows that the store has overwritten since.
-        is_expired: Whether further copies are no longer made for this read, to save memory.
+        is_expired: Whether the copies were dropped to save memory. No further copies are made for this read.
     """
 
     def __init__(self, rows: RowStorage, tables: Mapping[str, Tensor], *, keeps: bool) -> None:
@@ -181,8 +181,8 @@ class RowsAtRead:
     def select_own(self, copies: RowCopies, **tables: Tensor) -> RowCopies:
         """Return ``copies`` for the tables whose memory the read found in the store.
 
-        Other tables are copies of it, which no write changes. For example, a read sets hidden rows with NaN to zero in
-        a copy of the keys.
+        Other tables are copies that no write changes. For example, a read sets hidden rows with NaN to zero in a copy
+        of the keys.
         """
         own = {
             n: copies.tables[n] for n, t in tables.items() if t.untyped_storage().data_ptr() == self._storages.get(n)

@@ -23,8 +23,8 @@ def check_before_step(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Raise if a step of an optimizer of torch would refuse the gradients of rows.
 
-    A closure computes the gradients during the step, so it is replaced by one that checks them afterwards. Optimizers
-    of other packages are not checked.
+    If ``step`` has a closure, the gradients are computed during the step. The closure is then replaced by one that also
+    checks the gradients. Optimizers of other packages are not checked.
 
     Args:
         optimizer: The optimizer.

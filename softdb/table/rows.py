@@ -99,7 +99,7 @@ def copy_usage(rows: RowStorage) -> Usage:
 
 
 def set_tracking(table: Table, enabled: bool) -> None:
-    """Start usage counters at zero, or drop them; nothing changes if it is so already.
+    """Start usage counters at zero, or drop them; without effect if already done.
 
     The caller holds the exclusive lock.
     """

@@ -21,7 +21,10 @@ from softdb.kernels.tiling import Tiling
 BATCH, QUERIES, ROWS = (2, 3), 5, 300
 # Shapes of a bias that broadcasts to (*BATCH, QUERIES, ROWS).
 SHAPES = [(), (ROWS,), (QUERIES, 1), (QUERIES, ROWS), (3, 1, ROWS), (2, 1, QUERIES, ROWS), (2, 3, 1, 1)]
-DISPATCHES = ["tiny tiles", "three partitions, rows first", "five partitions, always shifted, rows first"]
+DISPATCHES = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("tiny tiles", "three partitions, rows first", "five partitions, always shifted, rows first")
+]
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,11 @@ from softdb import ArgumentError, SoftKVStore
 from softdb.layers import MemoryLayer, ProductKeyMemory
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_, other_parameters, row_parameters
 
-# torch.optim.Adagrad emits this warning.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # torch.optim.Adagrad emits this warning.
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -273,7 +276,6 @@ def test_copies_train_independently(sparse_grad: bool) -> None:
     train(copied, RowAdam(copied.parameters(), lr=0.01), 2)
 
 
-@pytest.mark.slow
 def test_a_compiled_model_trains() -> None:
     model = Model()
     compiled = torch.compile(model, backend="aot_eager")
@@ -286,7 +288,6 @@ def test_a_compiled_model_trains() -> None:
 # -- trainers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("clipping", "sparse_grad"), [("norm", False), ("value", False), ("norm", True)])
 def test_lightning_fits_with_clipping_and_resumes(clipping: str, sparse_grad: bool, tmp_path: Path) -> None:
@@ -329,7 +330,6 @@ def test_lightning_fits_with_clipping_and_resumes(clipping: str, sparse_grad: bo
     assert resumed.losses == pytest.approx(whole.losses[len(part.losses) :], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("optimizer", ["AdamW", "RowAdam"])
 def test_the_trainer_of_transformers_fits_and_resumes(optimizer: str, tmp_path: Path) -> None:
@@ -362,7 +362,6 @@ def test_the_trainer_of_transformers_fits_and_resumes(optimizer: str, tmp_path: 
         torch.testing.assert_close(one, two)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sparse_grad", [False, True])
 def test_accelerate_prepares_clips_and_resumes(sparse_grad: bool, tmp_path: Path) -> None:

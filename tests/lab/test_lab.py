@@ -130,6 +130,7 @@ def test_hard_reads_are_listed_once_and_equal_the_limits_of_topk() -> None:
     assert rows["hard"].entropy == 0
 
 
+@pytest.mark.slow
 def test_equal_rows_count_as_agreement() -> None:
     keys = torch.randn(20, DIM)
     for metric in ("l2", "cosine", "scaled_dot"):

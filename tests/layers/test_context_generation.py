@@ -124,6 +124,7 @@ def test_generation_equals_attention_over_the_kept_tokens(k: int | None, seed: i
             assert layer.length == lists.tokens.shape[1]
 
 
+@pytest.mark.slow
 @with_and_without_k
 @pytest.mark.parametrize("change", ["reorder", "repeat", "crop"])
 def test_backward_after_a_change_gives_the_gradients_of_the_read(k: int | None, change: str) -> None:

@@ -456,6 +456,7 @@ def test_segments_equal_attention_over_the_past(k: int | None, rows: int, length
         torch.testing.assert_close(run_segments(layer, x, lengths), reference_context_memory(layer, x, lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("k", [None, 4])
 def test_gradients_reach_every_projection(batch: int, k: int | None) -> None:
@@ -547,6 +548,7 @@ def test_write_false_stores_no_segment(k: int | None) -> None:
     assert torch.equal(layer(x[:, 10:20], write=False), once)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [None, 4])
 @pytest.mark.parametrize("after", [0, 1, 3, 5])
 def test_resumed_context_memory_continues_exactly(k: int | None, after: int) -> None:
@@ -914,6 +916,7 @@ def test_reset_parameters_clears_both_pasts() -> None:
     assert "sequences=0" in repr(layer.train())
 
 
+@pytest.mark.slow
 @all_rows_and_topk
 @pytest.mark.parametrize("training", [True, False])
 def test_state_dict_restores_both_pasts_in_either_mode(k: int | None, training: bool) -> None:

@@ -95,6 +95,7 @@ def test_a_bias_is_added_to_the_scores(how: dict[str, Any], shape: tuple[int, ..
     check_read(store, query, bias, temperature=0.5, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deleted", [0, 20, 300])
 @pytest.mark.parametrize("dispatch", ["tiny tiles", "two partitions", "five partitions, always shifted, rows first"])
 def test_reads_in_tiles_agree(dispatch: str, deleted: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def test_evicted_rows_match_a_plain_python_model(
     assert store.rows.capacity == capacity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [3, 50], ids=["half-filled", "filled"])
 @pytest.mark.parametrize("evict", EVICTIONS)
 def test_a_loaded_store_evicts_and_reads_like_the_saved_one(evict: str, used: int) -> None:
@@ -288,6 +289,7 @@ def test_storage_of_a_fixed_capacity_is_allocated_once(evict: str | None) -> Non
     assert len(store) == 4
 
 
+@pytest.mark.slow
 def test_a_large_store_rarely_scans_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     store = full("lru", capacity=4000)
     scans = 0
@@ -329,6 +331,7 @@ def test_gradients_of_evicted_and_revived_rows_are_dropped(how: dict[str, object
     assert (store.keys.grad.to_dense()[:2] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evict", EVICTIONS)
 def test_an_index_never_finds_an_evicted_row(evict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = IndexPolicy(exact_rows=100, pending_rows=40, pending_fraction=0.0)

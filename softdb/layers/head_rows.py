@@ -186,9 +186,8 @@ def _is_listed(found: Tensor, ids: Tensor) -> Tensor:  # (Q, k), (n,) -> (Q, n)
 
 def _make_store(ids: Tensor, keys: Tensor, values: Tensor, metric: Any, training: bool) -> SoftKVStore:
     """Make a store of rows, whose field "place" is their place in ``ids``."""
-    widths = keys.shape[-1], values.shape[-1]
-    store = SoftKVStore(*widths, metric=metric, fields=("place",), index="Flat", device=keys.device, dtype=keys.dtype)
-    store.add(keys, values, ids, fields={"place": torch.arange(len(ids), device=ids.device)})
+    places = {"place": torch.arange(len(ids), device=ids.device)}
+    store = SoftKVStore.from_tensors(keys, values, ids=ids, fields=places, metric=metric, index="Flat")
     return store.train(training)
 
 

@@ -50,18 +50,19 @@ class CostHints:
                 "which updates only the rows read"
             )
 
-    def check_cost(self, option: str, cost: float, exact_cost: float) -> None:
+    def check_cost(self, option: str, value: float, cost: float, exact_cost: float) -> None:
         """Warn if a read costs more than the exact read of the same queries.
 
         Args:
-            option: The option that determines the cost, such as "k=64".
+            option: Name of the option that determines the cost, such as "k".
+            value: Its value.
             cost: Estimated cost of the read, in products of a query with a key and a value.
             exact_cost: Estimated cost of the exact read.
         """
-        if exact_cost > 0 and cost - exact_cost > MIN_WASTE and self._is_first(option.split("=")[0]):
+        if exact_cost > 0 and cost - exact_cost > MIN_WASTE and self._is_first(option):
             _warn(
-                f"{option}: the topk read costs about {cost / exact_cost:.1f} times as much as the exact read of the "
-                'same queries, estimated from the shapes; use mode="exact", or a smaller number'
+                f"{option}={value}: the topk read costs about {cost / exact_cost:.1f} times as much as the exact read of "
+                'the same queries, estimated from the shapes; use mode="exact", or a smaller number'
             )
 
     def _is_first(self, option: str) -> bool:

@@ -289,10 +289,10 @@ class Reader:
         (queries, k), rows = found.slots.shape, selection.shared_count
         exact = estimate_exact_cost(rows, queries)
         cost = self.costs.estimate_candidates_cost(k, queries, rows if found.exact else 0)
-        self._hints.check_cost(f"k={k}", cost, exact)
+        self._hints.check_cost("k", k, cost, exact)
         if options.tail_samples and cost <= exact:
             cost += self.costs.estimate_sample_cost(min(options.tail_samples, rows), queries)
-            self._hints.check_cost(f"tail_samples={options.tail_samples}", cost, exact)
+            self._hints.check_cost("tail_samples", options.tail_samples, cost, exact)
 
     def _read_candidates(
         self,
@@ -412,7 +412,7 @@ class Reader:
         remaining, _ = _find_above_tolerance(read, tolerance)
         cost += estimate_exact_cost(selection.shared_count, len(remaining))
         exact_cost = estimate_exact_cost(selection.shared_count, len(query))
-        self._hints.check_cost(f"tolerance={tolerance}", cost, exact_cost)
+        self._hints.check_cost("tolerance", tolerance, cost, exact_cost)
         if len(remaining) == 0:
             return keep_best(read, k), torch.cat(used)
         part = replace(spec, selection=selection.take(remaining))

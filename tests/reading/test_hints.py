@@ -83,11 +83,11 @@ def test_a_tolerance_that_costs_more_than_an_exact_read_is_reported_once(monkeyp
 
 def test_small_waste_is_not_reported() -> None:
     hints = CostHints()
-    hints.check_cost("k=3", 2.0**24, 0.0)  # There is nothing to read.
-    hints.check_cost("k=3", 2.0**23 + 1.0, 1.0)
+    hints.check_cost("k", 3, 2.0**24, 0.0)  # There is nothing to read.
+    hints.check_cost("k", 3, 2.0**23 + 1.0, 1.0)
     with pytest.warns(PerformanceWarning, match="about 2.0 times"):
-        hints.check_cost("k=3", 2.0**24 + 1, 2.0**23)
-    hints.check_cost("k=4", 2.0**26, 2.0**23)
+        hints.check_cost("k", 3, 2.0**24 + 1, 2.0**23)
+    hints.check_cost("k", 4, 2.0**26, 2.0**23)
 
 
 def test_a_read_in_a_compiled_function_is_reported_where_it_is_called() -> None:
@@ -105,7 +105,7 @@ def test_a_read_in_a_compiled_function_is_reported_where_it_is_called() -> None:
 @pytest.mark.parametrize("suffix", ["_app/train.py", "vision/models.py"])
 def test_a_package_whose_name_starts_like_a_library_is_a_caller(suffix: str) -> None:
     library = Path(torch.__file__ if suffix.startswith("vision") else softdb.__file__).parent
-    code = compile("hints.check_cost('k=1', 2.0**24, 1.0)", f"{library}{suffix}", "exec")
+    code = compile("hints.check_cost('k', 1, 2.0**24, 1.0)", f"{library}{suffix}", "exec")
     with pytest.warns(PerformanceWarning) as said:
         exec(code, {"hints": CostHints()})
     assert said[0].filename == f"{library}{suffix}"

@@ -61,8 +61,8 @@ class CostHints:
         """
         if exact_cost > 0 and cost - exact_cost > MIN_WASTE and self._is_first(option):
             _warn(
-                f"{option}={value}: the topk read costs about {cost / exact_cost:.1f} times as much as the exact read of "
-                'the same queries, estimated from the shapes; use mode="exact", or a smaller number'
+                f"{option}={value}: the topk read costs about {cost / exact_cost:.1f} times as much as the exact read "
+                'of the same queries, estimated from the shapes; use mode="exact", or a smaller number'
             )
 
     def _is_first(self, option: str) -> bool:

@@ -86,7 +86,7 @@ class Stores:
         """Forget the tokens of the sequences at ``indices`` in the batch."""
         for index in indices.unique().tolist():
             if self.stores:
-                self.stores[index].delete(self.stores[index].ids)
+                self.stores[index].clear()
 
     def select(self, indices: Tensor) -> None:
         """Replace the sequences by those at ``indices``; copy a store that is repeated."""
@@ -102,7 +102,7 @@ class Stores:
             False, since dropped tokens are deleted, not hidden.
         """
         for store in self.stores:
-            store.delete(store.ids[store.ids >= length])
+            store.delete(where=store.ids >= length)
         self.written = length
         return False
 

@@ -344,6 +344,7 @@ def test_compare_reads_a_saved_store_with_its_own_settings(directory: Path, caps
     assert [line[:-1] for line in table(capsys.readouterr().out)] == [line[:-1] for line in wanted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["txt", "npy"])
 def test_compare_shows_the_accuracy_of_labels(directory: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("plotly")

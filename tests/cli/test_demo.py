@@ -161,6 +161,7 @@ def test_the_training_step_makes_the_financial_institution_the_best_row(lines: l
     assert "bank (noun): a financial institution" in after[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [True, False])
 def test_all_sentences_fit_80_columns(blocks: bool) -> None:
     lines = list(run_tour(load_senses().sentences, blocks=blocks))

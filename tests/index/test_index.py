@@ -982,6 +982,7 @@ def test_other_queries_reach_the_recall_target(target: float, k: int) -> None:
     assert store.audit(queries[256:], k).mean_recall > target - 0.02
 
 
+@pytest.mark.slow
 def test_the_search_width_adapts_to_a_new_distribution_of_queries() -> None:
     torch.manual_seed(1)
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)
@@ -1088,6 +1089,7 @@ def test_concurrent_reads_return_no_duplicates(monkeypatch: pytest.MonkeyPatch) 
     assert not duplicates
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::softdb.PerformanceWarning")  # k is a fifth of the visible rows
 def test_filtered_searches_reach_the_recall_target() -> None:
     store = make(IndexConfig("IVF128,Flat", recall=0.95), 20_000)

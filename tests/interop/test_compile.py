@@ -318,6 +318,7 @@ def test_the_graph_may_write_to_its_own_tensors() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(wanted(x, weight), inputs))
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_read() -> None:
     store, x = make_store(), torch.randn(4, 8)
 
@@ -338,6 +339,7 @@ def test_errors_are_those_of_the_read() -> None:
 
 
 # What Dynamo does with a tensor that crosses a graph break.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 def test_a_callable_where() -> None:
     store, x = make_store(), torch.randn(4, 8)

@@ -703,6 +703,7 @@ def test_lightnings_averages_name_the_remedy_where_rows_are_replaced(tmp_path: P
         trained_by_lightning(callback, tmp_path, replacing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
 def test_lightnings_default_averages_of_buffers_name_the_remedy(name: str, tmp_path: Path) -> None:
     callback = averaging(name)(
@@ -716,6 +717,7 @@ def stochastic_averaging() -> Any:
     return averaging("StochasticWeightAveraging")(swa_lrs=0.01, swa_epoch_start=2)
 
 
+@pytest.mark.slow
 def test_lightnings_stochastic_averages_of_a_store_that_stays_are_right(tmp_path: Path) -> None:
     callback, seen = stochastic_averaging(), []
     update = callback.update_parameters
@@ -734,6 +736,7 @@ def test_lightnings_stochastic_averages_of_a_store_that_stays_are_right(tmp_path
 
 
 @pytest.mark.parametrize("epochs", [3, 5])
+@pytest.mark.slow
 def test_lightnings_stochastic_averages_name_the_remedy_where_rows_are_replaced(tmp_path: Path, epochs: int) -> None:
     with pytest.raises(ForeignWriteError, match=r"mixes two rows.*update_average"):
         trained_by_lightning(stochastic_averaging(), tmp_path, replacing=True, epochs=epochs)

@@ -771,6 +771,7 @@ def test_compiled_reads_count_and_evict_as_eager_ones(backend: str, how: dict[st
     assert compile_module._pending_reads == {}
 
 
+@pytest.mark.slow
 def test_compiled_transforms() -> None:
     store, queries = make_store(), torch.randn(SAMPLES, QUERIES, KEY_DIM)
     inputs = queries.clone().requires_grad_()

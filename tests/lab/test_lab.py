@@ -438,6 +438,7 @@ def test_negative_contributions_keep_their_sign() -> None:
     assert "adds a vector of norm" in str(lab.explain(wide, queries[0]))
 
 
+@pytest.mark.slow
 def test_labels_are_plotted_literally(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     store = SoftKVStore(2, 1)

@@ -264,6 +264,7 @@ def test_usage_summary_sorts_the_rows_and_names_the_dead_ones(tmp_path: Path) ->
     assert "4 dead rows (100.0 %)" in str(empty)
 
 
+@pytest.mark.slow
 def test_usage_summary_of_layers_combines_the_heads(tmp_path: Path) -> None:
     shared, separate = (make(MemoryLayer, 20, mode="topk", k=2, shared=flag).track_usage_() for flag in (True, False))
     products = make(ProductKeyMemory, 49, k=2).track_usage_()

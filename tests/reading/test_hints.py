@@ -90,6 +90,7 @@ def test_small_waste_is_not_reported() -> None:
     hints.check_cost("k", 4, 2.0**26, 2.0**23)
 
 
+@pytest.mark.slow
 def test_a_read_in_a_compiled_function_is_reported_where_it_is_called() -> None:
     store, query = make(10, trainable=True, capacity=2**17 + 1), normal(3, 64)
 

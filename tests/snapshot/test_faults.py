@@ -65,6 +65,7 @@ def test_a_kill_at_any_operation_leaves_the_old_snapshot_or_the_new_one(size: st
     holds(faults.kills_at_every_step, tmp_path, {"old": 10, "new": 2}, every=3)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path: Path) -> None:
     holds(faults.random_kills, tmp_path, {"the old store": 1}, kills=8, seed=0, rows=5000)
 
@@ -207,6 +208,7 @@ def test_a_save_waits_for_another_save(tmp_path: Path) -> None:
     assert which(tmp_path, OLD_NEW) == "new"
 
 
+@pytest.mark.slow
 def test_concurrent_first_saves_run_one_after_the_other(tmp_path: Path) -> None:
     for number in range(5):
         path = tmp_path / str(number)
@@ -243,6 +245,7 @@ def test_a_lock_is_released_while_a_forked_child_has_a_copy_of_it(tmp_path: Path
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_loads_during_saves_return_complete_stores(tmp_path: Path) -> None:
     holds(faults.load_during_saves, tmp_path, {"a whole store": 10}, seconds=1.0)
 

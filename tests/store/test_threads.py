@@ -51,6 +51,7 @@ def test_readers_share_the_lock_and_a_writer_excludes_them() -> None:
     assert not any(seen)
 
 
+@pytest.mark.slow
 def test_a_writer_can_lock_more_readers_than_the_recursion_limit() -> None:
     lock, done = SharedLock(), threading.Event()
     count = sys.getrecursionlimit() + 1
@@ -136,6 +137,7 @@ def small_store(**options: Any) -> tuple[SoftKVStore, Tensor]:
     return store, store.add(keys, keys[:, :2])
 
 
+@pytest.mark.slow
 def test_a_block_of_writes_is_atomic_for_readers() -> None:
     store, ids = small_store()
     stop = threading.Event()
@@ -160,6 +162,7 @@ def test_a_block_of_writes_is_atomic_for_readers() -> None:
     run_together([write, read, read])
 
 
+@pytest.mark.slow
 def test_usage_counts_of_concurrent_readers_are_complete() -> None:
     store, _ = small_store(track_usage=True)
 
@@ -172,6 +175,7 @@ def test_usage_counts_of_concurrent_readers_are_complete() -> None:
     assert float(store.usage.weight.sum()) == pytest.approx(4 * 20 * 128, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_copy_during_writes_contains_one_version() -> None:
     store = SoftKVStore(4, 1)
     store.add(torch.zeros(20, 4), torch.zeros(20, 1))
@@ -226,6 +230,7 @@ def test_a_save_during_reads_and_writes_contains_one_version(tmp_path: Path) -> 
     run_together([write, read, save])
 
 
+@pytest.mark.slow
 def test_a_save_during_unreported_writes_can_be_loaded(tmp_path: Path) -> None:
     store = SoftKVStore(64, 64)
     store.add(torch.zeros(20_000, 64), torch.zeros(20_000, 64))
@@ -533,6 +538,7 @@ def test_an_interrupted_save_leaves_a_valid_snapshot(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Ctrl-C within a gc callback
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@pytest.mark.slow
 def test_ctrl_c_at_random_times_leaves_a_consistent_store() -> None:
     store = table()
     chance = random.Random(0)

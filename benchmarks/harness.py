@@ -27,10 +27,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = ["Case", "Work", "compare", "main", "measure_peak_memory", "wrap_no_grad"]
 
@@ -282,8 +284,13 @@ def _make_matrix_product(work: Work) -> Contestant:
 
 def _make_memory_read(work: Work) -> Contestant:
     """Make a function that sums `BANDWIDTH_BYTES`, which is bound by memory bandwidth."""
-    numbers = torch.ones(BANDWIDTH_BYTES // 4, device=work.device)
-    return numbers.sum
+    return _allocate_numbers(work.device).sum
+
+
+@lru_cache(maxsize=1)
+def _allocate_numbers(device: str) -> Tensor:
+    """Allocate `BANDWIDTH_BYTES`, once for all cases."""
+    return torch.ones(BANDWIDTH_BYTES // 4, device=device)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

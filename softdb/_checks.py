@@ -348,10 +348,9 @@ def check_unique(name: str, ids: Tensor) -> None:
 
 def is_broadcastable(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Return whether ``shape`` broadcasts to ``target`` without enlarging it."""
-    try:
-        return tuple(torch.broadcast_shapes(tuple(shape), tuple(target))) == tuple(target)
-    except RuntimeError:
-        return False
+    # torch.broadcast_shapes imports sympy at its first call, which takes a second.
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 def check_temperature(

@@ -492,6 +492,8 @@ def _check_tables(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...
 def _broadcast_batch(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
     """Broadcast the leading dimensions of the operands."""
     shapes = [tensor.shape[:-2] for tensor in (query, keys, values)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return tuple(shapes[0])  # torch.broadcast_shapes imports sympy, which takes a second
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:

@@ -10,11 +10,27 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the test processes: threads that wait spin, and take cores from others."""
+    """Share the cores among the test processes: threads that wait spin, and take cores from others.
+
+    Also choose how kernels of Triton run.
+    """
     processes = len(getattr(config.option, "tx", None) or [])
     if processes and not hasattr(config, "workerinput"):
         threads = max(1, (os.cpu_count() or 1) // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported; workers inherit it
+    if not processes or hasattr(config, "workerinput"):
+        interpret_triton()
+
+
+def interpret_triton() -> None:
+    """Run kernels of Triton in its interpreter if there is no CUDA device.
+
+    Triton reads the variable when it is imported, and tests of other things import it, too.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

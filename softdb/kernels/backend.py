@@ -1,17 +1,19 @@
 """Choose the backend of the kernels for a device and dtype.
 
-No other module makes this choice.
+No other module makes this choice. The kernels in Triton are imported when the first CUDA tensor comes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from torch import Tensor
 
 from softdb.kernels import gather
 from softdb.kernels.cpu import exact, topk
+from softdb.kernels.cuda import launch
 from softdb.kernels.spec import BestRows, ReadSpec
 
 __all__ = ["Backend", "backend_for"]
@@ -75,9 +77,15 @@ class Backend:
 TORCH_BLOCKS = Backend(exact.exact_read, topk.exact_top_k, gather.score_at, gather.blend_at)
 
 
-def backend_for(tensor: Tensor) -> Backend:
-    """Return the kernels for the device and dtype of ``tensor``.
-
-    At present one backend runs on all devices.
-    """
+@lru_cache(maxsize=1)
+def _import_cuda() -> Backend:
+    """Import the kernels in Triton."""
     return TORCH_BLOCKS
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """Return the kernels for the device of ``tensor``.
+
+    CUDA tensors are read by kernels in Triton, where it is installed, and all others by blocks in torch.
+    """
+    return _import_cuda() if tensor.device.type == "cuda" and launch.is_available() else TORCH_BLOCKS

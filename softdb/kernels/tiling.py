@@ -69,6 +69,8 @@ class Tiling:
             normalizer. 2^28 elements are 1 GiB of float32.
         transposed: Whether tiles are stored transposed; None to choose the faster layout for each shape.
         has_fast_bf16_matmul: Whether the device multiplies bfloat16 matrices faster than float32 ones.
+        multiprocessors: Number of multiprocessors of a GPU. Kernels split the rows until each multiprocessor has work.
+            The default is that of an H100.
     """
 
     tile_elements: int = 2**20
@@ -87,6 +89,7 @@ class Tiling:
     max_sparse_elements: int = 2**28
     transposed: bool | None = None
     has_fast_bf16_matmul: bool = False
+    multiprocessors: int = 132
 
     @classmethod
     def for_device(cls, device: torch.device) -> Tiling:

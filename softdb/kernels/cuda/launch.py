@@ -1,0 +1,87 @@
+"""Availability of Triton, and launch parameters that the kernels share.
+
+This module does not import Triton. The interpreter of Triton (``TRITON_INTERPRET=1`` before Triton is imported) runs
+kernels on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LOG2_E",
+    "MAX_WIDTH",
+    "MIN_BLOCK",
+    "choose_precision",
+    "count_blocks",
+    "count_splits",
+    "is_available",
+    "is_interpreted",
+    "pad_width",
+    "with_unit_stride",
+]
+
+# Kernels multiply scores by this number once, because exp2 is faster than exp.
+LOG2_E = 1.4426950408889634
+
+# Largest width of keys and values that kernels support.
+MAX_WIDTH = 256
+
+# Smallest size of each dimension of a product (tl.dot).
+MIN_BLOCK = 16
+
+
+@lru_cache(maxsize=1)
+def is_available() -> bool:
+    """Return whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def is_interpreted() -> bool:
+    """Return whether the interpreter of Triton runs the kernels.
+
+    The interpreter computes bfloat16 wrongly except for conversions to float32. Kernels therefore have a compile-time
+    flag ``INTERPRETED``, with which they convert to float32 right after a load.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def choose_precision() -> str:
+    """Return the ``input_precision`` of products of float32 operands."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def count_blocks(size: int, block: int) -> int:
+    """Return the number of blocks that cover ``size`` elements."""
+    return -(-size // block)
+
+
+def pad_width(width: int) -> int:
+    """Return the block size of a width: the next power of two, at least `MIN_BLOCK`.
+
+    Kernels mask the columns from ``width`` on.
+    """
+    return max(MIN_BLOCK, 1 << max(0, width - 1).bit_length())
+
+
+def count_splits(blocks: int, programs: int, multiprocessors: int, *, per_multiprocessor: int = 2) -> int:
+    """Choose the number of splits of the rows so that all multiprocessors work.
+
+    Args:
+        blocks: Number of blocks of rows; each split gets at least one.
+        programs: Number of programs for each split.
+        multiprocessors: See `softdb.kernels.tiling.Tiling`.
+        per_multiprocessor: Number of programs that run at once on a multiprocessor.
+    """
+    return max(1, min(blocks, per_multiprocessor * multiprocessors // max(1, programs)))
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, copied if the elements of its rows are not adjacent."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

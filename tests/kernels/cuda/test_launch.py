@@ -1,0 +1,34 @@
+"""Launch parameters of the kernels in Triton, and the choice of the backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softdb.kernels import backend
+from softdb.kernels.cuda import launch
+
+
+def test_tensors_on_the_cpu_are_read_by_blocks_in_torch() -> None:
+    assert backend.backend_for(torch.empty(0)) is backend.TORCH_BLOCKS
+
+
+@pytest.mark.parametrize(("width", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256)])
+def test_widths_are_padded_to_powers_of_two(width: int, padded: int) -> None:
+    assert launch.pad_width(width) == padded
+
+
+def test_rows_are_split_until_every_multiprocessor_has_work() -> None:
+    assert launch.count_splits(10_000, 1, 132) == 264
+    assert launch.count_splits(10_000, 8, 132) == 33
+    assert launch.count_splits(3, 1, 132) == 3
+    assert launch.count_splits(10_000, 1000, 132) == 1
+    assert launch.count_splits(0, 1, 132) == 1
+
+
+def test_rows_with_adjacent_elements_are_not_copied() -> None:
+    table = torch.randn(6, 4)
+    assert launch.with_unit_stride(table[::2]) is not None
+    assert launch.with_unit_stride(table[::2]).data_ptr() == table.data_ptr()
+    assert torch.equal(launch.with_unit_stride(table.T), table.T)
+    assert launch.with_unit_stride(table.T).stride(-1) == 1

@@ -46,3 +46,8 @@ def pytest_collection_finish() -> None:
     """Exclude what was collected from garbage collection: it lives to the end, and tests collect garbage often."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Undo `pytest_collection_finish`: plugins that are imported last may look for referrers, which it hides."""
+    gc.unfreeze()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from softdb.errors import ArgumentError, DeviceError, DtypeError, DuplicateIdError, NonFiniteError, ShapeError
+from softdb.pending_checks import PendingChecks, is_deferred
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -354,7 +355,10 @@ def is_broadcastable(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def check_temperature(
-    value: float | Tensor, shape: Sequence[int], device: torch.device | None = None
+    value: float | Tensor,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+    pending_checks: PendingChecks | None = None,
 ) -> float | Tensor:
     """Return a valid temperature: a float, or a tensor broadcastable to ``shape``.
 
@@ -362,6 +366,7 @@ def check_temperature(
         value: A positive finite number, or a floating-point tensor of such numbers.
         shape: Leading shape of the query.
         device: Device that the tensor must be on.
+        pending_checks: Checks to which the check of a tensor on a GPU is added; if None, it is left out.
     """
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.dtype in INTEGER_DTYPES):
         return check_above_zero("temperature", value)
@@ -375,7 +380,10 @@ def check_temperature(
             f"temperature: expected a scalar or a tensor broadcastable to the query's leading shape "
             f"{tuple(shape)}, got shape {tuple(value.shape)}"
         )
-    if not bool(((value > 0) & (value < math.inf)).all()):
+    if is_deferred(value):
+        if pending_checks is not None:
+            pending_checks.check_finite("temperature", value.log())  # which is finite for finite numbers above 0
+    elif not bool(((value > 0) & (value < math.inf)).all()):
         raise ArgumentError("temperature: expected finite numbers above 0, got a tensor with other values")
     return value
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from softdb._checks import (
 )
 from softdb.attributes import lock_free_cached_property
 from softdb.errors import DeviceError, DtypeError, ShapeError
+from softdb.pending_checks import is_deferred
 from softdb.table.storage import RowStorage
 
 __all__ = ["Block", "Rule", "Selection", "Where", "convert_list", "find_ids", "find_places", "select"]
@@ -82,7 +83,7 @@ class Block:
                 mask = mask[..., queries, :]
             if mask.dim() == 3 and mask.shape[0] != 1:
                 mask = mask[groups]
-            if mask.shape == scores.shape[-1:]:
+            if mask.shape == scores.shape[-1:] and not is_deferred(mask):
                 scores.index_fill_(-1, (~mask).nonzero().squeeze(-1), value)
             else:
                 torch.where(mask, scores, scores.new_full((), value), out=scores)
@@ -118,6 +119,7 @@ class Selection:
         mask: A mask for all rows, broadcastable to (G, B, size); None for no mask.
         rule: A function from slots, (C,) or (B, C), to a bool tensor broadcastable to (B, C); None for no rule.
         excluded: Slots that a query may not see, (B, m), ascending; -1 is padding. None for no such slots.
+        given_count: Number of slots that ``shared`` leaves visible; None if it has to be counted.
     """
 
     size: int
@@ -126,6 +128,7 @@ class Selection:
     mask: Tensor | None = None
     rule: _RuleOnSlots | _RuleForQueries | None = None
     excluded: Tensor | None = None
+    given_count: int | None = None
 
     @property
     def count(self) -> int:
@@ -137,12 +140,29 @@ class Selection:
         """Number of rows that ``shared`` and ``visited`` leave visible."""
         if self.visited is not None:
             return len(self.visited)
-        return self.size if self.shared is None else int(self.shared.sum())
+        if self.shared is None:
+            return self.size
+        return int(self.shared.sum()) if self.given_count is None else self.given_count
+
+    @property
+    def known_count(self) -> int | None:
+        """The same number; None if the host would have to wait for a GPU to count."""
+        has_to_wait = self.visited is None and self.shared is not None and self.given_count is None
+        return None if has_to_wait and is_deferred(cast(Tensor, self.shared)) else self.shared_count
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether most rows are known to be hidden.
+
+        Gathering the visible rows is then cheaper than scoring all rows.
+        """
+        count = self.known_count
+        return self.shared is not None and count is not None and 2 * count <= self.size
 
     @lock_free_cached_property
     def is_never_empty(self) -> bool:
         """Whether every query is known to see at least one row."""
-        return self.is_shared and self.shared_count > 0
+        return self.is_shared and bool(self.known_count)
 
     @property
     def shared_slots(self) -> Tensor:
@@ -165,13 +185,13 @@ class Selection:
         """Return the visible rows at positions [start, stop) of a pass.
 
         Returns:
-            The block, or None if ``shared`` hides all of its rows.
+            The block, or None if ``shared`` hides all of its rows, except on a GPU.
         """
         rows = slice(start, stop) if self.visited is None else self.visited[start:stop]
         masks = []
         if self.shared is not None and self.visited is None:
             part = self.shared[start:stop]
-            seen = int(part.sum())
+            seen = -1 if is_deferred(part) else int(part.sum())
             if seen == 0:
                 return None
             if seen < stop - start:
@@ -213,7 +233,7 @@ class Selection:
         shared = shared if self.shared is None else self.shared & shared
         if self.visited is not None:
             return replace(self, shared=shared, visited=self.visited[shared[self.visited]])
-        return _visit_few(replace(self, shared=shared))
+        return _visit_few(replace(self, shared=shared, given_count=None))
 
     def is_visible(self, slots: Tensor) -> Tensor:  # (B, c) -> (B, c)
         """Return which candidates each query may see; False for padding (-1).
@@ -274,24 +294,25 @@ def select(
         exclude: As for `softdb.SoftKVStore.read`.
     """
     batch = math.prod(queries)
-    shared, rule = rows.live_mask(), None
+    shared, rule, count = rows.live_mask(), None, None
     if callable(where):
         rule = _RuleOnSlots(rows, where, batch)
     elif where is not None:
         shared = _mask_from_tensor(rows, where)
+    if shared is rows.live_mask():
+        count = len(rows)
     excluded = None if exclude is None else _find_excluded_slots(rows, exclude, queries, batch)
     if excluded is not None and excluded.shape[1] == 0:
         excluded = None
-    selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded)
+    selection = Selection(rows.used, shared=shared, rule=rule, excluded=excluded, given_count=count)
+    if selection.has_few_rows and count is not None:
+        return replace(selection, visited=rows.live_slots())
     return _visit_few(selection)
 
 
 def _visit_few(selection: Selection) -> Selection:
-    """Restrict passes to the visible rows if that is cheaper.
-
-    If most rows are hidden, gathering the visible rows is cheaper than scoring all rows.
-    """
-    if selection.shared is None or 2 * selection.shared_count > selection.size:
+    """Restrict passes to the visible rows if that is cheaper."""
+    if selection.shared is None or not selection.has_few_rows:
         return selection
     return replace(selection, visited=selection.shared.nonzero().squeeze(-1))
 
@@ -331,13 +352,11 @@ def _mask_from_tensor(rows: RowStorage, where: object) -> Tensor:  # -> (used,) 
         check_device("where", where, device)
         if rows.live_mask() is None:
             return where.clone()
-        slots = rows.live_slots()[where]
-    else:
-        ids = check_ids("where", where, repeats=True)
-        check_vector("where", ids)
-        slots = rows.slots.slots_of("where", ids).to(device)
+        return torch.zeros(rows.used, dtype=torch.bool, device=device).index_copy_(0, rows.live_slots(), where)
+    ids = check_ids("where", where, repeats=True)
+    check_vector("where", ids)
     mask = torch.zeros(rows.used, dtype=torch.bool, device=device)
-    mask[slots] = True
+    mask[rows.slots.slots_of("where", ids).to(device)] = True
     return mask
 
 

@@ -890,6 +890,29 @@ class SoftKVStore(StoreModule):
         exact, found = self._reader.run_both(queries, ReadOptions("topk", k, where, exclude, temperature))
         return compare_reads(exact, found, k)
 
+    def check(self) -> None:
+        """Raise the error of a read or an optimizer step on a GPU that has not been raised yet.
+
+        On the CPU, a read raises its errors itself, and this method does nothing. On a GPU, the host would have to wait
+        for the result of each check. There, a query with NaN or infinity gives NaN for that query only, a step of
+        `softdb.optim.RowAdam` skips rows whose gradients are not finite, and the device records the failure. This
+        method waits for the device and raises the error of all reads and steps since the last check. `index_stats`,
+        `save` and each method that writes rows call it first, before anything has changed. The error is raised once.
+
+        Raises:
+            NonFiniteError: A query, bias, score or gradient of a row was NaN or infinite.
+            ArgumentError: A temperature tensor was not finite and above 0.
+
+        Example:
+            >>> import torch
+            >>> from softdb import SoftKVStore
+            >>> store = SoftKVStore(key_dim=4, value_dim=2)
+            >>> ids = store.add(torch.eye(4), torch.ones(4, 2))
+            >>> read = store.read(torch.ones(4))
+            >>> store.check()
+        """
+        self.rows.pending_checks.raise_failed()
+
     # -- the index -------------------------------------------------------------------------------------------
 
     @without_transforms
@@ -930,8 +953,13 @@ class SoftKVStore(StoreModule):
 
         Returns:
             An `IndexStats`.
+
+        Raises:
+            NonFiniteError: As for `check`.
+            ArgumentError: As for `check`.
         """
         self._table.check_not_meta()
+        self.check()
         return self._access.reading(lambda: self._index.stats(self.rows, self.keys.detach()))
 
     # -- saving and loading ----------------------------------------------------------------------------------
@@ -953,7 +981,8 @@ class SoftKVStore(StoreModule):
             LockedError: Another save to the path did not finish within ``timeout``.
             OSError: The system reports an error. The previous snapshot and the store are unchanged.
             UnsupportedSystemError: The system has no POSIX files and locks.
-            ArgumentError: ``timeout`` is negative or NaN, or ``path`` is not a valid path.
+            ArgumentError: ``timeout`` is negative or NaN, or ``path`` is not a valid path. Or as for `check`.
+            NonFiniteError: As for `check`. Nothing has been written; the next call saves.
             DtypeError: An argument has the wrong type.
 
         Example:
@@ -967,6 +996,7 @@ class SoftKVStore(StoreModule):
             4
         """
         self._table.check_not_meta()
+        self.check()
         with lock_directory(path, timeout) as directory:  # writes of rows are allowed until then
             self._access.reading(lambda: write_snapshot(directory, *collect_contents(self._table, self._index.config)))
 

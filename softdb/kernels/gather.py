@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from softdb.attributes import lock_free_cached_property
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
+from softdb.pending_checks import is_deferred
 from softdb.table.gradients import make_row_sparse
 
 __all__ = [
@@ -31,17 +32,18 @@ class GatherIndex:
 
     Args:
         index: Row positions, (M, k); -1 is padding.
+        is_full: Whether the caller knows that there is no padding.
 
     Attributes:
         index: Row positions, (M, k).
         is_padding: (M, k) bool.
-        has_padding: Whether any position is padding.
+        has_padding: Whether any position may be padding. On a GPU, the host does not wait to find out.
     """
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, *, is_full: bool = False) -> None:
         self.index = index
         self.is_padding = index < 0
-        self.has_padding = bool(self.is_padding.any())
+        self.has_padding = not is_full and (is_deferred(index) or bool(self.is_padding.any()))
 
     @property
     def clamped(self) -> Tensor:
@@ -68,10 +70,26 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         index = ctx.index
+        if is_deferred(index.index):
+            return _make_uncoalesced(grads[0], index, ctx.table_dtype, ctx.table_shape), None, None
         rows, inverse = index.unique
         grad = grads[0][~index.is_padding] if index.has_padding else grads[0].flatten(0, -2)
         summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, inverse, grad)
         return make_row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
+
+
+def _make_uncoalesced(grad: Tensor, index: GatherIndex, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Create the row-sparse gradient of gathered rows, with an entry for each position.
+
+    The host does not wait for the number of distinct rows.
+    """
+    rows, values = index.index.flatten(), grad.to(dtype).flatten(0, -2)
+    if index.has_padding and len(rows):
+        # Padding adds 0 to the highest row that was gathered, so that no other row has a gradient. If all positions are
+        # padding, it adds 0 to row 0.
+        values = values.masked_fill(index.is_padding.view(-1, 1), 0.0)
+        rows = torch.where(rows < 0, rows.amax().clamp(min=0), rows)
+    return make_row_sparse(rows, values, shape, is_coalesced=False)
 
 
 def _gather(table: Tensor, index: GatherIndex, dtype: torch.dtype) -> Tensor:  # (N, d), (M, k) -> (M, k, d)
@@ -83,7 +101,7 @@ def _gather(table: Tensor, index: GatherIndex, dtype: torch.dtype) -> Tensor:  #
 def gather_rows(table: Tensor, index: GatherIndex, dtype: torch.dtype, *, sparse: bool) -> Tensor:
     """Compute ``table[index].to(dtype)``, 0 at padding.
 
-    With ``sparse`` the gradient of ``table`` is a coalesced COO tensor of the gathered rows.
+    With ``sparse`` the gradient of ``table`` is a COO tensor of the gathered rows, coalesced except on a GPU.
     """
     if sparse and table.requires_grad and torch.is_grad_enabled():
         rows: Tensor = _GatherRows.apply(table, index, dtype)  # type: ignore[no-untyped-call]

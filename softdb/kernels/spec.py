@@ -17,6 +17,7 @@ from softdb.errors import NonFiniteError
 from softdb.filters import Block, Selection
 from softdb.kernels.bias import ScoreBias
 from softdb.kernels.tiling import Tiles, Tiling
+from softdb.pending_checks import PendingChecks, is_deferred
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.metrics import prepare_keys, prepare_keys_backward
 from softdb.table.kept_rows import RowCopies, RowsAtRead
@@ -45,6 +46,7 @@ class ReadSpec:
         bias: Numbers that are added to the scores, or None.
         tiling: The tile sizes and thresholds.
         at_read: The rows of a store at this read; None if backward uses the tables as they are.
+        pending_checks: Checks of the store to which the checks of a read on a GPU are added, or None.
     """
 
     metric: str
@@ -57,6 +59,7 @@ class ReadSpec:
     bias: ScoreBias | None = None
     tiling: Tiling = field(default_factory=lambda: Tiling.for_device(torch.device("cpu")))
     at_read: RowsAtRead | None = None
+    pending_checks: PendingChecks | None = None
 
     def compute_at_read(self, function: Callable[[ReadSpec, RowCopies | None], T], keys: Tensor, values: Tensor) -> T:
         """Call ``function`` on the rows as they were at the read.
@@ -215,14 +218,21 @@ def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return NULL_CONTEXT
 
 
-def check_scores(scores: Tensor, *, empty: bool = False) -> None:
-    """Raise if a score is NaN or infinite.
+def check_scores(scores: Tensor, pending_checks: PendingChecks | None = None, *, empty: bool = False) -> None:
+    """Raise if a score is NaN or infinite; on a GPU, defer the check.
 
-    With ``empty``, -inf is accepted: the log-sum-exp of a query that sees no row is -inf.
+    Args:
+        scores: The scores.
+        pending_checks: Checks to which the check of scores on a GPU is added; if None, it is left out.
+        empty: Whether -inf is accepted: the log-sum-exp of a query that sees no row is -inf.
 
     Raises:
         NonFiniteError: A score is not finite.
     """
+    if is_deferred(scores):
+        if pending_checks is not None:
+            (pending_checks.check_below_infinity if empty else pending_checks.check_finite)("scores", scores)
+        return
     if is_finite(scores) or (empty and bool((scores < torch.inf).all())):
         return
     raise NonFiniteError(

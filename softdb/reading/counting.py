@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from softdb.table.eviction import mark_used
 from softdb.table.storage import RowStorage
 from softdb.table.usage import count_reads
 
@@ -25,14 +26,14 @@ def record_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of
     """Count a read by the slots that it reports (-1 is padding) and their weights."""
     if not rows.counts_reads:
         return
-    reported = slots >= 0
-    slots = slots[reported]
     with rows.access.counter_lock:
         if rows.evict == "lru":
-            rows.writable_buffer("used_at")[slots.to(rows.used_at.device)] = rows.clock.now
+            mark_used(rows.writable_buffer("used_at"), slots.to(rows.used_at.device), rows.clock.now)
             rows.clock.now += 1
         if rows.track_usage:
-            count_reads(rows.writable_buffer("reads"), rows.writable_buffer("weight"), slots, weights[reported])
+            count_reads(
+                rows.writable_buffer("reads"), rows.writable_buffer("weight"), slots, weights, has_padding=True
+            )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import GatherIndex, score_rows
 from softdb.kernels.hidden import propagate_nan, replace_nonfinite, separate_nonfinite_values, zero_hidden_keys
 from softdb.kernels.spec import BestRows, ReadSpec
+from softdb.pending_checks import is_deferred
 from softdb.reading.result import Read, compute_mass
 from softdb.reading.tables import Tables, gather_best_value, one_hot_first
 from softdb.reading.topk import read_candidates
@@ -41,13 +42,15 @@ def read_exactly(query: Tensor, tables: Tables, spec: ReadSpec, k: int | None, n
     """
     selection, groups = spec.selection, tables.groups
     height = len(query) // max(1, groups)
-    if selection.has_hidden_rows and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
+    # On a GPU, the kernels load the rows that a shared selection hides as zeros.
+    repairs = selection.has_hidden_rows and not (is_deferred(query) and selection.is_shared)
+    if repairs and torch.is_grad_enabled() and (query.requires_grad or tables.keys.requires_grad):
         tables = replace(tables, keys=zero_hidden_keys(tables.keys, spec, groups, height))
     if is_sparse(normalizer):
         return _read_support(query, tables, spec, k, normalizer)
     hard, exact_read = is_hard(normalizer), backend_for(query).exact_read
     values, lse, best = exact_read(query, tables.keys, tables.values, spec, groups, k or int(hard))
-    if selection.has_hidden_rows and not is_finite(values):
+    if repairs and not is_finite(values):
         repaired = separate_nonfinite_values(tables.values, selection, groups, height)
         if repaired is not None:
             values, lse, best = exact_read(query, tables.keys, repaired[0], spec, groups, k or int(hard))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softdb._checks import check_finite
 from softdb.index.manager import IndexManager
+from softdb.pending_checks import is_deferred
 from softdb.table.table import Table
 
 __all__ = ["SearchPreparation"]
@@ -50,6 +51,7 @@ class SearchPreparation:
                     stacklevel=2,
                 )
         if not index.is_current(table.rows):
-            check_finite("query", self._query)  # before the index is tuned with the query
+            if not is_deferred(self._query):  # The host would wait; the read itself checks the query, too.
+                check_finite("query", self._query)  # before the index is tuned with the query
             query = self._query.reshape(-1, self._query.shape[-1])
             index.update(table.rows, table.keys.detach(), query, self._k or 1)

@@ -21,6 +21,7 @@ from softdb.index.search import Candidates
 from softdb.kernels.backend import backend_for
 from softdb.kernels.spec import ReadSpec, disable_autocast
 from softdb.kernels.tiling import Tiling
+from softdb.pending_checks import is_deferred
 from softdb.processes import is_within_ddp
 from softdb.reading.bias import prepare_bias
 from softdb.reading.counting import count_read
@@ -221,14 +222,17 @@ class Reader:
         leading, rows, mode = query.shape[:-1], view.rows, options.mode
         temperature: float | Tensor = view.temperature
         if options.temperature is not None:
-            temperature = check_temperature(options.temperature, leading, view.keys.device)
+            pending_checks = rows.pending_checks
+            temperature = check_temperature(options.temperature, leading, view.keys.device, pending_checks)
         selection, bias = self._select(rows, leading, options.where, options.exclude), None
         dtype = compute_dtype(query, view.keys, view.values)
         if options.bias is not None:
             with disable_autocast(query.device):
                 bias, visible = prepare_bias(rows, options.bias, leading, dtype)
             selection = selection if visible is None else selection.hide(visible)
-        if mode != "exact" or not selection.is_never_empty or is_random(options.normalizer):
+        if is_deferred(query):
+            rows.pending_checks.check_finite("query", query)
+        elif mode != "exact" or not selection.is_never_empty or is_random(options.normalizer):
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         tiling = Tiling.for_device(query.device)
         narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
@@ -244,7 +248,19 @@ class Reader:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
             keeps = view.at_read is not None and view.at_read.keeps
             at_read = view.at_read if keeps else None
-            spec = ReadSpec(view.metric, center, selection, dtype, largest, narrow, noise, bias, tiling, at_read)
+            spec = ReadSpec(
+                view.metric,
+                center,
+                selection,
+                dtype,
+                largest,
+                narrow,
+                noise,
+                bias,
+                tiling,
+                at_read,
+                rows.pending_checks,
+            )
             tables = Tables(view.keys, view.values, sparse=view.sparse)
             if mode == "exact":
                 try:
@@ -286,7 +302,8 @@ class Reader:
 
     def _hint_at_exact_read(self, selection: Selection, found: Candidates, options: ReadOptions) -> None:
         """Warn once for each option that makes a topk read cost more than an exact one."""
-        (queries, k), rows = found.slots.shape, selection.shared_count
+        (queries, k), count = found.slots.shape, selection.known_count
+        rows = selection.size if count is None else count
         exact = estimate_exact_cost(rows, queries)
         cost = self.costs.estimate_candidates_cost(k, queries, rows if found.exact else 0)
         self._hints.check_cost("k", k, cost, exact)
@@ -308,8 +325,12 @@ class Reader:
     ) -> tuple[Read, Candidates]:
         """Read the k best rows; return the read and the candidates."""
         found = self.candidates(view, query, operand, spec, k, careful=careful)
-        complete = _find_complete(found.slots, spec.selection, len(view.rows))
-        read = read_candidates(operand, tables, spec, found.slots, normalizer, complete=complete, best=found.exact)
+        slots, selection = found.slots, spec.selection
+        complete = _find_complete(slots, selection, len(view.rows))
+        is_full = found.exact and selection.is_shared and slots.shape[-1] <= (selection.known_count or 0)
+        read = read_candidates(
+            operand, tables, spec, slots, normalizer, complete=complete, best=found.exact, is_full=is_full
+        )
         return read, found
 
     def _find_support(
@@ -482,10 +503,13 @@ class Reader:
 
 def _find_complete(slots: Tensor, selection: Selection, rows: int) -> Tensor:  # (B, k) -> (B,)
     """Return for which queries the candidates are all visible rows."""
-    count = slots.shape[-1]
-    if count >= rows or (selection.is_shared and count >= selection.shared_count):
+    count, visible = slots.shape[-1], selection.known_count
+    if count >= rows or (selection.is_shared and visible is not None and count >= visible):
         return torch.ones(len(slots), dtype=torch.bool, device=slots.device)
-    return (slots < 0).any(-1)
+    complete = (slots < 0).any(-1)
+    if selection.is_shared and visible is None and selection.shared is not None:  # counted on the device
+        complete |= selection.shared.sum() <= count
+    return complete
 
 
 def largest_norm(keys: Tensor) -> float:

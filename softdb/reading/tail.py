@@ -152,7 +152,7 @@ def _add_finite_tail(read: Read, query: Tensor, tables: Tables, spec: ReadSpec, 
     total = (own + summed.total).masked_fill(is_empty, 1.0)
     answer = (own.unsqueeze(-1) * read.values + summed.values) / total.unsqueeze(-1)
     lse = (total.log() + shift).masked_fill(is_empty, -torch.inf)
-    check_scores(lse, empty=True)
+    check_scores(lse, spec.pending_checks, empty=True)
     weights = cast(Tensor, read.weights) * (own / total).unsqueeze(-1)
     estimated = replace(read, values=answer, weights=weights, lse=lse, mass=compute_mass(weights))
     error = _bound_error(summed, sample, transform(estimated, Tensor.detach), tables, total.detach(), recall)

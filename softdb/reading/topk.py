@@ -8,6 +8,7 @@ from torch import Tensor
 from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import GatherIndex, score_rows, weighted_sum
 from softdb.kernels.spec import ReadSpec, check_scores, enumerate_queries
+from softdb.pending_checks import is_deferred
 from softdb.reading.result import Read
 from softdb.reading.tables import Tables, gather_best_value, one_hot_first
 from softdb.scoring.normalizers import SPARSE_NORMALIZERS, is_hard, is_sparse, softmax, straight_through
@@ -24,6 +25,7 @@ def read_candidates(
     *,
     complete: Tensor,
     best: bool = False,
+    is_full: bool = False,
 ) -> Read:
     """Read candidates for prepared queries, in ``spec.dtype``.
 
@@ -36,8 +38,9 @@ def read_candidates(
         complete: Whether the candidates are known to be all visible rows, (M,) bool.
         best: Whether the candidates are known to be the k best rows. If one of them then has weight 0 under a sparse
             normalizer, they include all rows with weight.
+        is_full: Whether the candidates are known to have no padding.
     """
-    places = GatherIndex(tables.place(rows))
+    places = GatherIndex(tables.place(rows), is_full=is_full)
     bias = None if spec.bias is None or len(tables.keys) == 0 else spec.bias.at(rows, tables.groups)
     sources = query, tables.keys, tables.values, bias
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
@@ -58,14 +61,15 @@ def read_candidates(
         numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
         scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
     weights, lse = softmax(scores)
-    check_scores(scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores)
+    known = scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores
+    check_scores(known, spec.pending_checks)
     if is_sparse(normalizer):
         weights = SPARSE_NORMALIZERS[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
     order = _sort_best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = gather_best_value(tables, GatherIndex(places.index.gather(-1, order[:, :1])), spec.dtype)
+        blend = gather_best_value(tables, GatherIndex(places.index.gather(-1, order[:, :1]), is_full=is_full), spec.dtype)
         if needs_grad:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:
@@ -82,9 +86,11 @@ def read_candidates(
 
 def _sort_best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)
     """Sort candidates by score; ties go to the lowest row, padding comes last."""
-    ordered, order = scores.sort(dim=-1, descending=True)
-    tied = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)
-    if bool(tied.any()):
+    is_tied, order = True, rows  # On a GPU, the host does not wait to find out whether scores tie.
+    if not is_deferred(scores):
+        ordered, order = scores.sort(dim=-1, descending=True)
+        is_tied = bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > -torch.inf)).any())
+    if is_tied:
         by_row = rows.sort(dim=-1).indices
         order = by_row.gather(-1, scores.gather(-1, by_row).sort(dim=-1, descending=True, stable=True).indices)
     return order

@@ -88,6 +88,8 @@ class Access:
         with self.exclusive(loads=loads):
             if not allows_meta:
                 self._table.check_not_meta()
+            if not loads:
+                self._table.rows.pending_checks.raise_failed()
             if self._table.files is not None:
                 raise ReadOnlyError(
                     f"{name}: expected a store in memory, got one whose rows are memory-mapped snapshot files, "

@@ -7,10 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CLOCK_COLUMNS", "EvictionClock", "QueueSampling"]
+from softdb.pending_checks import is_deferred
+
+__all__ = ["CLOCK_COLUMNS", "EvictionClock", "QueueSampling", "mark_used"]
 
 # Buffer that holds each row's clock reading, by eviction rule. Rows with the lowest readings are evicted first.
 CLOCK_COLUMNS = {"lru": "used_at", "oldest": "added_at"}
+
+
+def mark_used(readings: Tensor, slots: Tensor, now: int) -> None:
+    """Set the readings of ``slots`` (-1 is padding) to ``now``, in place.
+
+    Args:
+        readings: Reading of each slot, (n,) int64, none above ``now``.
+        slots: Slots of any shape.
+        now: The reading to set.
+    """
+    slots = slots.flatten()
+    if not is_deferred(slots):
+        readings[slots[slots >= 0]] = now
+    elif len(readings):  # The host does not wait for the number of slots: padding leaves the reading of slot 0.
+        readings.scatter_reduce_(0, slots.clamp(min=0), torch.where(slots >= 0, now, -1), "amax")
 
 
 @dataclass(frozen=True)

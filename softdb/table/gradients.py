@@ -1,4 +1,4 @@
-"""Gradients of rows: dense, or row-sparse as coalesced COO tensors."""
+"""Gradients of rows: dense, or row-sparse as COO tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ def is_sharded(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def make_row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:  # (m,) ascending, (m, ...)
-    """Create a coalesced COO tensor of ``shape`` that holds ``values`` at ``rows``."""
+def make_row_sparse(  # (m,), (m, ...)
+    rows: Tensor, values: Tensor, shape: torch.Size, *, is_coalesced: bool = True
+) -> Tensor:
+    """Create a COO tensor of ``shape`` that holds ``values`` at ``rows``.
+
+    Args:
+        rows: Numbers of the rows.
+        values: Their contents.
+        shape: Shape of the tensor.
+        is_coalesced: Whether the rows are ascending without duplicates. Otherwise the values of equal rows are summed
+            when the tensor is used.
+    """
     register_sparse_norm()
     # torch.sparse_coo_tensor(check_invariants=False) would skip the checks too, but torch 2.11 and 2.12 then warn that
     # checks are disabled: https://github.com/pytorch/pytorch/issues/178274.
@@ -34,7 +44,7 @@ def make_row_sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor: 
         dtype=values.dtype,
         layout=torch.sparse_coo,
         device=values.device,
-        is_coalesced=True,
+        is_coalesced=is_coalesced,
     )
     return whole
 

@@ -86,6 +86,12 @@ class FreeSlots:
             return FreeSlots(self.used, self.holes, recent)
         return FreeSlots(self.used, torch.cat([self.holes, recent]).sort().values)
 
+    def occupied(self) -> Tensor:
+        """Return all slots below ``used`` that are not free, ascending."""
+        mask = torch.ones(self.used, dtype=torch.bool, device="cpu")
+        mask[self.holes] = mask[self.recent] = False
+        return mask.nonzero().squeeze(-1)
+
     def all(self) -> Tensor:
         """Return all free slots below ``used``, ascending."""
         return torch.cat([self.holes, self.recent]).sort().values

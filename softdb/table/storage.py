@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softdb.errors import ForeignWriteError
+from softdb.pending_checks import PendingChecks, is_deferred
 from softdb.table.average_watch import AverageWatch
 from softdb.table.changes import ChangeLog
 from softdb.table.eviction import CLOCK_COLUMNS, EvictionClock
@@ -67,6 +68,7 @@ class RowStorage(nn.Module):
         id_hash: Hash of all pairs of slot and id.
         writes: Counter of writes by the store.
         expected_check: Copy of ``id_check`` on the CPU.
+        pending_checks: Results of checks on a GPU that the host has not read yet.
         was_emptied: Whether the last conversion discarded the contents of the buffers.
     """
 
@@ -125,6 +127,7 @@ class RowStorage(nn.Module):
         self._changes = ChangeLog()
         self.free = FreeSlots()
         self.slots = SlotTable()
+        self.pending_checks = PendingChecks()
         self._live: tuple[int, Tensor | None] = (-1, None)
         self._live_slots: tuple[int, Tensor] | None = None
 
@@ -177,7 +180,12 @@ class RowStorage(nn.Module):
         known = self._live_slots
         if known is None or known[0] != self.version:
             mask = self.live_mask()
-            slots = torch.arange(self.used, device=self.ids.device) if mask is None else mask.nonzero().squeeze(-1)
+            if mask is None:
+                slots = torch.arange(self.used, device=self.ids.device)
+            elif is_deferred(mask):  # The host computes them from the free slots, so that it need not wait.
+                slots = self.free.occupied().to(mask.device, non_blocking=True)
+            else:
+                slots = mask.nonzero().squeeze(-1)
             self._live_slots = known = (self.version, slots)
         return known[1]
 
@@ -402,7 +410,7 @@ class RowStorage(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        derived = ("slots", "_live", "_live_slots", "free", "_changes", "recorded", "clock", "average")
+        derived = ("slots", "_live", "_live_slots", "free", "_changes", "recorded", "clock", "average", "pending_checks")
         return {name: value for name, value in state.items() if name not in derived} | {
             "is_average": self.average.is_updated
         }

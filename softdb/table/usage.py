@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softdb.errors import NotApplicableError
+from softdb.pending_checks import is_deferred
 
 __all__ = [
     "COUNTER_COLUMNS",
@@ -51,7 +52,9 @@ def new_counters(rows: int, device: torch.device | str | None = None) -> tuple[T
 
 
 @torch.no_grad()
-def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor) -> None:
+def count_reads(
+    reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor, *, has_padding: bool = False
+) -> None:
     """Add one read per slot, and its weight, to the counters in place.
 
     Equal to::
@@ -63,12 +66,22 @@ def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor) -
     Args:
         reads: (n,) int64.
         weight: (n,) float64.
-        slots: Slots of the reported rows, of any shape, without padding. A slot is counted each time that it occurs.
+        slots: Slots of the reported rows, of any shape. A slot is counted each time that it occurs.
         weights: Their weights, of the same shape.
+        has_padding: Whether some slots may be -1, which is not counted.
     """
-    slots = slots.flatten()
-    reads.index_add_(0, slots, torch.ones_like(slots))
-    weight.index_add_(0, slots, weights.detach().flatten().to(weight.dtype))
+    slots, weights = slots.flatten(), weights.detach().flatten()
+    count = torch.ones_like(slots)
+    if has_padding and is_deferred(slots):  # The host does not wait for the number of reported rows.
+        if len(reads) == 0:
+            return
+        reported = (slots >= 0) & ~weights.isnan()  # The weights of a query with NaN would remain in the sums.
+        slots, count, weights = slots.clamp(min=0), reported.to(slots.dtype), weights.masked_fill(~reported, 0.0)
+    elif has_padding:
+        reported = slots >= 0
+        slots, count, weights = slots[reported], count[reported], weights[reported]
+    reads.index_add_(0, slots, count)
+    weight.index_add_(0, slots, weights.to(weight.dtype))
 
 
 def reset_counters(reads: Tensor, weight: Tensor, slots: slice | Tensor = slice(None)) -> None:

@@ -22,15 +22,15 @@ DEFERRED_DEVICES = {"cuda"}
 
 # Messages of the checks, in the order in which they are raised: a NaN in a query makes scores NaN, too.
 MESSAGES = {
-    "query": "query: expected finite numbers in each read since the last check, got NaN or infinity in one of them; the "
-    "results of such a query are NaN; remove or rescale it",
+    "query": "query: expected finite numbers in each read since the last check, got NaN or infinity in one of them; "
+    "the results of such a query are NaN; remove or rescale it",
     "temperature": "temperature: expected finite numbers above 0 in each read since the last check, got a tensor with "
     "other values",
     "bias": "bias: expected finite numbers, or -inf to hide a row, in each read since the last check, got NaN or "
     "infinity; replace them",
-    "scores": "query, keys, temperature: expected finite scores in each read since the last check, got NaN or infinity; "
-    "if the keys contain NaN, training may have diverged; if query times key divided by temperature overflows, rescale "
-    "query or keys, or raise the temperature",
+    "scores": "query, keys, temperature: expected finite scores in each read since the last check, got NaN or "
+    "infinity; if the keys contain NaN, training may have diverged; if query times key divided by temperature "
+    "overflows, rescale query or keys, or raise the temperature",
     "gradient": "gradient: expected finite gradients of rows in each optimizer step since the last check, got NaN or "
     "infinity in some rows, which were not updated; the training may have diverged: lower the learning rate, or clip "
     "gradients",

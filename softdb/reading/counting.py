@@ -31,9 +31,7 @@ def record_read(rows: RowStorage, slots: Tensor, weights: Tensor) -> None:  # of
             mark_used(rows.writable_buffer("used_at"), slots.to(rows.used_at.device), rows.clock.now)
             rows.clock.now += 1
         if rows.track_usage:
-            count_reads(
-                rows.writable_buffer("reads"), rows.writable_buffer("weight"), slots, weights, has_padding=True
-            )
+            count_reads(rows.writable_buffer("reads"), rows.writable_buffer("weight"), slots, weights, has_padding=True)
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def read_candidates(
             complete = complete | (weights.detach() == 0).any(-1)
     order = _sort_best_first(scores.detach(), rows)
     if is_hard(normalizer):
-        blend = gather_best_value(tables, GatherIndex(places.index.gather(-1, order[:, :1]), is_full=is_full), spec.dtype)
+        first = GatherIndex(places.index.gather(-1, order[:, :1]), is_full=is_full)
+        blend = gather_best_value(tables, first, spec.dtype)
         if needs_grad:
             blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
     elif lean:

@@ -410,7 +410,17 @@ class RowStorage(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        derived = ("slots", "_live", "_live_slots", "free", "_changes", "recorded", "clock", "average", "pending_checks")
+        derived = {
+            "slots",
+            "_live",
+            "_live_slots",
+            "free",
+            "_changes",
+            "recorded",
+            "clock",
+            "average",
+            "pending_checks",
+        }
         return {name: value for name, value in state.items() if name not in derived} | {
             "is_average": self.average.is_updated
         }

@@ -52,9 +52,7 @@ def new_counters(rows: int, device: torch.device | str | None = None) -> tuple[T
 
 
 @torch.no_grad()
-def count_reads(
-    reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor, *, has_padding: bool = False
-) -> None:
+def count_reads(reads: Tensor, weight: Tensor, slots: Tensor, weights: Tensor, *, has_padding: bool = False) -> None:
     """Add one read per slot, and its weight, to the counters in place.
 
     Equal to::

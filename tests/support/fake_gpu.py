@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.programs import check_exit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softdb
 from softdb import pending_checks
+from support.programs import check_exit
 
 DEVICE = "fakegpu"
 # Operators for which the host waits on a GPU, and which FakeTensorMode accepts.

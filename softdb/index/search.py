@@ -11,7 +11,7 @@ from torch import Tensor
 from softdb.index.base import Base
 from softdb.index.faiss_parts import to_array, to_vectors
 from softdb.kernels.backend import backend_for
-from softdb.kernels.cpu.topk import top_k
+from softdb.kernels.blocks.topk import top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.table.storage import RowStorage
 

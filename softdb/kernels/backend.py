@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from softdb.kernels import gather
-from softdb.kernels.cpu import exact, topk
+from softdb.kernels.blocks import exact, topk
 from softdb.kernels.cuda import launch
 from softdb.kernels.spec import BestRows, ReadSpec
 
@@ -22,7 +22,7 @@ __all__ = ["Backend", "backend_for"]
 class ExactRead(Protocol):
     """Differentiable softmax over all rows.
 
-    See `softdb.kernels.cpu.exact.exact_read`.
+    See `softdb.kernels.blocks.exact.exact_read`.
     """
 
     def __call__(
@@ -33,7 +33,7 @@ class ExactRead(Protocol):
 class ExactTopK(Protocol):
     """Top-k over all rows.
 
-    See `softdb.kernels.cpu.topk.exact_top_k`.
+    See `softdb.kernels.blocks.topk.exact_top_k`.
     """
 
     def __call__(self, query: Tensor, keys: Tensor, spec: ReadSpec, k: int) -> tuple[Tensor, Tensor]: ...

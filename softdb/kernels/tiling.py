@@ -29,8 +29,8 @@ class Tiles:
         queries: Number of queries in a tile.
         rows: Number of rows in a block, a multiple of ``partition``.
         partition: Number of rows in each product, where a block is split into several products.
-        transposed: Whether tiles are stored transposed: see `softdb.kernels.cpu.products.TileProduct`.
-        exact_ties: Whether equal rows have bitwise equal scores: see `softdb.kernels.cpu.products.TileProduct`.
+        transposed: Whether tiles are stored transposed: see `softdb.kernels.blocks.products.TileProduct`.
+        exact_ties: Whether equal rows have bitwise equal scores: see `softdb.kernels.blocks.products.TileProduct`.
     """
 
     queries: int

@@ -60,8 +60,8 @@ def find_best_pairs(queries: Tensor, keys: Tensor, k: int, sizes: PairSearch) ->
 def _top_k_in_groups(scores: Tensor, k: int, sizes: PairSearch) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
     """Compute ``topk(scores, k)`` in two stages: the best groups, then their columns.
 
-    The k groups with the largest maxima contain the k largest scores. Unlike in `softdb.kernels.cpu.topk`, the order of
-    equal scores is undefined. So no step depends on the data, and torch.compile and torch.export trace one graph.
+    The k groups with the largest maxima contain the k largest scores. Unlike in `softdb.kernels.blocks.topk`, the order
+    of equal scores is undefined. So no step depends on the data, and torch.compile and torch.export trace one graph.
     """
     width = scores.shape[-1]
     groups = width // sizes.group_columns

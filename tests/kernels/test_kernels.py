@@ -13,8 +13,8 @@ from torch import Tensor
 from softdb import NonFiniteError
 from softdb.filters import Selection
 from softdb.kernels.bias import ScoreBias
-from softdb.kernels.cpu.exact import exact_read
-from softdb.kernels.cpu.topk import exact_top_k, top_k, two_stage_top_k
+from softdb.kernels.blocks.exact import exact_read
+from softdb.kernels.blocks.topk import exact_top_k, top_k, two_stage_top_k
 from softdb.kernels.gather import blend_at, score_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling

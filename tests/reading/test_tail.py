@@ -14,7 +14,7 @@ from softdb import SoftKVStore
 from softdb.filters import Selection
 from softdb.index.list_layout import ListLayout
 from softdb.index.search import Candidates
-from softdb.kernels.cpu.topk import exact_top_k
+from softdb.kernels.blocks.topk import exact_top_k
 from softdb.kernels.spec import ReadSpec
 from softdb.reading.reader import Reader, ReadView, ToleranceRounds
 from softdb.reading.sample import UNIFORM_FRACTION, Sample

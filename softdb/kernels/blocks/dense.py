@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from softdb._checks import is_finite
 from softdb.filters import Block
 from softdb.kernels.bias import ScoreBias
-from softdb.kernels.cpu.backward import check_rule_unchanged, forbid_double_backward
-from softdb.kernels.cpu.products import TileProduct, matmul_in_runs, split_groups, zero_tiny_weights_
-from softdb.kernels.cpu.topk import block_top_k
+from softdb.kernels.blocks.backward import check_rule_unchanged, forbid_double_backward
+from softdb.kernels.blocks.products import TileProduct, matmul_in_runs, split_groups, zero_tiny_weights_
+from softdb.kernels.blocks.topk import block_top_k
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores, disable_autocast
 from softdb.kernels.tiling import Tiling
 from softdb.table.kept_rows import RowCopies
@@ -25,7 +25,8 @@ __all__ = ["DenseRead", "read_dense"]
 class DenseRead(torch.autograd.Function):
     """Exact read whose scores make one small tile; backward uses saved weights.
 
-    The result is that of `softdb.kernels.cpu.exact.exact_read`. With one group, tensors have no dimension for groups.
+    The result is that of `softdb.kernels.blocks.exact.exact_read`. With one group, tensors have no dimension for
+    groups.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
-from softdb.kernels.cpu.products import (
+from softdb.kernels.blocks.products import (
     MIN_WEIGHT,
     BlockLoader,
     TileProduct,
@@ -23,7 +23,7 @@ from softdb.kernels.cpu.products import (
     split_rows,
     zero_where_hidden,
 )
-from softdb.kernels.cpu.topk import RunningTopK
+from softdb.kernels.blocks.topk import RunningTopK
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores
 from softdb.kernels.tiling import Tiles
 

@@ -33,11 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softdb.kernels.cpu.backward import SavedTensors, backward_in_blocks, forbid_double_backward
-from softdb.kernels.cpu.dense import DenseRead, read_dense
-from softdb.kernels.cpu.forward import read_in_blocks
-from softdb.kernels.cpu.products import split_groups
-from softdb.kernels.cpu.topk import select_dense_block
+from softdb.kernels.blocks.backward import SavedTensors, backward_in_blocks, forbid_double_backward
+from softdb.kernels.blocks.dense import DenseRead, read_dense
+from softdb.kernels.blocks.forward import read_in_blocks
+from softdb.kernels.blocks.products import split_groups
+from softdb.kernels.blocks.topk import select_dense_block
 from softdb.kernels.spec import BestRows, ReadSpec, disable_autocast
 from softdb.scoring.metrics import widest_dtype
 from softdb.table.kept_rows import RowCopies

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softdb.filters import Block
-from softdb.kernels.cpu.products import BlockLoader, TileProduct
+from softdb.kernels.blocks.products import BlockLoader, TileProduct
 from softdb.kernels.gather import score_at
 from softdb.kernels.spec import ReadSpec, disable_autocast
 from softdb.kernels.tiling import GROUP_COLUMNS

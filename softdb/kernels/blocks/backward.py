@@ -11,7 +11,7 @@ from torch import Tensor
 from softdb.errors import SecondDerivativeError, StaleReadError
 from softdb.filters import Block
 from softdb.kernels.bias import ScoreBias
-from softdb.kernels.cpu.products import (
+from softdb.kernels.blocks.products import (
     BlockLoader,
     TileProduct,
     add_product,

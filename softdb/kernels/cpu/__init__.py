@@ -1,1 +1,0 @@
-"""Kernels for CPUs: torch operations on blocks of rows."""

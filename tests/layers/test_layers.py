@@ -52,7 +52,7 @@ ignore_compile_warnings = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     # At a graph break, torch reads .grad of the tensors that are passed to the next graph.
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-    # After a graph break torch traces functions of a read; it gives each of these warnings once per process.
+    # After a graph break torch traces functions of a read; which gives each warning once per process.
     "ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function:UserWarning",
     "ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning",
 )

@@ -23,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -34,7 +34,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Work", "compare", "main", "measure_peak_memory", "wrap_no_grad"]
+__all__ = [
+    "Case",
+    "Work",
+    "align_table",
+    "compare",
+    "describe_machine",
+    "format_seconds",
+    "main",
+    "measure_peak_memory",
+    "wrap_no_grad",
+]
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
@@ -161,7 +171,7 @@ def compare(
         min_rounds: Minimum number of rounds, whatever their duration; at least 2.
     """
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", THREADS))))
-    machine = _describe_machine()
+    machine = describe_machine()
     lines: list[Line] = []
     for case in cases:
         print(f"{name}: {case.label}", file=sys.stderr, flush=True)
@@ -296,7 +306,7 @@ def _allocate_numbers(device: str) -> Tensor:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _describe_machine() -> dict[str, str | int | float]:
+def describe_machine() -> dict[str, str | int | float]:
     """Describe the hardware and the versions that the results depend on."""
     machine: dict[str, str | int | float] = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -334,23 +344,27 @@ def _format_table(lines: list[Line]) -> str:
         head += [other, "ratio"]
     cells = [[*head, *facts]]
     for line in lines:
-        row = [line.label, line.way, _format_seconds(line.time.median)]
+        row = [line.label, line.way, format_seconds(line.time.median)]
         for peer in peers:
             row += (
-                [_format_seconds(line.peers[peer].median), _format_ratio(line, peer)]
+                [format_seconds(line.peers[peer].median), _format_ratio(line, peer)]
                 if peer in line.peers
                 else ["–", "–"]
             )
         for floor in floors:
             known = line.floors.get(floor)
-            row += [_format_seconds(known), _format_ratio(line, f"{floor} floor")] if known else ["–", "–"]
+            row += [format_seconds(known), _format_ratio(line, f"{floor} floor")] if known else ["–", "–"]
         cells.append(row + [f"{line.facts[fact]:.3g}" if fact in line.facts else "–" for fact in facts])
+    return align_table(cells, words=2)
+
+
+def align_table(cells: Sequence[Sequence[str]], *, words: int) -> str:
+    """Return a table as Markdown; the first ``words`` columns are aligned left."""
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    # The first two columns contain words, the others numbers.
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    rule = ["-" * width if i < words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     aligned = [
         [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         for row in [cells[0], rule, *cells[1:]]
@@ -365,7 +379,8 @@ def _format_ratio(line: Line, peer: str) -> str:
     return f"{ratio:.2f} {'≤' if ratio <= line.claims[peer] else 'NOT ≤'} {line.claims[peer]:.2f}"
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Return a time with its unit, with three digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:#.3g} {unit}".replace(". ", " ")

@@ -1,0 +1,103 @@
+"""Test ``benchmarks/gpu.py`` on the CPU, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+from device_timing import DeviceTimer
+from sdpa import list_part_kernels, read_in_parts, run_sdpa
+
+CPU = torch.device("cpu")
+BOUNDED_ROWS = {"1", "2", "3", "4", "5", "6", "7", "8"}
+
+
+@pytest.fixture
+def setting() -> gpu.Setting:
+    return gpu.Setting(CPU, True, DeviceTimer(CPU, 0.0))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_parts_merged_by_lse_equal_one_read(parts: int) -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(7, 16), torch.randn(80, 16), torch.randn(80, 16)
+    (kernel,) = list_part_kernels(CPU, torch.float32).values()
+    expected = run_sdpa(query, keys, values)[0, 0]
+    torch.testing.assert_close(read_in_parts(kernel, query, keys, values, parts), expected)
+
+
+def test_bounds_are_inclusive_and_a_missing_value_is_an_error() -> None:
+    assert gpu.judge("1", "work", "ratio", 1.5, "≤ 1.5").outcome == "held"
+    assert gpu.judge("1", "work", "ratio", 1.51, "≤ 1.5").outcome == "missed"
+    assert gpu.judge("1", "work", "ratio", 10.0, "≥ 10").outcome == "held"
+    assert gpu.judge("1", "work", "ratio", 9.9, "≥ 10").outcome == "missed"
+    assert gpu.judge("1", "work", "ratio", 9.9).outcome == "measured"
+    assert gpu.judge("1", "work", "ratio", math.nan, "≤ 1.5").outcome == "error"
+
+
+def test_an_exception_is_the_result_of_its_case(setting: gpu.Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(setting: gpu.Setting):
+        yield gpu.judge("9", "work", "ms", 1.0)
+        raise RuntimeError("an illegal memory access")
+
+    first, second = gpu.run_case(setting, ("9", "work", fail))
+    assert first.outcome == "measured"
+    assert (second.row, second.work, second.outcome) == ("9", "work", "error")
+    assert second.message.startswith("RuntimeError: an illegal memory access (test_gpu_benchmark.py:")
+
+
+def test_a_peer_that_fails_leaves_the_others(setting: gpu.Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("no kernel")
+
+    seconds = setting.time(lambda: None, {"bad": fail, "good": lambda: None})
+    assert math.isnan(seconds["bad"])
+    assert gpu.find_fastest(seconds) == seconds["good"]
+    result = gpu.judge("9", "work", "ms", 1.0, seconds=seconds)
+    assert result.message == "failed, see the log: bad"
+    entry = json.loads(json.dumps(gpu.to_json(result), allow_nan=False))
+    assert entry["seconds"]["bad"] is None
+    assert gpu.to_json(gpu.from_json(entry)) == gpu.to_json(result)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", "--seconds", "0.0001", *arguments])
+    return gpu.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory counters of Linux")
+def test_all_rows_run_and_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "lines.jsonl"
+    assert run(monkeypatch, "--out", str(tmp_path), "--lines", str(lines)) == 0
+    report = json.loads((tmp_path / "gpu_cpu.json").read_text(encoding="utf-8"))
+    assert report["machine"]["torch"] == torch.__version__
+    results = report["results"]
+    assert {result["row"] for result in results} == {*BOUNDED_ROWS, "limits", "attention", "kernels", "search"}
+    for result in results:
+        assert result["outcome"] != "error", result["message"]
+        assert result["value"] > 0
+        assert (result["bound"] == "") == (result["row"] in ("limits", "kernels", "search"))
+        assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert [json.loads(line)["work"] for line in lines.read_text().splitlines()] == [r["work"] for r in results]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == len(results) + 2
+
+
+def test_a_new_process_continues_after_the_last_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = gpu.Result("8", "layer", outcome="error", message="RuntimeError: an illegal memory access")
+    gpu.write_report(tmp_path / "gpu_cpu.json", {}, [earlier])
+    last = len(gpu.list_cases()) - 2
+    assert run(monkeypatch, "--out", str(tmp_path), f"--after={last}") == 1  # the earlier error counts
+    results = json.loads((tmp_path / "gpu_cpu.json").read_text(encoding="utf-8"))["results"]
+    assert [result["row"] for result in results] == ["8", "search", "search"]
+    assert results[0]["message"] == earlier.message

@@ -1,0 +1,223 @@
+"""Test ``scripts/gpu`` and its pytest plugin, on the CPU."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.device_run import DEVICE_IS_BROKEN
+from support.programs import check_exit
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "gpu"
+pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups on this system")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("scripts_gpu", str(SCRIPT))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # none next to the script
+    loader.exec_module(module)
+    sys.dont_write_bytecode = before
+    return module
+
+
+def shell(text: str) -> list[str]:
+    return ["sh", "-c", text]
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(gpu: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    report = tmp_path / "reports" / "hangs.jsonl"
+    hangs = f"""echo '{{"name": "a", "outcome": "passed"}}' > {report}
+        echo '{{"name": "b", "outcome": "failed", "message": "wrong"}}' >> {report}
+        echo '{{"name": "c", "outc' >> {report}
+        sleep 600 & echo $! > {tmp_path}/child; wait"""
+    parts = [
+        gpu.Part("fails", shell("echo some words; exit 3"), 1.0),
+        gpu.Part("hangs", shell(hangs), 0.03),
+        gpu.Part("finds no test", shell("exit 5"), 1.0, may_be_empty=True),
+        gpu.Part("passes", shell('echo "$OF_PARTS"'), 1.0),
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    failed = gpu.run_parts(
+        parts, 100.0, out, tmp_path / "reports", settings={"device": "cpu"}, variables={"OF_PARTS": "a variable"}
+    )
+
+    assert failed == 2
+    results = read_results(out)
+    assert (results["device"], results["finished"]) == ("cpu", True)
+    fails, hangs, empty, passes = results["parts"]
+    assert [part["outcome"] for part in results["parts"]] == ["failed", "timed out", "passed", "passed"]
+    assert (fails["code"], empty["code"], passes["code"]) == (3, 5, 0)
+    assert 0.5 < hangs["limit"] < hangs["seconds"] < 60
+    assert passes["limit"] > 50  # It gets the time that the others did not use.
+    # What a part reported until its limit is kept; an incomplete line is not.
+    assert hangs["counts"] == {"passed": 1, "failed": 1}
+    assert hangs["reports"] == [{"name": "b", "outcome": "failed", "message": "wrong"}]
+    assert not is_running(int((tmp_path / "child").read_text()))
+    assert (out / "fails.log").read_text().endswith("some words\n")
+    assert (out / "passes.log").read_text().endswith("a variable\n")
+
+
+def test_a_kill_of_the_script_ends_the_part_and_keeps_the_results(tmp_path: Path) -> None:
+    program = f"""
+import importlib.machinery, importlib.util, pathlib, sys
+sys.dont_write_bytecode = True
+loader = importlib.machinery.SourceFileLoader("gpu", {str(SCRIPT)!r})
+gpu = sys.modules["gpu"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
+loader.exec_module(gpu)
+out = pathlib.Path({str(tmp_path)!r})
+hangs = "sleep 600 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child; wait"
+parts = [
+    gpu.Part("passes", ["true"], 1.0),
+    gpu.Part("hangs", ["sh", "-c", hangs], 1.0),
+    gpu.Part("never runs", ["true"], 1.0),
+]
+sys.exit(gpu.run_parts(parts, 600.0, out, out, settings={{}}, variables={{}}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (tmp_path / "child").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 2
+    assert not is_running(int((tmp_path / "child").read_text()))
+    results = read_results(tmp_path)
+    assert results["finished"] is False
+    assert [part["outcome"] for part in results["parts"]] == ["passed", "interrupted", "not run"]
+
+
+def test_the_command_for_wheels_names_every_package_with_its_pinned_version(gpu: ModuleType) -> None:
+    command = gpu.make_wheels_command()
+    words = command.split()
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
+    for name in gpu.WHEELS:
+        assert sum(word.partition("==")[0] == name for word in words) == 1
+        pinned = [pin for pin in pins if pin.startswith(f"{name}==") and ";" not in pin]
+        assert set(pinned) <= set(words)
+    assert any(word.startswith("faiss-cpu==") for word in words)
+    assert gpu.list_pins(["numpy"], "3.10") != gpu.list_pins(["numpy"], "3.12")
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert command in " ".join(page.replace("\\\n", " ").split())
+
+
+@pytest.mark.slow
+def test_missing_packages_are_installed_from_a_folder(gpu: ModuleType, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    packages = {"softdb-test-package": "softdb_test_package", "softdb-absent-package": "softdb_absent", "json": "json"}
+    text = gpu.install_wheels(tmp_path / "wheels", site, packages)
+    assert text.startswith("packages: softdb-test-package, softdb-absent-package are missing, and there is no folder")
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "softdb_test_package-1.0-py3-none-any.whl", "w") as wheel:
+        folder = "softdb_test_package-1.0.dist-info"
+        wheel.writestr("softdb_test_package.py", "number = 3\n")
+        wheel.writestr(f"{folder}/METADATA", "Metadata-Version: 2.1\nName: softdb-test-package\nVersion: 1.0\n")
+        wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{folder}/RECORD", "")
+    text = gpu.install_wheels(tmp_path / "wheels", site, packages)
+    assert text.startswith(f"packages: installed softdb-test-package into {site}; could not install softdb-absent")
+    assert (site / "softdb_test_package.py").exists()
+    assert gpu.install_wheels(tmp_path / "wheels", site, {"softdb-test-package": "softdb_test_package"}) == (
+        "packages: none is missing"
+    )
+
+
+def test_parts_run_correctness_first_and_every_test_of_a_device(gpu: ModuleType, tmp_path: Path) -> None:
+    parts = {part.name: part for part in gpu.list_parts("cuda", False, 4, tmp_path, tmp_path, tmp_path)}
+    assert list(parts) == ["environment", "operations", "kernels", "tests", "benchmarks", "slow"]
+    paths = [word for word in parts["tests"].command if word.startswith("tests/")]
+    assert paths[:3] == ["tests/cuda", "tests/scoring", "tests/functional"]
+    present = {f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if any(path.rglob("test_*.py"))}
+    assert present - {*paths, "tests/kernels"} == {"tests/project"}
+    assert all((ROOT / word).exists() for part in parts.values() for word in part.command if word.startswith("tests/"))
+
+
+@pytest.mark.slow
+def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--minutes", "8"]
+    command += ["--parts", "environment,tests", "--out", str(tmp_path), "--site", str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    check_exit(done)
+    results = read_results(tmp_path)
+    environment, tests = results["parts"]
+    (found,) = environment["reports"]
+    assert found["outcome"] == "measured"
+    assert {"torch", "softdb", "faiss", "triton", "host", "compiler"} <= set(found)
+    assert tests["counts"]["passed"] > 0
+    assert set(tests["counts"]) <= {"passed", "skipped"}
+    assert "all parts passed" in done.stdout
+
+
+PROGRAM = """
+import pytest, torch
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 + 1 == 3
+
+def test_is_skipped():
+    pytest.skip("no reason")
+
+def fail():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_breaks_the_device(monkeypatch):
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fail
+    fail()
+
+def test_never_runs():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_the_plugin_reports_tests_at_once_and_ends_a_process_whose_device_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "test_program.py").write_text(PROGRAM, encoding="utf-8")
+    report = tmp_path / "report.jsonl"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    options = ["-p", "support.device_run", "--device-report", str(report), "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    check_exit(done, DEVICE_IS_BROKEN)
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    names = [line["name"].partition("::")[2] for line in lines]
+    assert names == ["test_passes", "test_fails", "test_is_skipped", "test_breaks_the_device"]
+    assert [line["outcome"] for line in lines] == ["passed", "failed", "skipped", "failed"]
+    assert "1 + 1" in lines[1]["message"]
+    assert "illegal memory access" in lines[3]["message"]

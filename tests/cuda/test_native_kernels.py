@@ -21,7 +21,7 @@ GRADIENT_FACTOR = 4
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
+def place(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
@@ -33,11 +33,11 @@ def check_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def make_operands(
-    device: str, dtype: torch.dtype, queries: int, rows: int, width: int, value_width: int
+    place: str, dtype: torch.dtype, queries: int, rows: int, width: int, value_width: int
 ) -> list[Tensor]:
     generator = torch.Generator().manual_seed(rows + width)
     shapes = ((queries, width), (rows, width), (rows, value_width))
-    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(place, dtype).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,9 +53,9 @@ def make_operands(
     ],
 )
 def test_reads_and_gradients_are_as_accurate_as_their_dtype(
-    device: str, dtype: torch.dtype, queries: int, rows: int, width: int, value_width: int
+    place: str, dtype: torch.dtype, queries: int, rows: int, width: int, value_width: int
 ) -> None:
-    operands = make_operands(device, dtype, queries, rows, width, value_width)
+    operands = make_operands(place, dtype, queries, rows, width, value_width)
     wide = [operand.detach().double().requires_grad_() for operand in operands]
     expected = reference.read(*wide)
     found = soft_read(*operands)
@@ -64,7 +64,7 @@ def test_reads_and_gradients_are_as_accurate_as_their_dtype(
     # Scores and sums are in float32 in every dtype.
     check_close(found.lse, expected.lse, TOLERANCES[torch.float32])
 
-    upstream = torch.randn(queries, value_width, generator=torch.Generator().manual_seed(9)).to(device, dtype)
+    upstream = torch.randn(queries, value_width, generator=torch.Generator().manual_seed(9)).to(place, dtype)
     for read, own in ((expected, upstream.double()), (found, upstream)):
         ((read.values * own).sum() + read.lse.sum()).backward()
     for operand, other in zip(operands, wide, strict=True):
@@ -73,9 +73,9 @@ def test_reads_and_gradients_are_as_accurate_as_their_dtype(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_scores_keep_their_accuracy(device: str, dtype: torch.dtype) -> None:
+def test_large_scores_keep_their_accuracy(place: str, dtype: torch.dtype) -> None:
     """Scores of some hundreds, where an error of a score is an error of its weight."""
-    query, keys, values = (operand.detach() for operand in make_operands(device, dtype, 64, 2000, 64, 64))
+    query, keys, values = (operand.detach() for operand in make_operands(place, dtype, 64, 2000, 64, 64))
     query = query * 32
     expected = reference.read(query.double(), keys.double(), values.double())
     found = soft_read(query, keys, values)
@@ -87,9 +87,9 @@ def test_large_scores_keep_their_accuracy(device: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
 def test_top_k_finds_the_best_rows_and_the_lowest_slots_of_equal_ones(
-    device: str, metric: str, dtype: torch.dtype
+    place: str, metric: str, dtype: torch.dtype
 ) -> None:
-    query, keys, values = (operand.detach() for operand in make_operands(device, dtype, 33, 5000, 64, 16))
+    query, keys, values = (operand.detach() for operand in make_operands(place, dtype, 33, 5000, 64, 16))
     keys[3000:] = keys[:2000]  # Equal rows have equal scores.
     store = SoftKVStore.from_tensors(keys, values, metric=metric, index="Flat")
     read = store.read(query, "topk", k=32)
@@ -100,31 +100,31 @@ def test_top_k_finds_the_best_rows_and_the_lowest_slots_of_equal_ones(
     # The first of two equal rows is found in front of the second.
     second = read.ids >= 3000
     first = (read.ids[:, :, None] - 3000 == read.ids[:, None, :]).float()
-    position = torch.arange(32, device=device)
+    position = torch.arange(32, device=place)
     assert (first.sum(-1)[second] == 1).all()
     assert ((first * position).sum(-1)[second] < position.expand_as(second)[second]).all()
 
 
 @pytest.mark.parametrize(
-    ("device", "rows"), [("cpu", 40_000), pytest.param("cuda", 40_000_000, marks=[pytest.mark.gpu, pytest.mark.slow])]
+    ("place", "rows"), [("cpu", 40_000), pytest.param("cuda", 40_000_000, marks=[pytest.mark.gpu, pytest.mark.slow])]
 )
 @torch.no_grad()
-def test_tables_of_more_than_2_31_elements_are_read_and_have_gradients(device: str, rows: int) -> None:
+def test_tables_of_more_than_2_31_elements_are_read_and_have_gradients(place: str, rows: int) -> None:
     """Blend rows at the end of a table, whose elements have offsets beyond 32 bits."""
     width, dtype = 64, torch.bfloat16
-    if device == "cuda":
+    if place == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         needed = 7 * rows * width * dtype.itemsize  # operands, gradients, copies, and what the reference needs
         if torch.cuda.mem_get_info()[0] < needed:
             pytest.skip(f"needs {needed / 2**30:.0f} GiB of device memory")
     torch.manual_seed(0)
-    keys = torch.randn(rows, width, device=device, dtype=dtype)
-    values = torch.randn(rows, width, device=device, dtype=dtype)
-    picked = torch.tensor([0, rows // 2, rows - 3, rows - 1], device=device)
+    keys = torch.randn(rows, width, device=place, dtype=dtype)
+    values = torch.randn(rows, width, device=place, dtype=dtype)
+    picked = torch.tensor([0, rows // 2, rows - 3, rows - 1], device=place)
     query = keys[picked] * 4  # The score of the own row is about 32, so it has most of the weight.
 
-    lse, blend = torch.full((4,), -math.inf, device=device, dtype=torch.float64), torch.zeros(4, width, device=device)
+    lse, blend = torch.full((4,), -math.inf, device=place, dtype=torch.float64), torch.zeros(4, width, device=place)
     blend = blend.double()
     for start in range(0, rows, 2**20):
         block = slice(start, start + 2**20)

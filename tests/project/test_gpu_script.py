@@ -119,12 +119,12 @@ def test_the_command_for_wheels_names_every_package_with_its_pinned_version(gpu:
     command = gpu.make_wheels_command()
     words = command.split()
     pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
-    for name in gpu.WHEELS:
+    for name in gpu.PACKAGES:
         assert sum(word.partition("==")[0] == name for word in words) == 1
         pinned = [pin for pin in pins if pin.startswith(f"{name}==") and ";" not in pin]
         assert set(pinned) <= set(words)
     assert any(word.startswith("faiss-cpu==") for word in words)
-    assert gpu.list_pins(["numpy"], "3.10") != gpu.list_pins(["numpy"], "3.12")
+    assert gpu.find_pins(["numpy"], "3.10.2") != gpu.find_pins(["numpy"], "3.12")
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert command in " ".join(page.replace("\\\n", " ").split())
 
@@ -132,9 +132,9 @@ def test_the_command_for_wheels_names_every_package_with_its_pinned_version(gpu:
 @pytest.mark.slow
 def test_missing_packages_are_installed_from_a_folder(gpu: ModuleType, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    packages = {"softdb-test-package": "softdb_test_package", "softdb-absent-package": "softdb_absent", "json": "json"}
-    text = gpu.install_wheels(tmp_path / "wheels", site, packages)
-    assert text.startswith("packages: softdb-test-package, softdb-absent-package are missing, and there is no folder")
+    pins = {"softdb-test-package": "1.0", "softdb-absent-package": "", "pytest": "8.0"}
+    text = gpu.install_wheels(tmp_path / "wheels", site, pins)
+    assert text.startswith("packages: softdb-test-package, softdb-absent-package missing or too old, and no folder")
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "softdb_test_package-1.0-py3-none-any.whl", "w") as wheel:
         folder = "softdb_test_package-1.0.dist-info"
@@ -142,22 +142,22 @@ def test_missing_packages_are_installed_from_a_folder(gpu: ModuleType, tmp_path:
         wheel.writestr(f"{folder}/METADATA", "Metadata-Version: 2.1\nName: softdb-test-package\nVersion: 1.0\n")
         wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{folder}/RECORD", "")
-    text = gpu.install_wheels(tmp_path / "wheels", site, packages)
+    text = gpu.install_wheels(tmp_path / "wheels", site, pins)
     assert text.startswith(f"packages: installed softdb-test-package into {site}; could not install softdb-absent")
     assert (site / "softdb_test_package.py").exists()
-    assert gpu.install_wheels(tmp_path / "wheels", site, {"softdb-test-package": "softdb_test_package"}) == (
-        "packages: none is missing"
-    )
+    text = gpu.install_wheels(tmp_path / "wheels", site, {"softdb-test-package": "1.0"})
+    assert text == "packages: none is missing or too old"
+    assert not gpu.has_package("softdb-test-package", site, "1.0.1")
 
 
-def test_parts_run_correctness_first_and_every_test_of_a_device(gpu: ModuleType, tmp_path: Path) -> None:
+def test_parts_run_correctness_first_and_every_test_of_a_device_once(gpu: ModuleType, tmp_path: Path) -> None:
     parts = {part.name: part for part in gpu.list_parts("cuda", False, 4, tmp_path, tmp_path, tmp_path)}
-    assert list(parts) == ["environment", "operations", "kernels", "tests", "benchmarks", "slow"]
-    paths = [word for word in parts["tests"].command if word.startswith("tests/")]
-    assert paths[:3] == ["tests/cuda", "tests/scoring", "tests/functional"]
-    present = {f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if any(path.rglob("test_*.py"))}
-    assert present - {*paths, "tests/kernels"} == {"tests/project"}
-    assert all((ROOT / word).exists() for part in parts.values() for word in part.command if word.startswith("tests/"))
+    assert list(parts) == ["environment", "operations", "triton", "kernels", "tests", "benchmarks", "slow"]
+    paths = {name: [w for w in part.command if w.startswith("tests")] for name, part in parts.items()}
+    ignored = {word.partition("=")[2] for word in parts["tests"].command if word.startswith("--ignore=")}
+    assert paths["tests"] == paths["slow"] == ["tests"]
+    assert ignored == {*paths["operations"], *paths["kernels"], "tests/lab/test_page.py"}
+    assert all((ROOT / path).exists() for path in [*ignored, *paths["triton"]])
 
 
 @pytest.mark.slow

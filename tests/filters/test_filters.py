@@ -11,6 +11,8 @@ from torch import Tensor
 
 from softdb import SoftKVStore
 
+pytestmark = pytest.mark.each_device
+
 
 @pytest.mark.parametrize("mode", ["exact", "topk", "hard"])
 @pytest.mark.parametrize("kind", [torch.Tensor.tolist, torch.Tensor.numpy, lambda tensor: tuple(tensor.tolist())])

@@ -16,6 +16,8 @@ from softdb import SoftKVStore
 from softdb.functional import Read, soft_read
 from softdb.scoring.normalizers import NORMALIZERS, is_random
 
+pytestmark = pytest.mark.each_device
+
 ROWS, INVALID_ROWS = 40, (3, 17, 39)
 
 

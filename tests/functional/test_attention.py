@@ -18,6 +18,8 @@ import softdb
 from softdb.functional import soft_read
 from softdb.kernels.tiling import Tiling
 
+pytestmark = pytest.mark.each_device
+
 BATCH, QUERIES, ROWS = (2, 3), 5, 300
 # Shapes of a bias that broadcasts to (*BATCH, QUERIES, ROWS).
 SHAPES = [(), (ROWS,), (QUERIES, 1), (QUERIES, ROWS), (3, 1, ROWS), (2, 1, QUERIES, ROWS), (2, 3, 1, 1)]

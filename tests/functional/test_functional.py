@@ -30,6 +30,8 @@ from softdb.kernels.tiling import Tiling
 from softdb.scoring.gumbel import GumbelNoise
 from softdb.scoring.normalizers import SPARSE_NORMALIZERS
 
+pytestmark = pytest.mark.each_device
+
 
 def read_problem(problem: Problem, k: int | None = None) -> softdb.Read:
     return soft_read(
@@ -58,6 +60,7 @@ class TestSoftReadInSmallTiles(TiledReadContract, TestSoftRead):
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only
 class TestSoftReadRowsFirst(TestSoftRead):
     """Reads in one tile, with rows as its first dimension."""
 
@@ -94,6 +97,7 @@ class TestSoftReadWithBestRowsInSmallTiles(TiledReadContract, TestSoftReadWithBe
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only
 class TestRoundingNoise:
     """Gradients stay accurate if products round differently for other shapes and layouts."""
 

@@ -14,6 +14,8 @@ import softdb
 from softdb import SoftKVStore, functional, optim
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 
+pytestmark = pytest.mark.each_device
+
 
 def store_of_rows(**options: Any) -> SoftKVStore:
     store = SoftKVStore(4, 2, **options)

@@ -13,6 +13,8 @@ import softdb
 from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 
+pytestmark = pytest.mark.each_device
+
 EXACT: dict[str, Any] = {}
 TOPK: dict[str, Any] = {"mode": "topk", "k": 3}
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 
+pytestmark = pytest.mark.each_device
+
 INDEX = IndexConfig("IVF8,Flat", recall=1.0)
 
 

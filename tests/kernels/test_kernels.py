@@ -19,6 +19,8 @@ from softdb.kernels.gather import blend_at, score_at
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling
 
+pytestmark = pytest.mark.each_device
+
 
 def tied(*shape: int, levels: int = 5, seed: int = 0) -> Tensor:
     """Return scores with many ties and some -inf."""

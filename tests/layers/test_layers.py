@@ -33,6 +33,8 @@ from softdb.layers.product_search import PairSearch
 from softdb.optim import RowAdam
 from softdb.scoring.normalizers import NORMALIZERS, reports_rows
 
+pytestmark = pytest.mark.each_device
+
 inductor = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 )

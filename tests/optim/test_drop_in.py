@@ -17,7 +17,10 @@ from softdb.optim import RowAdagrad, RowAdam, other_parameters, row_parameters
 
 OPTIMIZERS = [RowAdam, RowAdagrad]
 # torch.optim.Adagrad emits this warning.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+pytestmark = [
+    pytest.mark.each_device,
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

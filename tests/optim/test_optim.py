@@ -23,7 +23,10 @@ from softdb.optim.row_optimizer import RowOptimizer
 
 OPTIMIZERS = [RowAdam, RowAdagrad]
 # torch 2.11 and 2.12 emit this warning even if check_invariants is passed.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+pytestmark = [
+    pytest.mark.each_device,
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+]
 
 
 def make_generator(seed: int = 0) -> torch.Generator:

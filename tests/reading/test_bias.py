@@ -15,6 +15,8 @@ import softdb
 from softdb import NonFiniteError, SoftKVStore
 from softdb.functional import soft_read
 
+pytestmark = pytest.mark.each_device
+
 QUERIES, ROWS = 6, 200
 
 

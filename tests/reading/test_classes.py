@@ -12,6 +12,8 @@ from torch.nn.functional import one_hot
 from softdb import ArgumentError, DeviceError, DtypeError, ShapeError, SoftKVStore
 from softdb.functional import class_weights
 
+pytestmark = pytest.mark.each_device
+
 
 def expected(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
     labels, weights = torch.broadcast_tensors(labels.long(), weights)

@@ -20,6 +20,8 @@ from softdb.reading.reader import Reader, ReadView, ToleranceRounds
 from softdb.reading.sample import UNIFORM_FRACTION, Sample
 from softdb.reading.tail import TailCosts, choose_sample_size
 
+pytestmark = pytest.mark.each_device
+
 CPU = torch.device("cpu")
 
 

@@ -16,6 +16,8 @@ from softdb import SoftKVStore
 from softdb.functional import soft_read
 from softdb.scoring.metrics import Precision, compute_center, prepare_keys, prepare_keys_backward, prepare_query
 
+pytestmark = pytest.mark.each_device
+
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_product_of_prepared_operands_is_the_score(metric: str) -> None:

@@ -34,6 +34,8 @@ from softdb.scoring.normalizers import (
     straight_through,
 )
 
+pytestmark = pytest.mark.each_device
+
 
 def test_softmax_equals_torch_softmax() -> None:
     scores = torch.randn(4, 7).double().requires_grad_()

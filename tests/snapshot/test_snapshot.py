@@ -22,6 +22,8 @@ from softdb import SoftKVStore
 from softdb.snapshot import examine_snapshot, lock_directory, read_snapshot, write_snapshot
 from softdb.snapshot.format import Sizes
 
+pytestmark = pytest.mark.each_device
+
 
 def make(value: float = 1.0, rows: int = 12, **options: Any) -> SoftKVStore:
     generator = torch.Generator().manual_seed(0)

@@ -15,6 +15,8 @@ from softdb import DtypeError, SoftKVStore, lab
 from softdb.functional import merge, soft_read
 from softdb.optim import RowAdam
 
+pytestmark = pytest.mark.each_device
+
 MEMBERS = ("ids", "weights", "scores", "lse", "mass")
 
 

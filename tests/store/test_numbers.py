@@ -17,6 +17,8 @@ from softdb.functional import soft_read, topk_read
 from softdb.lab import page as page_module
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 
+pytestmark = pytest.mark.each_device
+
 KEYS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 VALUES = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
 QUERY = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))

@@ -19,6 +19,8 @@ from softdb import IndexConfig, SoftKVStore
 from softdb.optim import RowAdam
 from softdb.scoring.normalizers import SPARSE_NORMALIZERS
 
+pytestmark = pytest.mark.each_device
+
 MODES = [("exact", {}), ("exact", {"k": 4}), ("topk", {"k": 4}), ("hard", {})]
 
 

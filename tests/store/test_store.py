@@ -34,6 +34,8 @@ from softdb.layers import MemoryLayer
 from softdb.scoring.normalizers import NORMALIZERS, SPARSE_NORMALIZERS, is_random
 from softdb.table.table import Table
 
+pytestmark = pytest.mark.each_device
+
 
 def visible_rule(visible: Tensor | None):  # type: ignore[no-untyped-def]
     """A `where` for a (B, N) mask over rows whose ids are their numbers."""

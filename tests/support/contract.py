@@ -366,7 +366,7 @@ class ReadContract:
     def test_autocast_changes_only_the_dtype_of_values(self) -> None:
         problem = Problem.random(rows=300, key_dim=32)
         plain, _ = self.read(problem)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(problem.query.device.type, dtype=torch.bfloat16):
             read, leaves = self.read(problem)
             read.values.float().sum().backward()
         assert read.values.dtype == torch.bfloat16
@@ -377,8 +377,9 @@ class ReadContract:
         assert leaves["query"].grad.dtype == torch.float32
 
 
+@pytest.mark.cpu_only
 class TiledReadContract(ReadContract):
-    """Contract with fewer shapes and scales, for subclasses that repeat it with several tilings.
+    """Contract with fewer shapes and scales, for subclasses that repeat it with several tilings of the CPU.
 
     Of three shapes, one fits into a tile of rows and two are divided; scores of the smaller scale need no shift.
     """

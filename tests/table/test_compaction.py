@@ -18,6 +18,8 @@ from softdb import ForeignWriteError, GrowthError, IndexConfig, SoftKVStore
 from softdb.optim import RowAdagrad, RowAdam
 from softdb.table.gradients import select_gradient
 
+pytestmark = pytest.mark.each_device
+
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -20,6 +20,8 @@ from softdb import (
     SoftKVStore,
 )
 
+pytestmark = pytest.mark.each_device
+
 
 def tensors(rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)

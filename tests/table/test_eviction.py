@@ -21,6 +21,8 @@ from softdb.index.policy import IndexPolicy
 from softdb.scoring.normalizers import NORMALIZERS, is_random, reports_rows
 from softdb.table.eviction import EvictionClock, QueueSampling
 
+pytestmark = pytest.mark.each_device
+
 EVICTIONS = ["lru", "oldest"]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 import softdb
 from softdb import ArgumentError, DtypeError, FieldError, ShapeError, SoftKVStore, UnknownIdError
 
+pytestmark = pytest.mark.each_device
+
 
 def store_of(rows: int = 5, **options: Any) -> SoftKVStore:
     """Make a store whose row i has keys (i, -i), the value 10 + i and the field 100 + i; row 2 is deleted."""

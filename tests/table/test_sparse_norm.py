@@ -8,6 +8,8 @@ import torch
 from softdb import SoftKVStore
 from softdb.optim import clip_row_grad_norm_
 
+pytestmark = pytest.mark.each_device
+
 
 def make_store() -> SoftKVStore:
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from torch import Tensor
 import softdb
 from softdb import ArgumentError, FieldError, SoftKVStore, StaleReadError, UnknownIdError
 
+pytestmark = pytest.mark.each_device
+
 
 def store_of(rows: int = 6, **options: Any) -> SoftKVStore:
     """Make a store with random rows whose field ``time`` is ten times the id."""

@@ -36,8 +36,9 @@ from softdb.kernels.hidden import zero_hidden_keys
 from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumerate_queries
 from softdb.kernels.tiling import Tiling
 from softdb.processes import note_openmp
+from softdb.reading.attention import check_causal_size, is_causal_mask, make_causal_mask, read_by_attention
 from softdb.reading.batches import BatchFold
-from softdb.reading.bias import check_mask_type, split_mask
+from softdb.reading.bias import check_mask, check_mask_type, split_mask
 from softdb.reading.classes import class_weights
 from softdb.reading.exact import read_exactly
 from softdb.reading.result import (
@@ -106,6 +107,12 @@ def soft_read(
     floating-point input. Second derivatives raise `SecondDerivativeError`. A sparse normalizer gathers the rows with
     weight above 0, separately for each query.
 
+    On CUDA, softmax reads of several tables or with a mask run the kernels of
+    `torch.nn.functional.scaled_dot_product_attention`, if they can compute them: metric "dot" or "scaled_dot", no
+    ``k``, widths of at most 256, no float64, no gradient of the mask, no deterministic mode. They check no number, so
+    as not to wait for the device: NaN in a query gives NaN for that query, and NaN in a visible row for its table.
+    Causal masks are fastest as `torch.nn.attention.bias.causal_upper_left`.
+
     `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` work and can be nested; under vmap, one read answers all
     samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
 
@@ -123,7 +130,7 @@ def soft_read(
         mask: Broadcastable to (*batch, B, N). Bool: True where a query may see a row. Floating point: numbers that are
             added to the scores after the division by the temperature, -inf where a query may not see a row; it gets a
             gradient, and is not supported with sparse normalizers. A row that no query may see has no effect, even if
-            it holds NaN or infinity.
+            it holds NaN or infinity. A `torch.nn.attention.bias.CausalBias` of B queries and N rows is accepted, too.
         k: Number of best rows to report in ``ids``, ``weights``, ``scores`` and ``mass``.
         normalizer: Function from scores to weights; see `softdb.scoring.normalizers`:
 
@@ -173,8 +180,17 @@ def soft_read(
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
+    is_causal = is_causal_mask(mask)
+    if is_causal:
+        check_causal_size(mask, query, keys)
+    elif mask is not None:
+        check_mask(mask, normalizer, (*batch, query.shape[-2], keys.shape[-2]), query.device)
+    if query.is_cuda and k is None and normalizer == "softmax":
+        attended = read_by_attention(query, keys, values, batch, metric=metric, temperature=temperature, mask=mask)
+        if attended is not None:
+            return cast_values(attended, query)
     dtype = compute_dtype(query, keys, values)
-    numbers, visible = split_mask(mask, normalizer, (*batch, query.shape[-2], keys.shape[-2]), query.device, dtype)
+    numbers, visible = split_mask(make_causal_mask(mask, query.device) if is_causal else mask, dtype)
     tiling = Tiling.for_device(query.device)
     narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
     with disable_autocast(query.device):
@@ -321,7 +337,10 @@ def _soft_read_under_transform(
     """Run `soft_read` on tensors that a transform of torch.func wraps."""
     check_normalizer(options["normalizer"], options["generator"])
     _check_tables(query, keys, values)
-    if mask is not None:
+    if is_causal_mask(mask):
+        check_causal_size(mask, query, keys)
+        mask = make_causal_mask(mask, query.device)
+    elif mask is not None:
         check_mask_type(mask, options["normalizer"])
     divisor = temperature if isinstance(temperature, Tensor) else None
 

@@ -14,7 +14,7 @@ from softdb.kernels.bias import ScoreBias, separate_hidden_rows
 from softdb.scoring.normalizers import is_sparse
 from softdb.table.storage import RowStorage
 
-__all__ = ["check_mask_type", "prepare_bias", "split_mask"]
+__all__ = ["check_mask", "check_mask_type", "prepare_bias", "split_mask"]
 
 
 def prepare_bias(
@@ -69,30 +69,34 @@ def check_mask_type(mask: Tensor, normalizer: str) -> None:
         )
 
 
-def split_mask(
-    mask: Tensor | None, normalizer: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check the mask of a pure read, and split it into a bias and a bool mask.
+def check_mask(mask: Tensor, normalizer: str, shape: Sequence[int], device: torch.device) -> None:
+    """Raise unless ``mask`` is a mask of a pure read, except for its numbers.
 
     Args:
         mask: As for `softdb.functional.soft_read`.
         normalizer: Name of the normalizer.
         shape: Shape that the mask must be broadcastable to.
         device: Device that the mask must be on.
-        dtype: Dtype of the read.
-
-    Returns:
-        Finite numbers in ``dtype`` to add to the scores, or None; and a bool mask of the rows that may be seen, or
-        None.
     """
-    if mask is None:
-        return None, None
     check_mask_type(mask, normalizer)
     if mask.dtype != torch.bool:
         check_float_tensor("mask", mask, (-1,))
     check_device("mask", mask, device)
     if not is_broadcastable(mask.shape, shape):
         raise ShapeError(f"mask: expected a shape broadcastable to {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.dtype == torch.bool:
+
+
+def split_mask(mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Split the mask of a pure read into a bias and a bool mask.
+
+    Args:
+        mask: A mask that `check_mask` has accepted, or None.
+        dtype: Dtype of the read.
+
+    Returns:
+        Finite numbers in ``dtype`` to add to the scores, or None; and a bool mask of the rows that may be seen, or
+        None.
+    """
+    if mask is None or mask.dtype == torch.bool:
         return None, mask
     return separate_hidden_rows("mask", mask, dtype)

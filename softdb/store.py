@@ -363,6 +363,9 @@ class SoftKVStore(StoreModule):
         The cost is linear in m, the number of new rows. When the storage of a store without ``capacity`` is full, its
         size at least doubles, which copies all rows. Call `reserve` to avoid this.
 
+        A store on a GPU takes rows on the CPU, too, and copies them; from pinned memory (``pin_memory()``) the copy is
+        faster. The memory may be overwritten when the call returns.
+
         Args:
             keys: (m, key_dim), floating point.
             values: (m, value_dim), floating point. For a store with ``value_dim=0``, pass ``keys[:, :0]``.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
-from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.interop.graphs import EAGER_OPTIONS, EAGER_TAGS, count_read_in_graph, refuse_second_derivative
 from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import blend_at_backward, dot_at, weighted_sum
 from softdb.processes import note_openmp
@@ -19,7 +19,7 @@ from softdb.transforms import has_batched, is_active, is_forward_mode, move_samp
 __all__ = ["blend"]
 
 
-@torch.library.custom_op("softdb::blend", mutates_args=())
+@torch.library.custom_op("softdb::blend", mutates_args=(), **EAGER_OPTIONS)
 def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
     note_openmp()
     _check_weights(weights)
@@ -42,7 +42,7 @@ def _(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Tensor:
 torch.library.define(
     "softdb::blend_backward",
     "(Tensor gradient, Tensor weights, Tensor values, Tensor numbers, bool[] wanted, bool sparse) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=(torch.Tag.pt2_compliant_tag, *EAGER_TAGS),
 )
 
 

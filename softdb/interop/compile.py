@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from softdb.errors import ArgumentError, StaleReadError, TransformError
-from softdb.interop.graphs import count_read_in_graph, refuse_second_derivative
+from softdb.interop.graphs import EAGER_OPTIONS, EAGER_TAGS, count_read_in_graph, refuse_second_derivative
 from softdb.reading.counting import defer_counting, record_read
 from softdb.reading.result import Read, answer_dtype
 from softdb.scoring.metrics import compute_dtype
@@ -197,6 +197,7 @@ def _read_eagerly(store: Store, query: Tensor, **options: Any) -> Read:
     schema="(Tensor query, Tensor keys, Tensor values, Tensor? temperature, Tensor? bias, Tensor? where, "
     "Tensor? exclude, Tensor handle, str mode, SymInt? k, Tensor? number, str normalizer, ScalarType answer, "
     "bool[] wanted, bool sparse, bool counting=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    **EAGER_OPTIONS,
 )
 def _read(
     query: Tensor,  # (..., key_dim)
@@ -297,7 +298,9 @@ def _(
     )
 
 
-@torch.library.custom_op("softdb::count", mutates_args=("handle",), schema="(Tensor(a!) handle, Tensor ticket) -> ()")
+@torch.library.custom_op(
+    "softdb::count", mutates_args=("handle",), schema="(Tensor(a!) handle, Tensor ticket) -> ()", **EAGER_OPTIONS
+)
 def _count(handle: Tensor, ticket: Tensor) -> None:
     """Count the read of a ticket.
 
@@ -321,7 +324,7 @@ torch.library.define(
     "Tensor? temperature, Tensor? bias, SymInt[] query_shape, ScalarType query_dtype, SymInt[] keys_shape, "
     "ScalarType keys_dtype, SymInt[] values_shape, ScalarType values_dtype, Device device, bool[] wanted, bool sparse) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=(torch.Tag.pt2_compliant_tag, *EAGER_TAGS),
 )
 
 

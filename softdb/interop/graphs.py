@@ -11,7 +11,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import SecondDerivativeError
 
-__all__ = ["count_read_in_graph", "refuse_second_derivative"]
+__all__ = ["EAGER_OPTIONS", "EAGER_TAGS", "count_read_in_graph", "refuse_second_derivative"]
+
+# Tags of operators whose Python code must run at every call. A CUDA graph (``mode="reduce-overhead"``) would replay the
+# kernels of one call only. Torch has the tag from 2.9 on.
+EAGER_TAGS: tuple[torch.Tag, ...] = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+# Options with these tags for `torch.library.custom_op`, which takes tags from torch 2.8 on.
+EAGER_OPTIONS: dict[str, Any] = {"tags": EAGER_TAGS} if EAGER_TAGS else {}
 
 # Number of reads of each table in the graph that is being traced. The keys are the fake tensors of the tables.
 _reads_in_graph: WeakIdKeyDictionary = WeakIdKeyDictionary()

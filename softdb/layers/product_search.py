@@ -81,6 +81,10 @@ def _list_candidate_ranks(k: int, limit: int, device: torch.device) -> tuple[Ten
     Ranks are counted from 0 and are below ``limit``. A pair of ranks (i, j) is left out if (i + 1)(j + 1) > k: then at
     least k other pairs, those with lower or equal ranks, have a sum that is at least as large.
     """
-    pairs = [(i, j) for i in range(limit) for j in range(min(limit, k // (i + 1)))]
-    first, second = torch.tensor(pairs, device=device).unbind(-1)
-    return first, second
+    # The pairs are computed on the device: a copy of a list from the CPU would wait for it.
+    sizes = [min(limit, k // (i + 1)) for i in range(limit)]
+    counts = (k // torch.arange(1, limit + 1, device=device)).clamp(max=limit)
+    ends = counts.cumsum(0)
+    number = torch.arange(sum(sizes), device=device)
+    first = torch.searchsorted(ends, number, right=True)
+    return first, number - (ends - counts).index_select(0, first)

@@ -215,11 +215,16 @@ class Writer:
         return stored_keys, stored_values
 
     def _check_table(self, name: str, given: Tensor) -> Tensor:
-        """Check keys or values and convert them to the dtype of the store."""
+        """Check keys or values and convert them to the dtype and device of the store.
+
+        Rows on the CPU are copied to the device of any store. The copy of pinned memory does not wait for the device,
+        but the check of the numbers does, so the caller may overwrite the memory after the write.
+        """
         tensors = self._table.tensors()
         table = tensors[name]
-        check_rows(name, given, table.shape[-1], table.device)
-        stored = given.detach().to(table.dtype)
+        is_copied = isinstance(given, Tensor) and given.device.type == "cpu" and table.device.type != "meta"
+        check_rows(name, given, table.shape[-1], None if is_copied else table.device)
+        stored = given.detach().to(table.device, non_blocking=True).to(table.dtype)
         check_finite(name, stored)
         own = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
         return stored.clone() if stored.untyped_storage().data_ptr() in own else stored

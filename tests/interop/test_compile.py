@@ -399,6 +399,13 @@ def test_opcheck(mode: str, wanted: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has the tag from 2.9 on")
+@pytest.mark.parametrize("name", ["read", "read_backward", "count", "blend", "blend_backward"])
+def test_cuda_graphs_of_the_compiler_leave_the_operators_out(name: str) -> None:
+    tags = getattr(torch.ops.softdb, name).default.tags
+    assert {torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag} <= set(tags)
+
+
 def test_importing_softdb_does_not_import_the_compiler() -> None:
     program = "import sys, softdb; sys.exit('torch._dynamo' in sys.modules)"
     check_exit(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False))

@@ -8,6 +8,8 @@ and raises the error, at the next call that waits for the device anyway.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from softdb.errors import ArgumentError, NonFiniteError
 
-__all__ = ["DEFERRED_DEVICES", "PendingChecks", "is_deferred"]
+__all__ = ["DEFERRED_DEVICES", "PendingChecks", "defer_checks", "is_deferred"]
 
 # Types of devices on which checks are deferred.
 DEFERRED_DEVICES = {"cuda"}
@@ -41,6 +43,17 @@ KINDS = tuple(MESSAGES)
 def is_deferred(tensor: Tensor) -> bool:
     """Return whether checks of a tensor are deferred, since it is on a GPU."""
     return tensor.device.type in DEFERRED_DEVICES
+
+
+@contextmanager
+def defer_checks(device_type: str) -> Iterator[None]:
+    """Defer the checks of another type of device, too, for tests of what runs on a GPU."""
+    added = {device_type} - DEFERRED_DEVICES
+    DEFERRED_DEVICES.update(added)
+    try:
+        yield
+    finally:
+        DEFERRED_DEVICES.difference_update(added)
 
 
 class PendingChecks:

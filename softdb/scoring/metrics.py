@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softdb.errors import DeviceError
+from softdb.pending_checks import is_deferred
 
 __all__ = [
     "METRICS",
@@ -112,8 +113,10 @@ def compute_center(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> 
     """Compute the center of the l2 expansion; None for other metrics."""
     if metric != "l2" or query.numel() == 0:
         return None
-    target_dtype = operand_dtype(metric, torch.float64, query.device)
-    return query.detach().reshape(-1, query.shape[-1]).mean(dim=0, dtype=target_dtype)
+    target_dtype, queries = operand_dtype(metric, torch.float64, query.device), query.detach()
+    if is_deferred(query):  # The query may hold NaN, which must not reach the scores of other queries.
+        queries = queries.masked_fill(~queries.isfinite(), 0.0)
+    return queries.reshape(-1, query.shape[-1]).mean(dim=0, dtype=target_dtype)
 
 
 def prepare_query(

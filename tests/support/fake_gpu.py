@@ -12,6 +12,7 @@ processes of its own: `run_cases` runs each case of a program, and prints what i
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -29,7 +30,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softdb
-from softdb import pending_checks
+from softdb.pending_checks import defer_checks
 from support.programs import check_exit
 
 DEVICE = "fakegpu"
@@ -122,21 +123,28 @@ def move_to_fake_gpu(store: softdb.SoftKVStore) -> softdb.SoftKVStore:
 def run_cases(cases: Mapping[str, Callable[[], None]], names: list[str]) -> None:
     """Register the device, run the cases, and print the error of each as JSON, or None."""
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
-    pending_checks.DEFERRED_DEVICES.add(DEVICE)
     errors: dict[str, str | None] = {}
     for name in names or cases:
         try:
-            cases[name]()
+            with defer_checks(DEVICE):
+                cases[name]()
             errors[name] = None
         except Exception:  # whatever the wait of the host raises
             errors[name] = traceback.format_exc()
-    print(json.dumps(errors))
+    print(json.dumps(errors), flush=True)
+    os._exit(0)  # without waiting for the autograd thread of the device, which torch cannot end
 
 
 def run_program(program: Path, *names: str) -> dict[str, str | None]:
     """Run a program that calls `run_cases` in its own process; return the error of each case, or None."""
+    folders = Path(softdb.__file__).parents[1], Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, str(program), *names], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(program), *names],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
     )
     check_exit(done)
     errors: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])

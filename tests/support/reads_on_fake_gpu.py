@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 
 from softdb import SoftKVStore
+from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 
 ROWS, QUERIES, WIDTH = 3_000, 64, 16
 METRICS = ("scaled_dot", "l2")  # a product of query and key, and one of transformed operands

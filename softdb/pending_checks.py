@@ -47,7 +47,7 @@ def is_deferred(tensor: Tensor) -> bool:
 
 @contextmanager
 def defer_checks(device_type: str) -> Iterator[None]:
-    """Defer the checks of another type of device, too, for tests of what runs on a GPU."""
+    """Treat another type of device like a GPU within the block, in tests."""
     added = {device_type} - DEFERRED_DEVICES
     DEFERRED_DEVICES.update(added)
     try:
@@ -76,7 +76,9 @@ class PendingChecks:
         return PendingChecks, ()  # The reads and steps of a store are not those of its copy.
 
     def flag(self, kind: str, device: torch.device) -> Tensor:
-        """Return the largest number of a kind of check, () float64, to be updated in place.
+        """Return the largest number of a kind of check, () float64.
+
+        A kernel may update it in place.
 
         Args:
             kind: One of `KINDS`.

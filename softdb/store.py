@@ -86,11 +86,12 @@ class SoftKVStore(StoreModule):
             temperature, pass a tensor to `read`.
         trainable: Whether ``keys`` and ``values`` are Parameters. If False, they are buffers. The query and a
             temperature tensor get gradients in both cases.
-        sparse_grad: Whether topk and hard reads give ``keys`` and ``values`` row-sparse gradients: coalesced COO
-            tensors that hold only the rows read, as those of ``nn.Embedding(sparse=True)``. If False, gradients are
-            dense, and every optimizer accepts them. Use True for large tables, with an optimizer that accepts sparse
-            gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`, `torch.optim.SparseAdam`,
-            `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense gradients.
+        sparse_grad: Whether topk and hard reads give ``keys`` and ``values`` row-sparse gradients: COO tensors that
+            hold only the rows read, as those of ``nn.Embedding(sparse=True)``. They are coalesced except on a GPU. If
+            False, gradients are dense, and every optimizer accepts them. Use True for large tables, with an optimizer
+            that accepts sparse gradients: `softdb.optim.RowAdam`, `softdb.optim.RowAdagrad`,
+            `torch.optim.SparseAdam`, `torch.optim.Adagrad` or `torch.optim.SGD`. Exact reads always give dense
+            gradients.
         fields: Names of the int64 fields of every row. The filter ``where`` of `read` can use them, and `fields_at`
             returns the field of the rows that a read reports.
         index: How topk reads find candidates: "auto", "Flat", a FAISS factory string, or an `IndexConfig`, whose
@@ -812,7 +813,7 @@ class SoftKVStore(StoreModule):
             DtypeError: An argument has the wrong type.
             DeviceError: A tensor is not on the device of the store.
             NonFiniteError: A query contains NaN or infinity, or a bias contains NaN, +inf or, in a read without float64
-                tensors, a number that overflows in float32.
+                tensors, a number that overflows in float32. On a GPU, `check` raises it later.
             UnknownIdError: ``where`` has an id that is not in the store.
             StaleReadError: In backward, if a row that the read used has been changed, deleted or evicted since the
                 read. Appending rows is allowed. If keys and values have no gradient, the store keeps the rows that it
@@ -894,7 +895,7 @@ class SoftKVStore(StoreModule):
         return compare_reads(exact, found, k)
 
     def check(self) -> None:
-        """Raise the error of a read or an optimizer step on a GPU that has not been raised yet.
+        """Raise the pending error of reads and optimizer steps on a GPU.
 
         On the CPU, a read raises its errors itself, and this method does nothing. On a GPU, the host would have to wait
         for the result of each check. There, a query with NaN or infinity gives NaN for that query only, a step of

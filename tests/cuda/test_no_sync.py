@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import reads_on_fake_gpu
 from support.fake_gpu import is_supported, run_program
 from support.reads_on_fake_gpu import CASES, QUERIES, READS, ROWS, STORES, WAITS, WIDTH
 
@@ -19,7 +17,7 @@ needs_fake_gpu = pytest.mark.skipif(not is_supported(), reason="torch cannot reg
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str | None]:
     """Error of each case, all of them run in one process; None where there was none."""
-    return run_program(Path(reads_on_fake_gpu.__file__))
+    return run_program("support.reads_on_fake_gpu")
 
 
 @needs_fake_gpu

@@ -135,11 +135,11 @@ def run_cases(cases: Mapping[str, Callable[[], None]], names: list[str]) -> None
     os._exit(0)  # without waiting for the autograd thread of the device, which torch cannot end
 
 
-def run_program(program: Path, *names: str) -> dict[str, str | None]:
-    """Run a program that calls `run_cases` in its own process; return the error of each case, or None."""
+def run_program(module: str, *names: str) -> dict[str, str | None]:
+    """Run a module that calls `run_cases` in its own process; return the error of each case, or None."""
     folders = Path(softdb.__file__).parents[1], Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, str(program), *names],
+        [sys.executable, "-m", module, *names],
         capture_output=True,
         text=True,
         timeout=300,

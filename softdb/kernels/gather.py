@@ -79,7 +79,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _make_uncoalesced(grad: Tensor, index: GatherIndex, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """Create the row-sparse gradient of gathered rows, with an entry for each position.
+    """Create the row-sparse gradient of gathered rows, an entry for each position.
 
     The host does not wait for the number of distinct rows.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softdb.pending_checks import is_deferred
+
 __all__ = ["TUNING_QUERIES", "RecentQueries"]
 
 # Number of recent queries that are kept, and of queries on which a search width is tuned.
@@ -57,6 +59,8 @@ class RecentQueries:
         while self.neighbors < min(k, MAX_NEIGHBORS):
             self.neighbors *= 2
         latest = query[:: max(1, len(query) // TUNING_QUERIES)][:TUNING_QUERIES]
+        if is_deferred(latest):  # A read on a GPU does not raise for queries with NaN.
+            latest = latest[latest.isfinite().all(-1)]
         if self.latest is not None and len(latest) < TUNING_QUERIES and self.latest.dtype == latest.dtype:
             latest = torch.cat([self.latest[len(latest) - TUNING_QUERIES :], latest])
         self.latest = latest.clone()

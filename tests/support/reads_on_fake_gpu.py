@@ -40,6 +40,7 @@ STORES: dict[str, dict[str, Any]] = {
     "buffers": {},
     "parameters": {"trainable": True},
     "row-sparse": {"trainable": True, "sparse_grad": True},
+    "bfloat16": {"trainable": True, "dtype": torch.bfloat16},
     "usage and eviction": {"track_usage": True, "capacity": ROWS, "evict": "lru"},
 }
 
@@ -59,6 +60,7 @@ def read(options: dict[str, Any], store_options: dict[str, Any], metric: str) ->
         if "temperature" in options:
             options["temperature"] = torch.ones(queries, device=DEVICE, requires_grad=True)
         for enabled in (True, False, True):
+            store.rows.mark_updated(torch.arange(min(rows, 3), device=DEVICE))  # as a step of an optimizer does
             with torch.set_grad_enabled(enabled):
                 answer = store.read(query, **options)
                 assert is_fake(answer.values)

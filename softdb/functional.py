@@ -55,7 +55,7 @@ from softdb.reading.result import (
 from softdb.reading.tables import Tables
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import GumbelNoise, draw_noise
-from softdb.scoring.metrics import METRICS, Metric, compute_center, compute_dtype, prepare_query
+from softdb.scoring.metrics import METRICS, Metric, compute_center, compute_dtype, find_exact_divisor, prepare_query
 from softdb.scoring.normalizers import (
     SPARSE_NORMALIZERS,
     check_normalizer,
@@ -192,7 +192,8 @@ def soft_read(
     dtype = compute_dtype(query, keys, values)
     numbers, visible = split_mask(make_causal_mask(mask, query.device) if is_causal else mask, dtype)
     tiling = Tiling.for_device(query.device)
-    narrow = tiling.can_use_bf16_matmul(values, answer_dtype(query))
+    output_dtype = answer_dtype(query)
+    narrow = tiling.can_use_bf16_matmul(values, output_dtype)
     with disable_autocast(query.device):
         center = compute_center(query, metric)
         operand = prepare_query(query, metric, temperature, center, dtype)
@@ -202,7 +203,18 @@ def soft_read(
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         bias = None if numbers is None else ScoreBias(fold.fold_mask(numbers))
         noise = draw_noise(normalizer, generator)
-        spec = ReadSpec(metric, center, selection, dtype, bf16_matmul=narrow, noise=noise, bias=bias, tiling=tiling)
+        spec = ReadSpec(
+            metric,
+            center,
+            selection,
+            dtype,
+            bf16_matmul=narrow,
+            noise=noise,
+            bias=bias,
+            tiling=tiling,
+            output_dtype=output_dtype,
+            query_divisor=find_exact_divisor(query, keys, metric, temperature),
+        )
         tables = Tables(fold.fold_table(keys), fold.fold_table(values), fold.groups)
         queries_per_group = fold.shared_size * query.shape[-2]
         try:

@@ -5,7 +5,7 @@ No other module makes this choice. The kernels in Triton are imported when the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -80,7 +80,9 @@ TORCH_BLOCKS = Backend(exact.exact_read, topk.exact_top_k, gather.score_at, gath
 @lru_cache(maxsize=1)
 def _import_cuda() -> Backend:
     """Import the kernels in Triton."""
-    return TORCH_BLOCKS
+    from softdb.kernels.cuda import exact as cuda_exact
+
+    return replace(TORCH_BLOCKS, exact_read=cuda_exact.exact_read)
 
 
 def backend_for(tensor: Tensor) -> Backend:

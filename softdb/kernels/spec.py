@@ -47,6 +47,9 @@ class ReadSpec:
         tiling: The tile sizes and thresholds.
         at_read: The rows of a store at this read; None if backward uses the tables as they are.
         pending_checks: Checks of the store to which the checks of a read on a GPU are added, or None.
+        output_dtype: The dtype to which the caller converts the output.
+        query_divisor: The number by which preparation divided the query, if the query has the dtype of the keys and
+            that has 16 bits; None otherwise. See `softdb.scoring.metrics.find_exact_divisor`.
     """
 
     metric: str
@@ -60,6 +63,8 @@ class ReadSpec:
     tiling: Tiling = field(default_factory=lambda: Tiling.for_device(torch.device("cpu")))
     at_read: RowsAtRead | None = None
     pending_checks: PendingChecks | None = None
+    output_dtype: torch.dtype = torch.float32
+    query_divisor: float | None = None
 
     def compute_at_read(self, function: Callable[[ReadSpec, RowCopies | None], T], keys: Tensor, values: Tensor) -> T:
         """Call ``function`` on the rows as they were at the read.

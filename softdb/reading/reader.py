@@ -45,7 +45,7 @@ from softdb.reading.tables import Tables
 from softdb.reading.tail import TailCosts, add_tail, choose_sample_size, estimate_exact_cost, is_worth_trying
 from softdb.reading.topk import read_candidates
 from softdb.scoring.gumbel import draw_noise
-from softdb.scoring.metrics import Metric, compute_center, compute_dtype, prepare_query
+from softdb.scoring.metrics import Metric, compute_center, compute_dtype, find_exact_divisor, prepare_query
 from softdb.scoring.normalizers import get_eval_normalizer, is_random, is_sparse
 from softdb.table.access import Access
 from softdb.table.gradients import with_sparse_gradient
@@ -235,7 +235,8 @@ class Reader:
         elif mode != "exact" or not selection.is_never_empty or is_random(options.normalizer):
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         tiling = Tiling.for_device(query.device)
-        narrow = tiling.can_use_bf16_matmul(view.values, answer_dtype(query))
+        output_dtype = answer_dtype(query)
+        narrow = tiling.can_use_bf16_matmul(view.values, output_dtype)
         with disable_autocast(query.device):
             center = compute_center(query, view.metric)
             operand = prepare_query(query, view.metric, temperature, center, dtype)
@@ -248,6 +249,7 @@ class Reader:
                 largest = functools.partial(self.largest_key_norm, rows, view.keys)
             keeps = view.at_read is not None and view.at_read.keeps
             at_read = view.at_read if keeps else None
+            divisor = find_exact_divisor(query, view.keys, view.metric, temperature)
             spec = ReadSpec(
                 view.metric,
                 center,
@@ -260,6 +262,8 @@ class Reader:
                 tiling,
                 at_read,
                 rows.pending_checks,
+                output_dtype,
+                divisor,
             )
             tables = Tables(view.keys, view.values, sparse=view.sparse)
             if mode == "exact":

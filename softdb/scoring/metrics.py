@@ -41,6 +41,7 @@ __all__ = [
     "Precision",
     "compute_center",
     "compute_dtype",
+    "find_exact_divisor",
     "operand_dtype",
     "prepare_keys",
     "prepare_keys_backward",
@@ -117,6 +118,23 @@ def compute_center(query: Tensor, metric: str) -> Tensor | None:  # (..., d) -> 
     if is_deferred(query):  # The query may hold NaN, which must not reach the scores of other queries.
         queries = queries.masked_fill(~queries.isfinite(), 0.0)
     return queries.reshape(-1, query.shape[-1]).mean(dim=0, dtype=target_dtype)
+
+
+def find_exact_divisor(
+    query: Tensor, keys: Tensor, metric: str, temperature: float | Tensor
+) -> float | None:  # (..., d), (N, d)
+    """Return the number by which `prepare_query` divides a query of 16 bits.
+
+    The prepared query times this number is exact in the dtype of the query, in which a GPU multiplies it fastest.
+
+    Returns:
+        The number; None if the query and the keys do not share a dtype of 16 bits, or if it is not one number.
+    """
+    if query.dtype != keys.dtype or query.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if metric not in ("dot", "scaled_dot") or isinstance(temperature, Tensor):
+        return None
+    return temperature * (math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0)
 
 
 def prepare_query(

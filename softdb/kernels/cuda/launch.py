@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "count_splits",
     "is_available",
     "is_interpreted",
+    "on_device",
     "pad_width",
     "with_unit_stride",
 ]
@@ -85,3 +88,8 @@ def count_splits(blocks: int, programs: int, multiprocessors: int, *, per_multip
 def with_unit_stride(tensor: Tensor) -> Tensor:
     """Return ``tensor``, copied if the elements of its rows are not adjacent."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches kernels on the device of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,125 @@
+"""Tiles of rows and scores, shared by the kernels in Triton.
+
+The functions are compiled into the kernels that call them. Names in capitals are compile-time constants. A tile has
+rows of a table or queries in its first dimension; columns from the width on are zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "COSINE",
+    "DOT",
+    "L2",
+    "find_visible",
+    "hide",
+    "inverse_norm",
+    "load_tile",
+    "multiply",
+    "score_products",
+    "square_distances",
+]
+
+# Kinds of metrics.
+DOT = tl.constexpr(0)
+COSINE = tl.constexpr(1)
+L2 = tl.constexpr(2)
+
+# A vector of smaller norm is divided by this number instead, as by torch.nn.functional.normalize.
+MIN_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def find_visible(mask, place, inside, HAS_MASK: tl.constexpr):  # (C,), (C,) bool -> (C,) bool
+    """Return which rows are inside of the table and visible."""
+    visible = inside
+    if HAS_MASK:
+        visible = visible & (tl.load(mask + place, mask=inside, other=0) != 0)
+    return visible
+
+
+@triton.jit
+def load_tile(  # -> (C, BLOCK)
+    table, places, stride, visible, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Load rows of a table at int64 ``places``; zeros where they are not visible.
+
+    A hidden row may hold NaN, so it is never loaded.
+    """
+    columns = tl.arange(0, BLOCK)
+    wanted = visible[:, None]
+    if WIDTH < BLOCK:
+        wanted = wanted & (columns < WIDTH)[None, :]
+    tile = tl.load(table + places[:, None] * stride + columns[None, :], mask=wanted, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def inverse_norm(keys):  # (C, d) -> (C,)
+    """Compute 1 / ‖key‖ in float32."""
+    wide = keys.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), MIN_NORM)
+
+
+@triton.jit
+def multiply(left, right, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # (m, w), (w, n) -> (m, n)
+    """Compute ``left @ right`` with float32 sums.
+
+    With ``SPLIT``, ``left`` is float32 and ``right`` is not: the product takes ``left`` as a sum of two numbers in the
+    dtype of ``right``, which have twice the digits of one.
+    """
+    if SPLIT:
+        high = left.to(right.dtype)
+        low = (left - high.to(tl.float32)).to(right.dtype)
+        product = tl.dot(high, right, tl.dot(low, right))
+    else:
+        product = tl.dot(left, right, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def square_distances(  # -> (b, C)
+    query,
+    place,
+    valid,
+    keys,
+    row_place,
+    stride,
+    visible,
+    center,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Compute squared distances of centered queries and keys, column by column.
+
+    Differences keep the digits that an expansion into products would lose.
+    """
+    total = tl.zeros((QUERIES, ROWS), tl.float32)
+    for column in range(WIDTH):
+        left = tl.load(query + place * WIDTH + column, mask=valid, other=0.0)
+        right = tl.load(keys + row_place * stride + column, mask=visible, other=0.0).to(tl.float32)
+        difference = left[:, None] - (right - tl.load(center + column))[None, :]
+        total += difference * difference
+    return total
+
+
+@triton.jit
+def score_products(
+    operand, key, scale, METRIC: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):  # (b, d), (C, d) -> (b, C)
+    """Score keys by dot product or cosine, in units of log 2."""
+    products = multiply(operand, tl.trans(key), SPLIT, PRECISION)
+    if METRIC == COSINE:
+        products = products * inverse_norm(key)[None, :]
+    return products * scale
+
+
+@triton.jit
+def hide(scores, visible):  # (b, C), (C,) -> (b, C)
+    """Set the scores of hidden rows to -inf."""
+    return scores + tl.where(visible, 0.0, float("-inf"))[None, :]

@@ -21,7 +21,7 @@ from softdb.kernels.blocks.backward import forbid_double_backward
 from softdb.kernels.cuda import operators
 from softdb.kernels.cuda.backward import Needs
 from softdb.kernels.cuda.launch import MAX_WIDTH
-from softdb.kernels.spec import BestRows, ReadSpec, disable_autocast
+from softdb.kernels.spec import BestRows, ReadSpec, check_scores, disable_autocast
 from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
 
@@ -66,7 +66,7 @@ class _ExactRead(torch.autograd.Function):
                     tables = [
                         copies.restore_rows(n, t, everything) for n, t in zip(("keys", "values"), tables, strict=True)
                     ]
-                delta = torch.zeros_like(blend[:, 0]) if grad_lse is None else -grad_lse
+                delta = torch.zeros_like(softmax[0]) if grad_lse is None else -grad_lse
                 upstream = grad_blend
                 if grad_blend is not None:
                     delta = delta + (grad_blend * blend).sum(-1)
@@ -113,10 +113,11 @@ def exact_read(
         query, rate = recover_l2_query(query)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, keys, values)):
         blend, lse = _ExactRead.apply(query, keys, values, rate, spec, groups)
-        return blend, lse, None
-    operand, options = _collect_operands(query, keys, rate, spec, groups)
-    result = operators.read(operand, keys, values, _can_round(spec, values), *options)
-    return result.values, result.lse, None
+    else:
+        operand, options = _collect_operands(query, keys, rate, spec, groups)
+        blend, lse = operators.read(operand, keys, values, _can_round(spec, values), *options)[:2]
+    check_scores(lse, spec.pending_checks, empty=True)
+    return blend, lse, None
 
 
 def is_supported(query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int = 1, k: int = 0) -> bool:
@@ -144,8 +145,9 @@ def recover_l2_query(query: Tensor) -> tuple[Tensor, Tensor]:  # (M, d + 2) -> (
     Preparation of a query q gives [2 (q − c), −1, −‖q − c‖²] / T. The results are float32,
     and differentiable.
     """
-    rate = -query[:, -2]
-    return (query[:, :-2] / (2 * rate).unsqueeze(-1)).float(), rate.float()
+    width = query.shape[-1] - 2
+    rate = -query.select(-1, width)
+    return (query.narrow(-1, 0, width) / (2 * rate).unsqueeze(-1)).float(), rate.float()
 
 
 def _collect_operands(

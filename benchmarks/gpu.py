@@ -13,15 +13,13 @@ import argparse
 import gc
 import importlib.metadata
 import itertools
-import json
 import math
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,17 @@ from typing import Any
 
 import torch
 from device_timing import DeviceTimer
-from harness import RESULTS, align_table, describe_machine, format_seconds
+from gpu_report import (
+    NAN,
+    Report,
+    Result,
+    Seconds,
+    continue_in_new_process,
+    format_results,
+    judge,
+    limit_time,
+)
+from harness import RESULTS, describe_machine
 from sdpa import list_kernels, list_part_kernels, read_in_parts, run_sdpa
 from torch import Tensor, nn
 
@@ -38,11 +46,9 @@ from softdb.functional import soft_read
 from softdb.layers import MemoryLayer
 from softdb.optim import RowAdam
 
-NAN = float("nan")
 MIB = 2**20
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FLOAT32: "float32"}
-Seconds = dict[str, float]  # by contestant
 
 
 @dataclass
@@ -92,46 +98,7 @@ class Setting:
         return operations / self.product_rates.get(dtype, NAN)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Result of a measurement.
-
-    Attributes:
-        row: Row of the table of bounds, or name of another table.
-        work: The task and its sizes.
-        quantity: What was measured, with its unit if it has one.
-        bound: The bound, such as "≤ 1.5"; empty if there is none.
-        value: The measured value.
-        outcome: "held", "missed", "measured" (without bound) or "error".
-        seconds: Seconds of each contestant.
-        message: Error, with its place.
-    """
-
-    row: str
-    work: str
-    quantity: str = ""
-    bound: str = ""
-    value: float = NAN
-    outcome: str = "measured"
-    seconds: Seconds = field(default_factory=dict)
-    message: str = ""
-
-
 Case = tuple[str, str, Callable[[Setting], Iterable[Result]]]  # row, work, function
-
-
-def judge(row: str, work: str, quantity: str, value: float, bound: str = "", seconds: Seconds | None = None) -> Result:
-    """Compare a value with its bound, "≤ x" or "≥ x"; NaN is an error."""
-    failed = ", ".join(name for name, time in (seconds or {}).items() if math.isnan(time))
-    if math.isnan(value):
-        outcome = "error"
-    elif bound:
-        relation, limit = bound.split()
-        outcome = "held" if (value <= float(limit) if relation == "≤" else value >= float(limit)) else "missed"
-    else:
-        outcome = "measured"
-    message = f"failed, see the log: {failed}" if failed else ""
-    return Result(row, work, quantity, bound, value, outcome, seconds or {}, message)
 
 
 # -- the cases ---------------------------------------------------------------------------------------------------------
@@ -146,7 +113,8 @@ def list_cases() -> list[Case]:
     cases.append(("3", "exact forward bf16, (1024, 1M), width 128", measure_wide_read))
     for dtype in (FLOAT32, BF16):
         name = NAMES[dtype]
-        cases.append(("4", f"forward + backward to all {name}, (1024, 1M)", partial(measure_gradients, dtype=dtype)))
+        work = f"forward + backward to all {name}, (1024, 1M)"
+        cases.append(("4", work, partial(measure_gradients, dtype=dtype, queries=1024)))
     for dtype, bound in ((BF16, "≤ 3"), (FLOAT32, "≤ 5")):
         work = f"exact top-k {NAMES[dtype]}, (256, 1M), k = 32"
         cases.append(("5", work, partial(measure_top_k, dtype=dtype, bound=bound)))
@@ -160,6 +128,9 @@ def list_cases() -> list[Case]:
     for dtype, (queries, width) in itertools.product((BF16, FLOAT32), sizes):
         work = f"{NAMES[dtype]}, ({queries}, 1M), width {width}"
         cases.append(("kernels", work, partial(measure_library_kernels, dtype=dtype, width=width, queries=queries)))
+    for dtype, queries in itertools.product((BF16, FLOAT32), (1, 64)):
+        work = f"forward + backward to all {NAMES[dtype]}, ({queries}, 1M)"
+        cases.append(("backward", work, partial(measure_gradients, dtype=dtype, queries=queries)))
     for rows in (1, 4, 10):
         work = f"exact top-k bf16, ({rows}M rows), k = 32"
         cases.append(("search", work, partial(measure_search, rows=rows * 10**6)))
@@ -246,9 +217,9 @@ def measure_wide_read(setting: Setting) -> Iterator[Result]:
     yield judge("3", f"exact forward bf16, (1024, {len(keys):,}), width 128", "TFLOP/s", rate, "≥ 300", seconds)
 
 
-def measure_gradients(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
+def measure_gradients(setting: Setting, dtype: torch.dtype, queries: int) -> Iterator[Result]:
     """Measure forward and backward to query, keys and values: time and memory."""
-    operands = [*make_rows(setting, dtype), setting.draw(setting.pick(1024, 16), 64, dtype=dtype)]
+    operands = [*make_rows(setting, dtype), setting.draw(setting.pick(queries, min(queries, 16)), 64, dtype=dtype)]
     keys, values, query = (operand.requires_grad_() for operand in operands)
     upstream = torch.randn_like(query)
 
@@ -263,6 +234,9 @@ def measure_gradients(setting: Setting, dtype: torch.dtype) -> Iterator[Result]:
     seconds = setting.time(run, peers)
     work = f"forward + backward to all {NAMES[dtype]}, ({len(query)}, {len(keys):,})"
     ratio = seconds["softdb"] / find_fastest(seconds)
+    if queries < 1024:
+        yield judge("backward", work, "softdb / the fastest SDPA", ratio, seconds=seconds)
+        return
     yield judge("4", work, "softdb / the fastest SDPA", ratio, "≤ 1.0", seconds)
     memory = setting.timer.measure_memory(run) / MIB
     yield judge("4", work, "MiB beyond operands, gradients and output", memory, "≤ 64")
@@ -473,46 +447,6 @@ def is_broken() -> bool:
     return False
 
 
-def format_results(results: Iterable[Result]) -> str:
-    """Return the results as a table in Markdown."""
-    cells = [["row", "work", "measured", "value", "bound", "outcome", "times"]]
-    for result in results:
-        value = "–" if math.isnan(result.value) else f"{result.value:.3g}"
-        times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result.seconds.items())
-        cells.append(
-            [
-                result.row,
-                result.work,
-                result.quantity,
-                value,
-                result.bound or "–",
-                result.outcome,
-                "; ".join(filter(None, [times, result.message])),
-            ]
-        )
-    return align_table(cells, words=7)
-
-
-def to_json(result: Result) -> dict[str, object]:
-    """Return a result for a report, in which null replaces NaN."""
-    seconds = {name: None if math.isnan(time) else time for name, time in result.seconds.items()}
-    return {**asdict(result), "value": None if math.isnan(result.value) else result.value, "seconds": seconds}
-
-
-def from_json(entry: dict[str, Any]) -> Result:
-    """Return a result of a report."""
-    seconds = {name: NAN if time is None else time for name, time in entry["seconds"].items()}
-    return Result(**{**entry, "value": NAN if entry["value"] is None else entry["value"], "seconds": seconds})
-
-
-def write_report(path: Path, head: Mapping[str, object], results: Iterable[Result]) -> None:
-    """Replace the report."""
-    temporary = path.with_suffix(".tmp")
-    report = {**head, "results": [to_json(result) for result in results]}
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def name_device(device: torch.device) -> str:
     """Return the name of the card in the form of a file name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -525,9 +459,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="the device (default: cuda)")
     parser.add_argument("--small", action="store_true", help="use tiny sizes, to try the script; saved only with --out")
     parser.add_argument("--seconds", type=float, default=0.1, help="seconds of calls per contestant (default: 0.1)")
-    parser.add_argument("--rows", help="rows to run, separated by commas: limits, 1 to 8, attention, kernels, search")
+    parser.add_argument("--rows", help="rows to run, separated by commas: 1 to 8, attention, kernels, backward, search")
     parser.add_argument("--out", type=Path, help="folder of gpu_CARD.json (default: benchmarks/results)")
     parser.add_argument("--lines", type=Path, help="file to which each result is appended as a line of JSON")
+    parser.add_argument("--case-seconds", type=float, default=60.0, help="time limit of a case (default: 60)")
     parser.add_argument("--after", type=int, default=-1, help=argparse.SUPPRESS)  # the last case that has run
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -535,38 +470,29 @@ def main() -> int:
     setting = Setting(device, options.small, DeviceTimer(device, options.seconds))
     out = options.out or (None if options.small else RESULTS)
     path = None if out is None else out / f"gpu_{name_device(device)}.json"
-    results: list[Result] = []
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if options.after >= 0:  # Another process began this run.
-            results += map(from_json, json.loads(path.read_text(encoding="utf-8"))["results"])
     date = datetime.now(timezone.utc).date().isoformat()
     machine = {**describe_machine(), "cuda": torch.version.cuda}
     with suppress(importlib.metadata.PackageNotFoundError):
         machine["triton"] = importlib.metadata.version("triton")
     head = {"name": "gpu", "date": date, "device": str(device), "small": options.small, "machine": machine}
+    report = Report(path, options.lines, head)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if options.after >= 0:
+        report.load()
     rows = None if options.rows is None else options.rows.split(",")
     for number, case in enumerate(list_cases()):
         is_limit = case[0] == "limits"  # every process measures the limits, to which others are compared
         if (number <= options.after and not is_limit) or (rows is not None and not is_limit and case[0] not in rows):
             continue
-        for result in run_case(setting, case):
-            if not (is_limit and options.after >= 0):
-                results.append(result)
-                print(f"{result.row:<10}{result.work}: {result.quantity} {result.value:.3g} {result.bound}", end="")
-                print(f"  {result.outcome} {result.message}", flush=True)
-                if options.lines is not None:
-                    with options.lines.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"name": result.work, **to_json(result)}) + "\n")
-                if path is not None:
-                    write_report(path, head, results)
+        with limit_time(report, number, *case[:2], options.case_seconds):
+            for result in run_case(setting, case):
+                if not (is_limit and options.after >= 0):
+                    report.add(result)
         if setting.timer.is_cuda and is_broken():
-            # The other cases need a new process. execv keeps the process group, which a caller may end.
-            arguments = [argument for argument in sys.argv if not argument.startswith("--after")]
-            print("the GPU refuses further work in this process; a new process runs the other cases", flush=True)
-            os.execv(sys.executable, [sys.executable, *arguments, f"--after={number}"])
-    print(format_results(results))
-    return min(sum(result.outcome == "error" for result in results), 100)
+            continue_in_new_process(number, "the GPU refuses further work in this process")
+    print(format_results(report.results))
+    return min(sum(result.outcome == "error" for result in report.results), 100)
 
 
 if __name__ == "__main__":

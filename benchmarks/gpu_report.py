@@ -1,4 +1,4 @@
-"""Results of `gpu`, saved one by one, and what to do when a case breaks or never ends."""
+"""Results of `gpu`, saved one by one; cases that break or never end."""
 
 from __future__ import annotations
 

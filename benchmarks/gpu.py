@@ -366,20 +366,22 @@ def measure_layer(setting: Setting) -> Iterator[Result]:
 
 def measure_attention(setting: Setting, dtype: torch.dtype, is_causal: bool) -> Iterator[Result]:
     """Measure forward and backward of `soft_read` as attention between tokens."""
+    from torch.nn.attention.bias import causal_upper_left  # takes seconds, since it imports torch._dynamo
+
     tokens = setting.pick(512, 32)
     operands = [setting.draw(4, 8, tokens, 64, dtype=dtype).requires_grad_() for _ in range(3)]
     query, keys, values = operands
     upstream = torch.randn_like(query)
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=setting.device).tril()
-    if not is_causal:
-        mask = mask | (torch.rand(tokens, tokens, device=setting.device) < 0.5)
+    causal = causal_upper_left(tokens, tokens)
+    mask = torch.rand(tokens, tokens, device=setting.device) < 0.5
+    mask.fill_diagonal_(True)  # Each query sees a row.
     options = {"is_causal": True} if is_causal else {"attn_mask": mask}
 
     def differentiate(output: Tensor) -> object:
         return torch.autograd.grad(output, operands, upstream)
 
     seconds = setting.time(
-        lambda: differentiate(soft_read(query, keys, values, mask=mask).values),
+        lambda: differentiate(soft_read(query, keys, values, mask=causal if is_causal else mask).values),
         {"SDPA": lambda: differentiate(run_sdpa(query, keys, values, **options))},
     )
     kind = "causal" if is_causal else "mask"

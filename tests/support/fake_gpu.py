@@ -76,6 +76,8 @@ class HostWaits(TorchDispatchMode):
             raise HostWaitError(f"{name} copies a tensor of the GPU to the CPU")
         if name == "aten::copy_" and args[0].device.type != DEVICE:
             raise HostWaitError(f"{name} copies a tensor of the GPU to the CPU")
+        if name in ("aten::add", "aten::add_") and len({tensor.layout for tensor in inputs}) > 1:
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device=DEVICE)  # FakeTensorMode cannot add these.
         if name in WAITING:
             raise HostWaitError(f"the host waits for {name}")
         if name.startswith("aten::index") and any(tensor.dtype == torch.bool for tensor in _indices(name, args)):

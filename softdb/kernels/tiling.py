@@ -71,6 +71,8 @@ class Tiling:
         has_fast_bf16_matmul: Whether the device multiplies bfloat16 matrices faster than float32 ones.
         multiprocessors: Number of multiprocessors of a GPU. Kernels split the rows until each multiprocessor has work.
             The default is that of an H100.
+        float32_precision: How kernels in Triton multiply float32, if TF32 is not allowed: "ieee", or "tf32x3" on tensor
+            cores.
     """
 
     tile_elements: int = 2**20
@@ -90,6 +92,7 @@ class Tiling:
     transposed: bool | None = None
     has_fast_bf16_matmul: bool = False
     multiprocessors: int = 132
+    float32_precision: str = "ieee"
 
     @classmethod
     def for_device(cls, device: torch.device) -> Tiling:

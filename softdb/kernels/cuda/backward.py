@@ -1,8 +1,11 @@
 """Backward pass of an exact read in Triton.
 
 Each program owns a split of the rows, and their gradients. It visits all queries for each of its blocks of rows, and
-recomputes the scores by the products of the forward pass. Each split adds its part of the gradient of the queries to
-memory of its own; the parts are summed at the end. So no program waits for another, and the sums have a fixed order.
+recomputes the scores. Its tiles are smaller than those of the forward pass, since it holds more of them. A GPU sums the
+columns of a score in one order for both, so the scores have the same bits.
+
+Each split adds its part of the gradient of the queries to memory of its own; the parts are summed at the end. So no
+program waits for another, and the sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from softdb.kernels.cuda.forward import METRIC_KINDS, is_low, needs_upcast
 from softdb.kernels.cuda.launch import (
     LOG2_E,
-    choose_precision,
+    choose_chunk,
     count_blocks,
     count_splits,
     pad_width,
@@ -31,7 +34,8 @@ from softdb.kernels.cuda.tiles import (
     find_visible,
     hide,
     load_tile,
-    score_products,
+    multiply,
+    multiply_rows,
     square_distances,
 )
 
@@ -86,10 +90,11 @@ class BackwardBlocks:
             low: Whether products are in 16 bits rather than float32.
         """
         width = key_width + value_width
-        height = min(64 if low and width <= 256 else 32, pad_width(queries))
         if low:
-            return cls(height, 128 if width <= 128 else 64 if width <= 256 else 32, 8, 2 if width <= 256 else 1)
-        return cls(height, 64 if width <= 128 else 32, 8, 1)
+            height, rows = (64, 64) if width <= 128 else (32, 64) if width <= 256 else (32, 32)
+            return cls(min(height, pad_width(queries)), rows, 8, 2 if width <= 256 else 1)
+        height, rows = (32, 32) if width <= 128 else (16, 32) if width <= 256 else (16, 16)
+        return cls(min(height, pad_width(queries)), rows, 8, 1)
 
 
 @triton.jit
@@ -130,7 +135,9 @@ def _differentiate(
     LOW_GRADIENTS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     GRADIENT_PRECISION: tl.constexpr,
+    GRADIENT_CHUNK: tl.constexpr,
     HAS_BLEND: tl.constexpr,
     NEEDS_QUERY: tl.constexpr,
     NEEDS_KEYS: tl.constexpr,
@@ -174,7 +181,26 @@ def _differentiate(
                 )
                 scores = distances * (-scale * speed)[:, None]
             else:
-                scores = score_products(operand, key, scale, METRIC, SPLIT_QUERY, PRECISION)
+                if CHUNK:
+                    scores = multiply_rows(
+                        query,
+                        place,
+                        KEY_WIDTH,
+                        valid,
+                        keys,
+                        row_place,
+                        key_stride,
+                        visible,
+                        QUERIES,
+                        ROWS,
+                        KEY_WIDTH,
+                        CHUNK,
+                    )
+                else:
+                    scores = multiply(operand, tl.trans(key), SPLIT_QUERY, PRECISION)
+                if METRIC == COSINE:
+                    scores = scores * inverse[None, :]
+                scores = scores * scale
             highest = tl.load(maximum + place, mask=valid, other=0.0)
             sums = tl.load(total + place, mask=valid, other=1.0)
             highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -188,7 +214,23 @@ def _differentiate(
                         tl.trans(weights.to(upstream.dtype)), upstream, input_precision=GRADIENT_PRECISION
                     )
                 if NEEDS_QUERY or NEEDS_KEYS or NEEDS_RATE:
-                    grad_scores += tl.dot(upstream, tl.trans(value), input_precision=GRADIENT_PRECISION)
+                    if GRADIENT_CHUNK:
+                        grad_scores += multiply_rows(
+                            grad_blend,
+                            place,
+                            VALUE_WIDTH,
+                            valid,
+                            values,
+                            row_place,
+                            value_stride,
+                            visible,
+                            QUERIES,
+                            ROWS,
+                            VALUE_WIDTH,
+                            GRADIENT_CHUNK,
+                        )
+                    else:
+                        grad_scores += tl.dot(upstream, tl.trans(value), input_precision=GRADIENT_PRECISION)
             grad_scores = grad_scores * weights
             if NEEDS_RATE:
                 rate_part = tl.sum(tl.where(visible[None, :], -grad_scores * distances, 0.0), 1)
@@ -256,6 +298,7 @@ def read_backward(
     center: Tensor | None = None,
     rate: Tensor | None = None,
     divisor: float = 1.0,
+    precision: str = "ieee",
     multiprocessors: int = 132,
     splits: int | None = None,
 ) -> Gradients:
@@ -280,6 +323,7 @@ def read_backward(
         center: The center of l2.
         rate: 1 / temperature of each query, for l2.
         divisor: A number that divides the scores. The gradient of the query is that of ``query / divisor``.
+        precision: ``input_precision`` of products of float32: see `softdb.kernels.cuda.launch.choose_precision`.
         multiprocessors: Number of multiprocessors of the device.
         splits: Number of splits of the rows; None to choose it.
     """
@@ -310,6 +354,7 @@ def read_backward(
     grad_query = query.new_empty(splits, count, key_width, dtype=torch.float32) if needs.query else None
     grad_rate = maximum.new_empty(splits, count) if needs.rate else None
     # Weights underflow in float16. TF32 has the digits of float16 and the exponents of float32.
+    gradient_precision = "tf32" if low else precision
     low_gradients = low and keys.dtype == values.dtype == torch.bfloat16 and not upcast
     _differentiate[(splits * groups,)](
         query,
@@ -347,8 +392,10 @@ def read_backward(
         SPLIT_QUERY=is_low(keys) and not upcast and query.dtype != keys.dtype,
         LOW_GRADIENTS=low_gradients,
         UPCAST=upcast,
-        PRECISION=choose_precision(),
-        GRADIENT_PRECISION="tf32" if low else choose_precision(),
+        PRECISION=precision,
+        CHUNK=choose_chunk(precision) if keys.dtype == torch.float32 else 0,
+        GRADIENT_PRECISION=gradient_precision,
+        GRADIENT_CHUNK=0 if low_gradients else choose_chunk(gradient_precision),
         HAS_BLEND=grad_blend is not None,
         NEEDS_QUERY=needs.query,
         NEEDS_KEYS=needs.keys,

@@ -20,7 +20,8 @@ from softdb.kernels.blocks import exact as blocks
 from softdb.kernels.blocks.backward import forbid_double_backward
 from softdb.kernels.cuda import operators
 from softdb.kernels.cuda.backward import Needs
-from softdb.kernels.cuda.launch import MAX_WIDTH
+from softdb.kernels.cuda.launch import MAX_WIDTH, choose_precision
+from softdb.kernels.cuda.library import choose_attention, read_by_attention
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores, disable_autocast
 from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
@@ -115,9 +116,21 @@ def exact_read(
         blend, lse = _ExactRead.apply(query, keys, values, rate, spec, groups)
     else:
         operand, options = _collect_operands(query, keys, rate, spec, groups)
-        blend, lse = operators.read(operand, keys, values, _can_round(spec, values), *options)[:2]
+        blend, lse = _read_without_gradient(operand, keys, values, _can_round(spec, values), options)
     check_scores(lse, spec.pending_checks, empty=True)
     return blend, lse, None
+
+
+def _read_without_gradient(
+    query: Tensor, keys: Tensor, values: Tensor, round_weights: bool, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Read by an operator of torch where that is as fast as the kernels."""
+    mask, _, _, metric, groups, rows, divisor, precision, _ = options
+    if mask is None and groups == 1 and metric in ("dot", "scaled_dot") and rows and len(query):
+        choice = choose_attention(query, keys, values, rows, round_weights=round_weights, precision=precision)
+        if choice is not None:
+            return read_by_attention(query, keys, values, rows, 1 / divisor, *choice)
+    return operators.read(query, keys, values, round_weights, *options)[:2]
 
 
 def is_supported(query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int = 1, k: int = 0) -> bool:
@@ -163,8 +176,9 @@ def _collect_operands(
     if spec.metric == "l2":
         center = keys.new_zeros(keys.shape[-1], dtype=torch.float32) if spec.center is None else spec.center.float()
     selection = spec.selection
-    mask = _combine_masks(selection)
-    return query, (mask, center, rate, spec.metric, groups, selection.size, divisor, spec.tiling.multiprocessors)
+    precision = choose_precision(spec.tiling.float32_precision)
+    numbers = groups, selection.size, divisor, precision, spec.tiling.multiprocessors
+    return query, (_combine_masks(selection), center, rate, spec.metric, *numbers)
 
 
 def _combine_masks(selection: Selection) -> Tensor | None:  # -> (size,) or (G, size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softdb.kernels.cuda.launch import (
     LOG2_E,
-    choose_precision,
+    choose_chunk,
     count_blocks,
     count_splits,
     is_interpreted,
@@ -31,9 +31,10 @@ from softdb.kernels.cuda.tiles import (
     L2,
     find_visible,
     hide,
+    inverse_norm,
     load_tile,
     multiply,
-    score_products,
+    multiply_rows,
     square_distances,
 )
 
@@ -135,6 +136,7 @@ def _read(
     WIDE_VALUES: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Read one split of the rows for one block of queries."""
     program = tl.program_id(0)
@@ -163,7 +165,26 @@ def _read(
             scores = scores * factors
         else:
             key = load_tile(keys, row_place, key_stride, visible, KEY_WIDTH, KEY_BLOCK, UPCAST)
-            scores = score_products(operand, key, scale, METRIC, SPLIT_QUERY, PRECISION)
+            if CHUNK:
+                scores = multiply_rows(
+                    query,
+                    place,
+                    KEY_WIDTH,
+                    valid,
+                    keys,
+                    row_place,
+                    key_stride,
+                    visible,
+                    QUERIES,
+                    ROWS,
+                    KEY_WIDTH,
+                    CHUNK,
+                )
+            else:
+                scores = multiply(operand, tl.trans(key), SPLIT_QUERY, PRECISION)
+            if METRIC == COSINE:
+                scores = scores * inverse_norm(key)[None, :]
+            scores = scores * scale
         scores = hide(scores, visible)
         value = load_tile(values, row_place, value_stride, visible, VALUE_WIDTH, VALUE_BLOCK, UPCAST)
         after = tl.maximum(highest, tl.max(scores, 1))
@@ -265,6 +286,7 @@ def read_forward(
     rate: Tensor | None = None,  # (G B,)
     divisor: float = 1.0,
     round_weights: bool = False,
+    precision: str = "ieee",
     multiprocessors: int = 132,
     splits: int | None = None,
 ) -> Softmax:
@@ -285,6 +307,7 @@ def read_forward(
         rate: For l2, 1 / temperature of each query, float32.
         divisor: A number that divides the scores.
         round_weights: Whether weights may be rounded to the dtype of the values.
+        precision: ``input_precision`` of products of float32: see `softdb.kernels.cuda.launch.choose_precision`.
         multiprocessors: Number of multiprocessors of the device.
         splits: Number of splits of the rows; None to choose it.
     """
@@ -336,7 +359,8 @@ def read_forward(
         SPLIT_WEIGHTS=not wide_values and not round_weights,
         WIDE_VALUES=wide_values,
         UPCAST=upcast,
-        PRECISION=choose_precision(),
+        PRECISION=precision,
+        CHUNK=choose_chunk(precision) if keys.dtype == torch.float32 else 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

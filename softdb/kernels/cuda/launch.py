@@ -19,6 +19,7 @@ __all__ = [
     "LOG2_E",
     "MAX_WIDTH",
     "MIN_BLOCK",
+    "choose_chunk",
     "choose_precision",
     "count_blocks",
     "count_splits",
@@ -55,9 +56,21 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def choose_precision() -> str:
-    """Return the ``input_precision`` of products of float32 operands."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def choose_precision(precision: str) -> str:
+    """Return the ``input_precision`` of products of float32 operands.
+
+    Args:
+        precision: "ieee", or "tf32x3": sums of three products of tensor cores, with almost the digits of float32.
+    """
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else precision
+
+
+def choose_chunk(precision: str) -> int:
+    """Return the number of columns that products of float32 take at a time; 0 for all.
+
+    Products without tensor cores hold both operands in registers, which whole rows exceed.
+    """
+    return 32 if precision == "ieee" else 0
 
 
 def count_blocks(size: int, block: int) -> int:

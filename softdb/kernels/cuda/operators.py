@@ -16,7 +16,8 @@ from softdb.kernels.cuda.launch import on_device
 __all__ = ["differentiate_read", "read"]
 
 OPTIONS = (
-    "Tensor? mask, Tensor? center, Tensor? rate, str metric, int groups, int rows, float divisor, int multiprocessors"
+    "Tensor? mask, Tensor? center, Tensor? rate, str metric, int groups, int rows, float divisor, str precision, "
+    "int multiprocessors"
 )
 
 torch.library.define(
@@ -45,6 +46,7 @@ def _read(
     groups: int,
     rows: int,
     divisor: float,
+    precision: str,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(query):
@@ -59,6 +61,7 @@ def _read(
             center=center,
             rate=rate,
             divisor=divisor,
+            precision=precision,
             round_weights=round_weights,
             multiprocessors=multiprocessors,
         )
@@ -87,6 +90,7 @@ def _read_backward(
     groups: int,
     rows: int,
     divisor: float,
+    precision: str,
     multiprocessors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(query):
@@ -106,6 +110,7 @@ def _read_backward(
             center=center,
             rate=rate,
             divisor=divisor,
+            precision=precision,
             multiprocessors=multiprocessors,
         )
     # An operator cannot return None.
@@ -138,7 +143,8 @@ def read(query: Tensor, keys: Tensor, values: Tensor, round_weights: bool, *opti
         keys: The keys as stored.
         values: The values as stored.
         round_weights: As for the kernel.
-        options: Mask, center, rate, metric, groups, rows, divisor and multiprocessors.
+        options: Mask, center, rate, metric, groups, rows, divisor, precision and
+            multiprocessors.
     """
     return Softmax(*torch.ops.softdb.triton_exact_read(query, keys, values, round_weights, *options))
 

@@ -18,7 +18,7 @@ __all__ = [
     "inverse_norm",
     "load_tile",
     "multiply",
-    "score_products",
+    "multiply_rows",
     "square_distances",
 ]
 
@@ -82,6 +82,37 @@ def multiply(left, right, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # (m, 
 
 
 @triton.jit
+def multiply_rows(  # -> (b, C)
+    left,
+    left_place,
+    left_stride,
+    left_valid,
+    right,
+    right_place,
+    right_stride,
+    right_valid,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Multiply rows of two tables in float32, some columns at a time.
+
+    See `softdb.kernels.cuda.launch.choose_chunk`.
+    """
+    total = tl.zeros((QUERIES, ROWS), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        columns = start + tl.arange(0, CHUNK)
+        inside = (columns < WIDTH)[None, :]
+        left_pointers = left + left_place[:, None] * left_stride + columns[None, :]
+        right_pointers = right + right_place[:, None] * right_stride + columns[None, :]
+        left_tile = tl.load(left_pointers, mask=left_valid[:, None] & inside, other=0.0).to(tl.float32)
+        right_tile = tl.load(right_pointers, mask=right_valid[:, None] & inside, other=0.0).to(tl.float32)
+        total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def square_distances(  # -> (b, C)
     query,
     place,
@@ -106,17 +137,6 @@ def square_distances(  # -> (b, C)
         difference = left[:, None] - (right - tl.load(center + column))[None, :]
         total += difference * difference
     return total
-
-
-@triton.jit
-def score_products(
-    operand, key, scale, METRIC: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):  # (b, d), (C, d) -> (b, C)
-    """Score keys by dot product or cosine, in units of log 2."""
-    products = multiply(operand, tl.trans(key), SPLIT, PRECISION)
-    if METRIC == COSINE:
-        products = products * inverse_norm(key)[None, :]
-    return products * scale
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from softdb.kernels.gather import score_rows, weighted_sum
 from softdb.kernels.hidden import zero_hidden_keys
 from softdb.kernels.spec import ReadSpec, check_scores, disable_autocast, enumerate_queries
 from softdb.kernels.tiling import Tiling
+from softdb.pending_checks import is_deferred
 from softdb.processes import note_openmp
 from softdb.reading.attention import check_causal_size, is_causal_mask, make_causal_mask, read_by_attention
 from softdb.reading.batches import BatchFold
@@ -107,11 +108,11 @@ def soft_read(
     floating-point input. Second derivatives raise `SecondDerivativeError`. A sparse normalizer gathers the rows with
     weight above 0, separately for each query.
 
-    On CUDA, softmax reads of several tables or with a mask run the kernels of
+    On CUDA, the numbers are not checked, so as not to wait for the device: NaN in a query gives NaN for that query, and
+    NaN in a visible row for all queries of its table. Softmax reads of several tables or with a mask run the kernels of
     `torch.nn.functional.scaled_dot_product_attention`, if they can compute them: metric "dot" or "scaled_dot", no
-    ``k``, widths of at most 256, no float64, no gradient of the mask, no deterministic mode. They check no number, so
-    as not to wait for the device: NaN in a query gives NaN for that query, and NaN in a visible row for its table.
-    Causal masks are fastest as `torch.nn.attention.bias.causal_upper_left`.
+    ``k``, widths of at most 256, no float64, no gradient of the mask, no deterministic mode. Causal masks are fastest
+    as `torch.nn.attention.bias.causal_upper_left`.
 
     `torch.func.vmap`, ``grad``, ``vjp`` and ``jacrev`` work and can be nested; under vmap, one read answers all
     samples. Forward mode (``jvp``, ``jacfwd``, ``hessian``) and torch.export raise `TransformError`.
@@ -180,12 +181,12 @@ def soft_read(
     batch, temperature = _check_operands(query, keys, values, metric, temperature, normalizer, generator)
     if k is not None:
         k = check_positive("k", k)
-    is_causal = is_causal_mask(mask)
+    is_causal, checks = is_causal_mask(mask), not is_deferred(query)
     if is_causal:
         check_causal_size(mask, query, keys)
     elif mask is not None:
         check_mask(mask, normalizer, (*batch, query.shape[-2], keys.shape[-2]), query.device)
-    if query.is_cuda and k is None and normalizer == "softmax":
+    if not checks and k is None and normalizer == "softmax":
         attended = read_by_attention(query, keys, values, batch, metric=metric, temperature=temperature, mask=mask)
         if attended is not None:
             return cast_values(attended, query)
@@ -199,7 +200,7 @@ def soft_read(
         operand = prepare_query(query, metric, temperature, center, dtype)
         fold = BatchFold(batch, query.shape[-2], keys, values)
         selection = Selection(keys.shape[-2], mask=None if visible is None else fold.fold_mask(visible))
-        if not selection.is_never_empty or is_random(normalizer):
+        if checks and (not selection.is_never_empty or is_random(normalizer)):
             check_finite("query", query)  # otherwise the check of the scores detects a query with NaN
         bias = None if numbers is None else ScoreBias(fold.fold_mask(numbers))
         noise = draw_noise(normalizer, generator)
@@ -225,7 +226,7 @@ def soft_read(
                 "keys", keys if visible is None else zero_hidden_keys(tables.keys, spec, fold.groups, queries_per_group)
             )
             raise
-    if not is_finite(read.values):
+    if checks and not is_finite(read.values):
         check_finite("values", values)
     read = keep_best(read, k)
     return cast_values(transform(read, fold.unfold) if batch else read, query)

@@ -13,6 +13,7 @@ from softdb.errors import NonFiniteError
 from softdb.interop.graphs import EAGER_OPTIONS, EAGER_TAGS, count_read_in_graph, refuse_second_derivative
 from softdb.kernels.backend import backend_for
 from softdb.kernels.gather import blend_at_backward, dot_at, weighted_sum
+from softdb.pending_checks import is_deferred
 from softdb.processes import note_openmp
 from softdb.transforms import has_batched, is_active, is_forward_mode, move_samples_first, suspend_transforms
 
@@ -27,7 +28,8 @@ def _blend(weights: Tensor, values: Tensor, numbers: Tensor, sparse: bool) -> Te
 
 
 def _check_weights(weights: Tensor) -> None:
-    if not is_finite(weights):
+    """Raise if a weight is not finite; on a GPU the result is NaN instead."""
+    if not is_deferred(weights) and not is_finite(weights):
         raise NonFiniteError(
             "x: expected finite numbers, got NaN or infinite weights; x or the parameters contain NaN or infinity, so "
             "training may have diverged"

@@ -11,6 +11,7 @@ from softdb._checks import INTEGER_DTYPES, describe
 from softdb.errors import ArgumentError, DeviceError, DtypeError, ShapeError, StaleReadError, TransformError
 from softdb.functional import soft_read
 from softdb.layers.context_state import ContextState
+from softdb.pending_checks import is_deferred
 from softdb.reading.result import Read, merge
 from softdb.transforms import (
     check_no_tangent,
@@ -144,10 +145,10 @@ def _check_documents(documents: object, batch: int, count: int, device: torch.de
             f"documents: expected shape ({batch},) or ({batch}, {count}), one number per sequence or per token, "
             f"got {tuple(documents.shape)}"
         )
-    given = documents.to(device, torch.int64).reshape(batch, -1)
-    if given.numel() and int(given.min()) < -1:
-        raise ArgumentError(f"documents: expected numbers of at least 0, or -1 for padding, got {int(given.min())}")
-    return given
+    # On a GPU the host would wait; lower numbers count as padding there.
+    if documents.numel() and not is_deferred(documents) and int(documents.min()) < -1:
+        raise ArgumentError(f"documents: expected numbers of at least 0, or -1 for padding, got {int(documents.min())}")
+    return documents.to(device, torch.int64).reshape(batch, -1)
 
 
 attend_outside = disable_compile(UNTRACED_MESSAGE)(attend)

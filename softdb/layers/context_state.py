@@ -20,6 +20,7 @@ from softdb.layers.segments import (
     new_segment,
     select_sequences,
 )
+from softdb.pending_checks import is_deferred
 from softdb.reading.result import Read
 
 __all__ = ["ContextState", "Ring", "Stores"]
@@ -91,7 +92,8 @@ class ContextState:
         if documents is None:
             documents = torch.zeros(1, 1, dtype=torch.int64, device=keys.device)
         else:
-            self.mixed = self.mixed or bool((documents != 0).any())
+            # On a GPU the host does not wait for the numbers: reads then compare documents even if all are 0.
+            self.mixed = self.mixed or is_deferred(documents) or bool((documents != 0).any())
         # Keep the whole segment, even if it is longer than the memory, because `crop` may drop its end.
         self.recent = keys.to(dtype, copy=True), values.to(dtype, copy=True), documents.expand(keys.shape[:2]).clone()
         self.is_loaded = False

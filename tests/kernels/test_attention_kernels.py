@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
+from support.attention import NAIVE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -33,45 +34,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _scores(query: Tensor, keys: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    scores = scale * query @ keys.mT
-    if bias is not None:
-        scores = scores + bias
-    shown = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    return scores.masked_fill(~shown, -torch.inf) if is_causal else scores
-
-
-def _naive(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Compute attention as the memory-efficient kernel: a query that sees nothing gets NaN, lse is padded to 32."""
-    assert all(tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1 for tensor in (query, keys, values))
-    assert bias is None or bias.stride(-2) % 16 == 0
-    scores = _scores(query, keys, bias, is_causal, scale)
-    lse = torch.full((*query.shape[:2], -(-query.shape[-2] // 32) * 32), torch.nan, dtype=query.dtype)
-    lse[..., : query.shape[-2]] = scores.logsumexp(-1)
-    return torch.softmax(scores, -1) @ values, lse, ("state",)
-
-
-def _naive_backward(
-    gradient: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    state: tuple[Any, ...],
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert state == ("state",)
-    scores = _scores(query, keys, bias, is_causal, scale)
-    weights = (scores - lse[..., : query.shape[-2], None]).exp()
-    grad_scores = weights * (gradient @ values.mT - (gradient * out).sum(-1, keepdim=True)) * scale
-    return grad_scores @ keys, grad_scores.mT @ query, weights.mT @ gradient
-
-
 def _flash(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Any:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     return *operator(query, keys, values, 0.0, is_causal, attn_mask=bias, scale=scale), ()
@@ -93,7 +55,6 @@ def _flash_backward(
     return operator(gradient, query, keys, values, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
-NAIVE = AttentionKernels(_naive, _naive_backward, needs_equal_widths=False)
 FLASH_FOR_CPU = AttentionKernels(_flash, _flash_backward, needs_equal_widths=True)
 
 
@@ -166,7 +127,7 @@ def test_a_mask_of_the_lowest_numbers_still_shows_rows() -> None:
 
     def forward(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, *rest: Any) -> Any:
         biases.append(bias)
-        return _naive(query, keys, values, bias, *rest)
+        return NAIVE.forward(query, keys, values, bias, *rest)
 
     attend(
         query,

@@ -52,6 +52,7 @@ def step(make: Callable[[], nn.Module], documents: bool = False) -> None:
             assert is_fake(y)
             y.sum().backward()
             assert is_fake(x.grad)
+            layer.zero_grad()
             with torch.no_grad():
                 assert is_fake(layer(x, **options))
         assert waits.operators > 20
@@ -94,12 +95,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "ContextMemory": context(),
     "ContextMemory with learned temperatures": context(temperature="learnable"),
 }
-CASES: dict[str, Callable[[], None]] = {name: functools.partial(step, make) for name, make in LAYERS.items()}
+CASES: dict[str, Callable[[], None]] = {
+    name: functools.partial(step, make) for name, make in LAYERS.items() if not name.startswith("MemoryLayer")
+}
 CASES |= {
     "ContextMemory with documents": functools.partial(step, context(), documents=True),
     "soft_read": functools.partial(attend, mask=False),
     "soft_read with a mask": functools.partial(attend, mask=True),
-    "soft_read with k": functools.partial(attend, mask=False, k=4),
     "soft_read with a temperature tensor": functools.partial(attend, mask=False, temperature="tensor"),
 }
 

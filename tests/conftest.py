@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GPU = "cuda"  # the type of the device of tests marked `gpu`
 # Tests of one function that run on a GPU as well, of all its parameters.
 MAX_GPU_VARIANTS = 2
-# Folders and files of tests that run on a GPU, in the order in which a failure explains those that follow.
+# Folders and files of tests that run on a GPU, in an order in which a failure explains later ones.
 GPU_ORDER = (
     "kernels",
     "functional",
@@ -61,7 +61,7 @@ def interpret_triton() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests marked `each_device`, and those that name the fixture `device`, on the CPU and on a GPU."""
+    """Run the tests marked `each_device`, or that use the fixture `device`, on the CPU and on a GPU."""
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     named = "device" in inspect.signature(metafunc.function).parameters
     if not (named or "each_device" in marks) or marks & {"gpu", "cpu_only"} or parametrizes(metafunc, "device"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -145,7 +144,7 @@ class _CheckedRead(torch.autograd.Function):
         # torch frees the token after this node, but nodes behind it still need the copies of rows. The callback holds
         # the token until the backward pass has ended.
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(functools.partial(_release, token, ctx.token))
+        queue(_Hold(token, ctx.token))
         ctx.token = None
         if int(token) != ctx.version:
             raise StaleReadError(
@@ -156,5 +155,14 @@ class _CheckedRead(torch.autograd.Function):
         return None, None, *grads
 
 
-def _release(*tokens: Tensor | None) -> None:
-    """Do nothing: a partial call of this function holds the tokens until it has run."""
+class _Hold:
+    """Callback that holds tokens until it is called.
+
+    The thread that runs the nodes of a GPU destroys the callback some time after backward has returned.
+    """
+
+    def __init__(self, *tokens: Tensor | None) -> None:
+        self._tokens = tokens
+
+    def __call__(self) -> None:
+        self._tokens = ()

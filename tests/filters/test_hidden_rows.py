@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import reference
 from support.contract import DISPATCH, METRICS, Problem, force_dispatch, rotate
+from support.tolerances import assert_close
 from torch import Tensor
 
 import softdb
@@ -63,7 +64,7 @@ def collect_results(read: Read, leaves: list[Tensor], queries: Tensor | None = N
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+        assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 class Case:

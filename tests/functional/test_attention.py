@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.contract import METRICS, Problem, force_dispatch, largest_error
+from support.contract import METRICS, Problem, force_dispatch
+from support.tolerances import allclose, assert_close, largest_error
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional as F
@@ -41,8 +42,8 @@ def numbers(*shape: int) -> Tensor:
 def check_equal(read: softdb.Read, answer: reference.Answer, leaves: list[Tensor]) -> None:
     """Compare values, lse, reported rows and all gradients of a float64 read with the reference."""
     seen = answer.lse > -math.inf
-    assert torch.allclose(read.values, answer.values, atol=1e-11)
-    assert torch.allclose(read.lse, answer.lse.expand_as(read.lse), atol=1e-11)
+    assert allclose(read.values, answer.values, atol=1e-11)
+    assert allclose(read.lse, answer.lse.expand_as(read.lse), atol=1e-11)
     ours, theirs = [read.values.sin(), read.lse[seen]], [answer.values.sin(), answer.lse[seen]]
     if read.ids is not None and read.scores is not None and read.weights is not None:
         best = reference.best(answer.scores, read.ids.shape[-1])
@@ -54,7 +55,7 @@ def check_equal(read: softdb.Read, answer: reference.Answer, leaves: list[Tensor
     found = torch.autograd.grad(sum(part.sum() for part in ours), leaves)
     wanted = torch.autograd.grad(sum(part.sum() for part in theirs), leaves)
     for gradient, other in zip(found, wanted, strict=True):
-        assert torch.allclose(gradient, other, atol=1e-10)
+        assert allclose(gradient, other, atol=1e-10)
 
 
 @pytest.mark.parametrize("dispatch", [None, *DISPATCHES])
@@ -142,7 +143,7 @@ def test_a_bias_without_a_gradient_of_the_rest() -> None:
     query, keys, values, bias = (numbers(*shape) for shape in ((3, 4), (9, 4), (9, 2), (9,)))
     wanted = torch.autograd.grad(reference.read(query, keys, values, bias=bias).values.sum(), bias)
     read = soft_read(query.detach(), keys.detach(), values.detach(), mask=bias)
-    assert torch.allclose(torch.autograd.grad(read.values.sum(), bias)[0], wanted[0])
+    assert allclose(torch.autograd.grad(read.values.sum(), bias)[0], wanted[0])
 
 
 @pytest.mark.parametrize("normalizer", ["straight_through", "gumbel"])
@@ -159,10 +160,10 @@ def test_hard_normalizers_choose_by_the_sum(normalizer: str) -> None:
     ours, theirs = reads
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.values, theirs.values)
-    assert torch.allclose(ours.lse, theirs.lse)
+    assert allclose(ours.lse, theirs.lse)
     gradients = [torch.autograd.grad(read.values.sin().sum(), (query, keys, bias)) for read in reads]
     for mine, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(mine, wanted, atol=1e-11)
+        assert allclose(mine, wanted, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,7 +172,7 @@ def test_narrow_dtypes_and_autocast(dtype: torch.dtype) -> None:
     bias[:9] = -math.inf
     bias.requires_grad_()
     answer = reference.read(query.double(), keys.double(), values.double(), bias=bias.double())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(query.device.type, dtype=torch.bfloat16):
         read = soft_read(query, keys, values, mask=bias)
     assert read.values.dtype == torch.bfloat16
     assert largest_error(read.lse, answer.lse) < 1e-4
@@ -198,6 +199,7 @@ def test_a_second_derivative_raises() -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("mask", "options", "error", "message"),
     [
@@ -237,7 +239,7 @@ def test_transforms_take_a_bias_for_each_sample() -> None:
         lambda read: jacrev(lambda bias: read(queries[0], keys, values, bias))(biases[0]),
         lambda read: grad(lambda biases: vmap(lambda bias: loss(read, queries[0], bias))(biases).sum())(biases),
     ):
-        torch.testing.assert_close(use(exact), use(dense))
+        assert_close(use(exact), use(dense))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -274,19 +276,20 @@ def test_grouped_heads_broadcast_without_copying_the_rows() -> None:
     found = attend(query, keys, values, bias.unflatten(-3, (3, 2)), enable_gqa=True)
     wanted = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=True)
     leaves = (query, keys, values, bias)
-    assert torch.allclose(found, wanted, atol=1e-12)
+    assert allclose(found, wanted, atol=1e-12)
     gradients = (torch.autograd.grad(part.sin().sum(), leaves) for part in (found, wanted))
     for ours, theirs in zip(*gradients, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-12)
+        assert allclose(ours, theirs, atol=1e-12)
 
 
 @pytest.mark.parametrize(("scale", "width"), [(0.3, 4), (None, 7), (2.0, 1)])
 def test_a_scale_is_a_temperature_of_the_dot_product(scale: float | None, width: int) -> None:
     query, keys, values = numbers(2, 5, 4), numbers(2, 9, 4), numbers(2, 9, width)
     wanted = F.scaled_dot_product_attention(query, keys, values, scale=scale)
-    assert torch.allclose(attend(query, keys, values, scale=scale), wanted, atol=1e-12)
+    assert allclose(attend(query, keys, values, scale=scale), wanted, atol=1e-12)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_samples_of_torch_agree() -> None:

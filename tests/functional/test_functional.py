@@ -19,8 +19,8 @@ from support.contract import (
     TiledReadContract,
     force_dispatch,
     force_tiling,
-    largest_error,
 )
+from support.tolerances import allclose, largest_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,9 +80,7 @@ class TestSoftReadWithBestRows(ReadContract):
         if len(problem.keys):
             rows = problem.values[read.ids.clamp(min=0)].to(read.weights.dtype)
             again = (read.weights.unsqueeze(-1) * rows).sum(-2)
-            assert torch.allclose(
-                again, read.values.to(again.dtype), atol=2e-2 if rows.dtype != read.values.dtype else 1e-2
-            )
+            assert allclose(again, read.values.to(again.dtype), atol=2e-2 if rows.dtype != read.values.dtype else 1e-2)
         return read, problem.leaves
 
 
@@ -182,7 +180,7 @@ class TestMergeOfThreeParts(ReadContract):
         big = replace(problem, query=torch.full((5, 64), 300.0), keys=torch.full((20, 64), 300.0)).to(torch.float16)
         read, _ = self.read(big)
         # The merge uses the log-sum-exp of the parts; near 720,000 the spacing of float32 is 1/16.
-        assert torch.allclose(read.values.float(), problem.values.mean(0).expand(5, 3), atol=0.05)
+        assert allclose(read.values.float(), problem.values.mean(0).expand(5, 3), atol=0.05)
 
 
 # -- soft_read -------------------------------------------------------------------------------------------
@@ -215,7 +213,7 @@ def test_only_tensors_that_require_grad_get_a_gradient(wanted: tuple[str, ...]) 
         leaf.requires_grad_(name in wanted)
     soft_read(problem.query, problem.keys, problem.values).values.sum().backward()
     for name, grad in zip(wanted, expected, strict=True):
-        assert torch.allclose(problem.leaves[name].grad, grad, atol=1e-6)
+        assert allclose(problem.leaves[name].grad, grad, atol=1e-6)
     for name, leaf in problem.leaves.items():
         assert (leaf.grad is None) == (name not in wanted)
 
@@ -241,17 +239,17 @@ def test_a_temperature_for_each_batch_entry() -> None:
     query, keys, values = torch.randn(3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 3)
     temperature = torch.rand(2, 3) + 0.5
     wanted = reference.read(query, keys, values, temperature=temperature)
-    assert torch.allclose(soft_read(query, keys, values, temperature=temperature).values, wanted.values, atol=1e-6)
+    assert allclose(soft_read(query, keys, values, temperature=temperature).values, wanted.values, atol=1e-6)
     candidates = torch.arange(5).expand(2, 3, 5)
     found = topk_read(query, keys, values, candidates, temperature=temperature)
-    assert torch.allclose(found.values, wanted.values, atol=1e-6)
+    assert allclose(found.values, wanted.values, atol=1e-6)
 
 
 def test_weights_of_equal_huge_scores_are_equal() -> None:
     keys = torch.full((3, 1), 1e4)
     read = soft_read(torch.ones(1, 1), keys, torch.eye(3), k=3)
-    assert torch.allclose(read.weights, torch.full((1, 3), 1 / 3), atol=1e-7)
-    assert torch.allclose(read.mass, torch.ones(1), atol=1e-6)
+    assert allclose(read.weights, torch.full((1, 3), 1 / 3), atol=1e-7)
+    assert allclose(read.mass, torch.ones(1), atol=1e-6)
 
 
 def test_topk_read_has_second_derivatives() -> None:
@@ -292,13 +290,13 @@ def test_batches_broadcast(shapes: tuple[tuple[int, ...], ...], masked: bool) ->
         read = soft_read(query, keys, values, mask=mask, k=2)
         answer = reference.read(query, keys, values, visible=mask)
         assert read.values.shape == (*batch, 5, 2)
-        assert torch.allclose(read.values, answer.values)
-        assert torch.allclose(read.lse, answer.lse.expand(read.lse.shape))
+        assert allclose(read.values, answer.values)
+        assert allclose(read.lse, answer.lse.expand(read.lse.shape))
         assert (read.ids == reference.best(answer.scores, 2)).all()
         ours = torch.autograd.grad(read.values.sum(), leaves)
         theirs = torch.autograd.grad(answer.values.sum(), leaves)
         for mine, wanted in zip(ours, theirs, strict=True):
-            assert torch.allclose(mine, wanted, atol=1e-12)
+            assert allclose(mine, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 7), (5, 7)], ids=str)
@@ -328,10 +326,10 @@ def test_equals_torch_multihead_attention(causal: bool) -> None:
 
     query, key, value = (heads(x @ part.T) for part in projections.chunk(3))
     found = soft_read(query, key, value, mask=mask).values.transpose(1, 2).flatten(-2) @ output.T
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert allclose(found, wanted, atol=1e-5)
     grads = torch.autograd.grad(found.square().sum(), [x, projections, output])
     for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
-        assert torch.allclose(grad, wanted_grad, atol=1e-5)
+        assert allclose(grad, wanted_grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 4, 40])
@@ -351,7 +349,7 @@ def test_best_rows_are_reported_with_their_mass(k: int) -> None:
 def test_weights_sum_to_the_mass_when_scores_are_huge() -> None:
     problem = Problem.random(rows=50, scale=1e4)
     read = soft_read(problem.query, problem.keys, problem.values, k=50)
-    assert torch.allclose(read.weights.sum(-1), torch.ones(5), atol=1e-6)
+    assert allclose(read.weights.sum(-1), torch.ones(5), atol=1e-6)
 
 
 def test_ties_go_to_the_lowest_row() -> None:
@@ -371,7 +369,7 @@ def test_straight_through_is_hard_forward_and_soft_backward() -> None:
     ours = torch.autograd.grad(read.values.sum() + read.weights[:, 1].sum(), leaves)
     wanted = torch.autograd.grad(answer.values.sum() + answer.weights.gather(1, best)[:, 1].sum(), leaves)
     for mine, other in zip(ours, wanted, strict=True):
-        assert torch.allclose(mine, other)
+        assert allclose(mine, other)
 
 
 # -- other normalizers -----------------------------------------------------------------------------------
@@ -548,8 +546,8 @@ def test_topk_read_reads_only_its_candidates() -> None:
     visible[0, [7, 3]] = visible[1, [0, 9, 4]] = True
     read = topk_read(problem.query, problem.keys, problem.values, candidates)
     answer = reference.read(problem.query, problem.keys, problem.values, visible=visible)
-    assert torch.allclose(read.values, answer.values)
-    assert torch.allclose(read.lse, answer.lse)
+    assert allclose(read.values, answer.values)
+    assert allclose(read.lse, answer.lse)
     assert (read.ids == reference.best(answer.scores, 3)).all()
     assert read.mass.isnan().all()
     assert read.scores[0, 2] == -math.inf
@@ -563,7 +561,7 @@ def test_topk_read_of_batches() -> None:
     visible = torch.zeros(2, 3, 5, 9, dtype=torch.bool).scatter_(-1, candidates, True)
     answer = reference.read(query, keys, values, visible=visible)
     read = topk_read(query, keys, values, candidates)
-    assert torch.allclose(read.values, answer.values, atol=1e-6)
+    assert allclose(read.values, answer.values, atol=1e-6)
     assert (read.ids == reference.best(answer.scores, 4)).all()
 
 
@@ -582,12 +580,12 @@ def test_merge_with_a_store_is_the_dense_expression_over_both() -> None:
 
     merged = merge([store.read(query), soft_read(query, encoder(context), values)])
     dense = reference.read(query, torch.cat([store.keys, encoder(context)]), torch.cat([store.values, values]))
-    assert torch.allclose(merged.values, dense.values)
-    assert torch.allclose(merged.lse, dense.lse)
+    assert allclose(merged.values, dense.values)
+    assert allclose(merged.lse, dense.lse)
     ours = torch.autograd.grad(merged.values.square().sum() + merged.lse.sum(), leaves)
     wanted = torch.autograd.grad(dense.values.square().sum() + dense.lse.sum(), leaves)
     for mine, other in zip(ours, wanted, strict=True):
-        assert torch.allclose(mine, other)
+        assert allclose(mine, other)
 
 
 def test_merge_sorts_the_best_rows_of_all_reads() -> None:
@@ -598,9 +596,9 @@ def test_merge_sorts_the_best_rows_of_all_reads() -> None:
     answer = problem.answer()
     assert merged.ids.shape == (5, 8)
     assert (merged.scores.diff(dim=-1) <= 0).all()
-    assert torch.allclose(merged.scores[:, :4], answer.scores.sort(descending=True).values[:, :4])
-    assert torch.allclose(merged.weights, (merged.scores - answer.lse[:, None]).exp())
-    assert torch.allclose(merged.mass, merged.weights.sum(-1))
+    assert allclose(merged.scores[:, :4], answer.scores.sort(descending=True).values[:, :4])
+    assert allclose(merged.weights, (merged.scores - answer.lse[:, None]).exp())
+    assert allclose(merged.mass, merged.weights.sum(-1))
 
 
 def test_merge_has_a_nan_mass_if_a_read_has_one() -> None:
@@ -648,12 +646,14 @@ BAD_READS = [
 ]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("change", "error", "message"), BAD_READS, ids=[message[:30] for _, _, message in BAD_READS])
 def test_bad_input_of_soft_read(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         soft_read(**({"query": Q, "keys": K, "values": V} | change))  # type: ignore[arg-type]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("candidates", "error", "message"),
     [
@@ -711,7 +711,7 @@ def test_huge_and_tiny_values_neither_overflow_nor_underflow(height: float, size
     """Products of values and exponentials without a shift would overflow or underflow."""
     query, keys, values = torch.ones(2, 1), torch.full((70_000, 1), height), torch.full((70_000, 1), size)
     read = soft_read(query, keys, values, metric="dot").values
-    assert torch.allclose(read, values[:2], rtol=1e-5, atol=0)
+    assert allclose(read, values[:2], rtol=1e-5, atol=0)
 
 
 def test_small_gradients_do_not_underflow_after_a_late_shift() -> None:
@@ -766,7 +766,7 @@ def test_the_mean_of_a_million_equal_rows_is_accurate(queries: int, width: int, 
     query, keys, values = torch.ones(queries, 2), torch.zeros(1, 2), torch.full((1, 1), 0.1)
     read = soft_read(query, keys.expand(rows, 2), values.expand(rows, width), k=k)
     check_equal_summands(read.values, rows)
-    assert torch.allclose(read.lse.double(), torch.tensor(float(rows), dtype=torch.float64).log(), rtol=1e-6)
+    assert allclose(read.lse.double(), torch.tensor(float(rows), dtype=torch.float64).log(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 13])
@@ -809,8 +809,8 @@ def test_sums_of_gradients_over_many_equal_rows_are_accurate(queries: int, rows:
     weights = torch.softmax(keys.detach().double() @ torch.ones(1, 1, dtype=torch.float64), 0)
     mean = (weights * values.double()).sum()
     covariance = (weights * (keys.double() - (weights * keys.double()).sum()) * (values.double() - mean)).sum()
-    assert torch.allclose(grads[0].double(), covariance.detach(), rtol=1e-4)
-    assert torch.allclose(grads[2].double(), queries * weights, rtol=1e-4)
+    assert allclose(grads[0].double(), covariance.detach(), rtol=1e-4)
+    assert allclose(grads[2].double(), queries * weights, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -822,6 +822,7 @@ def test_sums_of_gradients_over_many_queries_are_accurate(rows: int) -> None:
     check_equal_summands(grad * rows / queries, queries)
 
 
+@pytest.mark.cpu_only
 def test_memory_does_not_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor has (threads, B, value_dim) elements, in forward or backward."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tolerances import allclose, assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ def test_checkpointed_reads_equal_plain_reads_and_raise_after_an_addition(
     leaves = (store.keys, store.values, encoder.weight)
     expected = torch.autograd.grad(read(x).sum(), leaves)
     for actual, gradient in zip(torch.autograd.grad(run(x).sum(), leaves), expected, strict=True):
-        torch.testing.assert_close(actual.to_dense(), gradient.to_dense())
+        assert_close(actual.to_dense(), gradient.to_dense())
     answer = run(x).sum()
     store.add(torch.randn(1, 8), torch.randn(1, 3))
     with pytest.raises(softdb.StaleReadError, match="activation checkpointing"):
@@ -79,7 +80,7 @@ def test_training_with_and_without_checkpointing_ends_with_the_same_rows(how: di
             (values - 1).square().sum().backward()
             optimizer.step()
         found.append(store.values.detach())
-    assert torch.allclose(*found, atol=1e-6)
+    assert allclose(*found, atol=1e-6)
 
 
 def test_draws_are_repeated_or_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tolerances import allclose
 from torch import Tensor, nn
 
 from softdb import IndexConfig, SoftKVStore
@@ -49,7 +50,7 @@ def test_gradients_hold_the_rows_read_each_once(how: dict[str, Any], reads: int,
         assert gradient.is_coalesced()
         assert torch.equal(gradient.indices()[0], rows)
         assert wanted.layout == torch.strided
-        assert torch.allclose(gradient.to_dense(), wanted, atol=1e-6)
+        assert allclose(gradient.to_dense(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", [RowAdam, RowAdagrad], ids=lambda kind: kind.__name__)
@@ -65,8 +66,8 @@ def test_exact_and_topk_reads_in_one_step(optimizer: Any) -> None:
             assert store.keys.grad.layout == torch.strided
             clip_row_grad_norm_(store.parameters(), 1.0)
             step.step()
-    assert torch.allclose(mixed.keys, dense.keys, atol=1e-5)
-    assert torch.allclose(mixed.values, dense.values, atol=1e-5)
+    assert allclose(mixed.keys, dense.keys, atol=1e-5)
+    assert allclose(mixed.values, dense.values, atol=1e-5)
 
 
 def _loss_on_some_keys(store: SoftKVStore, answer: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def test_autocast_trains_with_scores_in_float32() -> None:
     other = torch.optim.Adam(encoder.parameters(), lr=0.01)
     losses = []
     for _ in range(40):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(store.device.type, dtype=torch.bfloat16):
             read = store.read(encoder(queries()), "topk", k=8)
             assert read.values.dtype == torch.bfloat16
             assert read.scores is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import reference
 from support.contract import force_dispatch, force_tiling
+from support.tolerances import allclose
 from torch import Tensor
 
 from softdb import NonFiniteError
@@ -156,8 +157,8 @@ def test_scores_of_any_magnitude_give_accurate_reads(magnitude: float, monkeypat
     query, keys, values = torch.ones(9, 1), magnitude + 0.3 * torch.randn(700, 1), torch.randn(700, 3)
     found = read_in_blocks(query, keys, values, monkeypatch)
     wanted = naive_read(query, keys, values)
-    assert torch.allclose(found[0].double(), wanted[0], atol=1e-5)
-    assert torch.allclose(found[1].double(), wanted[1], atol=1e-4)
+    assert allclose(found[0].double(), wanted[0], atol=1e-5)
+    assert allclose(found[1].double(), wanted[1], atol=1e-4)
 
 
 def test_a_block_above_the_bound_shifts_earlier_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,8 +170,8 @@ def test_a_block_above_the_bound_shifts_earlier_blocks(monkeypatch: pytest.Monke
         for order in (slice(None), torch.arange(rows - 1, -1, -1)):
             found = read_in_blocks(query, keys[:rows][order], values[:rows][order], monkeypatch)
             wanted = naive_read(query, keys[:rows], values[:rows])
-            assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
-            assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
+            assert allclose(found[0].double(), wanted[0], atol=1e-4)
+            assert allclose(found[1].double(), wanted[1], rtol=1e-6)
 
 
 def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_small_gradients_survive_large_totals(monkeypatch: pytest.MonkeyPatch) -
     doubles = [tensor.detach().double().requires_grad_() for tensor in leaves]
     wanted = torch.autograd.grad(naive_read(*doubles)[0], doubles, torch.full((4, 2), 1e-25, dtype=torch.float64))
     for mine, other in zip(found, wanted, strict=True):
-        assert torch.allclose(mine.double(), other, rtol=1e-3, atol=1e-31)
+        assert allclose(mine.double(), other, rtol=1e-3, atol=1e-31)
 
 
 def test_an_outdated_key_norm_gives_accurate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +193,8 @@ def test_an_outdated_key_norm_gives_accurate_reads(monkeypatch: pytest.MonkeyPat
         query, keys, values = torch.ones(9, 1), magnitude + torch.randn(700, 1), torch.randn(700, 3)
         found = read_in_blocks(query, keys, values, monkeypatch, max_key_norm=lambda: 1.0)
         wanted = naive_read(query, keys, values)
-        assert torch.allclose(found[0].double(), wanted[0], atol=1e-4)
-        assert torch.allclose(found[1].double(), wanted[1], rtol=1e-6)
+        assert allclose(found[0].double(), wanted[0], atol=1e-4)
+        assert allclose(found[1].double(), wanted[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -212,7 +213,7 @@ def test_a_bf16_matmul_rounds_no_more_than_the_output(monkeypatch: pytest.Monkey
     query, keys, values = torch.randn(9, 8), torch.randn(900, 8), torch.randn(900, 3).bfloat16()
     bf16, lse = read_in_blocks(query, keys, values, monkeypatch, bf16_matmul=True)
     wanted = naive_read(query, keys, values)
-    assert torch.allclose(lse.double(), wanted[1], atol=1e-5)
+    assert allclose(lse.double(), wanted[1], atol=1e-5)
     assert 1e-6 < (bf16 - wanted[0]).abs().max() < 2**-8  # rounded, but by no more than a bfloat16 output
 
 
@@ -237,9 +238,9 @@ def test_scores_and_blends_of_gathered_rows_equal_the_reference(monkeypatch: pyt
     numbers = torch.randint(30, (7, 5))
     spec = ReadSpec("dot", None, Selection(30), torch.float32)
     wanted = (query[:, None] * keys[numbers]).sum(-1)
-    assert torch.allclose(score_at(query, keys, numbers, spec), wanted, atol=1e-6)
+    assert allclose(score_at(query, keys, numbers, spec), wanted, atol=1e-6)
     weights = torch.rand(7, 5)
     blend = (weights[..., None] * values[numbers]).sum(1)
-    assert torch.allclose(blend_at(weights, values, numbers), blend, atol=1e-6)
+    assert allclose(blend_at(weights, values, numbers), blend, atol=1e-6)
     numbers[2, 1] = -1
     assert score_at(query, keys, numbers, spec)[2, 1] == -math.inf

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
+from support.tolerances import allclose, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -77,12 +78,12 @@ def assert_values_and_gradients_close(
     y: Tensor, wanted: Tensor, inputs: list[Tensor], tolerance: float = 1e-10
 ) -> None:
     """Compare values, and gradients in a random direction."""
-    torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+    assert_close(y, wanted, rtol=tolerance, atol=tolerance)
     direction = torch.randn_like(wanted)
     for got, want in zip(
         compute_gradients(y, inputs, direction), compute_gradients(wanted, inputs, direction), strict=True
     ):
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def project_heads(layer: nn.Module, x: Tensor) -> Tensor:  # (..., heads, parts, width)
@@ -161,7 +162,7 @@ def test_return_read_returns_the_read_of_each_head(shared: bool) -> None:
     assert read.values.shape == (5, 6, 2, 4)
     assert read.ids.shape == read.weights.shape == read.scores.shape == (5, 6, 2, 3)
     assert read.lse.shape == read.mass.shape == (5, 6, 2)
-    torch.testing.assert_close(read.weights.sum(-1), torch.ones(5, 6, 2))
+    assert_close(read.weights.sum(-1), torch.ones(5, 6, 2))
     queries = layer.queries(x).squeeze(-2)
     for head in range(2):
         store = layer.stores[0 if shared else head]
@@ -178,7 +179,7 @@ def test_initial_output_is_small_relative_to_the_input() -> None:
 def test_batch_norm_supports_a_single_vector_in_eval_mode() -> None:
     for layer in (MemoryLayer(8, 20, query_norm="batch"), ProductKeyMemory(8, 64, k=4, key_dim=6, query_norm="batch")):
         x = torch.randn(2, 8)
-        assert torch.allclose(layer.eval()(x[0]), layer(x)[0], atol=1e-6)
+        assert allclose(layer.eval()(x[0]), layer(x)[0], atol=1e-6)
 
 
 def test_reset_parameters_resets_usage_and_optimizer_state() -> None:
@@ -193,7 +194,7 @@ def test_reset_parameters_resets_usage_and_optimizer_state() -> None:
     layer(torch.randn(50, 8)).square().sum().backward()
     optimizer.step()
     moved = (layer.store.values - before).abs()
-    assert torch.allclose(moved[moved > 1e-6], torch.tensor(0.1), atol=1e-3)  # A first step of Adam moves by lr.
+    assert allclose(moved[moved > 1e-6], torch.tensor(0.1), atol=1e-3)  # A first step of Adam moves by lr.
 
 
 def test_sparse_gradients_update_only_the_rows_read() -> None:
@@ -374,16 +375,16 @@ def test_heads_with_separate_stores_may_have_supports_of_different_sizes(normali
     exact = MemoryLayer(8, 40, **options)
     exact.load_state_dict(layer.state_dict())
     other, direction = exact(x), torch.randn(5, 8)
-    torch.testing.assert_close(y, other)
+    assert_close(y, other)
     grads = compute_gradients(y, list(layer.parameters()), direction)
     wanted = compute_gradients(other, list(exact.parameters()), direction)
-    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
+    assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
     _, read = layer(x, return_read=True)
     (read.lse + read.weights.square().sum(-1)).sum().backward()
     assert all(p.grad is not None and p.grad.to_dense().isfinite().all() for p in layer.stores[0].parameters())
     assert read.ids.shape[2] > 2
     assert bool((read.ids[:, 1] == -1).any())
-    torch.testing.assert_close(read.weights.sum(-1), torch.ones(5, 2))
+    assert_close(read.weights.sum(-1), torch.ones(5, 2))
     assert y.shape == (5, 8)
 
 
@@ -458,7 +459,7 @@ def test_segments_equal_attention_over_the_past(k: int | None, rows: int, length
     layer = ContextMemory(12, rows, heads=3, key_dim=6, value_dim=5, k=k, dtype=torch.float64)
     x = torch.randn(2, sum(lengths), 12, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(run_segments(layer, x, lengths), reference_context_memory(layer, x, lengths))
+        assert_close(run_segments(layer, x, lengths), reference_context_memory(layer, x, lengths))
 
 
 @pytest.mark.slow
@@ -486,7 +487,7 @@ def test_backward_after_each_segment_accumulates_all_gradients(k: int | None) ->
     layer.zero_grad(set_to_none=True)
     reference_context_memory(layer, x, [10] * 7).backward(direction)
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad)
+        assert_close(grads[name], parameter.grad)
 
 
 @pytest.mark.parametrize("k", [None, 4])
@@ -504,7 +505,7 @@ def test_tokens_attend_only_to_their_own_document(k: int | None) -> None:
     assert torch.equal(y[0, 20:30], torch.zeros(10, 12, dtype=torch.float64))
     layer.reset()
     whole = run_segments(layer, x[1:2], lengths, documents[1:2])
-    torch.testing.assert_close(y[1:2], whole)
+    assert_close(y[1:2], whole)
 
 
 def test_documents_may_be_given_per_sequence() -> None:
@@ -515,13 +516,13 @@ def test_documents_may_be_given_per_sequence() -> None:
     last = layer(x[:, 20:], documents=torch.tensor([0, 1]))
     layer.reset()
     wanted = run_segments(layer, x, [10, 10, 10])
-    torch.testing.assert_close(last[0], wanted[0, 20:])
+    assert_close(last[0], wanted[0, 20:])
     layer.reset()
-    torch.testing.assert_close(last[1], run_segments(layer, x[1:, [*range(10), *range(20, 30)]], [10, 10])[0, 10:])
+    assert_close(last[1], run_segments(layer, x[1:, [*range(10), *range(20, 30)]], [10, 10])[0, 10:])
     layer.reset()
     y = layer(x[:, :10], documents=torch.tensor([7, 8]))
     layer.reset()
-    torch.testing.assert_close(layer(x[:, :10]), y)
+    assert_close(layer(x[:, :10]), y)
     assert layer(x[:, 10:20]).isfinite().all()
 
 
@@ -534,7 +535,7 @@ def test_reset_forgets_the_given_sequences(k: int | None) -> None:
     run_segments(layer, x[:, :30], [10] * 3)
     layer.reset([1])
     y = layer(x[:, 30:])
-    torch.testing.assert_close(y[1], alone[1])
+    assert_close(y[1], alone[1])
     assert not torch.allclose(y[0], alone[0], atol=1e-3)
     with pytest.raises(ArgumentError, match="sequences: expected indices into a batch of 2, got"):
         layer.reset([2])
@@ -638,7 +639,7 @@ def test_evicted_tokens_of_a_topk_read_are_kept_for_its_backward(later: int) -> 
     third.sum().backward()
     twin(parts[2]).sum().backward()
     for mine, other in zip(layer.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+        assert_close(mine.grad, other.grad)
 
 
 def test_more_open_topk_reads_than_the_past_keeps_tokens_for_raise_in_backward() -> None:
@@ -662,7 +663,7 @@ def test_activation_checkpointing_recomputes_the_last_segment(reentrant: bool) -
         y.sum().backward(retain_graph=True)
         wanted.sum().backward()
     for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        assert_close(one.grad, other.grad)
     late = checkpoint(layer, parts[0].detach().requires_grad_(), use_reentrant=reentrant)
     layer(parts[1])
     with pytest.raises(StaleReadError, match="recompute the last segment that the memory read"):
@@ -757,7 +758,9 @@ def test_recall_learned_within_segments_works_across_segments() -> None:
     assert float(is_correct.float().mean()) > 0.95
 
 
-@pytest.mark.parametrize("move", [lambda layer: layer.to("cpu"), lambda layer: layer.double()], ids=["to", "double"])
+@pytest.mark.parametrize(
+    "move", [lambda layer: layer.to(torch.get_default_device()), lambda layer: layer.double()], ids=["to", "double"]
+)
 def test_eviction_is_detected_after_a_conversion_that_changes_nothing(move: Callable[[nn.Module], nn.Module]) -> None:
     layer = ContextMemory(8, 8, dtype=torch.float64)
     xs = torch.randn(4, 1, 6, 8, dtype=torch.float64)
@@ -957,7 +960,7 @@ def test_state_dict_restores_both_pasts_in_either_mode(k: int | None, training: 
         wanted = layer.train(mode)(part)
         for twin in (*twins, old) if mode else twins:
             assert torch.equal(twin.train(mode)(part), wanted)
-        torch.testing.assert_close(moved.train(mode)(part.double()).float(), wanted)
+        assert_close(moved.train(mode)(part.double()).float(), wanted)
 
 
 def test_load_state_dict_rejects_an_invalid_evaluation_past() -> None:
@@ -1051,7 +1054,7 @@ def test_activation_checkpointing_recomputes_segments_in_eval_mode() -> None:
         y, wanted = checkpoint(layer, part, use_reentrant=False), twin(part)
         assert torch.equal(y, wanted)
         grad, other = (torch.autograd.grad(loss.sum(), part)[0] for loss in (y, wanted))
-        torch.testing.assert_close(grad, other)
+        assert_close(grad, other)
 
 
 def test_empty_batch_leaves_the_past_empty() -> None:
@@ -1100,9 +1103,9 @@ def test_product_key_memory_equals_a_search_of_all_pairs(
     wanted, rows, scores = reference_product_keys(layer, x)
     y, read = layer(x, return_read=True)
     assert torch.equal(read.ids, rows)
-    torch.testing.assert_close(read.scores, scores)
-    torch.testing.assert_close(read.weights, scores.softmax(-1))
-    torch.testing.assert_close(read.lse, scores.logsumexp(-1))
+    assert_close(read.scores, scores)
+    assert_close(read.weights, scores.softmax(-1))
+    assert_close(read.lse, scores.logsumexp(-1))
     assert read.mass.isnan().all() == (k < n * n)
     assert read.values.shape == (*leading, heads, layer.value_dim)
     assert_values_and_gradients_close(y, wanted, [x, *layer.parameters()])
@@ -1180,7 +1183,7 @@ def test_usage_counts_reads_and_weights() -> None:
     weights = torch.zeros(100, dtype=torch.float64).index_add_(
         0, read.ids.flatten(), read.weights.detach().flatten().double()
     )
-    torch.testing.assert_close(usage.weight, weights)
+    assert_close(usage.weight, weights)
     resumed = ProductKeyMemory(12, 100, heads=2, k=5, key_dim=8, track_usage=True)
     resumed.load_state_dict(layer.state_dict())
     assert torch.equal(resumed.store.usage.reads, usage.reads)
@@ -1215,9 +1218,9 @@ def test_forward_mode_agrees_with_reverse_mode() -> None:
     layer = ProductKeyMemory(8, 64, key_dim=6, k=4)
     x, direction = torch.randn(2, 3, 8)
     jacobian = torch.func.jacrev(layer)(x)
-    torch.testing.assert_close(torch.func.jacfwd(layer)(x), jacobian, rtol=1e-4, atol=1e-5)
+    assert_close(torch.func.jacfwd(layer)(x), jacobian, rtol=1e-4, atol=1e-5)
     _, tangent = torch.func.jvp(layer, (x,), (direction,))
-    torch.testing.assert_close(tangent, (jacobian * direction).sum((-2, -1)), rtol=1e-4, atol=1e-5)
+    assert_close(tangent, (jacobian * direction).sum((-2, -1)), rtol=1e-4, atol=1e-5)
 
 
 def test_nonfinite_input_raises_and_counts_no_reads() -> None:
@@ -1245,14 +1248,12 @@ def test_half_precision_values_are_blended_in_float32(dtype: torch.dtype) -> Non
     widened.store.float()
     x = torch.randn(5, 16, requires_grad=True)
     assert layer(x).dtype == torch.float32
-    torch.testing.assert_close(layer(x), widened(x))
+    assert_close(layer(x), widened(x))
     for one in (layer, widened):
         one(x).square().sum().backward()
     assert layer.store.weight.grad.dtype == dtype
-    torch.testing.assert_close(
-        layer.store.weight.grad.to_dense().float(), widened.store.weight.grad.to_dense(), rtol=1e-2, atol=1e-2
-    )
-    torch.testing.assert_close(layer.keys.grad, widened.keys.grad)
+    assert_close(layer.store.weight.grad.to_dense().float(), widened.store.weight.grad.to_dense(), rtol=1e-2, atol=1e-2)
+    assert_close(layer.keys.grad, widened.keys.grad)
 
 
 # -- module conventions ----------------------------------------------------------------------------------
@@ -1275,7 +1276,7 @@ def test_layer_is_materialized_from_the_meta_device(make: Callable[..., nn.Modul
         one = make()
     for layer in (one, make(device="meta")):
         assert {tensor.device.type for tensor in (*layer.parameters(), *layer.buffers())} == {"meta"}
-        layer.to_empty(device="cpu")
+        layer.to_empty(device=torch.get_default_device())
         layer.reset_parameters()  # type: ignore[operator]
         y = layer(torch.randn(2, 3, 16))
         assert y.isfinite().all()
@@ -1324,14 +1325,15 @@ def test_layers_support_dtypes_and_autocast(make: Callable[..., nn.Module]) -> N
     layer = make()
     plain = layer(x)
     layer.reset_parameters() if isinstance(layer, ContextMemory) else None  # type: ignore[func-returns-value]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     if not isinstance(layer, ContextMemory):
-        torch.testing.assert_close(y.float(), plain, rtol=0.1, atol=0.1)
+        assert_close(y.float(), plain, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @ignore_compile_warnings
 @for_each_layer
@@ -1345,15 +1347,16 @@ def test_compiled_layers_equal_eager_layers(make: Callable[..., nn.Module], back
     for _ in range(3):
         x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
         y, wanted = compiled(x), twin(x)
-        torch.testing.assert_close(y, wanted)
+        assert_close(y, wanted)
         y.sum().backward()
         wanted.sum().backward()
         for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
             grads = [g.to_dense() if g.is_sparse else g for g in (one.grad, other.grad)]
-            torch.testing.assert_close(*grads)
+            assert_close(*grads)
             one.grad = other.grad = None
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @ignore_compile_warnings
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
@@ -1367,9 +1370,7 @@ def test_shared_store_in_a_compiled_graph(backend: str) -> None:
     torch.compile(both, backend=backend, fullgraph=True)(x).sum().backward()
     twin(x).sum().backward()
     gradient = both[0].store.weight.grad
-    torch.testing.assert_close(
-        gradient.to_dense() if gradient.is_sparse else gradient, twin[0].store.weight.grad.to_dense()
-    )
+    assert_close(gradient.to_dense() if gradient.is_sparse else gradient, twin[0].store.weight.grad.to_dense())
 
 
 def test_blend_operator_passes_opcheck() -> None:
@@ -1390,7 +1391,7 @@ def test_learnable_temperature_divides_the_scores_of_each_head(mode: Any, k: int
     x = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
     plain = MemoryLayer(8, 30, heads=3, key_dim=6, **options)
     plain.load_state_dict({name: t for name, t in layer.state_dict().items() if name != "log_temperature"})
-    torch.testing.assert_close(layer(x), plain(x))  # It starts at 1.
+    assert_close(layer(x), plain(x))  # It starts at 1.
     with torch.no_grad():
         layer.log_temperature.copy_(torch.tensor([-1.0, 0.0, 0.7]))
     # A layer without temperature whose queries are divided by it.
@@ -1424,7 +1425,7 @@ def test_temperature_of_a_memory_layer_is_that_of_its_stores_or_its_own() -> Non
     x = torch.randn(3, 8)
     before = other(x)
     layer.temperature = 2.0
-    torch.testing.assert_close(other(x), layer(x))
+    assert_close(other(x), layer(x))
     layer.temperature = 0.1
     assert torch.equal(other(x), before)
     other.temperature = 3.0
@@ -1527,6 +1528,7 @@ def test_product_key_memory_starts_and_stops_counting() -> None:
     assert int(layer.usage.reads.sum()) == 0
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @ignore_compile_warnings
 def test_compiled_layers_follow_temperature_and_tracking() -> None:
@@ -1541,13 +1543,13 @@ def test_compiled_layers_follow_temperature_and_tracking() -> None:
             with torch.no_grad():
                 layer.log_temperature.fill_(-1.0)
             y, wanted = compiled(x), layer(x)
-            torch.testing.assert_close(y, wanted)
+            assert_close(y, wanted)
             for got, want in zip(
                 compute_gradients(y, list(layer.parameters()), torch.ones_like(y)),
                 compute_gradients(wanted, list(layer.parameters()), torch.ones_like(y)),
                 strict=True,
             ):
-                torch.testing.assert_close(got, want)
+                assert_close(got, want)
             layer.track_usage_()
             before = int(layer.usage.reads.sum())
             compiled(x)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tolerances import allclose, assert_close
 from torch import Tensor, nn
 
 from softdb import ArgumentError, DtypeError, SoftKVStore
@@ -56,7 +57,7 @@ def test_dense_gradients_equal_adamw_with_its_options(amsgrad: bool, maximize: b
             parameter.grad = normal(30, 4, seed=step).double() * eps * (100.0 if step == 2 else 1.0)
             optimizer.step()
             rate.mul_(0.9)  # as a schedule does
-    torch.testing.assert_close(*parameters, rtol=0, atol=1e-10)
+    assert_close(*parameters, rtol=0, atol=1e-10)
 
 
 def test_one_optimizer_trains_a_model_as_adamw_and_sparse_adam_do() -> None:
@@ -77,7 +78,7 @@ def test_one_optimizer_trains_a_model_as_adamw_and_sparse_adam_do() -> None:
             for optimizer in optimizers:
                 optimizer.step()
     for parameter, peer in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(parameter, peer, rtol=0, atol=2e-6)
+        assert_close(parameter, peer, rtol=0, atol=2e-6)
 
 
 def test_row_sparse_gradients_with_amsgrad_and_maximize_equal_the_equation() -> None:
@@ -94,7 +95,7 @@ def test_row_sparse_gradients_with_amsgrad_and_maximize_equal_the_equation() -> 
             largest[row] = torch.maximum(largest[row], v[row])
             size = 0.1 * (1 - 0.9**step) ** 0.5 / (1 - 0.8**step)
             p[row] -= size * m[row] / (largest[row].sqrt() + 1e-6)
-    torch.testing.assert_close(parameter.detach(), p, rtol=0, atol=1e-12)
+    assert_close(parameter.detach(), p, rtol=0, atol=1e-12)
 
 
 def test_the_state_of_amsgrad_follows_new_rows_and_a_change_of_the_option() -> None:
@@ -234,7 +235,7 @@ def test_the_state_of_a_parameter_without_dimensions_is_exchanged_with_adamw(ams
             for optimizer, parameter in zip(optimizers, parameters, strict=True):
                 parameter.grad = torch.tensor(gradient, dtype=torch.float64)
                 optimizer.step()
-    assert torch.allclose(*parameters, rtol=1e-12)
+    assert allclose(*parameters, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -275,7 +276,7 @@ def test_parameters_of_anything_but_a_module_are_an_error() -> None:
 
 def test_row_parameters_are_found_after_they_were_replaced() -> None:
     model = nn.ModuleList([MemoryLayer(6, 10, key_dim=4, device="meta"), ProductKeyMemory(6, 16, k=2, key_dim=4)])
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=torch.get_default_device())
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     own = [model[0].store.keys, model[0].store.values, model[1].store.weight]
     assert [id(parameter) for parameter in row_parameters(model)] == [id(parameter) for parameter in own]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tolerances import allclose
 from torch import Tensor, nn
 
 import softdb
@@ -77,7 +78,7 @@ def test_row_adam_equals_sparse_adam(shape: tuple[int, ...]) -> None:
         for parameter, optimizer in zip((own, other), optimizers, strict=True):
             parameter.grad = make_row_gradient(shape, 7, seed=step)
             optimizer.step()
-    assert torch.allclose(own, other, rtol=0, atol=1e-6)
+    assert allclose(own, other, rtol=0, atol=1e-6)
 
 
 def test_row_adam_in_many_blocks_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +96,7 @@ def test_dense_gradients_equal_adamw(weight_decay: float) -> None:
         for parameter, optimizer in zip((own, other), optimizers, strict=True):
             parameter.grad = torch.randn(30, 4, generator=make_generator(step))
             optimizer.step()
-    assert torch.allclose(own, other, rtol=0, atol=1e-5)
+    assert allclose(own, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4)])
@@ -107,7 +108,7 @@ def test_dense_gradients_of_any_shape(kind: type, shape: tuple[int, ...]) -> Non
     parameter.grad = torch.full(shape, 2.0)
     optimizer.step()
     # If all gradients are equal, the first step of either optimizer is lr times the sign of the gradient.
-    assert torch.allclose(parameter, before * (1 - 0.01) - 0.1, atol=1e-6)
+    assert allclose(parameter, before * (1 - 0.01) - 0.1, atol=1e-6)
 
 
 def test_row_adagrad_equals_its_equation() -> None:
@@ -121,7 +122,7 @@ def test_row_adagrad_equals_its_equation() -> None:
         dense = gradient.to_dense().double()
         total += dense.square().mean(1)
         expected -= 0.3 * dense / (total.sqrt() + 1e-4)[:, None]
-    assert torch.allclose(parameter.double(), expected, atol=1e-6)
+    assert allclose(parameter.double(), expected, atol=1e-6)
     assert optimizer.state[parameter]["sum"].shape == (20,)
 
 
@@ -392,7 +393,7 @@ def test_half_precision_parameters_of_any_shape(kind: type, dtype: torch.dtype, 
     optimizer = kind([parameter], lr=0.1)
     parameter.grad = torch.full(shape, 2.0, dtype=dtype)
     optimizer.step()
-    assert torch.allclose(parameter.float(), before.float() - 0.1, atol=0.02)
+    assert allclose(parameter.float(), before.float() - 0.1, atol=0.02)
 
 
 # -- weight decay ------------------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def test_weight_decay_is_independent_of_how_often_a_row_is_read(kind: type) -> N
         optimizer.step()
         schedule.step()
     factor = math.prod(1 - 0.1 * 0.9**step * 0.5 for step in range(5))
-    assert torch.allclose(parameter, before * factor, atol=1e-6)
+    assert allclose(parameter, before * factor, atol=1e-6)
 
 
 def test_weight_decay_equals_dense_adamw_under_a_schedule() -> None:
@@ -427,7 +428,7 @@ def test_weight_decay_equals_dense_adamw_under_a_schedule() -> None:
     own.grad = other.grad = torch.zeros(12, 3)  # This step applies the pending decay of every row.
     for optimizer in optimizers:
         optimizer.step()
-    assert torch.allclose(own, other, atol=1e-6)
+    assert allclose(own, other, atol=1e-6)
 
 
 def test_weight_decay_may_begin_and_end_between_steps() -> None:
@@ -439,7 +440,7 @@ def test_weight_decay_may_begin_and_end_between_steps() -> None:
         gradient = torch.zeros(len(rows), 2)
         parameter.grad = torch.sparse_coo_tensor(torch.tensor([rows]), gradient, (2, 2), check_invariants=True)
         optimizer.step()
-    assert torch.allclose(parameter, before * 0.95**2, atol=1e-6)
+    assert allclose(parameter, before * 0.95**2, atol=1e-6)
 
 
 # -- new and deleted rows ----------------------------------------------------------------------------------------------
@@ -534,7 +535,7 @@ def test_state_follows_a_store_that_shrinks_on_load() -> None:
     set_gradients(store, [19], seed=2)
     optimizer.step()
     expected = store.values.grad.to_dense()[19] * (1 - 0.9)
-    assert torch.allclose(optimizer.state[store.values]["exp_avg"][19], expected)
+    assert allclose(optimizer.state[store.values]["exp_avg"][19], expected)
 
 
 def test_state_follows_a_conversion_of_the_store() -> None:
@@ -706,7 +707,7 @@ def test_row_adam_continues_from_sparse_adam_state() -> None:
         for each, one in ((parameter, optimizer), (peer, given)):
             each.grad = make_row_gradient((6, 2), 3, seed=step)
             one.step()
-    assert torch.allclose(parameter, peer, rtol=0, atol=1e-6)
+    assert allclose(parameter, peer, rtol=0, atol=1e-6)
 
 
 INVALID_STATE: list[tuple[str, Any, type[Exception], str]] = [
@@ -958,7 +959,7 @@ def test_tensor_learning_rate_follows_its_schedule() -> None:
     schedule.step()
     before = parameter.detach().clone()
     optimizer.step()
-    assert torch.allclose(before - parameter, torch.full((4, 2), 0.05), atol=1e-5)
+    assert allclose(before - parameter, torch.full((4, 2), 0.05), atol=1e-5)
 
 
 def test_group_that_is_not_a_dictionary_raises() -> None:
@@ -986,7 +987,7 @@ def test_gradients_and_parameters_of_any_strides(kind: type) -> None:
                 optimizer.step()
                 table.grad = None
             results.append(table.detach().contiguous())
-        assert torch.allclose(*results, atol=2 * torch.finfo(dtype).eps)
+        assert allclose(*results, atol=2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -1025,10 +1026,10 @@ def test_clipping_equals_torch_on_dense_gradients(max_norm: float, norm_type: fl
         parameter.grad = gradient
         peer.grad = None if gradient is None else gradient.to_dense().clone()
     total = clip_row_grad_norm_(iter(own), max_norm, norm_type)
-    assert torch.allclose(total, torch.nn.utils.clip_grad_norm_(other, max_norm, norm_type))
+    assert allclose(total, torch.nn.utils.clip_grad_norm_(other, max_norm, norm_type))
     for parameter, peer in zip(own, other, strict=True):
         if peer.grad is not None:
-            assert torch.allclose(parameter.grad.to_dense(), peer.grad)
+            assert allclose(parameter.grad.to_dense(), peer.grad)
     assert own[0].grad.is_coalesced()
 
 
@@ -1040,9 +1041,9 @@ def test_clipping_accepts_the_arguments_of_torch(order: Any) -> None:
     for parameters in (own, other):
         parameters[0].grad, parameters[1].grad = torch.arange(4.0), torch.full((3,), 3 + 4j)
     total = clip_row_grad_norm_(own, 1.0, order, False, True)
-    assert torch.allclose(total, torch.nn.utils.clip_grad_norm_(other, 1.0, order, False, False))
+    assert allclose(total, torch.nn.utils.clip_grad_norm_(other, 1.0, order, False, False))
     for parameter, peer in zip(own, other, strict=True):
-        assert torch.allclose(parameter.grad, peer.grad)
+        assert allclose(parameter.grad, peer.grad)
     with pytest.raises(softdb.DtypeError, match="foreach: expected True or False"):
         clip_row_grad_norm_(own, 1.0, foreach="yes")  # type: ignore[arg-type]
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.contract import force_dispatch, largest_error
+from support.contract import force_dispatch
+from support.tolerances import allclose, largest_error
 from torch import Tensor
 
 import softdb
@@ -61,8 +62,8 @@ def check_read(store: SoftKVStore, query: Tensor, bias: Tensor, visible: Tensor 
         answer = reference.read(flat, keys, values, bias=own, visible=seen, temperature=temperature)
     finite = answer.lse > -math.inf
     lse, found = read.lse.reshape(-1), read.values.reshape(len(flat), -1)
-    assert torch.allclose(found, answer.values, atol=1e-11)
-    assert torch.allclose(lse, answer.lse, atol=1e-11)
+    assert allclose(found, answer.values, atol=1e-11)
+    assert allclose(lse, answer.lse, atol=1e-11)
     ours, theirs = found.sin().sum() + lse[finite].sum(), answer.values.sin().sum() + answer.lse[finite].sum()
     if read.ids is not None and read.scores is not None and read.weights is not None:
         ids, scores, weights = (part.reshape(len(flat), -1) for part in (read.ids, read.scores, read.weights))
@@ -147,7 +148,7 @@ def test_minus_infinity_equals_a_filter(how: dict[str, Any]) -> None:
     for name in ("values", "ids", "weights", "scores", "lse", "mass"):
         ours, theirs = getattr(found, name), getattr(wanted, name)
         assert (ours is None) == (theirs is None)
-        assert ours is None or torch.allclose(ours, theirs, atol=1e-12, equal_nan=True)
+        assert ours is None or allclose(ours, theirs, atol=1e-12, equal_nan=True)
     for gradient in torch.autograd.grad(found.values.sum() + found.lse.sum(), (query, bias, store.keys, store.values)):
         dense = gradient.to_dense()
         assert dense.isfinite().all()
@@ -220,7 +221,7 @@ def test_gumbel_draws_by_the_sum(mode: Any) -> None:
     )
     assert read.ids is not None
     drawn = read.ids[:, 0].bincount(minlength=4) / 2_000
-    assert torch.allclose(drawn, probability, atol=0.05)
+    assert allclose(drawn, probability, atol=0.05)
 
 
 def test_straight_through_is_hard_forward_and_soft_backward() -> None:
@@ -231,14 +232,14 @@ def test_straight_through_is_hard_forward_and_soft_backward() -> None:
     answer = reference.read(query, keys, values, bias=bias)
     assert torch.equal(hard.values, values[answer.scores.argmax(-1)])
     found, wanted = (torch.autograd.grad(part.values.sum(), (query, bias))[1] for part in (hard, answer))
-    assert torch.allclose(found, wanted, atol=1e-12)
+    assert allclose(found, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_narrow_rows_and_autocast(dtype: torch.dtype) -> None:
     store = make_store(dtype=dtype)
     query, bias = torch.randn(QUERIES, 5).to(dtype), make_bias(ROWS).detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(query.device.type, dtype=torch.bfloat16):
         read = store.read(query, bias=bias)
     keys, values = live(store)
     answer = reference.read(query.double(), keys.double(), values.double(), bias=bias.double())
@@ -253,7 +254,7 @@ def test_narrow_rows_and_autocast(dtype: torch.dtype) -> None:
 def test_the_dtype_of_autocast_may_differ_from_that_of_the_bias(dtype: torch.dtype, cast: torch.dtype) -> None:
     store, query = make_store(dtype=torch.float32), torch.randn(QUERIES, 5)
     bias = make_bias(ROWS, hidden=0.2).detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=cast):
+    with torch.autocast(query.device.type, dtype=cast):
         found = store.read(query, bias=bias)
     wanted = store.read(query, bias=bias)
     assert torch.equal(found.lse, wanted.lse)
@@ -267,8 +268,8 @@ def test_huge_negative_numbers_hide_in_effect(largest: float) -> None:
     bias = torch.where(torch.rand(ROWS) < 0.5, -largest, 0.0)
     query = torch.randn(QUERIES, 5)
     found, wanted = store.read(query, bias=bias), store.read(query, where=bias == 0)
-    assert torch.allclose(found.values, wanted.values, atol=1e-6)
-    assert torch.allclose(found.lse, wanted.lse, atol=1e-5)
+    assert allclose(found.values, wanted.values, atol=1e-6)
+    assert allclose(found.lse, wanted.lse, atol=1e-5)
 
 
 def test_forward_passes_the_bias() -> None:
@@ -303,6 +304,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("bias", "how", "error", "message"), BAD.values(), ids=BAD)
 def test_a_bad_bias_is_refused(bias: Any, how: dict[str, Any], error: type[Exception], message: str) -> None:
     store = make_store(9, deleted=1, track_usage=True)

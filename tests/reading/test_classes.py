@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tolerances import allclose
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -31,18 +32,18 @@ def test_weights_are_summed_by_label(shape: tuple[int, ...]) -> None:
     labels, weights = problem(*shape)
     found = class_weights(labels, weights, 4)
     assert found.dtype == torch.float64
-    assert torch.allclose(found, expected(labels, weights, 4), rtol=0, atol=1e-14)
+    assert allclose(found, expected(labels, weights, 4), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("shapes", [((7,), (3, 7)), ((3, 7), (7,)), ((2, 1, 7), (3, 7)), ((3, 1), (3, 7))])
 def test_labels_and_weights_broadcast(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     labels, weights = problem(*shapes[0])[0], problem(*shapes[1])[1].requires_grad_()
     found = class_weights(labels, weights, 4)
-    assert torch.allclose(found, expected(labels, weights, 4))
+    assert allclose(found, expected(labels, weights, 4))
     given = torch.randn_like(found)
     (gradient,) = torch.autograd.grad(found, weights, given)
     (wanted,) = torch.autograd.grad(expected(labels, weights, 4), weights, given)
-    assert torch.allclose(gradient, wanted)
+    assert allclose(gradient, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -52,7 +53,7 @@ def test_sums_are_in_at_least_float32(dtype: torch.dtype, label_dtype: torch.dty
     labels, weights = labels.clamp(min=0).to(label_dtype), weights.abs().to(dtype)
     found = class_weights(labels, weights, 4)
     assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), expected(labels, weights, 4), rtol=1e-5)
+    assert allclose(found.double(), expected(labels, weights, 4), rtol=1e-5)
 
 
 # torch itself scripts decompositions for forward mode.
@@ -78,10 +79,10 @@ def test_a_weight_without_a_class_may_be_nan_and_has_no_gradient() -> None:
 def test_transforms_of_torch_func() -> None:
     labels, weights = problem(3, 5)
     wanted = expected(labels, weights, 4)
-    assert torch.allclose(torch.vmap(lambda la, w: class_weights(la, w, 4))(labels, weights), wanted)
-    assert torch.allclose(torch.vmap(lambda w: class_weights(labels[0], w, 4))(weights)[0], wanted[0])
+    assert allclose(torch.vmap(lambda la, w: class_weights(la, w, 4))(labels, weights), wanted)
+    assert allclose(torch.vmap(lambda w: class_weights(labels[0], w, 4))(weights)[0], wanted[0])
     shared = torch.vmap(lambda la: class_weights(la, weights[0], 4))(labels)
-    assert torch.allclose(shared, expected(labels, weights[0], 4))
+    assert allclose(shared, expected(labels, weights[0], 4))
     jacobian = torch.func.jacrev(lambda w: class_weights(labels[0], w, 4))(weights[0])
     assert torch.equal(jacobian, torch.func.jacfwd(lambda w: class_weights(labels[0], w, 4))(weights[0]))
     assert torch.equal(jacobian.mT, one_hot(labels[0] + 1, 5)[:, 1:].double())
@@ -101,10 +102,10 @@ def test_a_compiled_classifier_equals_the_eager_one() -> None:
 
     query = torch.randn(5, 3, requires_grad=True)
     compiled = torch.compile(classify, backend="aot_eager")(query)
-    assert torch.allclose(compiled, classify(query))
+    assert allclose(compiled, classify(query))
     (gradient,) = torch.autograd.grad(compiled[:, 1].sum(), query)
     (wanted,) = torch.autograd.grad(classify(query)[:, 1].sum(), query)
-    assert torch.allclose(gradient, wanted, atol=1e-6)
+    assert allclose(gradient, wanted, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -141,11 +142,12 @@ def test_a_read_classifies_by_the_labels_of_its_rows() -> None:
     assert read.weights is not None
     found = class_weights(store.fields_at(read.ids, "label"), read.weights, 3)
     wanted = (query @ keys.T / 3**0.5).softmax(-1) @ one_hot(labels, 3).double()
-    assert torch.allclose(found, wanted)
+    assert allclose(found, wanted)
     found[:, 1].log().sum().backward()
-    assert torch.allclose(query.grad, torch.autograd.grad(wanted[:, 1].log().sum(), query)[0])  # type: ignore[arg-type]
+    assert allclose(query.grad, torch.autograd.grad(wanted[:, 1].log().sum(), query)[0])  # type: ignore[arg-type]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

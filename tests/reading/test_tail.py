@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from support.contract import METRICS, Problem, largest_error
+from support.contract import METRICS, Problem
+from support.tolerances import allclose, largest_error
 from torch import Tensor
 
 import softdb
@@ -66,6 +67,7 @@ def make_layouts(rows: int) -> dict[str, tuple[ListLayout | None, Tensor | None]
     }
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", make_layouts(10))
 @pytest.mark.parametrize("count", [1, 2, 7, 30, 90, 149, 150])
@@ -104,6 +106,7 @@ def test_first_and_second_rows_come_from_the_same_strata() -> None:
         assert (sample.slots[first] != sample.slots[second])[real].all()
 
 
+@pytest.mark.cpu_only
 def test_a_sample_of_a_selection_has_only_selected_rows() -> None:
     layout, importance = make_layouts(150)["importance"]
     shared = torch.arange(170) % 3 != 0  # the layout has 150 rows
@@ -283,7 +286,7 @@ def test_a_missed_row_far_above_the_candidates_is_sampled() -> None:
     exact = store.read(query, temperature=0.001)
     read = store.read(query, "topk", k=2, temperature=0.001, tail_samples=300)
     assert largest_error(read.values, exact.values) < 1e-5
-    assert torch.allclose(read.lse, exact.lse)
+    assert allclose(read.lse, exact.lse)
 
 
 def hide_best_rows(store: SoftKVStore, count: int) -> None:
@@ -310,7 +313,7 @@ def test_a_missed_row_with_a_very_negative_score_is_sampled(metric: str, tempera
     assert float(exact.lse.max()) < -100
     hide_best_rows(store, 1)
     read = store.read(query, "topk", k=2, temperature=temperature, tail_samples=300)
-    assert torch.allclose(read.lse, exact.lse, rtol=1e-4)
+    assert allclose(read.lse, exact.lse, rtol=1e-4)
     assert float(relative_error(read, exact).max()) < 1e-3
 
 
@@ -428,7 +431,7 @@ def test_errors_stay_below_error_and_tolerance(width: int, queries: int, monkeyp
             assert read.ids.shape == (queries, 16)
             total = (read.weights - (read.scores - read.lse.unsqueeze(-1)).exp()).abs()
             assert float(total.max()) < 1e-5
-            assert torch.allclose(read.mass, read.weights.sum(-1), atol=1e-5)
+            assert allclose(read.mass, read.weights.sum(-1), atol=1e-5)
     # The sample of a single query may miss the few rows that matter; in a batch, the typical variance corrects that.
     assert float(torch.cat(below).mean()) > (0.9 if queries > 1 else 0.85)
     assert float(torch.cat(within).mean()) > 0.95
@@ -468,8 +471,8 @@ def test_a_read_to_a_tolerance_respects_filters_and_has_gradients(kind: str, mon
         assert float(relative_error(read, exact).detach().max()) < 1e-3
         assert largest_error(read.lse, exact.lse) < 1e-3
         found, wanted = (torch.autograd.grad(r.values.sum(), (query, store.values)) for r in (read, exact))
-        assert torch.allclose(found[0], wanted[0], atol=2e-3)
-        assert torch.allclose(found[1].to_dense(), wanted[1].to_dense(), atol=2e-3)
+        assert allclose(found[0], wanted[0], atol=2e-3)
+        assert allclose(found[1].to_dense(), wanted[1].to_dense(), atol=2e-3)
 
 
 @pytest.mark.parametrize("needed", [[], [100.0], [1e9], [50.0, 60.0, 5e4], [100.0] * 50 + [9e4] * 50])
@@ -492,4 +495,4 @@ def test_the_scale_of_values_does_not_change_their_error(unit: float) -> None:
         store.add(keys, scale * values)
         return store.read(query, "topk", k=8, tail_samples=100, generator=torch.Generator().manual_seed(0)).error
 
-    assert torch.allclose(error_at(unit), error_at(1.0), rtol=1e-3)
+    assert allclose(error_at(unit), error_at(1.0), rtol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import reference
 from support.contract import METRICS
+from support.tolerances import allclose
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +26,7 @@ def test_the_product_of_prepared_operands_is_the_score(metric: str) -> None:
     query, keys = torch.randn(3, 4, 6).double(), torch.randn(3, 9, 6).double()
     center = compute_center(query, metric)
     operands = prepare_query(query, metric, 0.7, center, query.dtype), prepare_keys(keys, metric, center, keys.dtype)
-    assert torch.allclose(operands[0] @ operands[1].mT, reference.scores(query, keys, metric, 0.7))
+    assert allclose(operands[0] @ operands[1].mT, reference.scores(query, keys, metric, 0.7))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -38,7 +39,7 @@ def test_prepare_keys_backward_matches_autograd(metric: str) -> None:
     operand = prepare_keys(keys, metric, center, keys.dtype)
     grad = torch.randn_like(operand)
     (expected,) = torch.autograd.grad(operand, keys, grad)
-    assert torch.allclose(prepare_keys_backward(grad, keys.detach(), metric, center), expected)
+    assert allclose(prepare_keys_backward(grad, keys.detach(), metric, center), expected)
 
 
 def test_l2_is_computed_in_float64() -> None:
@@ -46,7 +47,7 @@ def test_l2_is_computed_in_float64() -> None:
     center = compute_center(query, "l2")
     operands = prepare_query(query, "l2", 1.0, center, query.dtype), prepare_keys(keys, "l2", center, keys.dtype)
     assert operands[0].dtype == torch.float64
-    assert torch.allclose(operands[0] @ operands[1].T, reference.scores(query.double(), keys.double(), "l2"), atol=1e-9)
+    assert allclose(operands[0] @ operands[1].T, reference.scores(query.double(), keys.double(), "l2"), atol=1e-9)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -71,8 +72,8 @@ def test_reads_need_no_float64_except_l2(metric: Any, rows: int, monkeypatch: py
     with NoFloat64():
         read = soft_read(query, keys, values, metric=metric, mask=mask, k=3)
         (actual,) = torch.autograd.grad(read.values.sum() + read.lse.sum(), query)
-    assert torch.allclose(read.values, expected.values, atol=1e-6)
-    assert torch.allclose(actual, gradient, atol=1e-5)
+    assert allclose(read.values, expected.values, atol=1e-6)
+    assert allclose(actual, gradient, atol=1e-5)
 
 
 def test_l2_without_float64_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference
-from support.contract import Problem, largest_error
+from support.contract import Problem
+from support.tolerances import allclose, assert_close, largest_error
 from torch import Tensor
 
 from softdb import Read, SoftKVStore
@@ -40,8 +41,8 @@ pytestmark = pytest.mark.each_device
 def test_softmax_equals_torch_softmax() -> None:
     scores = torch.randn(4, 7).double().requires_grad_()
     weights, lse = softmax(scores)
-    assert torch.allclose(weights, torch.softmax(scores, -1))
-    assert torch.allclose(lse, torch.logsumexp(scores, -1))
+    assert allclose(weights, torch.softmax(scores, -1))
+    assert allclose(lse, torch.logsumexp(scores, -1))
     assert torch.autograd.gradcheck(softmax, (scores,))
     assert torch.autograd.gradgradcheck(softmax, (scores,))
 
@@ -115,20 +116,20 @@ def test_sparse_weights_equal_those_of_the_entmax_package(name: str) -> None:
         upstream = torch.randn(3, width, generator=generator, dtype=torch.float64)
         scores.requires_grad_()
         actual, expected = SPARSE_NORMALIZERS[name](scores / temperature), theirs(scores / temperature, dim=-1)
-        assert torch.allclose(actual, expected, atol=1e-9, rtol=0)
+        assert allclose(actual, expected, atol=1e-9, rtol=0)
         ours = torch.autograd.grad(actual, (scores, temperature), upstream)
         others = torch.autograd.grad(expected, (scores, temperature), upstream)
         # On the edge of the support, where ties of whole numbers lie, the derivative is not unique.
         if case % 5:
-            assert torch.allclose(ours[0], others[0], atol=1e-8, rtol=1e-6)
-            assert torch.allclose(ours[1], others[1], atol=1e-8 * max(1.0, scale), rtol=1e-6)
+            assert allclose(ours[0], others[0], atol=1e-8, rtol=1e-6)
+            assert allclose(ours[1], others[1], atol=1e-8 * max(1.0, scale), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(SPARSE_FUNCTIONS))
 def test_sparse_weights_favor_high_scores_and_treat_ties_alike(name: str) -> None:
     scores = torch.tensor([[3.0, 2.9, 2.5, -4.0], [0.0, 0.0, 0.0, 0.0], [900.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
     weights = SPARSE_FUNCTIONS[name](scores)
-    assert torch.allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))
+    assert allclose(weights.sum(-1), torch.ones(3, dtype=torch.float64))
     assert (weights[0].diff() <= 0).all()
     assert torch.equal(weights[1], torch.full((4,), 0.25, dtype=torch.float64))
     assert torch.equal(weights[2], torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
@@ -143,9 +144,9 @@ def test_sparse_weights_do_not_depend_on_rows_without_weight(name: str) -> None:
         scores[:, ::2] -= 1e6
         weights = SPARSE_FUNCTIONS[name](scores)
         assert (weights[:, ::2] == 0).all()
-        assert torch.allclose(weights[:, 1::2], SPARSE_FUNCTIONS[name](scores[:, 1::2]))
+        assert allclose(weights[:, 1::2], SPARSE_FUNCTIONS[name](scores[:, 1::2]))
         for one, row in zip(weights, scores, strict=True):
-            assert torch.allclose(one[one > 0], SPARSE_FUNCTIONS[name](row[one > 0]))
+            assert allclose(one[one > 0], SPARSE_FUNCTIONS[name](row[one > 0]))
 
 
 @pytest.mark.parametrize(("name", "inverse"), [("sparsemax", lambda w: w), ("entmax15", lambda w: 2 * w.sqrt())])
@@ -153,7 +154,7 @@ def test_rows_with_sparse_weight_have_one_threshold(name: str, inverse: Callable
     scores = torch.tensor([3.0, 2.9, 2.5, -4.0], dtype=torch.float64)
     weights = SPARSE_NORMALIZERS[name](scores)
     thresholds = (scores - inverse(weights))[weights > 0]
-    assert torch.allclose(thresholds, thresholds[0])
+    assert allclose(thresholds, thresholds[0])
     assert (scores[weights == 0] < thresholds[0]).all()
 
 
@@ -175,7 +176,7 @@ def test_sparse_weights_of_hidden_scores_and_of_empty_inputs(name: str, dtype: t
     weights = SPARSE_FUNCTIONS[name](raw.masked_fill(hidden, -math.inf))
     assert (weights[hidden] == 0).all()
     for row in (0, 2):
-        assert torch.allclose(weights[row, ~hidden[row]], SPARSE_FUNCTIONS[name](raw[row, ~hidden[row]]))
+        assert allclose(weights[row, ~hidden[row]], SPARSE_FUNCTIONS[name](raw[row, ~hidden[row]]))
     weights.square().sum().backward()
     assert raw.grad.isfinite().all()
     assert (raw.grad[hidden] == 0).all()
@@ -190,9 +191,9 @@ def test_sparse_weights_sum_to_one_at_any_scale(name: str, size: float) -> None:
     for width in (1, 7, 3000):
         scores = size * torch.randn(5, width)
         weights = SPARSE_FUNCTIONS[name](scores)
-        assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-4)
+        assert allclose(weights.sum(-1), torch.ones(5), atol=1e-4)
         expected = SPARSE_FUNCTIONS[name](scores.double()).float()
-        assert torch.allclose(weights, expected, atol=1e-4)
+        assert allclose(weights, expected, atol=1e-4)
 
 
 # -- noise ----------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_a_store_in_eval_mode_reads_the_best_row_without_noise(options: dict[str
     assert torch.equal(generator.get_state(), state)  # eval mode draws no noise
     assert actual.normalizer == "straight_through"
     for name in ("values", "ids", "weights", "scores", "lse", "mass"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+        assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
     slopes = [torch.autograd.grad(one.values.square().sum(), query)[0] for one in (actual, expected)]
     assert torch.equal(*slopes)
     with pytest.raises(ArgumentError, match="reads: expected reads with softmax weights"):
@@ -322,7 +323,7 @@ def test_exact_reads_equal_dense_weights(name: str) -> None:
     weights = torch.nn.functional.one_hot(scores.argmax(-1), 40).double() if is_hard(name) else soft
     assert largest_error(exact.values, weights @ problem.values) < 1e-9
     assert largest_error(exact.weights, weights.gather(-1, exact.ids)) < 1e-9
-    assert torch.allclose(exact.weights.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert allclose(exact.weights.sum(-1), torch.ones(5, dtype=torch.float64))
     assert exact.normalizer == name
     upstream = torch.randn(5, 3, dtype=torch.float64)
     ours = torch.autograd.grad((exact.values * upstream).sum(), tables)

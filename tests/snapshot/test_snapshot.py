@@ -54,7 +54,7 @@ def test_a_loaded_store_equals_the_saved_one(options: dict[str, Any], tmp_path: 
     store.read(query, "topk", k=2)
     for _ in range(2):
         store.save(tmp_path / "store")
-    loaded = SoftKVStore.load(tmp_path / "store")
+    loaded = SoftKVStore.load(tmp_path / "store", device=store.device)
     assert loaded.extra_repr() == store.extra_repr()
     assert loaded._index.config == store._index.config
     used, found = store.rows.used, loaded.state_dict()
@@ -221,14 +221,14 @@ def test_a_capacity_beyond_memory_is_not_reported_as_corruption(tmp_path: Path) 
 # -- rows that are frozen ----------------------------------------------------------------------------------
 
 COPIES: dict[str, Callable[[SoftKVStore, Path], SoftKVStore]] = {
-    "save and load": lambda store, path: store.save(path) or SoftKVStore.load(path),  # type: ignore[func-returns-value]
+    "save and load": lambda store, path: store.save(path) or SoftKVStore.load(path, device=store.device),  # type: ignore[func-returns-value]
     "mapped and materialized": lambda store, path: materialized(store, path),
     "mapped, saved, loaded": lambda store, path: saved_from_files(store, path),
     "deepcopy": lambda store, path: copy.deepcopy(store),
     "pickle": lambda store, path: pickle.loads(pickle.dumps(store)),
     "growth": lambda store, path: store.reserve(1000) or store,  # type: ignore[func-returns-value]
     "to": lambda store, path: store.to(torch.float64),
-    "to_empty": lambda store, path: store.to_empty(device="cpu"),
+    "to_empty": lambda store, path: store.to_empty(device=store.device),
     "load_state_dict": lambda store, path: loaded_from(store, assign=False),
     "load_state_dict(assign=True)": lambda store, path: loaded_from(store, assign=True),
     "eviction and revival": lambda store, path: store.revive([0], torch.ones(1, 4), torch.ones(1, 3)) or store,  # type: ignore[func-returns-value]

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from support import reference
-from support.contract import METRICS, largest_error
+from support.contract import METRICS
 from support.programs import check_exit
+from support.tolerances import largest_error
 from torch import Tensor
 
 import softdb

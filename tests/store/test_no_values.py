@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.contract import force_dispatch
+from support.tolerances import allclose
 from torch import Tensor
 
 from softdb import DtypeError, SoftKVStore, lab
@@ -72,7 +73,7 @@ def test_reads_report_the_rows_that_a_store_with_values_reports(options: dict[st
     for one, other in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            assert torch.allclose(one.double(), other.double(), atol=1e-12, equal_nan=True)
+            assert allclose(one.double(), other.double(), atol=1e-12, equal_nan=True)
 
 
 def test_values_without_width_have_no_error() -> None:
@@ -84,6 +85,7 @@ def test_values_without_width_have_no_error() -> None:
         assert not error.any()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("how", [{}, {"trainable": True, "capacity": 60, "evict": "oldest", "track_usage": True}])
 def test_rows_without_values_are_written_saved_and_copied(how: dict[str, Any], tmp_path: Path) -> None:
     store, _ = stores(**how)

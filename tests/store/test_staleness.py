@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import reference
 from support.contract import METRICS, Problem, force_dispatch
+from support.tolerances import allclose, assert_close
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +72,7 @@ def test_appending_between_read_and_backward_gives_right_gradients(mode: str, ho
         return [problem.query.grad.clone(), *tables]
 
     for mine, wanted in zip(gradients(True), gradients(False), strict=True):
-        assert torch.allclose(mine, wanted)
+        assert allclose(mine, wanted)
 
 
 CHANGES = {
@@ -293,7 +294,7 @@ def test_backward_uses_rows_without_gradient_as_they_were_at_the_read(
                 else:
                     compared += 1
                     for mine, other in zip(found, wanted, strict=True):
-                        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+                        assert_close(mine, other, rtol=1e-9, atol=1e-9)
             del loss
     assert compared > stale
     pending.clear()
@@ -457,6 +458,7 @@ def test_a_copy_for_a_later_read_is_not_used_by_an_earlier_one() -> None:
         stale.backward()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("writes_first", [False, True])
 def test_a_write_of_another_thread_during_backward_repeats_the_backward(writes_first: bool) -> None:
     store = make_queue()
@@ -475,9 +477,9 @@ def test_a_write_of_another_thread_during_backward_repeats_the_backward(writes_f
         return torch.autograd.grad(store.read(query, where=where).values.sin().sum(), query)[0]
 
     wanted = torch.autograd.grad(store.read(query, where=store.ids % 7 != 0).values.sin().sum(), query)[0]
-    torch.testing.assert_close(gradient(), wanted)
+    assert_close(gradient(), wanted)
     del calls[1:]
-    torch.testing.assert_close(gradient(), wanted)
+    assert_close(gradient(), wanted)
     assert len(calls) > 3
 
 

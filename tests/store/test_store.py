@@ -24,8 +24,8 @@ from support.contract import (
     ReadContract,
     TiledReadContract,
     force_dispatch,
-    largest_error,
 )
+from support.tolerances import allclose, largest_error
 from torch import Tensor, nn
 
 import softdb
@@ -210,7 +210,7 @@ def test_straight_through(mode: str) -> None:
     leaves = [problem.query, store.keys, store.values]
     ours, others = (torch.autograd.grad(read.values.sum(), leaves) for read in (hard, soft))
     for mine, wanted in zip(ours, others, strict=True):
-        assert torch.allclose(mine.to_dense(), wanted.to_dense())
+        assert allclose(mine.to_dense(), wanted.to_dense())
     assert (hard.lse == soft.lse).all()
 
 
@@ -231,14 +231,14 @@ def test_other_normalizers_read_alike_in_both_modes(normalizer: str) -> None:
 
     exact, wanted = read(k=50)
     topk, ours = read(mode="topk", k=50)
-    assert torch.allclose(exact.values, topk.values)
+    assert allclose(exact.values, topk.values)
     assert torch.equal(exact.ids, topk.ids)
     assert not torch.isin(torch.tensor([3, 7, 9]), exact.ids).any()
-    assert torch.allclose(exact.weights, topk.weights)
-    assert torch.allclose(exact.lse, topk.lse)
+    assert allclose(exact.weights, topk.weights)
+    assert allclose(exact.lse, topk.lse)
     assert (topk.mass == 1).all()
     for mine, other in zip(ours, wanted, strict=True):
-        assert torch.allclose(mine, other)
+        assert allclose(mine, other)
     assert exact.normalizer == topk.normalizer == normalizer
 
 
@@ -251,7 +251,7 @@ def test_mass_is_one_if_the_candidates_hold_all_sparse_weight() -> None:
     for k in (1, 2, int(support.max()), int(support.max()) + 1, 100):
         read = store.read(problem.query, "topk", k=k, normalizer="sparsemax")
         assert (read.mass == 1).all()
-        assert torch.allclose(read.values, exact, atol=1e-6)
+        assert allclose(read.values, exact, atol=1e-6)
         assert torch.equal((read.weights > 0).sum(-1), support)
         assert read.ids.shape[-1] >= max(k, int(support.max()))
         assert read.ids.shape[-1] <= max(k, 2 * int(support.max()))
@@ -319,7 +319,7 @@ def test_padding_where_there_are_fewer_rows_than_k(mode: str) -> None:
     assert (read.ids[:, :3].sort().values == torch.tensor([5, 7, 9])).all()
     assert (read.weights[:, 3:] == 0).all()
     assert (read.scores[:, 3:] == -math.inf).all()
-    assert torch.allclose(read.mass, torch.ones(2))
+    assert allclose(read.mass, torch.ones(2))
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])
@@ -615,7 +615,7 @@ def test_a_store_of_buffers_can_always_grow() -> None:
     store.add(torch.ones(500, 8), torch.ones(500, 3))
     read.values.sum().backward()
     (wanted,) = torch.autograd.grad(problem.answer().values.sum(), problem.query)
-    assert torch.allclose(problem.query.grad, wanted, atol=1e-6)
+    assert allclose(problem.query.grad, wanted, atol=1e-6)
 
 
 def test_dense_and_row_sparse_gradients_mix_in_one_step() -> None:
@@ -845,7 +845,7 @@ def test_copies_are_equal_and_separate(how: str, trainable: bool) -> None:
     assert (copied.ids == store.ids).all()
     for options in ({"k": 5}, {"mode": "topk", "k": 400}, {"mode": "hard"}):
         first, second = store.read(query, **options), copied.read(query, **options)
-        assert torch.allclose(first.values, second.values)
+        assert allclose(first.values, second.values)
         assert (first.ids == second.ids).all()
     assert (copied.get([1, 2]).fields["time"] == torch.tensor([1, 2])).all()
     copied.delete([1])
@@ -1065,10 +1065,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert (got.ids[row, count:] == -1).all()
             columns = torch.tensor([ids.index(name) for name in names], dtype=torch.int64)
             assert visible[row, columns].all()
-            assert torch.allclose(got.scores[row, :count], answer.scores[row, columns], atol=1e-5)
-            assert torch.allclose(got.scores[row, :count], ordered[row, :count], atol=1e-5)
+            assert allclose(got.scores[row, :count], answer.scores[row, columns], atol=1e-5)
+            assert allclose(got.scores[row, :count], ordered[row, :count], atol=1e-5)
         if mode == "exact":
-            assert torch.allclose(got.values, answer.values, atol=1e-5)
+            assert allclose(got.values, answer.values, atol=1e-5)
 
     @invariant()
     def rows_are_those_of_the_model(self) -> None:
@@ -1129,8 +1129,8 @@ def test_unreported_writes_that_break_a_bound_give_right_reads(height: float) ->
     store.read(query)
     store.keys.data.fill_(height)  # without a touch
     read = store.read(query)
-    assert torch.allclose(read.values, torch.ones(2, 1))
-    assert torch.allclose(read.lse, torch.tensor(4 * height + math.log(70_000)))
+    assert allclose(read.values, torch.ones(2, 1))
+    assert allclose(read.lse, torch.tensor(4 * height + math.log(70_000)))
 
 
 def test_copies_of_an_empty_store_are_empty() -> None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softdb
 from softdb.kernels.tiling import Tiling
 from support import reference
+from support.tolerances import allclose, largest_error, tolerance_of
 
 METRICS = ["dot", "scaled_dot", "cosine", "l2"]
 
@@ -174,12 +175,6 @@ def outcome(
     return result
 
 
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach(), expected.detach()
-    same = found == expected  # covers -inf, whose difference is NaN
-    return float((found.double() - expected.double()).masked_fill(same, 0.0).abs().max()) if found.numel() else 0.0
-
-
 class ReadContract:
     """Base class of contract tests. A subclass defines `read`, and overrides what it does not support."""
 
@@ -195,8 +190,8 @@ class ReadContract:
     def check(self, problem: Problem, scale: float = 1.0) -> None:
         """Compare values, lse and gradients with the reference.
 
-        The relative tolerance is 1e-10 in float64. In other dtypes it is 1e-5, or twice the error of the naive formula
-        if that is larger.
+        The relative tolerance is that of `TOLERANCES`. In dtypes other than float64 it is twice the error of the naive
+        formula if that is larger.
         """
         generator = torch.Generator().manual_seed(1)
         queries, width = len(problem.query), problem.values.shape[-1]
@@ -222,10 +217,9 @@ class ReadContract:
         for name, tensor in expected.items():
             finite = tensor[tensor.isfinite()]
             size = max(1.0, scale, float(finite.abs().max()) if finite.numel() else 0.0)
-            if problem.query.dtype == torch.float64:
-                allowed = 1e-10 * size
-            else:
-                allowed = max(1e-5 * size, 2 * largest_error(plain[name], tensor))
+            allowed = tolerance_of(problem.query).read * size
+            if problem.query.dtype != torch.float64:
+                allowed = max(allowed, 2 * largest_error(plain[name], tensor))
             assert found[name].shape == tensor.shape, name
             assert not found[name].isnan().any(), name
             assert largest_error(found[name], tensor) <= allowed, name
@@ -295,8 +289,8 @@ class ReadContract:
         kept = torch.rand(90, generator=torch.Generator().manual_seed(4)) < 0.5
         hidden, _ = self.read(replace(problem, visible=kept.expand(5, 90)))
         deleted, _ = self.read(replace(problem, keys=problem.keys[kept], values=problem.values[kept]))
-        assert torch.allclose(hidden.values, deleted.values, atol=1e-6)
-        assert torch.allclose(hidden.lse, deleted.lse, atol=1e-5)
+        assert allclose(hidden.values, deleted.values, atol=1e-6)
+        assert allclose(hidden.lse, deleted.lse, atol=1e-5)
 
     def test_a_query_that_sees_nothing_gets_zeros(self) -> None:
         visible = torch.ones(5, 123, dtype=torch.bool)
@@ -361,7 +355,7 @@ class ReadContract:
         big = replace(problem, query=torch.full((5, 64), 300.0), keys=torch.full((20, 64), 300.0)).to(torch.float16)
         read, _ = self.read(big)
         mean = problem.values.mean(0).expand(5, 3)
-        assert torch.allclose(read.values.float(), mean, atol=1e-3)
+        assert allclose(read.values.float(), mean, atol=1e-3)
 
     def test_autocast_changes_only_the_dtype_of_values(self) -> None:
         problem = Problem.random(rows=300, key_dim=32)
@@ -371,8 +365,8 @@ class ReadContract:
             read.values.float().sum().backward()
         assert read.values.dtype == torch.bfloat16
         assert read.lse.dtype == torch.float32
-        assert torch.allclose(read.lse, plain.lse, atol=1e-6)
-        assert torch.allclose(read.values.float(), plain.values, atol=1e-2)
+        assert allclose(read.lse, plain.lse, atol=1e-6)
+        assert allclose(read.values.float(), plain.values, atol=1e-2)
         assert leaves["query"].grad is not None
         assert leaves["query"].grad.dtype == torch.float32
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import reference
+from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import softdb
@@ -58,7 +59,7 @@ def test_rows_move_to_the_lowest_slots_in_their_order(capacity: int | None, trai
     assert torch.equal(store.rows.generation[:8], generations)
     query = normal(5, 4, seed=2).double()
     expected = reference.read(query, before[1].double(), before[2].double())
-    torch.testing.assert_close(store.read(query).values, expected.values, atol=1e-6, rtol=1e-5)
+    assert_close(store.read(query).values, expected.values, atol=1e-6, rtol=1e-5)
     ids = store.add(normal(3, 4), normal(3, 3), fields={"time": 0})
     assert ids.tolist() == [12, 13, 14]
     assert store.ids.tolist() == [*before[0].tolist(), 12, 13, 14]
@@ -259,6 +260,7 @@ def test_an_optimizer_without_state_of_rows_goes_on() -> None:
         store.compact()
 
 
+@pytest.mark.cpu_only
 def test_shared_memory_forbids_compaction() -> None:
     store = make(trainable=True)
     store.share_memory()
@@ -316,7 +318,7 @@ def test_snapshots_and_state_dicts_shrink_and_load(tmp_path: Path) -> None:
     store.compact()
     assert len(store.state_dict()["keys"]) == 8
     store.save(tmp_path)
-    loaded = SoftKVStore.load(tmp_path)
+    loaded = SoftKVStore.load(tmp_path, device=store.device)
     assert len(loaded.keys) == 8
     other = make(20, trainable=True, track_usage=True)
     other.load_state_dict(store.state_dict())
@@ -336,10 +338,10 @@ def test_compiled_reads_go_on(trainable: bool) -> None:
             store.compact()
         query, own = (normal(2, 4).requires_grad_() for _ in range(2))
         answer, expected = run(query), store(own, mode="topk", k=3).sum()
-        torch.testing.assert_close(answer, expected)
+        assert_close(answer, expected)
         answer.backward()
         expected.backward()
-        torch.testing.assert_close(query.grad, own.grad)
+        assert_close(query.grad, own.grad)
         del answer, expected
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tolerances import allclose
 
 import softdb
 from softdb import (
@@ -94,7 +95,7 @@ def test_a_store_may_be_created_within_a_transform() -> None:
     found = torch.func.grad(lambda query: SoftKVStore.from_tensors(keys, values)(query).sum())(torch.ones(3))
     query = torch.ones(3, requires_grad=True)
     (wanted,) = torch.autograd.grad(SoftKVStore.from_tensors(keys, values)(query).sum(), query)
-    assert torch.allclose(found, wanted)
+    assert allclose(found, wanted)
 
 
 KEYS, VALUES = tensors()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.contract import rotate
+from support.tolerances import allclose
 from torch import Tensor
 
 import softdb
@@ -116,7 +117,7 @@ COPIES = [
     through_state_dict,
     copy.deepcopy,
     lambda store: pickle.loads(pickle.dumps(store)),
-    lambda store: store.to("cpu"),
+    lambda store: store.to(store.device),
 ]
 
 
@@ -348,7 +349,7 @@ def test_an_index_never_finds_an_evicted_row(evict: str, monkeypatch: pytest.Mon
         assert set(read.ids.flatten().tolist()) <= live
         if step > 20:
             stored = store.get(read.ids.flatten())
-            assert torch.allclose(read.scores, torch.einsum("bd,bkd->bk", query, stored.keys.view(12, 5, 8)) / 8**0.5,
+            assert allclose(read.scores, torch.einsum("bd,bkd->bk", query, stored.keys.view(12, 5, 8)) / 8**0.5,
                                   atol=1e-5)  # fmt: skip
         if step % 7 == 0:
             store.refresh()
@@ -458,7 +459,7 @@ def test_usage_counts_the_rows_that_reads_report() -> None:
     assert store.ids.tolist() == kept
     usage = store.usage
     assert usage.reads.tolist() == reads[kept].tolist()
-    assert torch.allclose(usage.weight, weight[kept])
+    assert allclose(usage.weight, weight[kept])
     assert usage.weight.dtype == torch.float64
     assert not usage.weight.requires_grad
     usage.reads.zero_()
@@ -468,13 +469,14 @@ def test_usage_counts_the_rows_that_reads_report() -> None:
     assert store.usage.reads[:5].tolist() == [reads[0], 0, *reads[2:]]
     store.to(torch.bfloat16)
     assert store.usage.weight.dtype == torch.float64
-    assert torch.allclose(store.usage.weight[[0, 2, 3, 4]], weight[kept])
+    assert allclose(store.usage.weight[[0, 2, 3, 4]], weight[kept])
     store.revive([3], *(table.bfloat16() for table in rows_of(1)))
     assert store.usage.reads[:5].tolist() == [reads[0], 0, reads[2], 0, reads[4]]
     store.reset_usage()
     assert store.usage.reads.sum() == store.usage.weight.sum() == 0
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("evict", [None, *EVICTIONS])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_track_usage_starts_and_stops_the_counters(evict: str | None, mmap: bool, tmp_path: Path) -> None:
@@ -534,7 +536,7 @@ def test_exact_reads_without_k_count_the_rows_that_have_weight(normalizer: str) 
     )
     weight = torch.zeros(60).index_add_(0, named.ids[held], named.weights[held])
     assert usage.reads.tolist() == reads[store.ids].tolist()
-    assert torch.allclose(usage.weight.float(), weight[store.ids])
+    assert allclose(usage.weight.float(), weight[store.ids])
     assert 0 < int((usage.reads > 0).sum()) < 59
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tolerances import assert_close
 
 from softdb import SoftKVStore
 from softdb.optim import clip_row_grad_norm_
@@ -26,9 +27,9 @@ def make_store() -> SoftKVStore:
 def test_torch_clips_row_sparse_gradients_by_norm(order: float, foreach: bool | None) -> None:
     store, other = make_store(), make_store()
     total = torch.nn.utils.clip_grad_norm_(store.parameters(), 0.1, order, foreach=foreach)
-    torch.testing.assert_close(total, clip_row_grad_norm_(other.parameters(), 0.1, order))
+    assert_close(total, clip_row_grad_norm_(other.parameters(), 0.1, order))
     for mine, wanted in zip(store.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad.to_dense(), wanted.grad.to_dense())
+        assert_close(mine.grad.to_dense(), wanted.grad.to_dense())
 
 
 @pytest.mark.parametrize("order", [0, 0.5, 1, 2, 3.5, torch.inf])
@@ -36,9 +37,7 @@ def test_the_norm_of_a_sparse_tensor_is_that_of_the_dense_one(order: float) -> N
     make_store()  # registers the norm
     rows, values = torch.tensor([[4, 1, 4]]), torch.randn(3, 2, dtype=torch.float64)
     tensor = torch.sparse_coo_tensor(rows, values, (6, 2), check_invariants=True)  # row 4 is given twice
-    torch.testing.assert_close(
-        torch.linalg.vector_norm(tensor, order), torch.linalg.vector_norm(tensor.to_dense(), order)
-    )
+    assert_close(torch.linalg.vector_norm(tensor, order), torch.linalg.vector_norm(tensor.to_dense(), order))
     empty = torch.sparse_coo_tensor(rows[:, :0], values[:0], (6, 2), check_invariants=True)
     assert float(torch.linalg.vector_norm(empty, order)) == 0
 

@@ -16,8 +16,6 @@ from softdb.table.kept_rows import RowsAtRead
 from softdb.table.slots import SlotTable
 from softdb.table.storage import RowStorage
 
-pytestmark = pytest.mark.each_device
-
 
 def storage_of(count: int) -> RowStorage:
     rows = RowStorage(())

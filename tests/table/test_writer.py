@@ -151,6 +151,7 @@ def test_writes_take_ids_in_lists_and_arrays() -> None:
     assert len(store) == 0
 
 
+@pytest.mark.cpu_only
 def test_device_and_dtype_are_those_of_the_tensors() -> None:
     store = SoftKVStore(3, 2, dtype=torch.float64)
     assert store.dtype == torch.float64

@@ -223,6 +223,7 @@ def test_values_hidden_from_some_queries_do_not_affect_them(
     assert_same(*results)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("read_options", [{}, {"normalizer": "straight_through"}], ids=str)
 def test_a_query_that_sees_nan_gets_nan_and_so_does_its_gradient(read_options: dict[str, Any]) -> None:
     case = Case("scaled_dot", read_options, "", 1.0, math.nan)
@@ -235,6 +236,7 @@ def test_a_query_that_sees_nan_gets_nan_and_so_does_its_gradient(read_options: d
     assert (gradient.isnan().any(-1) == SEES_INVALID_ROWS).all()
 
 
+@pytest.mark.cpu_only
 def test_an_invalid_key_that_some_query_sees_raises() -> None:
     case = Case("scaled_dot", {}, "", math.nan, math.nan)
     store = case.store(case.keys, case.problem.values)

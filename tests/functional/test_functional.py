@@ -729,6 +729,7 @@ def test_small_gradients_do_not_underflow_after_a_late_shift() -> None:
         assert largest_error(tiny.double() * 1e22, large) <= 1e-5 * large.abs().max()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_topk_read_raises_for_candidates_that_are_not_finite(bad: float) -> None:
     query, rows, candidates = torch.ones(1, 4), torch.randn(60, 4), torch.tensor([[0, 1]])

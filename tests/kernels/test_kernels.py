@@ -197,6 +197,7 @@ def test_an_outdated_key_norm_gives_accurate_reads(monkeypatch: pytest.MonkeyPat
         assert allclose(found[1].double(), wanted[1], rtol=1e-6)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("queries", [1, 9])
 def test_an_infinite_key_raises_instead_of_being_hidden(

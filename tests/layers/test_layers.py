@@ -238,6 +238,7 @@ def test_memory_layers_share_a_store() -> None:
         MemoryLayer(8, 20, store=nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.cpu_only
 def test_memory_layer_rejects_invalid_arguments() -> None:
     for options, message in (
         ({"mode": "soft"}, "mode: expected one of"),

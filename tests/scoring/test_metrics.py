@@ -76,6 +76,7 @@ def test_reads_need_no_float64_except_l2(metric: Any, rows: int, monkeypatch: py
     assert allclose(actual, gradient, atol=1e-5)
 
 
+@pytest.mark.cpu_only
 def test_l2_without_float64_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Precision, "for_device", lambda device: Precision(has_float64=False))
     store = SoftKVStore(8, 3, metric="l2")

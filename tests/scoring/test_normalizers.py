@@ -215,6 +215,7 @@ def test_noise_is_gumbel_distributed_and_independent() -> None:
     assert abs(float((uniform * (other - 0.5)).mean() * 12)) < 5 / math.sqrt(noise.numel())
 
 
+@pytest.mark.cpu_only
 def test_a_refused_query_draws_no_numbers() -> None:
     store = SoftKVStore.from_tensors(torch.randn(5, 2), torch.randn(5, 1))
     generator, query = torch.Generator().manual_seed(0), torch.tensor([[0.0, math.nan]])

@@ -353,6 +353,7 @@ def check_overwritten(store: SoftKVStore, read: Any) -> None:
 @pytest.mark.parametrize("how", READS.values(), ids=READS)
 def test_overwritten_rows_give_the_same_bits_in_backward(how: dict[str, Any], dtype: torch.dtype) -> None:
     store = make_queue(dtype)
+    how = {name: entry.to(store.device) if isinstance(entry, Tensor) else entry for name, entry in how.items()}
     check_overwritten(store, lambda query, temperature: answer(store.read(query, temperature=temperature, **how)))
 
 

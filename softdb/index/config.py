@@ -16,8 +16,9 @@ class IndexConfig:
     """Configuration of the index that finds candidates of top-k reads.
 
     Args:
-        factory: "auto" (exact search below 500,000 rows, FAISS IVF from there on), "Flat" (exact search by softdb,
-            without a FAISS index), or a FAISS factory string such as "IVF1024,Flat" or "HNSW32".
+        factory: "auto" (exact search below 500,000 rows, below 10,000,000 on a GPU; FAISS IVF from there on), "Flat"
+            (exact search by softdb, without a FAISS index), or a FAISS factory string such as "IVF1024,Flat" or
+            "HNSW32". FAISS indexes are in CPU memory and searched by the CPU.
         recall: Recall target: the fraction of the k best rows that a search should find. When the index is built, the
             search width (nprobe or efSearch) is raised until a sample of queries reaches the target. It is tuned again
             when the rows merged since exceed a fraction of the index, which is between a quarter and a half.

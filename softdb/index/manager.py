@@ -178,7 +178,8 @@ class IndexManager:
         selection = spec.selection
         with self._lock, torch.inference_mode(False):
             upkeep, base = self._upkeep, self._base_of(rows)
-            upkeep.queries.record_once(task.query, k)
+            if upkeep.has_to_watch(rows, keys):
+                upkeep.queries.record_once(task.query, k)
             if upkeep.is_bypassed:
                 upkeep.bypassed_queries += len(query)
             if base is not None and approximate_is_cheaper(base, rows, selection, k, len(query)):
@@ -224,7 +225,8 @@ class IndexManager:
         if self._is_interrupted:
             return
         with self._updating(rows) as upkeep:
-            upkeep.queries.record(query.detach(), k)
+            if upkeep.has_to_watch(rows, keys):
+                upkeep.queries.record(query.detach(), k)
             upkeep.update(rows, keys)
 
     def refresh(self, rows: RowStorage, keys: Tensor, *, wait: bool) -> None:

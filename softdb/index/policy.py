@@ -21,6 +21,8 @@ class IndexPolicy:
         exact_rows: Number of rows below which "auto" searches exactly. An IVF search with a recall of 95 % is faster
             from 200,000 rows on for single queries, and from a million rows on for batches of 256
             (benchmarks/index_crossover.py).
+        gpu_exact_rows: The same number for keys on a GPU. FAISS searches on the CPU: each search waits for the GPU, and
+            copies queries and candidates. The number is an assumption, not a measurement.
         pending_rows: Merge pending rows into the base index when their number exceeds this.
         pending_fraction: Merge pending rows into the base index when they exceed this fraction of its entries.
         small_filter_fraction: Search exactly if a filter allows at most this fraction of the rows.
@@ -40,6 +42,7 @@ class IndexPolicy:
     """
 
     exact_rows: int = 500_000
+    gpu_exact_rows: int = 10_000_000
     pending_rows: int = 4096
     pending_fraction: float = 1 / 8
     small_filter_fraction: float = 1 / 32

@@ -27,6 +27,7 @@ from softdb.index.key_sample import KeySample
 from softdb.index.policy import IndexPolicy
 from softdb.index.recent_queries import RecentQueries
 from softdb.index.tuning import CHECKING_QUERIES, tune_base
+from softdb.pending_checks import is_deferred
 from softdb.table.storage import RowStorage
 
 __all__ = ["IndexCosts", "IndexUpkeep"]
@@ -90,7 +91,7 @@ class IndexUpkeep:
     ) -> None:
         self.config, self.policy = config, policy
         self._metric, self._moving, self._costs = metric, moving, costs
-        self.min_rows = policy.exact_rows if config.factory == "auto" else min_rows
+        self._min_rows = min_rows
         self.base: Base | None = None
         self._key_sample: KeySample | None = None
         self.pending: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -109,6 +110,23 @@ class IndexUpkeep:
     def usable_base(self) -> Base | None:
         """Base index that searches may use, or None."""
         return None if self.is_bypassed else self.base
+
+    def min_rows(self, keys: Tensor) -> int:
+        """Return the minimum number of rows for a build, by the device of the keys."""
+        if self.config.factory != "auto":
+            return self._min_rows
+        return self.policy.gpu_exact_rows if is_deferred(keys) else self.policy.exact_rows
+
+    def has_to_watch(self, rows: RowStorage, keys: Tensor) -> bool:
+        """Return whether queries are recorded, since there is a base index, or may be one.
+
+        On a GPU, queries are not recorded below the number of rows for a build: a read then launches no kernels for the
+        index, and CUDA graphs may capture it.
+        """
+        if self.config.factory == "Flat":
+            return False
+        has_index = self.base is not None or self.background is not None
+        return has_index or not is_deferred(keys) or len(rows) >= self.min_rows(keys)
 
     def update(self, rows: RowStorage, keys: Tensor) -> None:
         """Update the index with every change since the last call.
@@ -146,7 +164,7 @@ class IndexUpkeep:
     def build(self, rows: RowStorage, keys: Tensor) -> None:
         """Build a base index in this thread, if there are enough rows."""
         self.version = rows.version
-        if self.config.factory != "Flat" and len(rows) >= self.min_rows:
+        if self.config.factory != "Flat" and len(rows) >= self.min_rows(keys):
             self._install(run_build(self._plan_build(rows, keys, None)))
         self._list_exact_slots()
         self._update_sample(rows, keys, self.version)
@@ -226,7 +244,7 @@ class IndexUpkeep:
     def _build_or_merge_pending(self, rows: RowStorage, keys: Tensor, *, now: bool = False) -> None:
         """Build the base index or merge pending rows, if due or if ``now`` is True."""
         base = self.base
-        min_rows = max(2 * self._failed_rows, self.min_rows)
+        min_rows = max(2 * self._failed_rows, self.min_rows(keys))
         if self.config.factory == "Flat" or (base is None and len(rows) < min_rows):
             self._drop()
         elif base is None:

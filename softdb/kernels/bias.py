@@ -12,6 +12,7 @@ from softdb._checks import is_finite
 from softdb.attributes import lock_free_cached_property
 from softdb.errors import NonFiniteError
 from softdb.filters import Block
+from softdb.pending_checks import PendingChecks, is_deferred
 
 __all__ = ["ScoreBias", "separate_hidden_rows"]
 
@@ -111,23 +112,32 @@ def _select_tile(numbers: Tensor, block: Block, groups: slice, queries: slice, c
     return part if part.shape[-1] == columns else part[0].unflatten(-1, (-1, columns)).transpose(0, 1)
 
 
-def separate_hidden_rows(name: str, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def separate_hidden_rows(
+    name: str, bias: Tensor, dtype: torch.dtype, pending_checks: PendingChecks | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Split a bias into finite numbers and a mask.
 
     Args:
         name: Name of the argument, for the message.
         bias: Numbers; -inf hides a row.
         dtype: Dtype of the read.
+        pending_checks: Checks to which the check of numbers on a GPU is added; if None, it is left out.
 
     Returns:
         The numbers in ``dtype`` with 0 in place of -inf, differentiable; and a bool tensor that is False where a number
-        was -inf. The tensor is None if no number was -inf.
+        was -inf. Unless the numbers are on a GPU, the tensor is None if no number was -inf.
 
     Raises:
-        NonFiniteError: A number is NaN or +inf, or overflows in ``dtype``.
+        NonFiniteError: A number is NaN or +inf, or overflows in ``dtype``. On a GPU, the results are NaN instead.
     """
     if bias.numel() == 0:
         return bias.to(dtype), None
+    if is_deferred(bias):
+        is_hidden = bias.detach() == -math.inf
+        numbers = bias.masked_fill(is_hidden, 0.0).to(dtype)
+        if pending_checks is not None:
+            pending_checks.check_finite("bias", numbers)
+        return numbers, ~is_hidden
     lowest, highest = (float(number) for number in bias.detach().aminmax())
     if not highest < math.inf:
         raise NonFiniteError(

@@ -134,7 +134,7 @@ class ReadSpec:
 
         The function takes the prepared keys of the block, (g, C, w). The bound is the largest norm of a query times the
         largest norm of a key, by the Cauchy-Schwarz inequality, plus the largest bias. It is infinity where computing
-        the norms would cost more than the bound saves.
+        the norms would cost more than the bound saves, and on a GPU, where the host would wait for the bound.
         """
         is_known = self.metric == "cosine" or self.max_key_norm is not None
         if (
@@ -142,6 +142,7 @@ class ReadSpec:
             or self.metric == "l2"
             or not (is_known or 4 * query.shape[1] >= query.shape[2])
             or query.numel() == 0
+            or is_deferred(query)
         ):
             return lambda operand: math.inf
         norm = 1.001 * float(torch.linalg.vector_norm(query, dim=-1).amax())

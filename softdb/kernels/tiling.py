@@ -2,16 +2,41 @@
 
 A backend takes its parameters from one frozen `Tiling`, which is passed in. Choices depend on shapes and on properties
 of the device, never on timing: the same call gives the same bits.
+
+`Tiling.for_device` returns these sizes; all others are the same on all devices:
+
+======================  =======  =======  ============================================================================
+parameter               CPU      CUDA     reason for the size on CUDA
+======================  =======  =======  ============================================================================
+tile_elements           2^20     2^24     A tile need not fit in a cache: 64 MiB of float32 per kernel hide its launch.
+max_queries             1024     4096     A product with more queries has a higher arithmetic intensity.
+max_rows                2^18     2^22     A few queries fill a tile with that number of rows.
+copied_elements         2^20     2^24     As tile_elements.
+max_sum_rows            512      1024     Partitions are the batch of a product, which fills all multiprocessors.
+max_dense_sum_rows      2048     4096     Reductions on a GPU sum pairwise, products do not.
+max_dense_scores        2^17     2^22     The weights that are saved for backward: 16 MiB of float32.
+max_padded_rows         4096     2^20     A copy of the rows takes less time than another kernel launch.
+max_group_maxima        2^23     2^25     128 MiB of float32, so that 1,024 queries and 10^6 rows take one slice.
+gathered_elements       2^20     2^24     As tile_elements.
+transposed              None     False    cuBLAS multiplies both layouts equally fast.
+has_fast_bf16_matmul    by CPU   True     On GPUs of compute capability 8.0 or more.
+multiprocessors         -        by GPU   Number of parts into which kernels split the rows.
+======================  =======  =======  ============================================================================
+
+The parameters `min_sum_rows`, for threads, and `max_unshifted_score` are not used on CUDA, where reads always subtract
+the largest score: to find out whether that is necessary, the host would have to wait for the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from softdb.pending_checks import DEFERRED_DEVICES
 
 __all__ = ["GROUP_COLUMNS", "Tiles", "Tiling"]
 
@@ -97,7 +122,8 @@ class Tiling:
     @classmethod
     def for_device(cls, device: torch.device) -> Tiling:
         """Return the parameters for a device."""
-        return _for_kind(device.type)
+        index = 0 if device.index is None else device.index
+        return _make_tiling(device.type, index if device.type == "cuda" else 0)
 
     def is_transposed_faster(self, queries: int, width: int) -> bool:
         """Return whether ``keys @ query.T`` is faster than ``query @ keys.T``.
@@ -144,8 +170,35 @@ class Tiling:
         return Tiles(height, rows // partition * partition, partition, transposed, exact_ties=k > 0)
 
 
-@lru_cache(maxsize=8)
-def _for_kind(kind: str) -> Tiling:
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
-    fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return Tiling(has_fast_bf16_matmul=fast)
+# Sizes for GPUs; the table at the top of this module gives the reasons.
+_GPU_TILING = Tiling(
+    tile_elements=2**24,
+    max_queries=4096,
+    max_rows=2**22,
+    copied_elements=2**24,
+    max_sum_rows=1024,
+    max_dense_sum_rows=4096,
+    max_dense_scores=2**22,
+    max_padded_rows=2**20,
+    max_group_maxima=2**25,
+    gathered_elements=2**24,
+    transposed=False,
+    has_fast_bf16_matmul=True,
+)
+
+
+@lru_cache(maxsize=64)
+def _make_tiling(kind: str, index: int) -> Tiling:
+    """Make the parameters for a device; read its properties once."""
+    if kind == "cpu":
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        return Tiling(has_fast_bf16_matmul=fast)
+    if kind not in DEFERRED_DEVICES:
+        return Tiling()
+    if kind != "cuda" or not torch.cuda.is_available():  # a fake tensor
+        return _GPU_TILING
+    properties = torch.cuda.get_device_properties(index)
+    return replace(
+        _GPU_TILING, multiprocessors=properties.multi_processor_count, has_fast_bf16_matmul=properties.major >= 8
+    )

@@ -186,7 +186,7 @@ def _allocate_block(table: Tensor, groups: slice, block: Block, like: Tensor) ->
 def _write(table: Tensor, groups: slice, block: Block, part: Tensor) -> None:
     if isinstance(block.rows, slice):
         place = table[groups, block.rows]
-        if place.data_ptr() != part.data_ptr():
+        if not torch._C._is_alias_of(place, part):  # type: ignore[attr-defined]  # see `_allocate_block`
             place.copy_(part)
     else:
         table[groups].index_copy_(1, block.rows, part.to(table.dtype))

@@ -13,10 +13,17 @@ from softdb._checks import is_finite
 from softdb.filters import Block
 from softdb.kernels.bias import ScoreBias
 from softdb.kernels.blocks.backward import check_rule_unchanged, forbid_double_backward
-from softdb.kernels.blocks.products import TileProduct, matmul_in_runs, split_groups, zero_tiny_weights_
+from softdb.kernels.blocks.products import (
+    TileProduct,
+    matmul_in_runs,
+    split_groups,
+    zero_hidden_rows,
+    zero_tiny_weights_,
+)
 from softdb.kernels.blocks.topk import block_top_k
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores, disable_autocast
 from softdb.kernels.tiling import Tiling
+from softdb.pending_checks import is_deferred
 from softdb.table.kept_rows import RowCopies
 
 __all__ = ["DenseRead", "read_dense"]
@@ -78,7 +85,7 @@ class DenseRead(torch.autograd.Function):
                     block_values = _select_rows(values, groups, block)
                     if copies is not None:
                         block_values = copies.restore_rows("values", block_values, block.rows)
-                    block_values = _cast(block_values, spec.dtype)
+                    block_values = _cast(zero_hidden_rows(block_values, block), spec.dtype)
                     grad_scores = _pairwise(_by_group(groups, grad_blend), block_values, spec.tiling)
                     grad_scores = grad_scores.sub_(_by_group(groups, delta)).mul_(weights)
                 elif grad_lse is not None:
@@ -92,6 +99,7 @@ class DenseRead(torch.autograd.Function):
                 rows = _select_rows(keys, groups, block)
                 if copies is not None:
                     rows = copies.restore_rows("keys", rows, block.rows)
+                rows = zero_hidden_rows(rows, block)
                 if needs_query:
                     grad_query = _flatten(groups, matmul_in_runs(grad_scores, spec.prepare_keys(rows), spec.tiling))
                 if needs_keys:
@@ -109,7 +117,7 @@ def read_dense(
     query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, groups: int, block: Block, k: int
 ) -> tuple[Tensor, Tensor, BestRows | None, Tensor]:
     """Compute the blend, log-sum-exp, best rows and weights of a read."""
-    operand = spec.prepare_keys(_select_rows(keys, groups, block))
+    operand = spec.prepare_keys(zero_hidden_rows(_select_rows(keys, groups, block), block))
     query = _by_group(groups, query)
     if k:
         scores = TileProduct(exact_ties=True)(*((query[None], operand[None]) if groups == 1 else (query, operand)))
@@ -119,7 +127,8 @@ def read_dense(
     if spec.noise is not None or spec.bias is not None:
         tiles = scores if groups > 1 else scores.unsqueeze(0)
         spec.add_offsets_(tiles, block, slice(0, groups), slice(0, tiles.shape[1]))
-    if not is_finite(scores):
+    deferred = is_deferred(scores)
+    if not deferred and not is_finite(scores):
         _hide_all(scores, block, 0.0)
         check_scores(scores)
     if block.has_hidden:
@@ -128,17 +137,19 @@ def read_dense(
     weights = torch.softmax(scores, -1) if scores.is_contiguous() else torch.softmax(scores.mT, -2).mT
     if block.count > spec.tiling.max_dense_sum_rows:  # torch sums the exponentials of a row sequentially
         weights /= weights.sum(-1, keepdim=True)
-    lse = scores.amax(-1) - weights.amax(-1).log()
-    if block.has_hidden:
-        sees_nothing = lse.isnan()
+    largest = scores.amax(-1)
+    lse = largest - weights.amax(-1).log()
+    if deferred:
+        check_scores(lse.masked_fill(largest == -torch.inf, 0.0), spec.pending_checks)
+    if block.has_hidden or deferred:
+        sees_nothing = largest == -torch.inf
         weights.masked_fill_(sees_nothing.unsqueeze(-1), 0.0)
         lse.masked_fill_(sees_nothing, -torch.inf)
     if scores.dtype != spec.dtype:
         lse, weights = lse.to(spec.dtype), weights.to(spec.dtype)
     weights = zero_tiny_weights_(weights)
-    blend = _flatten(
-        groups, matmul_in_runs(weights, _cast(_select_rows(values, groups, block), spec.dtype), spec.tiling)
-    )
+    rows_of_values = _cast(zero_hidden_rows(_select_rows(values, groups, block), block), spec.dtype)
+    blend = _flatten(groups, matmul_in_runs(weights, rows_of_values, spec.tiling))
     lse = _flatten(groups, lse)
     if k == 0:
         return blend, lse, None, weights

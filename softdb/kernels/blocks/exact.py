@@ -16,6 +16,9 @@ time of a product, so:
 - Blocks reuse memory.
 - Few rows are read at once, and their weights are saved for backward: see `DenseRead`.
 
+On a GPU, a number that the host needs is waited for, while the device idles. There forward always subtracts the shift,
+rows that are hidden from all queries are read as 0, and errors are raised later: see `softdb.pending_checks`.
+
 Rounding. BLAS libraries round a product differently for another shape or memory layout, and some sum its terms
 sequentially. Therefore backward recomputes the scores by the same calls as forward, from the same `Tiles`; otherwise
 the weights would not sum to 1. A product sums over at most ``Tiling.max_sum_rows`` rows, or
@@ -39,6 +42,7 @@ from softdb.kernels.blocks.forward import read_in_blocks
 from softdb.kernels.blocks.products import split_groups
 from softdb.kernels.blocks.topk import select_dense_block
 from softdb.kernels.spec import BestRows, ReadSpec, disable_autocast
+from softdb.pending_checks import is_deferred
 from softdb.scoring.metrics import widest_dtype
 from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
@@ -64,7 +68,7 @@ class _ExactRead(torch.autograd.Function):
         tiles = spec.choose_tiles(split_groups(groups, query), copied_per_row, k)
         read = read_in_blocks(query, keys, values, spec, groups, k, tiles)
         total, shift = read.total, read.shift
-        if total.numel():
+        if total.numel() and not is_deferred(total):  # on a GPU, the shift is the largest score: total is 1 to N
             # Backward divides the gradients by the total: they would underflow if it were large, and overflow if it
             # were small. Therefore move the total into the shift, which leaves a total of about 1.
             smallest, largest = total.aminmax()
@@ -120,7 +124,8 @@ def exact_read(
         The blend and the log-sum-exp, both differentiable; the best rows, or None if k is 0.
 
     Raises:
-        NonFiniteError: A score overflows, or a key is NaN.
+        NonFiniteError: A score overflows, or a key is NaN. On a GPU, the results of the query are NaN instead, and a
+            row whose score is -inf has weight 0.
     """
     bias = None if spec.bias is None else spec.bias.numbers
     operands = query, keys, values, bias

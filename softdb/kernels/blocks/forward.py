@@ -26,6 +26,7 @@ from softdb.kernels.blocks.products import (
 from softdb.kernels.blocks.topk import RunningTopK
 from softdb.kernels.spec import BestRows, ReadSpec, check_scores
 from softdb.kernels.tiling import Tiles
+from softdb.pending_checks import is_deferred
 
 __all__ = ["read_in_blocks"]
 
@@ -75,6 +76,8 @@ def _run_pass(
     bound_of = spec.make_score_bound(query)
     # Fingerprint of the rows that a rule shows to each query, which backward compares with its own.
     seen = None if spec.selection.rule is None else query.new_zeros(height, dtype=torch.int64)
+    # On a GPU, no error is raised for a score of -inf: its row has weight 0.
+    checks_lowest = not is_deferred(query)
     for groups, block, slices in spec.iterate_tiles(tiles, count, height):
         rows = key_loader.load(groups, block)  # (g, C, d)
         operand = spec.prepare_keys(rows)  # (g, C, w)
@@ -91,7 +94,8 @@ def _run_pass(
                 repeat_queries(query[groups, queries], parts), operand
             )  # (n, b, c), n groups or partitions
             spec.add_offsets_(scores, block, groups, queries)
-            if not bound < MAX_SCORE:  # an infinite key may give a score of -inf, as if it were hidden
+            # An infinite key may give a score of -inf, as if it were hidden.
+            if checks_lowest and not bound < MAX_SCORE:
                 block.hide(scores, groups, queries, torch.inf)
                 lowest = torch.minimum(lowest, scores.amin())
             if best is not None or shift is not None:
@@ -117,7 +121,8 @@ def _run_pass(
     lse = total.flatten().log()
     if shift is not None:
         lse = (lse + shift.flatten()).to(lse.dtype)
-    check_scores(torch.where(lowest == -torch.inf, torch.nan, lse), empty=True)
+    checked = torch.where(lowest == -torch.inf, torch.nan, lse) if checks_lowest else lse
+    check_scores(checked, spec.pending_checks, empty=True)
     total.masked_fill_(total == 0, 1.0)
     found = None
     if best is not None:
@@ -135,8 +140,12 @@ def read_in_blocks(
     The first pass subtracts no shift as long as the bound on the scores allows. The pass is repeated if sums overflow
     or underflow, or if the log-sum-exp is outside of its bound. The latter happens after a write to the keys that the
     store did not detect, because the bound comes from the old keys.
+
+    On a GPU, where the host does not wait for results, there is one pass with a shift.
     """
     query, keys, values = split_groups(groups, query), split_groups(groups, keys), split_groups(groups, values)
+    if is_deferred(query):
+        return _run_pass(query, keys, values, spec, k, tiles, shifted=True)
     with suppress(NonFiniteError):
         read = _run_pass(query, keys, values, spec, k, tiles)
         if read.shift is not None or (_is_lse_plausible(read.lse, spec) and _is_in_range(read)):

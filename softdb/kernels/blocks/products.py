@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from softdb.filters import Block
 from softdb.kernels.tiling import GROUP_COLUMNS, Tiling
+from softdb.pending_checks import is_deferred
 from softdb.table.kept_rows import RowCopies
 from softdb.transforms import check_not_batched
 
@@ -24,6 +25,7 @@ __all__ = [
     "split_groups",
     "split_rows",
     "write_or_add_product",
+    "zero_hidden_rows",
     "zero_tiny_weights_",
     "zero_where_hidden",
 ]
@@ -67,7 +69,10 @@ class BlockLoader:
         self._gathered, self._converted = ScratchBuffer(), ScratchBuffer()
 
     def load(self, groups: slice, block: Block) -> Tensor:  # -> (g, C, d)
-        """Return the rows of a block: a view, or a copy that the next call overwrites."""
+        """Return the rows of a block: a view, or a copy that the next call overwrites.
+
+        On a GPU, rows that the block hides from all queries are 0; see `zero_hidden_rows`.
+        """
         table = self._table
         if isinstance(block.rows, slice):
             rows = table[groups, block.rows]
@@ -78,9 +83,22 @@ class BlockLoader:
             rows = table[groups].index_select(1, block.rows)
         if self._copies is not None:
             rows = self._copies.restore_rows(self._name, rows, block.rows)
+        rows = zero_hidden_rows(rows, block)
         if rows.dtype == self._dtype:
             return rows
         return self._converted.take(rows, rows.shape, self._dtype).copy_(rows)
+
+
+def zero_hidden_rows(rows: Tensor, block: Block) -> Tensor:  # (..., C, d)
+    """Replace the rows that a block hides from all queries by 0, on a GPU.
+
+    A hidden row has weight 0, but 0 times NaN is NaN. On the CPU, `softdb.kernels.hidden` searches for NaN where a
+    result is NaN; on a GPU, the host would have to wait for the results.
+    """
+    mask = block.mask
+    if mask is None or mask.dim() != 1 or not is_deferred(rows):
+        return rows
+    return rows.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 class TileProduct:

@@ -11,6 +11,7 @@ from softdb.kernels.blocks.products import BlockLoader, TileProduct
 from softdb.kernels.gather import score_at
 from softdb.kernels.spec import ReadSpec, disable_autocast
 from softdb.kernels.tiling import GROUP_COLUMNS
+from softdb.pending_checks import is_deferred
 
 __all__ = ["RunningTopK", "block_top_k", "exact_top_k", "select_dense_block", "top_k", "two_stage_top_k"]
 
@@ -18,10 +19,13 @@ __all__ = ["RunningTopK", "block_top_k", "exact_top_k", "select_dense_block", "t
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (..., k)
     """Compute ``torch.topk(scores, k)`` with ties broken by the lowest index.
 
-    Among equal scores, lower indices are preferred and come first.
+    Among equal scores, lower indices are preferred and come first. On a GPU, the host does not wait to find out whether
+    scores tie.
     """
     width = scores.shape[-1]
     k = min(k, width)
+    if is_deferred(scores):
+        return _top_k_by_score_and_index(scores, k)
     values, index = scores.topk(min(k + 1, width), dim=-1)
     equal = (values[..., 1:] == values[..., :-1]) & (values[..., 1:] > -torch.inf)
     values, index = values[..., :k], index[..., :k]
@@ -36,6 +40,25 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (..., C) -> (...,
             cut = equal[..., k - 1].nonzero(as_tuple=True)
             index[cut] = scores[cut].sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return values, index
+
+
+def _top_k_by_score_and_index(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Compute `top_k` by sort keys that include the index, so that no keys tie.
+
+    An int64 holds the bits of a float32 score and 32 bits for the index. Scores in float64 are sorted.
+    """
+    if scores.dtype == torch.float64:
+        index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        return scores.gather(-1, index), index
+    # Adding 0 turns -0 into 0, which ties with it. NaN is larger than all numbers, as for torch.topk.
+    numbers = (scores.float() + 0.0).masked_fill(scores.isnan(), torch.nan)
+    bits = numbers.view(torch.int32)
+    # The bits of negative numbers are in descending order, except for the sign.
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    keys = (ascending.long() << 32) | (last - torch.arange(last + 1, device=scores.device))
+    index = last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    return scores.gather(-1, index), index
 
 
 def two_stage_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (g, b, C) -> (g, b, min(k, C))
@@ -65,13 +88,14 @@ class RunningTopK:
 
     def __init__(self, groups: int, queries: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
         self.k = k
+        self._started: set[tuple[int, int]] = set()  # first group and first query of the tiles so far
         self.scores = torch.full((groups, queries, k), -torch.inf, dtype=dtype, device=device)
         self.rows = torch.full((groups, queries, k), -1, dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, groups: slice, queries: slice, block: Block) -> None:
         """Add the scores of a block whose rows follow all earlier ones."""
         values, _, found = block_top_k(scores, block, self.k)
-        if not bool((self.rows[groups, queries, 0] >= 0).any()):  # the first rows that these queries see
+        if self._is_first(groups, queries):
             self.scores[groups, queries], self.rows[groups, queries] = values, found
             return
         # Earlier rows come first, so that the lowest row wins a tie.
@@ -80,6 +104,15 @@ class RunningTopK:
         values, order = top_k(values, self.k)
         self.scores[groups, queries] = values
         self.rows[groups, queries] = found.gather(-1, order)
+
+    def _is_first(self, groups: slice, queries: slice) -> bool:
+        """Return whether these queries have not seen a row yet; on a GPU, not had a block."""
+        if not is_deferred(self.rows):
+            return not bool((self.rows[groups, queries, 0] >= 0).any())
+        tile = groups.start, queries.start
+        is_first = tile not in self._started
+        self._started.add(tile)
+        return is_first
 
 
 def exact_top_k(

@@ -37,7 +37,7 @@ def prepare_bias(
             f"bias: expected a shape broadcastable to {(*leading, len(rows))}, one number per row in the order of "
             f"store.ids, got {tuple(bias.shape)}"
         )
-    numbers, visible = separate_hidden_rows("bias", bias, dtype)
+    numbers, visible = separate_hidden_rows("bias", bias, dtype, rows.pending_checks)
     own = ScoreBias(_to_slots(rows, _fold(numbers, leading), 0.0))
     return own, None if visible is None else _to_slots(rows, _fold(visible, leading), True)
 

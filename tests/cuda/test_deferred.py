@@ -132,7 +132,7 @@ def test_the_next_write_save_and_index_stats_raise_the_pending_error(tmp_path: P
 
 
 @pytest.mark.usefixtures("deferred")
-def test_scores_and_temperatures_are_checked_later() -> None:
+def test_scores_temperatures_and_biases_are_checked_later() -> None:
     store = make_store()
     query = torch.randn(2, 8, dtype=torch.float64)
     store.read(query * 1e300, temperature=1e-300)
@@ -143,6 +143,13 @@ def test_scores_and_temperatures_are_checked_later() -> None:
         with pytest.raises(ArgumentError, match="temperature: expected finite numbers above 0"):
             store.check()
     store.read(query, temperature=torch.tensor([1e-9, 1e9], dtype=torch.float64))
+    bias = torch.zeros(ROWS, dtype=torch.float64)
+    store.read(query, bias=bias.index_fill(0, torch.tensor(3), -math.inf))
+    store.check()
+    store.read(query, bias=bias.index_fill(0, torch.tensor(3), math.nan))
+    with pytest.raises(NonFiniteError, match="bias: expected finite numbers, or -inf"):
+        store.check()
+    store.read(query)
     store.check()
 
 

@@ -48,6 +48,8 @@ def test_a_read_on_a_gpu_does_not_synchronize(options: dict[str, Any], store_opt
         options["where"] = torch.rand(len(store), device="cuda") < 0.7
     if "temperature" in options:
         options["temperature"] = torch.ones(queries, device="cuda", requires_grad=True)
+    if "bias" in options:
+        options["bias"] = torch.zeros(len(store), device="cuda", requires_grad=True)
     store.read(query, **options).values.sum().backward()  # compiles kernels, and fills caches
     torch.cuda.set_sync_debug_mode("error")
     try:

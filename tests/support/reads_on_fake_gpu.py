@@ -27,6 +27,8 @@ READS: dict[str, dict[str, Any]] = {
     "topk with a mask": {"where": "mask", "mode": "topk", "k": 8},
     "exact with a temperature tensor": {"temperature": "tensor"},
     "topk with a temperature tensor": {"temperature": "tensor", "mode": "topk", "k": 8},
+    "exact with a bias": {"bias": "tensor"},
+    "topk with a bias": {"bias": "tensor", "mode": "topk", "k": 8},
     "exact of few rows": {"rows": 50},
     "topk with more candidates than rows": {"rows": 5, "mode": "topk", "k": 8},
     "topk of an empty store": {"rows": 0, "mode": "topk", "k": 8},
@@ -58,6 +60,8 @@ def read(options: dict[str, Any], store_options: dict[str, Any], metric: str) ->
             options["where"] = torch.ones(len(store), dtype=torch.bool, device=DEVICE)
         if "temperature" in options:
             options["temperature"] = torch.ones(queries, device=DEVICE, requires_grad=True)
+        if "bias" in options:
+            options["bias"] = torch.ones(len(store), device=DEVICE, requires_grad=True)
         for enabled in (True, False, True):
             store.rows.mark_updated(torch.arange(min(rows, 3), device=DEVICE))  # as a step of an optimizer does
             with torch.set_grad_enabled(enabled):

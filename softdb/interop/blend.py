@@ -12,7 +12,7 @@ from softdb._checks import is_finite
 from softdb.errors import NonFiniteError
 from softdb.interop.graphs import EAGER_OPTIONS, EAGER_TAGS, count_read_in_graph, refuse_second_derivative
 from softdb.kernels.backend import backend_for
-from softdb.kernels.gather import blend_at_backward, dot_at, weighted_sum
+from softdb.kernels.gather import weighted_sum
 from softdb.pending_checks import is_deferred
 from softdb.processes import note_openmp
 from softdb.transforms import has_batched, is_active, is_forward_mode, move_samples_first, suspend_transforms
@@ -58,11 +58,11 @@ def _blend_backward(
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of weights and values."""
-    nothing = weights.new_empty(0)
-    products = dot_at(gradient, values, numbers) if wanted[0] else nothing
-    return products, blend_at_backward(gradient, weights, values, numbers, sparse=sparse) if wanted[
-        1
-    ] else nothing.clone()
+    nothing, backend = weights.new_empty(0), backend_for(weights)
+    products = backend.dot_at(gradient, values, numbers) if wanted[0] else nothing
+    if not wanted[1]:
+        return products, nothing.clone()
+    return products, backend.blend_at_backward(gradient, weights, values, numbers, sparse=sparse)
 
 
 def _fake_blend_backward(
@@ -110,8 +110,8 @@ def blend(weights: Tensor, values: Tensor, numbers: Tensor, *, sparse: bool) -> 
         weights: (M, k).
         values: (N, dv).
         numbers: Row numbers, (M, k) int64.
-        sparse: Whether the gradient of ``values`` is a coalesced COO tensor of the rows in ``numbers``, which must not
-            contain -1.
+        sparse: Whether the gradient of ``values`` is a COO tensor of the rows in ``numbers``, coalesced except on a
+            GPU. The numbers must not contain -1.
     """
     if is_active() or (is_forward_mode() and not torch.compiler.is_compiling()):
         return _blend_under_transform(weights, values, numbers)

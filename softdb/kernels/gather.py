@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,33 @@ from softdb.pending_checks import is_deferred
 from softdb.table.gradients import make_row_sparse
 
 __all__ = [
+    "CandidateRead",
     "GatherIndex",
     "blend_at",
     "blend_at_backward",
     "dot_at",
     "gather_rows",
+    "make_uncoalesced",
     "score_at",
     "score_rows",
     "weighted_sum",
 ]
+
+
+class CandidateRead(NamedTuple):
+    """Softmax read of gathered rows.
+
+    Attributes:
+        scores: Scores, (M, k), -inf at padding.
+        weights: Softmax of the scores, (M, k), 0 at padding.
+        lse: Log-sum-exp of the scores, (M,).
+        values: Weighted sum of the values, (M, dv).
+    """
+
+    scores: Tensor
+    weights: Tensor
+    lse: Tensor
+    values: Tensor
 
 
 class GatherIndex:
@@ -71,15 +89,15 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         index = ctx.index
         if is_deferred(index.index):
-            return _make_uncoalesced(grads[0], index, ctx.table_dtype, ctx.table_shape), None, None
+            return make_uncoalesced(grads[0], index, ctx.table_dtype, ctx.table_shape), None, None
         rows, inverse = index.unique
         grad = grads[0][~index.is_padding] if index.has_padding else grads[0].flatten(0, -2)
         summed = grad.new_zeros(len(rows), ctx.table_shape[-1]).index_add(0, inverse, grad)
         return make_row_sparse(rows, summed.to(ctx.table_dtype), ctx.table_shape), None, None
 
 
-def _make_uncoalesced(grad: Tensor, index: GatherIndex, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """Create the row-sparse gradient of gathered rows, an entry for each position.
+def make_uncoalesced(grad: Tensor, index: GatherIndex, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Create the row-sparse gradient of gathered rows, one entry for each position.
 
     The host does not wait for the number of distinct rows.
     """

@@ -41,29 +41,22 @@ def read_candidates(
         is_full: Whether the candidates are known to have no padding.
     """
     places = GatherIndex(tables.place(rows), is_full=is_full)
-    bias = None if spec.bias is None or len(tables.keys) == 0 else spec.bias.at(rows, tables.groups)
-    sources = query, tables.keys, tables.values, bias
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
-    has_values = tables.values.dtype == spec.dtype and tables.values.shape[-1] > 0
-    lean = not needs_grad and not places.has_padding and has_values
-    if len(tables.keys) == 0:
-        zeros = 0.0 * query.sum(-1, keepdim=True) + tables.zero(spec.dtype)  # connects the result to the graph
-        zeros = zeros if spec.bias is None else zeros + spec.bias.numbers.sum() * 0.0
-        scores = zeros.to(spec.dtype).expand(rows.shape).masked_fill(places.is_padding, -torch.inf)
-    elif needs_grad:
-        scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
-        scores = scores if bias is None else scores + bias
-        scores = scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
+    backend, sparse_weights = backend_for(query), is_sparse(normalizer)
+    offsets = _list_offsets(tables, spec, rows)
+    sources = query, tables.keys, tables.values, *offsets
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
+    read = None
+    if backend.read_at is not None and len(tables.keys) and not sparse_weights:
+        offset = sum(offsets[1:], offsets[0]) if offsets else None
+        read = backend.read_at(query, tables.keys, tables.values, places, spec, offset, sparse=tables.sparse)
+    if read is None:
+        scores = _score(query, tables, places, spec, offsets, needs_grad=needs_grad)
+        weights, lse = softmax(scores)
     else:
-        scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
-        scores = scores if bias is None else scores + bias
-    if spec.noise is not None:
-        numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
-        scores = scores + spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2)
-    weights, lse = softmax(scores)
+        scores, weights, lse, _ = read
     known = scores.detach().masked_fill(places.is_padding, 0.0) if places.has_padding else scores
     check_scores(known, spec.pending_checks)
-    if is_sparse(normalizer):
+    if sparse_weights:
         weights = SPARSE_NORMALIZERS[normalizer](scores)
         if best:
             complete = complete | (weights.detach() == 0).any(-1)
@@ -72,17 +65,48 @@ def read_candidates(
         first = GatherIndex(places.index.gather(-1, order[:, :1]), is_full=is_full)
         blend = gather_best_value(tables, first, spec.dtype)
         if needs_grad:
-            blend = straight_through(blend, _blend(weights, tables, places, spec.dtype))
-    elif lean:
-        blend = backend_for(weights).blend_at(weights, tables.values, places.index)
-    else:
+            soft = _blend(weights, tables, places, spec.dtype) if read is None else read.values
+            blend = straight_through(blend, soft)
+    elif read is not None:
+        blend = read.values
+    elif needs_grad or places.has_padding or tables.values.dtype != spec.dtype or tables.values.shape[-1] == 0:
         blend = _blend(weights, tables, places, spec.dtype)
+    else:
+        blend = backend.blend_at(weights, tables.values, places.index)
     rows = rows.gather(-1, order)
     weights, scores = weights.gather(-1, order), scores.gather(-1, order)
     if is_hard(normalizer):
         weights = straight_through(one_hot_first(rows, weights.dtype), weights)
     mass = torch.where(complete, 1.0, torch.nan).to(lse.dtype).masked_fill(lse == -torch.inf, 0.0)
     return Read(blend, rows, weights, scores, lse, mass, normalizer=normalizer)
+
+
+def _list_offsets(tables: Tables, spec: ReadSpec, rows: Tensor) -> list[Tensor]:  # (M, k) each
+    """Return the bias and the noise of the scores, where there are any."""
+    offsets = []
+    if spec.bias is not None and len(tables.keys):
+        offsets.append(spec.bias.at(rows, tables.groups))
+    if spec.noise is not None:
+        numbers = enumerate_queries(range(len(rows) // tables.groups), range(tables.groups), rows.device)
+        offsets.append(spec.noise.at(numbers.flatten().unsqueeze(-1), rows, spec.dtype).squeeze(-2))
+    return offsets
+
+
+def _score(
+    query: Tensor, tables: Tables, places: GatherIndex, spec: ReadSpec, offsets: list[Tensor], *, needs_grad: bool
+) -> Tensor:  # (M, k)
+    """Score the rows at places; -inf at padding."""
+    if len(tables.keys) == 0:
+        zeros = 0.0 * query.sum(-1, keepdim=True) + tables.zero(spec.dtype)  # connects the result to the graph
+        zeros = zeros if spec.bias is None else zeros + spec.bias.numbers.sum() * 0.0
+        scores = zeros.to(spec.dtype).expand(places.index.shape)
+    elif needs_grad:
+        scores = score_rows(query, tables.gather_keys(places, spec.dtype), spec)
+    else:
+        scores = backend_for(query).score_at(query, tables.keys, places.index, spec)
+    for offset in offsets:
+        scores = scores + offset
+    return scores.masked_fill(places.is_padding, -torch.inf) if places.has_padding else scores
 
 
 def _sort_best_first(scores: Tensor, rows: Tensor) -> Tensor:  # (M, k), (M, k) -> (M, k)

@@ -29,7 +29,7 @@ Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 
 def score_at(query: Tensor, keys: Tensor, index: Tensor, spec: ReadSpec) -> Tensor:  # (M, w), (N, d) -> (M, k)
-    """Score the keys at ``index`` by prepared queries: see `softdb.kernels.gather.score_at`."""
+    """Score the keys at ``index``, as `softdb.kernels.gather.score_at`."""
     if not can_score(spec, keys) or len(keys) == 0:
         return blocks.score_at(query, keys, index, spec)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def score_at(query: Tensor, keys: Tensor, index: Tensor, spec: ReadSpec) -> Tens
 
 
 def dot_at(query: Tensor, table: Tensor, index: Tensor) -> Tensor:  # (M, d), (N, d), (M, k) -> (M, k)
-    """Compute dot products with the rows at ``index``: see `softdb.kernels.gather.dot_at`."""
+    """Compute dot products with rows, as `softdb.kernels.gather.dot_at`."""
     if not is_supported(query, table):
         return blocks.dot_at(query, table, index)
     products: Tensor = score_candidates(query.float(), None, table, index, "dot")
@@ -46,7 +46,7 @@ def dot_at(query: Tensor, table: Tensor, index: Tensor) -> Tensor:  # (M, d), (N
 
 
 def blend_at(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
-    """Compute the weighted sum of the values at ``index``: see `softdb.kernels.gather.blend_at`."""
+    """Compute weighted sums of values, as `softdb.kernels.gather.blend_at`."""
     if not is_supported(values) or weights.dtype == torch.float64:
         return blocks.blend_at(weights, values, index)
     blend: Tensor = blend_rows(weights.float(), values, index)
@@ -61,9 +61,9 @@ def blend_at_backward(
     *,
     sparse: bool,
 ) -> Tensor:
-    """Compute the gradient of ``values`` in `blend_at`: see `softdb.kernels.gather.blend_at_backward`.
+    """Compute the gradient of ``values`` in `blend_at`.
 
-    With ``sparse``, the gradient has an entry for each element of ``index`` and is not coalesced.
+    Equal to `softdb.kernels.gather.blend_at_backward`. With ``sparse``, the gradient has an entry for each element of ``index`` and is not coalesced.
     """
     if not is_supported(values) or weights.dtype == torch.float64:
         return blocks.blend_at_backward(gradient, weights, values, index, sparse=sparse)
@@ -130,7 +130,7 @@ def _differentiate(
     *,
     sparse: bool,
 ) -> list[Tensor | None]:
-    """Compute the gradients of query, scale, keys, values and offsets; None where they are not needed."""
+    """Compute the gradients of the operands; None where they are not needed."""
     query, scale, keys, values = operands
     index, grad_blend = places.index, grads[3]
     needs_values = needs[3] and grad_blend is not None

@@ -126,7 +126,7 @@ def _read_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Compute the softmax of the scores of one query's candidates, and the weighted sum of their values."""
+    """Read the candidates of one query: scores, softmax and weighted sum."""
     number = tl.program_id(0).to(tl.int64)
     vector = load_vector(query, number, WIDTH, BLOCK_D)
     factor = 1.0
@@ -212,7 +212,7 @@ def _(query: Tensor, scale: Tensor | None, keys: Tensor, index: Tensor, metric: 
 
 @torch.library.custom_op("softdb::cuda_blend_rows", mutates_args=())
 def blend_rows(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:  # (M, k), (N, dv), (M, k) -> (M, dv)
-    """Compute the weighted sum of the values at ``index`` in float32; rows at -1 are 0."""
+    """Compute weighted sums of values in float32; rows at -1 are 0."""
     count, k = index.shape
     values, width = with_unit_stride(values), values.shape[1]
     blend = weights.new_empty(count, width)
@@ -247,7 +247,7 @@ def read_rows(
     offsets: Tensor | None,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute scores and softmax of the rows at ``index``, and the weighted sum of their values.
+    """Read the rows at ``index``: scores, softmax and weighted sum.
 
     Args:
         query: Queries, (M, d) float32; see `softdb.kernels.cuda.metric`.

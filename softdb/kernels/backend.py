@@ -16,6 +16,7 @@ from softdb.kernels.blocks import exact, topk
 from softdb.kernels.cuda import launch
 from softdb.kernels.gather import CandidateRead, GatherIndex
 from softdb.kernels.spec import BestRows, ReadSpec
+from softdb.pending_checks import is_deferred
 
 __all__ = ["Backend", "backend_for"]
 
@@ -157,4 +158,4 @@ def backend_for(tensor: Tensor) -> Backend:
 
     CUDA tensors are read by kernels in Triton, where it is installed, and all others by blocks in torch.
     """
-    return _import_cuda() if tensor.device.type == "cuda" and launch.is_available() else TORCH_BLOCKS
+    return _import_cuda() if is_deferred(tensor) and launch.is_available() else TORCH_BLOCKS

@@ -63,7 +63,8 @@ def blend_at_backward(
 ) -> Tensor:
     """Compute the gradient of ``values`` in `blend_at`.
 
-    Equal to `softdb.kernels.gather.blend_at_backward`. With ``sparse``, the gradient has an entry for each element of ``index`` and is not coalesced.
+    Equal to `softdb.kernels.gather.blend_at_backward`. With ``sparse``, the gradient has an entry for each element of
+    ``index`` and is not coalesced.
     """
     if not is_supported(values) or weights.dtype == torch.float64:
         return blocks.blend_at_backward(gradient, weights, values, index, sparse=sparse)

@@ -1,8 +1,8 @@
 """Exact top-k in two passes over the rows, in Triton.
 
 The first pass computes all scores, and keeps only the maximum of each group of 64 rows, (B, N / 64). The k groups with
-the best maxima contain the k best rows: see `softdb.kernels.cpu.topk.two_stage_top_k`. The second pass scores the rows
-of the k groups again, and the best k of their 64 k scores are the result. The scores, (B, N), are never allocated.
+the best maxima contain the k best rows: see `softdb.kernels.blocks.topk.two_stage_top_k`. The second pass scores the
+rows of the k groups again, and the best k of their 64 k scores are the result. The scores, (B, N), are never allocated.
 
 Ties. Both passes combine a score and an index into one int64 number, the *rank*: the upper 32 bits are an integer with
 the order of the score, the lower 32 bits are the index, counted down. All ranks of a query differ, so `torch.topk`,
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softdb.kernels.cpu import topk as blocks
+from softdb.kernels.blocks import topk as blocks
 from softdb.kernels.cuda.launch import (
     MIN_BLOCK,
     choose_precision,
@@ -191,7 +191,8 @@ def _rank_rows_kernel(
 def _split_query(query: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (B, d) -> (B, d), (B, d)
     """Split float32 queries into two halves in a narrow dtype.
 
-    Their sum has at least 16 bits. Each query is scaled by a power of two first, which keeps the order of its scores and the range of float16.
+    Their sum has at least 16 bits. Each query is scaled by a power of two first, which keeps the order of its scores,
+    and the range of float16.
     """
     largest = query.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(largest).exponent.clamp(min=-100)
@@ -375,8 +376,8 @@ def exact_top_k(
 ) -> tuple[Tensor, Tensor]:  # (B, k), (B, k)
     """Compute ``topk(query @ keys.T, k)`` with ties broken by the lowest row.
 
-    See `softdb.kernels.cpu.topk.exact_top_k`, which searches where the kernels do not support a filter, bias, dtype or
-    width.
+    See `softdb.kernels.blocks.topk.exact_top_k`, which searches where the kernels do not support a filter, bias, dtype
+    or width.
     """
     selection = spec.selection
     if not (selection.is_shared and spec.bias is None and can_score(spec, keys) and selection.size <= MAX_ROWS):

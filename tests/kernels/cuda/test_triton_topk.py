@@ -18,7 +18,7 @@ from support.triton import DEVICE, Variant, compile_for_hopper
 
 from softdb.filters import Selection
 from softdb.kernels.bias import ScoreBias
-from softdb.kernels.cpu import topk as blocks
+from softdb.kernels.blocks import topk as blocks
 from softdb.kernels.cuda import topk
 from softdb.kernels.spec import ReadSpec
 from softdb.kernels.tiling import Tiling

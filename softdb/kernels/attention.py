@@ -187,36 +187,37 @@ class _Attention(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        count, sees_nothing = query.shape[-2], None
+        count, sees_any = query.shape[-2], None
         if visible is not None:
             # Weight 0 times NaN is NaN. The gradient of a hidden row is 0 without a masked fill in backward.
-            sees_nothing = visible.any(-1).logical_not()
-            hidden = visible.any(-2).logical_not().unsqueeze(-1)
-            keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+            is_seen, sees_any = visible.any(-2).unsqueeze(-1), visible.any(-1)
+            keys, values = torch.where(is_seen, keys, 0.0), torch.where(is_seen, values, 0.0)
         out, saved_lse, ctx.state = kernels.forward(query, keys, values, bias, is_causal, scale)
         lse = saved_lse.narrow(-1, 0, count)
-        if sees_nothing is None:
+        if sees_any is None:
             lse = lse.clone()  # Outputs that are views cannot be written to in place.
         else:
-            out = out.masked_fill(sees_nothing.unsqueeze(-1), 0.0)
-            padded = F.pad(sees_nothing.expand(lse.shape), (0, saved_lse.shape[-1] - count), value=False)
-            saved_lse = saved_lse.masked_fill(padded, torch.inf)
-            lse = lse.masked_fill(sees_nothing, -torch.inf)
+            out = torch.where(sees_any.unsqueeze(-1), out, 0.0)
+            lse = torch.where(sees_any, lse, -torch.inf)
         ctx.kernels, ctx.is_causal, ctx.scale = kernels, is_causal, scale
-        ctx.save_for_backward(query, keys, values, bias, out, saved_lse)
+        ctx.save_for_backward(query, keys, values, bias, out, saved_lse, sees_any)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         check_not_batched(grads)
-        query, keys, values, bias, out, lse = ctx.saved_tensors
+        query, keys, values, bias, out, lse, sees_any = ctx.saved_tensors
         grad_out, grad_lse = grads
         if grad_out is None and grad_lse is None:
             return (None,) * 8
         operands: tuple[Tensor, ...] = (query, keys, values)
         with torch.no_grad(), disable_autocast(query.device):
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            if sees_any is not None:
+                missing = lse.shape[-1] - query.shape[-2]
+                sees_any = F.pad(sees_any.expand(out.shape[:-1]), (0, missing)) if missing else sees_any
+                lse = torch.where(sees_any, lse, torch.inf)
             if grad_lse is not None:
                 operands, out, grad_out = _add_lse_column(ctx.kernels, operands, out, grad_out, grad_lse)
             results: Any = ctx.kernels.backward(

@@ -345,8 +345,8 @@ class ContextMemory(LayerWithTemperature):
             x: The next segment of every sequence, (batch, n, dim); the first segment after `reset`.
             documents: The document number of each sequence or of each token, integers of shape (batch,) or (batch, n).
                 Tokens attend only to tokens of their own document. -1 marks padding: it attends to no token, and no
-                token attends to it. Default: document 0 for all. Padding is stored in rows, except in a layer with
-                ``k``.
+                token attends to it; on a GPU any number below 0 does. Default: document 0 for all. Padding is stored in
+                rows, except in a layer with ``k``.
             write: Whether to store the segment. If no call stores its segment, the layer computes causal attention
                 within each segment.
             return_read: Whether to return the read as well. Its leading shape is (batch, heads, n).

@@ -329,7 +329,7 @@ class ProductKeyMemory(LayerWithTemperature):
 
         Raises:
             ShapeError, DtypeError: ``x`` has the wrong shape or dtype.
-            NonFiniteError: ``x`` or a Parameter contains NaN or infinity.
+            NonFiniteError: ``x`` or a Parameter contains NaN or infinity; on a GPU the output is NaN instead.
         """
         check_float_tensor("x", x, (-1, self.dim))
         queries = self.queries(x)  # (..., heads, 2, half)

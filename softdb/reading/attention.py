@@ -98,7 +98,7 @@ def read_by_attention(
         return None
     scale = 1.0 / math.sqrt(query.shape[-1]) if metric == "scaled_dot" else 1.0
     with disable_autocast(query.device):
-        query, keys, values = (tensor.to(dtype) for tensor in (query, keys, values))
+        query, keys, values = (t if t.dtype == dtype else t.to(dtype) for t in (query, keys, values))
         if isinstance(temperature, Tensor):
             query = query / temperature.to(dtype).unsqueeze(-1)
         else:
@@ -106,15 +106,20 @@ def read_by_attention(
         query, keys, values = (_to_heads(tensor, batch) for tensor in (query, keys, values))
         shown = _fold_mask(mask, batch) if masked else None
         out, lse = attend(query, keys, values, shown, scale, is_causal=is_causal, kernels=kernels)
-        mass = (lse.detach() != -torch.inf).to(lse.dtype)
-    lse, mass = lse.reshape(*batch, -1), mass.reshape(*batch, -1)
-    return Read(out.reshape(*batch, *out.shape[-2:]), None, None, None, lse, mass)
+        lse_only = lse.detach()
+        mass = torch.ones_like(lse_only) if shown is None else (lse_only != -torch.inf).to(lse.dtype)
+    if len(batch) != 2:
+        out, lse, mass = out.reshape(*batch, *out.shape[-2:]), lse.reshape(*batch, -1), mass.reshape(*batch, -1)
+    return Read(out, None, None, None, lse, mass)
 
 
 def _to_heads(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:  # (*batch, n, x) -> (b, h, n, x)
     """Expand the batch dimensions of an operand, and convert them to two."""
-    tensor = tensor.expand(*batch, *tensor.shape[-2:])
-    if len(batch) <= 2:
+    if tensor.shape[:-2] != batch:
+        tensor = tensor.expand(*batch, *tensor.shape[-2:])
+    if len(batch) == 2:
+        return tensor
+    if len(batch) < 2:
         return tensor.reshape(*[1] * (2 - len(batch)), *tensor.shape)
     return tensor.flatten(0, len(batch) - 2)
 

@@ -240,6 +240,19 @@ def test_soft_read_uses_the_kernels_on_cuda_without_a_copy_to_the_cpu(
     assert not operators.names & {"aten._local_scalar_dense.default", "aten.nonzero.default"}
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_flash_kernels_take_what_forward_returned(is_causal: bool) -> None:
+    context: Any = Context()
+    with FakeTensorMode(), Operators() as operators, torch.no_grad():
+        query, keys, values = (torch.randn(4, 8, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        out, lse = _Attention.forward(context, query, keys, values, None, None, FLASH, is_causal, 0.125)
+        assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:-1], torch.float32)
+        gradients = _Attention.backward(context, out, lse)[:3]
+        assert all(gradient.shape == query.shape for gradient in gradients)
+    name = "aten._scaled_dot_product_flash_attention"
+    assert operators.names >= {f"{name}.default", f"{name}_backward.default"}
+
+
 CASES: list[tuple[dict[str, Any], AttentionKernels | None]] = [
     ({}, EFFICIENT),
     ({"masked": True}, EFFICIENT),

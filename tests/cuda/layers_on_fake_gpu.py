@@ -95,13 +95,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "ContextMemory": context(),
     "ContextMemory with learned temperatures": context(temperature="learnable"),
 }
-CASES: dict[str, Callable[[], None]] = {
-    name: functools.partial(step, make) for name, make in LAYERS.items() if not name.startswith("MemoryLayer")
-}
+CASES: dict[str, Callable[[], None]] = {name: functools.partial(step, make) for name, make in LAYERS.items()}
 CASES |= {
     "ContextMemory with documents": functools.partial(step, context(), documents=True),
     "soft_read": functools.partial(attend, mask=False),
     "soft_read with a mask": functools.partial(attend, mask=True),
+    "soft_read with k": functools.partial(attend, mask=False, k=4),
     "soft_read with a temperature tensor": functools.partial(attend, mask=False, temperature="tensor"),
 }
 

@@ -395,6 +395,6 @@ def exact_top_k(
             spec.metric,
             spec.tiling.max_group_maxima,
             spec.tiling.multiprocessors,
-            choose_precision(),
+            choose_precision(spec.tiling.float32_precision),
         )
     return found

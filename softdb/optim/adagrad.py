@@ -28,7 +28,8 @@ class RowAdagrad(RowOptimizer):
 
     The state needs little memory, so the optimizer suits large embedding tables. New rows, growth, weight decay
     and the stochastic rounding of rows in bfloat16 or float16 work as in `RowAdam`. Rows without a gradient are neither
-    read nor written, and no memory is allocated for their update.
+    read nor written, and no memory is allocated for their update. On CUDA, the step does not wait for the device, and
+    treats gradients that are not finite as `RowAdam` does.
 
     Args:
         params: Parameters, or parameter groups with their own options, as for any optimizer.

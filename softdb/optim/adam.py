@@ -11,11 +11,19 @@ from torch import Tensor
 
 from softdb._checks import check_flag, check_number, describe
 from softdb.errors import DtypeError
+from softdb.kernels.cuda import launch
 from softdb.optim.blocks import RowBlock
+from softdb.optim.rounding import NOISE_DTYPES
 from softdb.optim.row_optimizer import RowOptimizer
+from softdb.optim.row_state import State, advance_log_decay
+from softdb.scoring.gumbel import hash_number
 from softdb.table.hooks import register_row_optimizer
+from softdb.table.storage import RowStorage
 
 __all__ = ["RowAdam"]
+
+# Largest number of elements of a row for the kernel, whose programs hold whole rows in registers.
+MAX_KERNEL_ELEMENTS = 8192
 
 
 @register_row_optimizer
@@ -58,6 +66,11 @@ class RowAdam(RowOptimizer):
     so `torch.manual_seed` makes runs reproducible. The seed is part of `state_dict`, so a resumed run is bitwise equal.
     In a process group of `torch.distributed` the seed is the Parameter's index in the optimizer, so replicas stay
     equal.
+
+    On CUDA, the step is one kernel in Triton for each Parameter, and does not wait for the device. Rows of a store are
+    not updated if their gradient is not finite. The next write, `SoftKVStore.save`, `SoftKVStore.index_stats` or
+    `SoftKVStore.check` raises `NonFiniteError`. Float64 rows, and rows of more than 8,192 elements, are updated by
+    operations of torch.
 
     The optimizer can replace `torch.optim.AdamW` for a whole model, in which some gradients are row-sparse. It accepts
     the same arguments; only the default of ``weight_decay`` differs.
@@ -169,6 +182,58 @@ class RowAdam(RowOptimizer):
             square = torch.maximum(largest, square, out=largest)
             block.put(maxima[0], square)
         return mean, torch.sqrt(square, out=block.spare(square)).add_(eps)
+
+    def _has_kernel(self, rows: Tensor, moments: list[Tensor]) -> bool:
+        if rows.dtype not in (torch.float32, *NOISE_DTYPES) or math.prod(rows.shape[1:]) > MAX_KERNEL_ELEMENTS:
+            return False
+        can_run = launch.is_available() and (rows.device.type != "cpu" or launch.is_interpreted())
+        return can_run and all(each.is_contiguous() for each in (rows, *moments))
+
+    def _run_kernel(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        moments: list[Tensor],
+        state: State,
+        table: RowStorage | None,
+        options: dict[str, Any],
+    ) -> None:
+        from softdb.kernels.cuda.adam import adam_step  # Only a step on a GPU needs Triton.
+
+        slots, order, gradients = None, None, gradient
+        if gradient.layout == torch.sparse_coo:
+            slots, gradients = gradient._indices()[0], gradient._values()
+            if not gradient.is_coalesced():
+                slots, order = slots.sort(stable=True)  # The sums of duplicates are reproducible.
+        last_log_decay = state.get("log_decay", 0.0)
+        advance_log_decay(state, options)
+        mean, square, *maxima = moments
+        adam_step(
+            rows,
+            mean,
+            square,
+            maxima[0] if maxima else None,
+            gradients.contiguous(),
+            None if slots is None else slots.contiguous(),
+            order,
+            None if table is None else table.ids,
+            None if table is None else table.generation,
+            state.get("generation"),
+            state.get("born"),
+            state.get("decayed"),
+            None if table is None else table.pending_checks.flag("gradient", rows.device),
+            (len(rows) if table is None else table.used) if slots is None else len(slots),
+            state["step"],
+            options["lr"],
+            *options["betas"],
+            options["eps"],
+            state.get("log_decay", 0.0),
+            last_log_decay,
+            options["maximize"],
+            hash_number(state["seed"], state["step"]) if "seed" in state else 0,
+        )
+        if table is None:  # `record_update` records the rows of a table.
+            torch.autograd.graph.increment_version(rows)
 
 
 def _root_correction(age: int | Tensor, options: dict[str, Any]) -> float | Tensor:

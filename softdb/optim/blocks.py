@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softdb.pending_checks import is_deferred
 from softdb.table.storage import RowStorage
 
 __all__ = ["BlockSizes", "RowBlock", "iterate_blocks"]
@@ -37,7 +38,7 @@ def iterate_blocks(
     """Yield blocks of at most ``count`` rows to update.
 
     Args:
-        slots: Slots of the rows to update; None for all live rows.
+        slots: Slots of the rows to update; None for all live rows, on a GPU for all rows.
         table: The storage of the rows, if a store owns them.
         length: Number of rows of the Parameter.
         count: Maximum number of rows per block.
@@ -50,7 +51,8 @@ def iterate_blocks(
             place = slice(first, first + count)
             yield slots[place], place
         return
-    live = None if table is None else table.live_mask()
+    # The host would have to wait for the number of live rows on a GPU. There a block has inactive rows.
+    live = None if table is None or is_deferred(table.ids) else table.live_mask()
     used = length if table is None else table.used
     for first in range(0, used, max(1, count)):
         block = slice(first, min(first + count, used))
@@ -70,23 +72,35 @@ class RowBlock:
         rows: Slots of the rows.
         capacity: Maximum number of rows per block.
         buffers: Memory that all blocks of a step share, by table. Reuse avoids the page faults of new memory.
+        active: Which rows to put back, (m,) bool; None for all. Others keep their contents.
     """
 
-    def __init__(self, rows: slice | Tensor, capacity: int, buffers: dict[int, Tensor]) -> None:
+    def __init__(
+        self, rows: slice | Tensor, capacity: int, buffers: dict[int, Tensor], active: Tensor | None = None
+    ) -> None:
         self._rows = rows
+        self._active = active
         self._capacity = capacity
         self._buffers = buffers
 
     def take(self, table: Tensor) -> Tensor:
-        """Return the rows of ``table``: a view if they are a slice, otherwise a copy."""
+        """Return the rows of ``table``: a view if they are a slice, otherwise a copy.
+
+        A slice with inactive rows is copied, too.
+        """
         if isinstance(self._rows, slice):
-            return table[self._rows]
+            return table[self._rows] if self._active is None else table[self._rows].clone()
         return torch.index_select(table, 0, self._rows, out=self._buffer(id(table), table, len(self._rows)))
 
     def put(self, table: Tensor, rows: Tensor) -> None:
         """Write rows that were taken from ``table`` back to it."""
+        if self._active is not None:
+            old = table[self._rows] if isinstance(self._rows, slice) else table.index_select(0, self._rows)
+            rows = torch.where(self._active.view(-1, *[1] * (rows.dim() - 1)), rows, old)
         if not isinstance(self._rows, slice):
             table.index_copy_(0, self._rows, rows)
+        elif self._active is not None:
+            table[self._rows] = rows
 
     def spare(self, rows: Tensor) -> Tensor:
         """Return scratch memory of the size of ``rows``, which were taken and put back.

@@ -11,6 +11,8 @@ from torch import Tensor
 from softdb._checks import check_above_zero, check_flag, check_number
 from softdb.errors import NonFiniteError
 from softdb.optim.gradients import check_gradient
+from softdb.pending_checks import is_deferred
+from softdb.table.duplicates import sum_duplicates
 from softdb.table.gradients import coalesce
 
 __all__ = ["clip_row_grad_norm_"]
@@ -32,7 +34,7 @@ def clip_row_grad_norm_(
 
     Args:
         parameters: Parameters. Parameters without a gradient are skipped. An uncoalesced sparse gradient is replaced by
-            its coalesced form.
+            its coalesced form, except on a GPU, where the host would have to wait for the number of its rows.
         max_norm: Maximum norm of the gradients, at least 0.
         norm_type: Order p of the norm, above 0; ``math.inf`` or "inf" is the maximum norm.
         error_if_nonfinite: Whether to raise if the norm is NaN or infinite.
@@ -65,20 +67,13 @@ def clip_row_grad_norm_(
     owners = [parameter for parameter in given if parameter.grad is not None]
     for parameter in owners:
         check_gradient(parameter, allow_complex=True)
-    gradients: list[Tensor] = []
-    for parameter in owners:
-        gradient = parameter.grad
-        if gradient is not None and gradient.layout == torch.sparse_coo:
-            whole = coalesce(gradient)
-            if whole is not gradient:
-                parameter.grad = whole
-            gradients.append(whole._values())
-        elif gradient is not None:
-            gradients.append(gradient)
-    filled = [gradient for gradient in gradients if gradient.numel()]  # An empty tensor has no maximum.
-    if not filled:
+    # Numbers to scale, and numbers with the norm of the gradient. An empty tensor has no maximum.
+    found = [_find_numbers(parameter, parameter.grad) for parameter in owners if parameter.grad is not None]
+    parts = [numbers for numbers in found if numbers[0].numel()]
+    if not parts:
         return torch.zeros((), device=given[0].device if given else None)
-    norms = [torch.linalg.vector_norm(gradient, order).to(filled[0].device) for gradient in filled]
+    device = parts[0][0].device
+    norms = [torch.linalg.vector_norm(summed, order).to(device) for _, summed in parts]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise NonFiniteError(
@@ -86,6 +81,16 @@ def clip_row_grad_norm_(
             "error_if_nonfinite=False to scale them anyway"
         )
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradient in filled:
+    for gradient, _ in parts:
         gradient.mul_(factor.to(gradient.device))
     return total
+
+
+def _find_numbers(parameter: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the numbers of a gradient, and those with duplicates of rows summed."""
+    if gradient.layout != torch.sparse_coo:
+        return gradient, gradient
+    if is_deferred(gradient) and not gradient.is_coalesced():
+        return gradient._values(), sum_duplicates(gradient._indices()[0], gradient._values()).sums
+    parameter.grad = whole = coalesce(gradient)
+    return whole._values(), whole._values()

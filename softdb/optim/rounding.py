@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from softdb.scoring.gumbel import splitmix64
+from softdb.scoring.gumbel import hash_number, splitmix64
 
 __all__ = ["NOISE_DTYPES", "draw_noise", "round_stochastically", "start_streams"]
 
@@ -22,7 +22,7 @@ def start_streams(seed: int, step: int, rows: Tensor) -> Tensor:
 
     Each stream yields 64-bit numbers. The bits of a number are divided among several columns.
     """
-    key = int(splitmix64(seed, torch.tensor(step, device="cpu")))
+    key = hash_number(seed, step)
     columns_per_number = 64 // torch.iinfo(NOISE_DTYPES[rows.dtype]).bits
     streams = -(-math.prod(rows.shape[1:]) // columns_per_number)
     return splitmix64(key, torch.arange(streams, device=rows.device))

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from softdb._checks import FLOAT_DTYPES, check_flag, check_float_tensor, check_number
 from softdb.errors import ArgumentError, DtypeError
 from softdb.optim.blocks import BlockSizes, RowBlock, iterate_blocks
-from softdb.optim.gradients import check_gradient
+from softdb.optim.gradients import check_gradient, select_gradients
 from softdb.optim.rounding import NOISE_DTYPES, draw_noise, round_stochastically, start_streams
 from softdb.optim.row_state import (
     State,
@@ -24,10 +24,12 @@ from softdb.optim.row_state import (
     check_state_names,
     check_whole_state,
     count_row_steps,
+    reset_new_rows,
     resize_state,
     state_dtype,
 )
-from softdb.table.gradients import coalesce, is_sharded
+from softdb.pending_checks import is_deferred
+from softdb.table.gradients import is_sharded
 from softdb.table.hooks import record_update, table_of, track_optimizer
 from softdb.table.storage import RowStorage
 
@@ -90,6 +92,22 @@ class RowOptimizer(Optimizer):
         """Return the term that is added to the denominator in a row's ``age``-th step."""
         eps: float = options["eps"]
         return eps
+
+    def _has_kernel(self, rows: Tensor, moments: list[Tensor]) -> bool:
+        """Return whether `_run_kernel` supports a step on a GPU."""
+        return False
+
+    def _run_kernel(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        moments: list[Tensor],
+        state: State,
+        table: RowStorage | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Update rows, moments and state in one kernel."""
+        raise NotImplementedError
 
     def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a group; return them as Python numbers."""
@@ -257,24 +275,31 @@ class RowOptimizer(Optimizer):
         if is_scalar:
             rows, gradient = rows.view(1), gradient.view(1)
         state = self._fit_state(parameter, rows, table, options)
-        slots, gradients = _select_live_gradients(gradient, table)
-        state["step"] += 1
-        if table is not None:
-            self._reset_new_rows(state, table, table.live_slots() if slots is None else slots, options)
-        age = count_row_steps(state, slots)
-        size, eps = self._step_size(age, options), self._epsilon(age, slots is None, options)
-        factor = advance_decay(state, slots, options)
-
         moments = [state[name] for name in self._initial_moments(options)]
         if is_scalar:  # Their shape in the state is that of torch's optimizers.
             moments = [moment.view(1) for moment in moments]
+        if is_deferred(rows) and self._has_kernel(rows, moments):
+            state["step"] += 1
+            try:
+                self._run_kernel(rows, gradient, moments, state, table, options)
+            finally:
+                record_update(parameter, gradient._indices()[0] if gradient.layout == torch.sparse_coo else None)
+            return
+        slots, gradients, active = select_gradients(gradient, table)
+        state["step"] += 1
+        if table is not None:
+            present = _find_slots(table) if slots is None else slots
+            reset_new_rows(state, self._initial_moments(options), present, table.generation.index_select(0, present))
+        age = count_row_steps(state, slots)
+        size, eps = self._step_size(age, options), self._epsilon(age, slots is None, options)
+        factor = advance_decay(state, slots, options, active)
         count = min(self.block_sizes.rows_per_block(rows), len(rows) if slots is None else len(slots))
         dtype = state_dtype(rows.dtype)
         buffers: dict[int, Tensor] = {}
         streams = start_streams(state["seed"], state["step"], rows) if rows.dtype in NOISE_DTYPES else None
         try:
             for part, place in iterate_blocks(slots, table, len(rows), count):
-                block = RowBlock(part, count, buffers)
+                block = RowBlock(part, count, buffers, None if active is None else active[place])
                 part_gradient = gradients[place].to(dtype)
                 if options["maximize"]:
                     part_gradient = part_gradient.neg()
@@ -344,32 +369,13 @@ class RowOptimizer(Optimizer):
             return next(place for place, other in enumerate(parameters) if other is parameter)
         return int(torch.randint(2**62, (), device="cpu"))
 
-    def _reset_new_rows(self, state: State, table: RowStorage, slots: Tensor, options: dict[str, Any]) -> None:
-        """Reset the state of the rows at ``slots`` whose generation has changed."""
-        generation = table.generation.index_select(0, slots)
-        new = state["generation"].index_select(0, slots) != generation
-        if not bool(new.any()):
-            return
-        slots = slots[new]
-        for name, start in self._initial_moments(options).items():
-            state[name].index_fill_(0, slots, start)
-        state["generation"].index_copy_(0, slots, generation[new])
-        state["born"].index_fill_(0, slots, state["step"] - 1)
-        if "decayed" in state:
-            state["decayed"].index_fill_(0, slots, state["log_decay"])
 
+def _find_slots(table: RowStorage) -> Tensor:
+    """Return the live slots; on a GPU also the free slots.
 
-def _select_live_gradients(gradient: Tensor, table: RowStorage | None) -> tuple[Tensor | None, Tensor]:
-    """Return the live slots of a gradient, or None for all, and their gradients."""
-    if gradient.layout != torch.sparse_coo:
-        return None, gradient
-    gradient = coalesce(gradient)
-    slots, values = gradient._indices()[0], gradient._values()
-    if table is not None:
-        live = table.ids.index_select(0, slots) >= 0
-        if not bool(live.all()):
-            slots, values = slots[live], values[live]
-    return slots, values
+    The host would have to wait for the number of live slots.
+    """
+    return torch.arange(table.used, device=table.ids.device) if is_deferred(table.ids) else table.live_slots()
 
 
 def _broadcast_to_rows(numbers: Tensor, place: slice | Tensor, rows: Tensor) -> Tensor:

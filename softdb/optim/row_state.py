@@ -14,7 +14,7 @@ The state of a Parameter is a dictionary, which is part of ``state_dict``:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,15 +23,18 @@ from torch import Tensor
 
 from softdb._checks import INTEGER_DTYPES, check_dense, check_int, check_real, check_shape, describe
 from softdb.errors import ArgumentError, DtypeError
+from softdb.pending_checks import is_deferred
 
 __all__ = [
     "State",
     "advance_decay",
+    "advance_log_decay",
     "check_integers",
     "check_log_factor",
     "check_state_names",
     "check_whole_state",
     "count_row_steps",
+    "reset_new_rows",
     "resize_state",
     "state_dtype",
 ]
@@ -58,25 +61,67 @@ def count_row_steps(state: State, slots: Tensor | None) -> int | Tensor:
     step: int = state["step"]
     if "born" not in state:
         return step
-    steps_before = state["born"] if slots is None else state["born"].index_select(0, slots)
+    steps_before: Tensor = state["born"] if slots is None else state["born"].index_select(0, slots)
     if len(steps_before) == 0:
         return step
+    if is_deferred(steps_before):  # To compare them would wait for the device.
+        return step - steps_before
     lowest, highest = (int(number) for number in steps_before.aminmax())
     return step - lowest if lowest == highest else step - steps_before
 
 
-def advance_decay(state: State, slots: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+def reset_new_rows(state: State, moments: Mapping[str, float], slots: Tensor, generation: Tensor) -> None:
+    """Reset the state of the rows at ``slots`` whose generation has changed.
+
+    Args:
+        state: The state of a Parameter of a store, in its present step.
+        moments: The initial value of each moment, by name.
+        slots: Slots of rows, (m,). On a GPU they may contain duplicates.
+        generation: Generations of the rows of the store, (m,).
+    """
+    new = state["generation"].index_select(0, slots) != generation
+    starts = {**moments, "born": state["step"] - 1}
+    if "decayed" in state:
+        starts["decayed"] = state["log_decay"]
+    if is_deferred(new):  # The host would have to wait for the number of new rows.
+        for name, start in starts.items():
+            rows = state[name].index_select(0, slots)
+            state[name].index_copy_(0, slots, rows.masked_fill_(new.view(-1, *[1] * (rows.dim() - 1)), start))
+        state["generation"].index_copy_(0, slots, generation)
+    elif bool(new.any()):
+        slots = slots[new]
+        for name, start in starts.items():
+            state[name].index_fill_(0, slots, start)
+        state["generation"].index_copy_(0, slots, generation[new])
+
+
+def advance_log_decay(state: State, options: dict[str, Any]) -> None:
+    """Add the weight decay of a step to that of all steps."""
+    if "decayed" in state:
+        state["log_decay"] += math.log1p(-options["lr"] * options["weight_decay"])
+
+
+def advance_decay(
+    state: State, slots: Tensor | None, options: dict[str, Any], active: Tensor | None = None
+) -> Tensor | None:
     """Return the decay factor of each row since its last step; record it as applied.
 
-    The factor includes the decay of this step. Without weight decay it is None.
+    The factor includes the decay of this step. Without weight decay it is None. Only that of ``active`` rows is
+    recorded, or of all rows if it is None.
     """
     if "decayed" not in state:
         return None
-    state["log_decay"] += math.log1p(-options["lr"] * options["weight_decay"])
+    advance_log_decay(state, options)
     last_log_decay: Tensor = state["decayed"]
     before = last_log_decay if slots is None else last_log_decay.index_select(0, slots)
     factor: Tensor = (state["log_decay"] - before).exp_()
-    if slots is None:
+    if active is not None:
+        after = before.masked_fill(active, state["log_decay"])
+        if slots is None:
+            last_log_decay.copy_(after)
+        else:
+            last_log_decay.index_copy_(0, slots, after)
+    elif slots is None:
         last_log_decay.fill_(state["log_decay"])
     else:
         last_log_decay.index_fill_(0, slots, state["log_decay"])

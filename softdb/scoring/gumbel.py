@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdb.scoring.normalizers import is_random
 
-__all__ = ["GumbelNoise", "draw_noise", "splitmix64"]
+__all__ = ["GumbelNoise", "draw_noise", "hash_number", "splitmix64"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ _SHIFTS_AND_FACTORS = ((30, _to_signed(0xBF58476D1CE4E5B9)), (27, _to_signed(0x9
 def splitmix64(seed: int | Tensor, numbers: Tensor) -> Tensor:
     """Compute the int64 numbers at some positions of the SplitMix64 stream of a seed."""
     return mix_bits(numbers * _GOLDEN_GAMMA + seed)
+
+
+def hash_number(seed: int, number: int) -> int:
+    """Compute `splitmix64` of one number on the host."""
+    bits = (number * _GOLDEN_GAMMA + seed) % 2**64
+    for shift, factor in _SHIFTS_AND_FACTORS:
+        bits = (bits ^ bits >> shift) * factor % 2**64
+    return _to_signed(bits)
 
 
 def mix_bits(numbers: Tensor) -> Tensor:

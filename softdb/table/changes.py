@@ -52,6 +52,8 @@ class ChangeLog:
     def record(self, version: int, slots: Tensor, keys: bool, *, rows: int) -> None:
         """Append a change to the log, unless its version is recorded already.
 
+        ``slots`` may contain duplicates, and be on any device.
+
         The oldest entries are dropped when the log exceeds its limit for a table of ``rows`` rows.
         """
         entries, limit = self._entries, max(MIN_LOGGED_SLOTS, int(MAX_LOGGED_FRACTION * rows))
@@ -71,7 +73,7 @@ class ChangeLog:
             keys: Whether to return only slots whose keys changed.
 
         Returns:
-            (m,) int64 on the CPU; None if the log no longer covers these changes.
+            (m,) int64 on the device of the slots; None if the log no longer covers these changes.
         """
         if version < self._complete_since:
             return None

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softdb.errors import GrowthError
+from softdb.pending_checks import is_deferred
 from softdb.table.changes import TensorState, state_of
 from softdb.table.gradients import coalesce
 from softdb.table.layouts import check_before_step
@@ -70,7 +71,7 @@ class _Update(NamedTuple):
         parameter: The Parameter.
         table: A table whose rows the Parameter holds.
         name: "keys" or "values".
-        slots: The updated slots; None for all.
+        slots: The updated slots, which may contain duplicates; None for all, or if the optimizer records them itself.
         state: State of the Parameter at the time of recording.
     """
 
@@ -223,22 +224,24 @@ def pause_watching(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def _keep_coalesced(parameter: Tensor) -> None:
     """Restore the flag "coalesced" of a sparse gradient, which accumulation drops.
 
-    Without the flag, the next call of `coalesce` would sort the gradient.
+    Without the flag, the next call of `coalesce` would sort the gradient. A gradient on a GPU stays as it is, since
+    neither its order nor the number of distinct rows is known without waiting for the device.
     """
     gradient = parameter.grad
-    if gradient is not None and gradient.layout == torch.sparse_coo:
+    if gradient is not None and gradient.layout == torch.sparse_coo and not is_deferred(gradient):
         whole = coalesce(gradient)
         if whole is not gradient:
             parameter.grad = whole
 
 
 def _find_updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
+    records_itself = type(optimizer) in _row_optimizers
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             owners = list(_owners(parameter))
             if owners and parameter.grad is not None:
                 sparse = parameter.grad.layout == torch.sparse_coo and _updates_only_named_rows(optimizer, group)
-                slots = parameter.grad._indices()[0].clone() if sparse else None
+                slots = parameter.grad._indices()[0].clone() if sparse and not records_itself else None
                 for table, name in owners:
                     yield _Update(parameter, table, name, slots, state_of(parameter))
 
@@ -297,8 +300,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         if not is_recorded:
             # If the gradient is gone after the step, it is unknown which rows the step used: all count as updated.
             first, last = before.get(key, update).slots, after[key].slots if key in after else None
-            if first is not None and last is not None and not torch.equal(first, last):
-                last = torch.cat([first, last]).unique()
+            if first is not None and last is not None and (is_deferred(last) or not torch.equal(first, last)):
+                last = torch.cat([first, last])  # The log of changes accepts duplicates.
             with update.table.access.writing():
                 update.table.mark_updated(None if first is None else last, keys=update.name == "keys")
         update.table.average.source = None  # A copy that an optimizer trains is no average.

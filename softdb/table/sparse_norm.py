@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from softdb.pending_checks import is_deferred
+from softdb.table.duplicates import sum_duplicates
+
 __all__ = ["register_sparse_norm"]
 
 _OPERATOR = "aten::linalg_vector_norm"
@@ -49,7 +52,10 @@ def compute_sparse_norm(
             f"linalg_vector_norm: expected a norm of order 0 or above of the whole sparse tensor, got ord={ord}, "
             f"dim={dim}, keepdim={keepdim}; convert the tensor with .to_dense()"
         )
-    values = tensor.coalesce()._values()
+    if tensor.is_coalesced() or not is_deferred(tensor):
+        values = tensor.coalesce()._values()
+    else:
+        values = sum_duplicates(tensor._indices()[0], tensor._values()).sums
     if values.numel() == 0:  # An empty tensor has no maximum.
         return values.new_zeros((), dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(values, ord, dtype=dtype)

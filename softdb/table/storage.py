@@ -229,8 +229,10 @@ class RowStorage(nn.Module):
     def mark_updated(self, slots: Tensor | None = None, *, keys: bool = True) -> None:
         """Record an update of rows by an optimizer or other code.
 
+        The host does not wait for a device that holds ``slots``; `changed_since` does.
+
         Args:
-            slots: The slots; None for all rows.
+            slots: The slots, which may contain duplicates and free slots; None for all rows.
             keys: Whether keys may have changed; otherwise only values have.
         """
         if slots is not None and len(slots) == 0:
@@ -242,9 +244,9 @@ class RowStorage(nn.Module):
                 self.all_keys_changed_at = self.version
             return
         slots = slots.to(self.ids.device)
-        self.writable_buffer("changed_at")[slots] = self.version
+        self.writable_buffer("changed_at").index_fill_(0, slots, self.version)
         if keys:
-            self.writable_buffer("keys_changed_at")[slots] = self.version
+            self.writable_buffer("keys_changed_at").index_fill_(0, slots, self.version)
         self._changes.record(self.version, slots, keys, rows=self.used)
 
     def writable_buffer(self, name: str) -> Tensor:

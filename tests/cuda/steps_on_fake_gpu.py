@@ -1,0 +1,122 @@
+"""Program that steps row optimizers on a fake GPU, where any wait of the host raises an error.
+
+`test_optimizer_no_sync` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from softdb import SoftKVStore
+from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
+from softdb.table.hooks import register_row_optimizer
+
+ROWS, ENTRIES = 500, 64
+
+
+@register_row_optimizer
+class AdamInTorch(RowAdam):
+    """`RowAdam` without its kernel."""
+
+    def _has_kernel(self, *_: Any) -> bool:
+        return False
+
+
+GRADIENTS = ("uncoalesced", "coalesced", "dense")
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "RowAdam": (RowAdam, {}),
+    "RowAdam with all options": (RowAdam, {"weight_decay": 0.1, "amsgrad": True, "maximize": True}),
+    "RowAdam without its kernel": (AdamInTorch, {"weight_decay": 0.1, "amsgrad": True}),
+    "RowAdagrad": (RowAdagrad, {"weight_decay": 0.1}),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class CountKernels(TorchDispatchMode):
+    """Count the calls of the operator that launches the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func._schema.name == "softdb::row_adam_"
+        return func(*args, **(kwargs or {}))
+
+
+def make_gradient(layout: str, table: torch.Tensor) -> torch.Tensor:
+    if layout == "dense":
+        return torch.randn(table.shape, dtype=table.dtype, device=DEVICE)
+    rows = torch.arange(ENTRIES, device=DEVICE)
+    values = torch.randn(ENTRIES, table.shape[1], dtype=table.dtype, device=DEVICE)
+    gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, table.shape, check_invariants=False)
+    return gradient._coalesced_(layout == "coalesced")
+
+
+def make_store(dtype: torch.dtype, *, sparse_grad: bool) -> SoftKVStore:
+    """Make a store with free slots, some of them between its rows."""
+    store = SoftKVStore(8, 4, trainable=True, sparse_grad=sparse_grad, dtype=dtype)
+    store.reserve(ROWS + 50)
+    ids = store.add(torch.randn(ROWS, 8, dtype=dtype), torch.randn(ROWS, 4, dtype=dtype))
+    store.delete(ids[10:20])
+    return store
+
+
+def step(optimizer_name: str, layout: str, dtype: torch.dtype) -> None:
+    """Clip gradients and step twice, without a wait of the host."""
+    kind, options = OPTIMIZERS[optimizer_name]
+    store = make_store(dtype, sparse_grad=True)
+    with fake_gpu() as waits, CountKernels() as kernels:
+        move_to_fake_gpu(store)
+        optimizer = kind(store.parameters(), **options)
+        version = store.rows.version
+        for _ in range(2):
+            for table in store.parameters():
+                table.grad = make_gradient(layout, table)
+            clip_row_grad_norm_(store.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert waits.operators > 20
+        assert store.rows.version == version + 4  # Each step has recorded the changes of keys and of values.
+        for state in optimizer.state.values():
+            assert all(is_fake(value) for value in state.values() if isinstance(value, torch.Tensor))
+    assert kernels.calls == (4 if kind is RowAdam and dtype != torch.float64 else 0)
+
+
+def wait_in_a_step(wait: Callable[[torch.Tensor], Any]) -> None:
+    """Step an optimizer that waits; the step has to raise."""
+
+    class Waiting(RowAdagrad):
+        def _epsilon(self, age: Any, is_dense: bool, options: dict[str, Any]) -> Any:
+            wait(age)
+            return super()._epsilon(age, is_dense, options)
+
+    store = make_store(torch.float32, sparse_grad=True)
+    with fake_gpu():
+        move_to_fake_gpu(store)
+        store.keys.grad = make_gradient("uncoalesced", store.keys)
+        Waiting(store.parameters()).step()
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"{name}, {layout}, {dtype}": functools.partial(step, name, layout, DTYPES[dtype])
+    for name in OPTIMIZERS
+    for layout in GRADIENTS
+    for dtype in (DTYPES if name == "RowAdam" else ("float32",))
+}
+WAITS: dict[str, Callable[[], None]] = {
+    "wait: item": functools.partial(wait_in_a_step, lambda age: age.max().item()),
+    "wait: bool": functools.partial(wait_in_a_step, lambda age: bool((age > 1).any())),
+    "wait: unique": functools.partial(wait_in_a_step, lambda age: age.unique()),
+    "wait: cpu": functools.partial(wait_in_a_step, lambda age: age.cpu()),
+}
+
+if __name__ == "__main__":
+    run_cases(CASES | WAITS, sys.argv[1:])

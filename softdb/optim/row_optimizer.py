@@ -183,12 +183,13 @@ class RowOptimizer(Optimizer):
                     f"{options['weight_decay']}, which would flip the sign of rows; decrease one of them"
                 )
             updates += [(parameter, options) for parameter in parameters]
-        tables = {id(table): table for parameter, _ in updates if (table := table_of(parameter)) is not None}
+        owners = [table_of(parameter) for parameter, _ in updates]
+        tables = {id(table): table for table in owners if table is not None}
         with ExitStack() as locks:
             for number in sorted(tables):  # All steps take locks in the same order, which prevents a deadlock.
                 locks.enter_context(tables[number].access.writing())
-            for parameter, options in updates:
-                self._update(parameter, options)
+            for (parameter, options), table in zip(updates, owners, strict=True):
+                self._update(parameter, table, options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,9 +263,8 @@ class RowOptimizer(Optimizer):
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def _update(self, parameter: Tensor, options: dict[str, Any]) -> None:
-        """Update the rows of ``parameter`` that have a gradient."""
-        table = table_of(parameter)
+    def _update(self, parameter: Tensor, table: RowStorage | None, options: dict[str, Any]) -> None:
+        """Update the rows of ``parameter`` that have a gradient; ``table`` owns them, if any."""
         # Write to a store's rows through .data, so that torch's version counter does not change: a changed counter
         # would mean that any row may have changed, whereas `record_update` records which rows have changed.
         rows = parameter if table is None else parameter.data

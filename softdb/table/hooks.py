@@ -238,10 +238,11 @@ def _find_updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
     records_itself = type(optimizer) in _row_optimizers
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            owners = list(_owners(parameter))
-            if owners and parameter.grad is not None:
-                sparse = parameter.grad.layout == torch.sparse_coo and _updates_only_named_rows(optimizer, group)
-                slots = parameter.grad._indices()[0].clone() if sparse and not records_itself else None
+            owners = [] if parameter.grad is None else list(_owners(parameter))
+            if owners:
+                sparse = not records_itself and parameter.grad.layout == torch.sparse_coo
+                named = sparse and _updates_only_named_rows(optimizer, group)
+                slots = parameter.grad._indices()[0].clone() if named else None
                 for table, name in owners:
                     yield _Update(parameter, table, name, slots, state_of(parameter))
 

@@ -264,7 +264,7 @@ class RowOptimizer(Optimizer):
     # -- a step ----------------------------------------------------------------------------------------------
 
     def _update(self, parameter: Tensor, table: RowStorage | None, options: dict[str, Any]) -> None:
-        """Update the rows of ``parameter`` that have a gradient; ``table`` owns them, if any."""
+        """Update the rows of ``parameter`` with a gradient; ``table`` owns them, if any."""
         # Write to a store's rows through .data, so that torch's version counter does not change: a changed counter
         # would mean that any row may have changed, whereas `record_update` records which rows have changed.
         rows = parameter if table is None else parameter.data

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softdb.kernels.cuda.launch import on_device
+
 __all__ = ["adam_step", "launch_adam"]
 
 # Elements of a program of a dense gradient, and of a chunk of gradients of the same row.
@@ -284,42 +286,43 @@ def launch_adam(
     else:
         per_program = max(1, min(MAX_CHUNK, CHUNK_ELEMENTS // block))
         grid, elements = count, block
-    adam_kernel[(grid,)](
-        rows,
-        exp_avg,
-        exp_avg_sq,
-        max_exp_avg_sq,
-        gradient,
-        slots,
-        order,
-        ids,
-        generation,
-        own_generation,
-        born,
-        decayed,
-        flag,
-        count,
-        width,
-        step,
-        root * lr / (1 - beta1**step),
-        # AdamW adds eps after the bias correction of sqrt(v), SparseAdam before it.
-        root * eps if slots is None and born is None else eps,
-        _bits_of(lr),
-        beta2,
-        1 - beta1,
-        1 - beta2,
-        _bits_of(_log2(beta1)),
-        _bits_of(_log2(beta2)),
-        _bits_of(log_decay),
-        _bits_of(last_log_decay),
-        key,
-        MAXIMIZE=maximize,
-        NOISE_BITS=NOISE_BITS.get(rows.dtype, 0),
-        LARGEST=torch.finfo(rows.dtype).max,
-        ROWS=per_program,
-        WIDTH=block,
-        num_warps=max(1, min(16, elements // 128)),
-    )
+    with on_device(rows):
+        adam_kernel[(grid,)](
+            rows,
+            exp_avg,
+            exp_avg_sq,
+            max_exp_avg_sq,
+            gradient,
+            slots,
+            order,
+            ids,
+            generation,
+            own_generation,
+            born,
+            decayed,
+            flag,
+            count,
+            width,
+            step,
+            root * lr / (1 - beta1**step),
+            # AdamW adds eps after the bias correction of sqrt(v), SparseAdam before it.
+            root * eps if slots is None and born is None else eps,
+            _bits_of(lr),
+            beta2,
+            1 - beta1,
+            1 - beta2,
+            _bits_of(_log2(beta1)),
+            _bits_of(_log2(beta2)),
+            _bits_of(log_decay),
+            _bits_of(last_log_decay),
+            key,
+            MAXIMIZE=maximize,
+            NOISE_BITS=NOISE_BITS.get(rows.dtype, 0),
+            LARGEST=torch.finfo(rows.dtype).max,
+            ROWS=per_program,
+            WIDTH=block,
+            num_warps=max(1, min(16, elements // 128)),
+        )
 
 
 # Operators have a small overhead if they are defined by torch.library.define instead of torch.library.custom_op.
@@ -329,6 +332,7 @@ torch.library.define(
     "Tensor? slots, Tensor? order, Tensor? ids, Tensor? generation, Tensor(e!)? own_generation, Tensor(f!)? born, "
     "Tensor(g!)? decayed, Tensor(h!)? flag, int count, int step, float lr, float beta1, float beta2, float eps, "
     "float log_decay, float last_log_decay, bool maximize, int key) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.impl("softdb::row_adam_", "default")(launch_adam)
 

@@ -1,4 +1,4 @@
-"""Program that steps row optimizers on a fake GPU, where any wait of the host raises an error.
+"""Program that steps row optimizers on a fake GPU, where any wait of the host raises.
 
 `test_optimizer_no_sync` runs it in a process of its own.
 """
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softdb import SoftKVStore
 from softdb.optim import RowAdagrad, RowAdam, clip_row_grad_norm_
 from softdb.table.hooks import register_row_optimizer
+from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 
 ROWS, ENTRIES = 500, 64
 
@@ -90,6 +90,16 @@ def step(optimizer_name: str, layout: str, dtype: torch.dtype) -> None:
     assert kernels.calls == (4 if kind is RowAdam and dtype != torch.float64 else 0)
 
 
+def step_plain_parameter(layout: str) -> None:
+    """Step a Parameter that no store owns, without a wait of the host."""
+    with fake_gpu():
+        table = torch.nn.Parameter(torch.randn(ROWS, 8, device=DEVICE))
+        version = table._version
+        table.grad = make_gradient(layout, table)
+        RowAdam([table], weight_decay=0.1).step()
+        assert table._version > version
+
+
 def wait_in_a_step(wait: Callable[[torch.Tensor], Any]) -> None:
     """Step an optimizer that waits; the step has to raise."""
 
@@ -111,11 +121,12 @@ CASES: dict[str, Callable[[], None]] = {
     for layout in GRADIENTS
     for dtype in (DTYPES if name == "RowAdam" else ("float32",))
 }
+CASES |= {f"plain Parameter, {layout}": functools.partial(step_plain_parameter, layout) for layout in GRADIENTS}
 WAITS: dict[str, Callable[[], None]] = {
-    "wait: item": functools.partial(wait_in_a_step, lambda age: age.max().item()),
-    "wait: bool": functools.partial(wait_in_a_step, lambda age: bool((age > 1).any())),
-    "wait: unique": functools.partial(wait_in_a_step, lambda age: age.unique()),
-    "wait: cpu": functools.partial(wait_in_a_step, lambda age: age.cpu()),
+    "item": functools.partial(wait_in_a_step, lambda age: age.max().item()),
+    "bool": functools.partial(wait_in_a_step, lambda age: bool((age > 1).any())),
+    "unique": functools.partial(wait_in_a_step, lambda age: age.unique()),
+    "cpu": functools.partial(wait_in_a_step, lambda age: age.cpu()),
 }
 
 if __name__ == "__main__":

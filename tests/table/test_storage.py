@@ -90,6 +90,16 @@ def test_changed_since_returns_the_slots_changed_after_a_version() -> None:
     assert rows.changed_since(middle).tolist() == list(range(10))
 
 
+def test_an_update_of_uncoalesced_slots_is_reported_once_per_slot() -> None:
+    rows = storage_of(10)
+    start = rows.version
+    rows.mark_updated(torch.tensor([7, 2, 7, 7, 0]), keys=False)  # as a gradient on a GPU names them
+    rows.mark_updated(torch.tensor([3, 3]))
+    assert rows.changed_since(start).tolist() == [0, 2, 3, 7]
+    assert rows.changed_since(start, keys=True).tolist() == [3]
+    assert rows.changed_at[[7, 2, 0]].tolist() == [start + 1] * 3
+
+
 @pytest.mark.parametrize(
     "used", [None, torch.tensor([[1, -1], [3, 1]]), torch.arange(10) < 4], ids=["all", "some", "mask"]
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from softdb.kernels.blocks import topk as blocks
 from softdb.kernels.cuda.launch import (
     MIN_BLOCK,
+    choose_chunk,
     choose_precision,
     count_blocks,
     count_splits,
@@ -35,8 +36,8 @@ __all__ = ["exact_top_k", "find_best_rows"]
 # Number of rows in a group.
 GROUP_ROWS = 64
 
-# Largest number of columns that one product of float32 sums: from 64 on, registers spill on Hopper.
-FLOAT32_COLUMNS = 32
+# Largest number of columns of float32 that tensor cores multiply at once: more do not fit in shared memory.
+TENSOR_CORE_COLUMNS = 64
 
 # Rows are numbered in 32 bits.
 MAX_ROWS = 2**31 - 1
@@ -322,7 +323,7 @@ def _rank_groups(
         GROUPS_PER_PROGRAM=per_program,
         BLOCK_Q=height,
         BLOCK_D=columns,
-        BLOCK_COLUMNS=columns if is_narrow else min(columns, FLOAT32_COLUMNS),
+        BLOCK_COLUMNS=columns if is_narrow else min(columns, choose_chunk(precision) or TENSOR_CORE_COLUMNS),
         GROUP=GROUP_ROWS,
         UPCAST=upcast,
         num_warps=8 if height == 128 else 4,

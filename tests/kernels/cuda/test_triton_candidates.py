@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from support.triton import DEVICE, Variant, compile_for_hopper
+from support.triton import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
 
 import softdb.reading.topk
 from softdb import SoftKVStore
@@ -21,7 +21,7 @@ from softdb.filters import Selection
 from softdb.functional import topk_read
 from softdb.kernels import gather as blocks
 from softdb.kernels.backend import TORCH_BLOCKS, Backend
-from softdb.kernels.cuda import candidates
+from softdb.kernels.cuda import candidates, gather, gather_backward
 from softdb.kernels.gather import GatherIndex
 from softdb.kernels.spec import ReadSpec
 from softdb.scoring.metrics import compute_center, prepare_query
@@ -267,23 +267,20 @@ def test_fake_tensors_pass_through_triton_reads_of_candidates() -> None:
 
 
 @pytest.mark.slow
-def test_triton_compiles_reads_of_candidates_for_hopper() -> None:
-    names = "query scale offsets scores weights lse blend grad_scores grad_weights grad_lse grad_blend grad_query"
-    names += " grad_scale grad_totals coefficients vectors"
-    types = {
-        **dict.fromkeys(names.split(), "*fp32"),
-        **dict.fromkeys(("index", "rows", "order"), "*i64"),
-        **dict.fromkeys(("k", "blocks", "key_stride", "value_stride", "count"), "i32"),
-        **dict.fromkeys(("keys", "values", "grad_keys", "grad_values", "out"), "*bf16"),
-        "log2_e": "fp32",
-    }
-    tile = {"WIDTH": 250, "METRIC": "cosine", "BLOCK_D": 256}
-    read = {**tile, "VALUE_WIDTH": 64, "BLOCK_K": 32, "BLOCK_V": 64}
-    needs = ("HAS_SCORES", "HAS_WEIGHTS", "HAS_LSE", "HAS_BLEND", "NEEDS_QUERY", "NEEDS_KEYS", "NEEDS_VALUES")
-    module = "softdb.kernels.cuda.gather"
-    variants = [
-        Variant(module, "_read_kernel", types, {**read, "HAS_OFFSETS": True}),
-        Variant(f"{module}_backward", "_read_backward_kernel", types, {**read, **dict.fromkeys(needs, True)}),
-        Variant(f"{module}_backward", "_sum_by_row_kernel", types, {**tile, "BLOCK_E": 16}),
-    ]
-    assert all(compiled.shared <= 227 * 1024 for compiled in compile_for_hopper(variants))
+def test_triton_reads_of_candidates_compile_for_hopper() -> None:
+    query, keys, values = torch.zeros(64, 256), torch.zeros(300, 256), torch.zeros(300, 64)
+    index, upstream = torch.zeros(64, 32, dtype=torch.int64), torch.zeros(64, 32)
+    with record_launches(gather, "_read_kernel", "_blend_kernel") as launches:
+        _, weights, lse, blend = gather.read_rows(query, query[:, 0], keys, values, index, upstream, "l2")
+        gather.blend_rows(weights, values, index)
+    with record_launches(gather_backward, "_read_backward_kernel", "_sum_by_row_kernel") as more:
+        grads = upstream, upstream, lse, blend
+        narrow = keys.half(), values.half()
+        gather_backward.read_rows_backward(
+            query, None, *narrow, index, weights, blend, *grads, "cosine", True, True, True
+        )
+        rows, order = index.flatten().sort(stable=True)
+        gather_backward.sum_by_row(rows, order, upstream, query, None, keys, "cosine")
+    for compiled in compile_for_hopper([*launches, *more]):
+        assert compiled.shared <= MAX_SHARED
+        assert compiled.stack <= 64

@@ -83,7 +83,7 @@ def _list_candidate_ranks(k: int, limit: int, device: torch.device) -> tuple[Ten
     """
     # The pairs are computed on the device: a copy of a list from the CPU would wait for it.
     sizes = [min(limit, k // (i + 1)) for i in range(limit)]
-    counts = (k // torch.arange(1, limit + 1, device=device)).clamp(max=limit)
+    counts = (torch.full((limit,), k, device=device) // torch.arange(1, limit + 1, device=device)).clamp(max=limit)
     ends = counts.cumsum(0)
     number = torch.arange(sum(sizes), device=device)
     first = torch.searchsorted(ends, number, right=True)

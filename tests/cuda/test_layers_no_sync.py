@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import layers_on_fake_gpu
 import pytest
 import torch
-from layers_on_fake_gpu import CASES, LAYERS, TOKENS
 from support.fake_gpu import is_supported, run_program
+from support.layers_on_fake_gpu import CASES, LAYERS, TOKENS
 from torch import nn
 
 from softdb.functional import soft_read
@@ -17,7 +14,7 @@ from softdb.functional import soft_read
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str | None]:
     """Error of each case, all of them run in one process; None where there was none."""
-    return run_program(Path(layers_on_fake_gpu.__file__))
+    return run_program("support.layers_on_fake_gpu")
 
 
 @pytest.mark.skipif(not is_supported(), reason="torch cannot register a device from Python")

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.attention import NAIVE
-from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 from torch import nn
 
 from softdb import SoftKVStore
 from softdb.functional import soft_read
 from softdb.layers import ContextMemory, MemoryLayer, ProductKeyMemory
 from softdb.reading import attention
+from support.attention import NAIVE
+from support.fake_gpu import DEVICE, fake_gpu, is_fake, move_to_fake_gpu, run_cases
 
 DIM, COUNT = 16, 70
 TOKENS = (2, COUNT, DIM)  # shape of an input of a layer

@@ -158,23 +158,36 @@ def adam_kernel(
         skipped = live & (tl.max(unfit, axis=1) > 0)
         tl.store(FLAG + tl.zeros_like(rows), float("inf"), mask=skipped)
         live = live & (tl.max(unfit, axis=1) == 0)
-    inside = live[:, None] & (columns < width)[None, :]
+    inside = live[:, None] & fits[None, :]
     place = rows[:, None] * width + columns[None, :]
     mean = tl.load(M + place, mask=inside, other=0.0)
     square = tl.load(V + place, mask=inside, other=0.0)
+    stored = tl.load(P + place, mask=inside, other=0.0).to(tl.float32)
     if VMAX is not None:
         largest = tl.load(VMAX + place, mask=inside, other=0.0)
+    if DECAYED is not None:
+        decayed = tl.load(DECAYED + rows, mask=live, other=0.0)
+    if BORN is not None:
+        born = tl.load(BORN + rows, mask=live, other=0)
     new = live & False
     if GENERATION is not None:
         generation = tl.load(GENERATION + rows, mask=live, other=0)
         new = live & (tl.load(OWN_GENERATION + rows, mask=live, other=0) != generation)
+    # Several warps load the state of a row. None may store it before all have loaded it.
+    tl.debug_barrier()
+    if GENERATION is not None:
         tl.store(OWN_GENERATION + rows, generation, mask=new)
         mean = tl.where(new[:, None], 0.0, mean)
         square = tl.where(new[:, None], 0.0, square)
         if VMAX is not None:
             largest = tl.where(new[:, None], 0.0, largest)
+    if DECAYED is not None:
+        now = _to_float64(log_decay, rows)
+        before = tl.where(new, _to_float64(last_log_decay, rows), decayed)
+        stored = stored * tl.exp(now - before).to(tl.float32)[:, None]
+        tl.store(DECAYED + rows, now, mask=live)
     if BORN is not None:
-        born = tl.where(new, step - 1, tl.load(BORN + rows, mask=live, other=0))
+        born = tl.where(new, step - 1, born)
         tl.store(BORN + rows, born, mask=new)
         age = (step - born).to(tl.float64)
         root = tl.sqrt(1.0 - tl.exp2(age * _to_float64(log_beta2, rows)))
@@ -195,14 +208,8 @@ def adam_kernel(
     tl.store(M + place, mean, mask=inside)
     tl.store(V + place, square, mask=inside)
     if VMAX is not None:
-        square = tl.maximum(largest, square)
+        square = tl.maximum(largest, square, propagate_nan=tl.PropagateNan.ALL)
         tl.store(VMAX + place, square, mask=inside)
-    stored = tl.load(P + place, mask=inside, other=0.0).to(tl.float32)
-    if DECAYED is not None:
-        now = _to_float64(log_decay, rows)
-        before = tl.where(new, _to_float64(last_log_decay, rows), tl.load(DECAYED + rows, mask=live, other=0.0))
-        stored = stored * tl.exp(now - before).to(tl.float32)[:, None]
-        tl.store(DECAYED + rows, now, mask=live)
     result = stored - tl.math.div_rn(mean * step_size, tl.sqrt_rn(square) + added)
     if NOISE_BITS > 0:
         bits = _draw_bits(key, rows, columns, NOISE_BITS)

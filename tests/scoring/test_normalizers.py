@@ -20,7 +20,7 @@ from softdb.functional import merge, soft_read
 from softdb.lab.comparison import NORMALIZER_STYLES
 from softdb.lab.page_charts import NORMALIZER_DASHES
 from softdb.scoring import normalizers
-from softdb.scoring.gumbel import GumbelNoise
+from softdb.scoring.gumbel import GumbelNoise, hash_number, splitmix64
 from softdb.scoring.normalizers import (
     NORMALIZERS,
     REGISTRY,
@@ -197,6 +197,12 @@ def test_sparse_weights_sum_to_one_at_any_scale(name: str, size: float) -> None:
 
 
 # -- noise ----------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_one_number_equals_that_of_a_tensor() -> None:
+    numbers = torch.tensor([0, 1, 5, 2**40, -3, -(2**63)])
+    for seed in (0, 1, 2**62, -(2**63), 0x1234567890ABCDEF):
+        assert splitmix64(seed, numbers).tolist() == [hash_number(seed, number) for number in numbers.tolist()]
 
 
 def test_noise_is_gumbel_distributed_and_independent() -> None:

@@ -267,7 +267,7 @@ CASES: list[tuple[dict[str, Any], AttentionKernels | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "wanted"), CASES, ids=str)
+@pytest.mark.parametrize(("changed", "wanted"), CASES, ids=[str(changed) for changed, _ in CASES])
 def test_kernels_are_chosen_only_where_they_are_correct(
     changed: dict[str, Any], wanted: AttentionKernels | None
 ) -> None:

@@ -347,7 +347,7 @@ def read_backward(
     blocks = BackwardBlocks.choose(queries, key_block, value_block, low=low)
     row_blocks = count_blocks(rows, blocks.rows)
     if splits is None:
-        splits = count_splits(row_blocks, groups, multiprocessors, per_multiprocessor=1)
+        splits = count_splits(row_blocks, groups, multiprocessors, 1)
         splits = min(splits, max(1, MAX_PART_ELEMENTS // (count * key_width)))
     split_rows = count_blocks(row_blocks, splits) * blocks.rows
     splits = count_blocks(rows, split_rows)

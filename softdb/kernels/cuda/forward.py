@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softdb.kernels.cuda.launch import (
     LOG2_E,
+    MIN_BLOCK,
     choose_chunk,
     count_blocks,
     count_splits,
@@ -74,15 +75,19 @@ class ForwardBlocks:
         rows: Number of rows in a tile.
         warps: Number of warps of a program.
         stages: Number of tiles that are loaded ahead.
+        programs: Number of programs that a multiprocessor runs at once.
     """
 
     queries: int
     rows: int
     warps: int
     stages: int
+    programs: int
 
     @classmethod
-    def choose(cls, queries: int, key_width: int, value_width: int, *, low: bool) -> ForwardBlocks:
+    def choose(
+        cls, queries: int, key_width: int, value_width: int, *, low: bool, is_split: bool = False
+    ) -> ForwardBlocks:
         """Choose the sizes for a number of queries and padded widths.
 
         Args:
@@ -90,15 +95,19 @@ class ForwardBlocks:
             key_width: Padded width of the keys.
             value_width: Padded width of the values.
             low: Whether products are in 16 bits rather than float32.
+            is_split: Whether one operand of such a product is a sum of two tiles.
         """
         height = min(64, pad_width(queries))
         width = key_width + value_width
         if low:
-            height = 128 if queries > 64 and width <= 256 else height
             rows = 128 if width <= 128 else 64 if width <= 256 else 32
-            return cls(height, rows, 8 if height == 128 else 4, 3 if width <= 256 else 2)
-        # Products of float32 keep both operands in registers, which larger tiles exceed.
-        return cls(height, 64 if height <= 16 and width <= 128 else 32, 8 if height > 16 or width > 128 else 4, 2)
+            if is_split:
+                return cls(height, rows, 8 if height == 64 else 4, 3 if width <= 256 else 2, 2)
+            height = 128 if queries > 64 and width <= 256 else height
+            return cls(height, rows, 8 if height == 128 else 4, 3 if width <= 256 else 2, 2)
+        if height == MIN_BLOCK:
+            return cls(height, 64 if width <= 128 else 32, 4, *((3, 3) if width <= 256 else (2, 2)))
+        return cls(height, 32, 8, 2, 2)
 
 
 @triton.jit
@@ -321,14 +330,17 @@ def read_forward(
     mask = None if mask is None else with_unit_stride(mask).view(torch.uint8)
     key_block, value_block = pad_width(key_width), pad_width(value_width)
     low = is_low(keys) and metric != "l2"
-    blocks = ForwardBlocks.choose(queries, key_block, value_block, low=low)
+    upcast = needs_upcast(keys) or needs_upcast(values)
+    wide_values = upcast or not is_low(values)
+    split_query = is_low(keys) and not upcast and query.dtype != keys.dtype
+    split_weights = not wide_values and not round_weights
+    is_split = split_query or split_weights
+    blocks = ForwardBlocks.choose(queries, key_block, value_block, low=low, is_split=is_split)
     query_blocks, row_blocks = count_blocks(queries, blocks.queries), count_blocks(rows, blocks.rows)
-    splits = splits or count_splits(row_blocks, query_blocks * groups, multiprocessors)
+    splits = splits or count_splits(row_blocks, query_blocks * groups, multiprocessors, blocks.programs)
     split_rows = count_blocks(row_blocks, splits) * blocks.rows
     splits = count_blocks(rows, split_rows)
     parts = [query.new_empty(splits, count, *shape, dtype=torch.float32) for shape in ((value_width,), (), (), ())]
-    upcast = needs_upcast(keys) or needs_upcast(values)
-    wide_values = upcast or not is_low(values)
     _read[(query_blocks * splits * groups,)](
         query,
         keys,
@@ -355,12 +367,12 @@ def read_forward(
         VALUE_BLOCK=value_block,
         QUERIES=blocks.queries,
         ROWS=blocks.rows,
-        SPLIT_QUERY=is_low(keys) and not upcast and query.dtype != keys.dtype,
-        SPLIT_WEIGHTS=not wide_values and not round_weights,
+        SPLIT_QUERY=split_query,
+        SPLIT_WEIGHTS=split_weights,
         WIDE_VALUES=wide_values,
         UPCAST=upcast,
         PRECISION=precision,
-        CHUNK=choose_chunk(precision) if keys.dtype == torch.float32 else 0,
+        CHUNK=choose_chunk(precision) if keys.dtype == torch.float32 and blocks.queries > MIN_BLOCK else 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )

@@ -86,7 +86,7 @@ def pad_width(width: int) -> int:
     return max(MIN_BLOCK, 1 << max(0, width - 1).bit_length())
 
 
-def count_splits(blocks: int, programs: int, multiprocessors: int, *, per_multiprocessor: int = 2) -> int:
+def count_splits(blocks: int, programs: int, multiprocessors: int, per_multiprocessor: int = 2) -> int:
     """Choose the number of splits of the rows so that all multiprocessors work.
 
     Args:

@@ -102,7 +102,7 @@ class ForwardBlocks:
         if low:
             rows = 128 if width <= 128 else 64 if width <= 256 else 32
             if is_split:
-                return cls(height, rows, 8 if height == 64 else 4, 3 if width <= 256 else 2, 2)
+                return cls(height, rows, 8 if height == 64 and width > 128 else 4, 3 if width <= 256 else 2, 2)
             height = 128 if queries > 64 and width <= 256 else height
             return cls(height, rows, 8 if height == 128 else 4, 3 if width <= 256 else 2, 2)
         if height == MIN_BLOCK:

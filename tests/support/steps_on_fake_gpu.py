@@ -90,6 +90,19 @@ def step(optimizer_name: str, layout: str, dtype: torch.dtype) -> None:
     assert kernels.calls == (4 if kind is RowAdam and dtype != torch.float64 else 0)
 
 
+def train(mode: str, options: dict[str, Any], sparse_grad: bool) -> None:
+    """Read, run backward and step, three times, without a wait of the host."""
+    store = make_store(torch.float32, sparse_grad=sparse_grad)
+    with fake_gpu():
+        move_to_fake_gpu(store)
+        optimizer = RowAdam(store.parameters())
+        for _ in range(3):
+            read = store.read(torch.randn(16, 8, device=DEVICE), mode, **options)
+            read.values.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def step_plain_parameter(layout: str) -> None:
     """Step a Parameter that no store owns, without a wait of the host."""
     with fake_gpu():
@@ -120,6 +133,13 @@ CASES: dict[str, Callable[[], None]] = {
     for name in OPTIMIZERS
     for layout in GRADIENTS
     for dtype in (DTYPES if name == "RowAdam" else ("float32",))
+}
+CASES |= {
+    f"train with {mode} reads, {'row-sparse' if sparse_grad else 'dense'}": functools.partial(
+        train, mode, {"k": 4} if mode == "topk" else {}, sparse_grad
+    )
+    for mode in ("exact", "topk", "hard")
+    for sparse_grad in (False, True)
 }
 CASES |= {f"plain Parameter, {layout}": functools.partial(step_plain_parameter, layout) for layout in GRADIENTS}
 WAITS: dict[str, Callable[[], None]] = {

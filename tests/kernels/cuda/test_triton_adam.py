@@ -239,6 +239,26 @@ def test_clipping_on_a_gpu_leaves_gradients_uncoalesced(order: float, as_on_gpu:
     torch.testing.assert_close(table.grad.to_dense().cpu(), dense * (0.5 / (expected + 1e-6)))
 
 
+@pytest.mark.slow
+def test_triton_training_steps_follow_the_cpu(as_on_gpu: Callable[[], None]) -> None:
+    found: list[Tensor] = []
+    for device in ("cpu", DEVICE):
+        if found:
+            as_on_gpu()
+        generator = torch.Generator().manual_seed(0)
+        store = SoftKVStore(WIDTH, 3, trainable=True, sparse_grad=True, device=device)
+        store.add(*(torch.randn(20, width, generator=generator).to(device) for width in (WIDTH, 3)))
+        optimizer = RowAdam(store.parameters(), lr=0.05, weight_decay=0.1)
+        for _ in range(2):
+            read = store.read(torch.randn(4, WIDTH, generator=generator).to(device), "topk", k=2)
+            optimizer.zero_grad()
+            read.values.square().mean().backward()
+            clip_row_grad_norm_(store.parameters(), 0.1)
+            optimizer.step()
+        found.append(torch.cat([store.keys.detach().cpu(), store.values.detach().cpu()], 1))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_sums_of_duplicates_equal_coalesce() -> None:
     rows, values = make_gradient(3, (12, 5))
     whole = make_row_sparse(rows, values, 12, "cpu").coalesce()

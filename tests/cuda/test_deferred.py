@@ -15,6 +15,7 @@ from support import reference
 
 from softdb import SoftKVStore
 from softdb.errors import ArgumentError, NonFiniteError
+from softdb.index.recent_queries import RecentQueries
 from softdb.kernels.gather import GatherIndex, gather_rows
 from softdb.pending_checks import PendingChecks, defer_checks
 from softdb.table.eviction import mark_used
@@ -232,6 +233,16 @@ def test_a_query_with_nan_is_not_counted() -> None:
     store.read(torch.full((2, 8), math.nan, dtype=torch.float64), mode="topk", k=3)
     assert int(store.usage.reads.sum()) == 0
     assert float(store.usage.weight.sum()) == 0
+
+
+@pytest.mark.usefixtures("deferred")
+def test_an_index_is_not_tuned_with_a_query_with_nan() -> None:
+    queries, recent = torch.randn(10, 4), RecentQueries()
+    bad = queries.clone()
+    bad[3, 1] = math.nan
+    recent.record(bad, 5)
+    assert recent.latest is not None
+    assert torch.equal(recent.latest, queries[[0, 1, 2, 4, 5, 6, 7, 8, 9]])
 
 
 @pytest.mark.usefixtures("deferred")

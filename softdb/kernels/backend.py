@@ -158,4 +158,5 @@ def backend_for(tensor: Tensor) -> Backend:
 
     CUDA tensors are read by kernels in Triton, where it is installed, and all others by blocks in torch.
     """
-    return _import_cuda() if is_deferred(tensor) and launch.is_available() else TORCH_BLOCKS
+    is_on_gpu = is_deferred(tensor) and not tensor.is_cpu  # tests defer checks on the CPU, too
+    return _import_cuda() if is_on_gpu and launch.is_available() else TORCH_BLOCKS

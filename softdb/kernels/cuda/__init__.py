@@ -1,4 +1,4 @@
 """Kernels in Triton for CUDA devices.
 
-`softdb.kernels.backend` imports the modules of this package, and with them Triton, when the first CUDA tensor is read.
+`softdb.kernels.backend` loads the modules of this package, and with them Triton, when the first CUDA tensor is read.
 """

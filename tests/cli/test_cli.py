@@ -375,6 +375,7 @@ def test_compare_shows_the_accuracy_of_labels(directory: Path, suffix: str, caps
     assert ("class 1" if suffix == "txt" else '<option value="0">1</option>') in text
 
 
+@pytest.mark.slow
 def test_compare_takes_labels_of_a_file_too(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(files / "labels.npy", np.arange(40) % 3)
     start = ["compare", str(files / "store.npz"), str(files / "queries.npy"), "--temperatures", "1"]

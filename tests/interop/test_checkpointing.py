@@ -33,6 +33,7 @@ def make_store(rows: int = 30, **options: Any) -> SoftKVStore:
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "compiled"), [(EXACT, None), (TOPK, None), (TOPK, "inside"), (TOPK, "outside")])
 def test_checkpointed_reads_equal_plain_reads_and_raise_after_an_addition(
     how: dict[str, Any], compiled: str | None

@@ -137,6 +137,7 @@ def test_other_backends(backend: str) -> None:
     check_parity(make_store(), backend, how, torch.randn(4, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 3, 8)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     check_parity(make_store(metric="cosine"), "aot_eager", {"mode": "topk", "k": 2}, torch.randn(shape))
@@ -406,6 +407,7 @@ def test_cuda_graphs_of_the_compiler_leave_the_operators_out(name: str) -> None:
     assert {torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag} <= set(tags)
 
 
+@pytest.mark.slow
 def test_importing_softdb_does_not_import_the_compiler() -> None:
     program = "import sys, softdb; sys.exit('torch._dynamo' in sys.modules)"
     check_exit(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False))

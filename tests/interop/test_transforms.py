@@ -668,6 +668,7 @@ def test_export(make: Callable[[], nn.Module], strict: bool) -> None:
         torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.slow
 @exports
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_refuses_reads_that_depend_on_data(strict: bool) -> None:

@@ -91,6 +91,7 @@ def test_exact_top_k_equals_the_reference_for_every_tiling(
             assert (found_scores.isneginf() == (wanted < 0)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(64, 2), (4096, 7), (2**19, 256)], ids=str)
 @pytest.mark.parametrize(("few", "maxima"), [(1, 2**23), (1, 50), (10**9, 0)])
 def test_exact_top_k_adds_a_bias(tile: tuple[int, int], few: int, maxima: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def test_gradients_that_are_sparse_or_not_needed_are_not_reported(options: dict[
     make(10, trainable=True, capacity=2**17).read(normal(3, 64), "topk", k=2)  # 2**24 numbers
 
 
+@pytest.mark.slow
 def test_a_large_dense_gradient_of_a_layer_is_reported_once() -> None:
     layer = ProductKeyMemory(8, rows=4, key_dim=4, value_dim=2**22 + 1, k=2)
     with pytest.warns(PerformanceWarning, match=r"make the layer with sparse_grad=True"):

@@ -440,6 +440,7 @@ def test_an_interrupted_write_is_completed_or_changes_nothing(
         assert True in outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, FULL], ids=["growing", "full"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_error_of_an_unfinished_write_says_that_it_is_recorded(

@@ -151,6 +151,7 @@ def test_backward_raises_after_a_trainable_row_that_was_read_is_evicted(evict: s
         stale.values.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"mode": "topk", "k": 3}], ids=["exact", "topk"])
 def test_stale_compiled_reads_raise(how: dict[str, Any]) -> None:
     store = SoftKVStore(8, 3, trainable=True, sparse_grad=True)

@@ -519,6 +519,7 @@ def recall_of(store: SoftKVStore) -> float:
     return store.audit(queries, k=1).mean_recall
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from a file that was just opened
 def test_an_interrupted_save_leaves_a_valid_snapshot(tmp_path: Path) -> None:
     store = table()
@@ -569,6 +570,7 @@ def test_ctrl_c_at_random_times_leaves_a_consistent_store() -> None:
 # -- out of memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "trainable"])
 @pytest.mark.parametrize("name", ["add", "put", "reserve", "load_state_dict"])
 def test_failed_allocations_in_growth_leave_the_store_unchanged(

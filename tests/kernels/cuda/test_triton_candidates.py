@@ -75,6 +75,7 @@ def read_reference(
     return scores.masked_fill(padding, -math.inf), weights.masked_fill(padding, 0.0), answer.lse, answer.values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "dtype", "sparse", "sizes"),
     [

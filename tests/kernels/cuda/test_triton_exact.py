@@ -163,6 +163,7 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton_reads_equal_the_reference_forward_and_backward(case: Case) -> None:
     operands = make(case)

@@ -146,6 +146,7 @@ class TestTopkReadOfAllRows(ReadContract):
         assert read.mass[1].isnan()
 
 
+@pytest.mark.slow
 class TestMergeOfThreeParts(ReadContract):
     def read(self, problem: Problem) -> tuple[softdb.Read, dict[str, Tensor]]:
         count = len(problem.keys)

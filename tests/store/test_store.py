@@ -119,6 +119,7 @@ class TestTopkOverBuffers(StoreContract):
     how = {"mode": "topk"}
 
 
+@pytest.mark.slow
 class TestExactAmongHoles(StoreContract):
     """Rows lie between deleted ones, and in slots that were used before."""
 

@@ -467,7 +467,13 @@ def main() -> int:
     parser.add_argument("--case-seconds", type=float, default=60.0, help="time limit of a case (default: 60)")
     parser.add_argument("--after", type=int, default=-1, help=argparse.SUPPRESS)  # the last case that has run
     options = parser.parse_args()
+    rows = None if options.rows is None else [row.strip() for row in options.rows.split(",")]
+    unknown = sorted(set(rows or ()) - {row for row, _, _ in list_cases()})
+    if unknown:
+        parser.error(f"--rows: expected 1 to 8, attention, kernels, backward or search; got {', '.join(unknown)}")
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU; pass --device cpu --small to try the script")
     torch.backends.cuda.matmul.allow_tf32 = False
     setting = Setting(device, options.small, DeviceTimer(device, options.seconds))
     out = options.out or (None if options.small else RESULTS)
@@ -482,7 +488,6 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.after >= 0:
         report.load()
-    rows = None if options.rows is None else options.rows.split(",")
     for number, case in enumerate(list_cases()):
         is_limit = case[0] == "limits"  # every process measures the limits, to which others are compared
         if (number <= options.after and not is_limit) or (rows is not None and not is_limit and case[0] not in rows):

@@ -178,3 +178,10 @@ def test_on_a_gpu_memory_is_the_peak_without_the_results(monkeypatch: pytest.Mon
     timer = DeviceTimer(CPU, 0.0)
     timer.is_cuda = True
     assert timer.measure_memory(lambda: [torch.zeros(10), None]) == 1000 - 100 - 40
+
+
+def test_an_unknown_row_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", "--rows", "1, kernel"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "--rows: expected 1 to 8, attention, kernels, backward or search; got kernel" in capsys.readouterr().err

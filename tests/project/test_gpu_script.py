@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,7 +88,13 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(gpu: ModuleType, tmp_
     assert (out / "passes.log").read_text().endswith("a variable\n")
 
 
-def test_a_kill_of_the_script_ends_the_part_and_keeps_the_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT, signal.SIGINT]],
+    ids=["kill", "end of the terminal", "Ctrl-C twice"],
+)
+def test_a_kill_of_the_script_ends_the_part_and_keeps_the_results(signals: list[int], tmp_path: Path) -> None:
+    trap = "trap '' TERM; " if len(signals) > 1 else ""  # A part that ignores SIGTERM is killed.
     program = f"""
 import importlib.machinery, importlib.util, pathlib, sys
 sys.dont_write_bytecode = True
@@ -95,7 +102,7 @@ loader = importlib.machinery.SourceFileLoader("gpu", {str(SCRIPT)!r})
 gpu = sys.modules["gpu"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))
 loader.exec_module(gpu)
 out = pathlib.Path({str(tmp_path)!r})
-hangs = "sleep 600 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child; wait"
+hangs = "{trap}sleep 600 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child; wait"
 parts = [
     gpu.Part("passes", ["true"], 1.0),
     gpu.Part("hangs", ["sh", "-c", hangs], 1.0),
@@ -107,12 +114,33 @@ sys.exit(gpu.run_parts(parts, 600.0, out, out, settings={{}}, variables={{}}))
     end = time.monotonic() + 60
     while not (tmp_path / "child").exists() and time.monotonic() < end:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)
     assert process.wait(60) == 2
     assert not is_running(int((tmp_path / "child").read_text()))
     results = read_results(tmp_path)
     assert results["finished"] is False
     assert [part["outcome"] for part in results["parts"]] == ["passed", "interrupted", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "environment, operation"], "--parts: expected names among environment, .*; got 'operation'"),
+        (["--minutes", "0"], "--minutes: expected a number above 0, got 0"),
+        (["--out", "{file}"], "--out: expected a folder to which files can be written, got .*: File exists"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_a_part_runs(
+    arguments: list[str], message: str, gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["--out", str(tmp_path), *(argument.format(file=tmp_path / "file") for argument in arguments)]
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(given)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_the_command_for_wheels_names_every_package_with_its_pinned_version(gpu: ModuleType) -> None:

@@ -36,8 +36,6 @@ aten = torch.ops.aten
 MAX_MASKED_SIZE = 2**16 - 1
 # The kernels compute some offsets in int32.
 MAX_ELEMENTS = 2**31 - 1
-# Limit of a dimension of a CUDA grid.
-MAX_GRID = 2**16 - 1
 MAX_WIDTH, MAX_FLASH_WIDTH = 256, 128
 # 16 bytes of a half-precision dtype: the fast kernels load this number of elements at once.
 ALIGNMENT = 8

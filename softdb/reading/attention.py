@@ -18,6 +18,8 @@ __all__ = ["check_causal_size", "is_causal_mask", "make_causal_mask", "read_by_a
 
 # Maximum number of elements of keys and values that are expanded over batch dimensions, whose gradients are allocated.
 MAX_EXPANDED_ELEMENTS = 2**28
+# The kernels launch a CUDA grid with a dimension for each of the two batch dimensions (pytorch#142228).
+MAX_GRID = 2**16 - 1
 
 
 def is_causal_mask(mask: object) -> bool:
@@ -64,13 +66,16 @@ def read_by_attention(
     checked, since a check would wait for the device.
 
     Returns:
-        The read; None if torch has no kernels for it, or if the split of one table over the device is faster.
+        The read; None if torch has no kernels for it, or if there is one table and no mask, which other kernels split
+        over the device.
     """
     is_causal = is_causal_mask(mask)
     if metric not in ("dot", "scaled_dot"):
         return None
     if isinstance(mask, Tensor) and not is_causal and (mask.requires_grad or mask.dtype == torch.float64):
         return None  # The kernels give no exact gradient of a bias that broadcasts.
+    if max([math.prod(batch[:-1]), *batch[-1:]]) > MAX_GRID:
+        return None
     tables = keys.shape[:-2].numel(), values.shape[:-2].numel()
     if mask is None and tables == (1, 1):
         return None

@@ -185,6 +185,17 @@ def test_batch_dimensions_and_masks_broadcast(
             assert torch.allclose(ours, theirs)
 
 
+@pytest.mark.parametrize(("batch", "is_read"), [((), False), ((2**16 - 1,), True), ((2**16,), False)], ids=str)
+def test_no_batch_dimension_exceeds_a_cuda_grid(
+    batch: tuple[int, ...], is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "choose_kernels", lambda *shapes, **options: NAIVE)
+    one, options = torch.ones(1, 1), {"metric": "dot", "temperature": 1.0, "mask": None}
+    for shape in (batch, (1, *batch), (*batch, 1), (1, *batch, 1)) if batch else ((),):
+        rows = one.expand(*shape, 1, 1)
+        assert (routing.read_by_attention(rows, rows, rows, shape, **options) is not None) is is_read
+
+
 class Operators(TorchDispatchMode):
     """Record the names of the operators that run."""
 

@@ -1,6 +1,6 @@
 """Choose the backend of the kernels for a device and dtype.
 
-No other module makes this choice. The kernels in Triton are imported when the first CUDA tensor comes.
+No other module makes this choice. The kernels in Triton are imported for the first CUDA tensor.
 """
 
 from __future__ import annotations

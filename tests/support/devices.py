@@ -15,7 +15,7 @@ RANDOM_FACTORIES = frozenset({torch.rand, torch.randn, torch.randint, torch.rand
 class SameNumbers(TorchFunctionMode):
     """Draw random tensors on the CPU and copy them: every device gets the same numbers, from CPU generators.
 
-    Tensors made with ``device=`` are left alone.
+    Tensors made with ``device=`` are not affected.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class SameNumbers(TorchFunctionMode):
 
 @contextmanager
 def default_device(device: torch.device) -> Iterator[None]:
-    """Make tensors that are created without a device be on ``device``, with the numbers that they have on the CPU."""
+    """Create tensors without ``device=`` on ``device``, with the random numbers that the CPU would draw."""
     torch.set_default_device(device)
     try:
         with SameNumbers(device):

@@ -100,7 +100,7 @@ def _indices(name: str, args: Any) -> list[Tensor]:
 
 @contextmanager
 def fake_gpu() -> Iterator[HostWaits]:
-    """Make the device "fakegpu", and treat it like a GPU in softdb. Tensors made inside are usable inside only."""
+    """Make the device "fakegpu" available within the block; its tensors cannot be used after the block."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     waits = HostWaits()
     with FakeTensorMode(allow_non_fake_inputs=True), waits:

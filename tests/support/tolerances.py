@@ -28,7 +28,7 @@ class Tolerance:
     factor: float = 1.0
 
 
-# Numbers of 16 bits are read in float32; what the rounding of the results adds, tests state.
+# 16-bit numbers are read in float32. The tests add the rounding errors of 16-bit results.
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("cpu", torch.float64): Tolerance(1e-10),
     ("cpu", torch.float32): Tolerance(1e-5),

@@ -2,7 +2,8 @@
 
 These operators do not split the rows, so few queries leave most of the GPU idle. Here the splits of the rows become the
 batch of an attention, and the log-sum-exp of each split merges them. The thresholds follow from measurements on an H200
-(``benchmarks/results/nvidia_h200.json``): where an operator is not listed, the kernels in Triton are as fast or faster.
+(``benchmarks/results/nvidia_h200.json``) of the operators; for all other reads the kernels in Triton are assumed to be
+as fast, which has not been measured.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ def soft_read(
         A `Read` whose ids are row numbers.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is invalid.
+        ShapeError, DtypeError, DeviceError, NonFiniteError, ArgumentError: An argument is invalid. On a GPU, where
+            a check of numbers would have to wait for the device, NaN or infinity gives NaN instead of NonFiniteError.
         TransformError: In forward mode; under torch.export; for "gumbel" in a vmap whose ``randomness`` is "error".
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; computed as FlashAttention (arXiv 2205.14135).

@@ -899,9 +899,10 @@ class SoftKVStore(StoreModule):
 
         On the CPU, a read raises its errors itself, and this method does nothing. On a GPU, the host would have to wait
         for the result of each check. There, a query with NaN or infinity gives NaN for that query only, a step of
-        `softdb.optim.RowAdam` skips rows whose gradients are not finite, and the device records the failure. This
-        method waits for the device and raises the error of all reads and steps since the last check. `index_stats`,
-        `save` and each method that writes rows call it first, before anything has changed. The error is raised once.
+        `softdb.optim.RowAdam` or `RowAdagrad` skips rows whose gradients are not finite, and the device records the
+        failure. This method waits for the device. If any read or step since the last check has failed, it raises one
+        error and forgets the failures. `index_stats`, `save` and each method that writes rows call it first, before
+        anything has changed, so that the same call can be repeated. docs/gpu.md says what to do after the error.
 
         Raises:
             NonFiniteError: A query, bias, score or gradient of a row was NaN or infinite.

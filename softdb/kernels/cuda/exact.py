@@ -189,7 +189,10 @@ def _combine_masks(selection: Selection) -> Tensor | None:  # -> (size,) or (G, 
         shared = shared.index_fill(0, selection.visited, True)
     if mask is None:
         return shared
-    mask = mask.flatten(0, -2).expand(-1, selection.size) if mask.dim() > 1 else mask.expand(selection.size)
+    mask = mask.flatten(0, -2) if mask.dim() > 1 else mask
+    if mask.dim() > 1 and len(mask) == 1:  # one mask for all groups
+        mask = mask[0]
+    mask = mask.expand(*mask.shape[:-1], selection.size)
     return mask if shared is None else mask & shared
 
 

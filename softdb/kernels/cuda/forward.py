@@ -161,6 +161,9 @@ def _read(
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     sums = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, VALUE_BLOCK), tl.float32)
+    # Weights are at most 1. In float16 the smallest of them would vanish, which together may be many.
+    is_scaled: tl.constexpr = values.dtype.element_ty == tl.float16 and not (SPLIT_WEIGHTS or WIDE_VALUES)
+    weight_scale: tl.constexpr = 32768.0 if is_scaled else 1.0
     first = split * split_rows
     stop = tl.minimum(first + split_rows, rows)
     for start in range(first, stop, ROWS):
@@ -205,11 +208,11 @@ def _read(
         if SPLIT_WEIGHTS or WIDE_VALUES:
             result += multiply(weights, value, SPLIT_WEIGHTS, PRECISION)
         else:
-            result = tl.dot(weights.to(value.dtype), value, result)
+            result = tl.dot((weights * weight_scale).to(value.dtype), value, result)
         highest = after
     place = split.to(tl.int64) * queries * (tl.num_programs(0) // query_blocks // splits) + place
     safe = tl.where(sums == 0.0, 1.0, sums)
-    result = result / safe[:, None]
+    result = result / (safe * weight_scale)[:, None]
     columns = tl.arange(0, VALUE_BLOCK)
     tl.store(
         blend + place[:, None] * VALUE_WIDTH + columns[None, :],

@@ -70,12 +70,21 @@ def multiply(left, right, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # (m, 
     """Compute ``left @ right`` with float32 sums.
 
     With ``SPLIT``, ``left`` is float32 and ``right`` is not: the product takes ``left`` as a sum of two numbers in the
-    dtype of ``right``, which have twice the digits of one.
+    dtype of ``right``, which have twice the digits of one. For float16, whose exponents are few, each row of ``left``
+    is divided by a power of two first, so that its numbers neither overflow nor vanish.
     """
     if SPLIT:
+        if right.dtype == tl.float16:
+            # Bits of a power of two, at least 2^-100, by which the largest number of a row is in [2^14, 2^15). The bits
+            # of 2^n and 2^-n sum to 0x7F000000.
+            largest = tl.max(tl.abs(left), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            bits = tl.maximum(largest - 0x07000000, 0x0D800000)
+            left = left * (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
         high = left.to(right.dtype)
         low = (left - high.to(tl.float32)).to(right.dtype)
         product = tl.dot(high, right, tl.dot(low, right))
+        if right.dtype == tl.float16:
+            product = product * bits.to(tl.float32, bitcast=True)[:, None]
     else:
         product = tl.dot(left, right, input_precision=PRECISION)
     return product

@@ -390,6 +390,30 @@ def test_triton_weights_sum_to_one_at_extreme_scales(scale: float) -> None:
     assert gradients.values.sum().item() == pytest.approx(6.0, rel=1e-5 if DEVICE == "cuda" else 2e-2)
 
 
+@pytest.mark.parametrize(("query_scale", "key_scale"), [(1e5, 1e-5), (1e-6, 1e4), (1e-38, 1.0), (0.0, 1.0)])
+def test_triton_queries_beyond_the_range_of_float16_read_tables_in_float16(
+    query_scale: float, key_scale: float
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    query = query_scale * torch.randn(3, 16, generator=random)
+    keys, values = (key_scale * torch.randn(50, 16, generator=random)).to(F16), torch.randn(50, 4, generator=random)
+    wanted = reference.read(query.double(), keys.double(), values.double(), metric="dot")
+    result = read_forward(query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), "dot")
+    assert_close(result.values, wanted.values, 2e-5)
+    assert_close(result.lse, wanted.lse, 2e-5)
+
+
+@pytest.mark.parametrize("round_weights", [False, True])
+def test_triton_weights_in_float16_do_not_vanish(round_weights: bool) -> None:
+    keys, values = torch.full((3000, 1), -17.5, dtype=F16), torch.ones(3000, 1, dtype=F16)
+    keys[0] = values[0] = 0  # the other weights are below half of the smallest number of float16
+    query = torch.ones(1, 1)
+    wanted = reference.read(query.double(), keys.double(), values.double(), metric="dot")
+    tensors = (tensor.to(DEVICE) for tensor in (query, keys, values))
+    result = read_forward(*tensors, "dot", round_weights=round_weights, splits=1)
+    assert_close(result.values, wanted.values, 1e-3)
+
+
 def test_triton_offsets_exceed_32_bits(tmp_path: Path) -> None:
     stride = 2**30 + 16
     if DEVICE == "cuda":
@@ -510,6 +534,19 @@ def read_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read tensors on the CPU by the kernels for CUDA."""
     blocks = backend.TORCH_BLOCKS
     monkeypatch.setattr("softdb.reading.exact.backend_for", lambda tensor: replace(blocks, exact_read=exact.exact_read))
+
+
+@pytest.mark.usefixtures("read_by_triton")
+@pytest.mark.parametrize("shape", [(9,), (1, 9), (3, 1, 9), (1, 1, 1)])
+def test_triton_reads_share_a_mask_between_groups(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(3, n, 4, generator=random) for n in (2, 9, 9))
+    mask = torch.rand(shape, generator=random) < 0.5
+    found = softdb.functional.soft_read(*(t.to(DEVICE) for t in (query, keys, values)), mask=mask.to(DEVICE))
+    scores = query.double() @ keys.double().mT / 2
+    hidden = ~mask.expand(3, 2, 9)
+    wanted = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num() @ values.double()
+    assert_close(found.values, wanted, 2e-5)
 
 
 @pytest.mark.usefixtures("read_by_triton")

@@ -62,7 +62,10 @@ def choose_precision(precision: str) -> str:
     Args:
         precision: "ieee", or "tf32x3": sums of three products of tensor cores, with almost the digits of float32.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else precision
+    settings = torch.backends.cuda.matmul
+    # torch refuses to read allow_tf32 once fp32_precision, which torch 2.9 added, was set.
+    newer = getattr(settings, "fp32_precision", None)
+    return "tf32" if (settings.allow_tf32 if newer is None else newer == "tf32") else precision
 
 
 def choose_chunk(precision: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,6 +27,23 @@ def test_rows_are_split_until_every_multiprocessor_has_work() -> None:
     assert launch.count_splits(3, 1, 132) == 3
     assert launch.count_splits(10_000, 1000, 132) == 1
     assert launch.count_splits(0, 1, 132) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "precision"),
+    [("allow_tf32", True, "tf32"), ("fp32_precision", "tf32", "tf32"), ("fp32_precision", "ieee", "tf32x3")],
+)
+def test_tf32_is_used_where_either_setting_of_torch_allows_it(name: str, value: object, precision: str) -> None:
+    if not hasattr(torch.backends.cuda.matmul, name):
+        pytest.skip("torch has no such setting")
+    program = f"""
+import torch
+from softdb.kernels.cuda.launch import choose_precision
+torch.backends.cuda.matmul.{name} = {value!r}
+print(choose_precision("tf32x3"))
+"""  # in a process of its own, since torch cannot forget which setting was used
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == precision
 
 
 def test_rows_with_adjacent_elements_are_not_copied() -> None:

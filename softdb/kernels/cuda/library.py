@@ -68,7 +68,9 @@ def choose_attention(
     widths = {keys.shape[-1], values.shape[-1]}
     if not query.dtype == keys.dtype == values.dtype or any(width % 8 for width in widths):
         return None
-    if max(keys.numel(), values.numel()) > MAX_ELEMENTS or not (keys.is_contiguous() and values.is_contiguous()):
+    if max(keys.numel(), values.numel()) > MAX_ELEMENTS:
+        return None
+    if not (keys.is_contiguous() and values.is_contiguous() and all(map(_is_aligned, (query, keys, values)))):
         return None
     queries, max_splits = len(query), max(1, rows // MIN_SPLIT_ROWS)
     if query.dtype == torch.float32:
@@ -79,6 +81,11 @@ def choose_attention(
     if queries < MIN_LOW_QUERIES or not round_weights or len(widths) > 1:
         return None
     return attend_by_flash, min(max(1, LOW_PROGRAMS // count_blocks(queries, LOW_BLOCK)), max_splits)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Return whether a tensor starts at a multiple of 16 bytes of its storage, as the operators require."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
 def read_by_attention(
@@ -107,7 +114,7 @@ def read_by_attention(
     parts = []
     for start, count, length in ((0, splits, size), (splits * size, 1, rows - splits * size)):
         if length:
-            batch = query.expand(count, 1, *query.shape)
+            batch = query.contiguous().expand(count, 1, *query.shape)
             tables = [table.narrow(0, start, count * length).view(count, 1, length, -1) for table in (keys, values)]
             parts.append(attend(batch, tables[0], tables[1], scale))
     lse = torch.cat([part_lse for _, part_lse in parts]).squeeze(1).float()  # (S, B)

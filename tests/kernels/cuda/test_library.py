@@ -54,6 +54,30 @@ def test_operators_are_chosen_by_shape_and_dtype(
     assert choice == (None if name is None else (getattr(library, name), splits))
 
 
+@pytest.mark.parametrize("operand", [0, 1, 2])
+def test_operators_are_not_chosen_for_tensors_that_start_between_multiples_of_16_bytes(operand: int) -> None:
+    shapes = [(64, 8), (5000, 8), (5000, 8)]
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    assert choose_attention(*tensors, 5000, round_weights=True, precision="ieee") is not None
+    memory = torch.empty(shapes[operand][0] * 8 + 4, device="meta")
+    tensors[operand] = memory[4:].view(shapes[operand])
+    assert choose_attention(*tensors, 5000, round_weights=True, precision="ieee") is not None
+    tensors[operand] = memory[1:-3].view(shapes[operand])
+    assert choose_attention(*tensors, 5000, round_weights=True, precision="ieee") is None
+
+
+def test_operators_get_queries_whose_elements_are_adjacent() -> None:
+    query, keys, values = torch.randn(4, 5).T, torch.randn(6, 4), torch.randn(6, 3)
+    strides = []
+
+    def attend_and_record(query: Tensor, *others: Tensor | float) -> tuple[Tensor, Tensor]:
+        strides.append(query.stride()[-2:])
+        return attend(query, *others)  # type: ignore[arg-type]
+
+    read_by_attention(query, keys, values, 6, 1.0, attend_and_record, 2)
+    assert strides == [(4, 1)]
+
+
 @pytest.mark.parametrize(("dtype", "queries"), [(F32, 70), (BF16, 512)])
 def test_operators_accept_fake_cuda_tensors(dtype: torch.dtype, queries: int) -> None:
     with FakeTensorMode():

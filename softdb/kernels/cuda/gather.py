@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softdb.kernels.cuda.launch import LOG2_E, count_blocks, pad_width, with_unit_stride
+from softdb.kernels.cuda.launch import LOG2_E, count_blocks, on_device, pad_width, with_unit_stride
 from softdb.kernels.cuda.metric import score_rows
 
 __all__ = [
@@ -188,20 +188,21 @@ def score_candidates(query: Tensor, scale: Tensor | None, keys: Tensor, index: T
         columns = pad_width(width)
         block = choose_block(k, columns)
         blocks = count_blocks(k, block)
-        _score_kernel[(count * blocks,)](
-            query.contiguous(),
-            query if scale is None else scale.contiguous(),
-            keys,
-            index.contiguous(),
-            scores,
-            k,
-            blocks,
-            keys.stride(0),
-            WIDTH=width,
-            METRIC=metric,
-            BLOCK_K=block,
-            BLOCK_D=columns,
-        )
+        with on_device(query):
+            _score_kernel[(count * blocks,)](
+                query.contiguous(),
+                query if scale is None else scale.contiguous(),
+                keys,
+                index.contiguous(),
+                scores,
+                k,
+                blocks,
+                keys.stride(0),
+                WIDTH=width,
+                METRIC=metric,
+                BLOCK_K=block,
+                BLOCK_D=columns,
+            )
     return scores
 
 
@@ -218,17 +219,18 @@ def blend_rows(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:  # (M,
     blend = weights.new_empty(count, width)
     if count:
         columns = pad_width(width)
-        _blend_kernel[(count,)](
-            weights.contiguous(),
-            values,
-            index.contiguous(),
-            blend,
-            k,
-            values.stride(0),
-            WIDTH=width,
-            BLOCK_K=choose_block(k, columns),
-            BLOCK_V=columns,
-        )
+        with on_device(values):
+            _blend_kernel[(count,)](
+                weights.contiguous(),
+                values,
+                index.contiguous(),
+                blend,
+                k,
+                values.stride(0),
+                WIDTH=width,
+                BLOCK_K=choose_block(k, columns),
+                BLOCK_V=columns,
+            )
     return blend
 
 
@@ -269,29 +271,30 @@ def read_rows(
     if count:
         keys, values = with_unit_stride(keys), with_unit_stride(values)
         columns, value_columns = pad_width(width), pad_width(value_width)
-        _read_kernel[(count,)](
-            query.contiguous(),
-            query if scale is None else scale.contiguous(),
-            keys,
-            values,
-            index.contiguous(),
-            query if offsets is None else offsets.contiguous(),
-            scores,
-            weights,
-            lse,
-            blend,
-            k,
-            keys.stride(0),
-            values.stride(0),
-            LOG2_E,
-            WIDTH=width,
-            VALUE_WIDTH=value_width,
-            METRIC=metric,
-            HAS_OFFSETS=offsets is not None,
-            BLOCK_K=choose_block(k, columns, value_columns),
-            BLOCK_D=columns,
-            BLOCK_V=value_columns,
-        )
+        with on_device(query):
+            _read_kernel[(count,)](
+                query.contiguous(),
+                query if scale is None else scale.contiguous(),
+                keys,
+                values,
+                index.contiguous(),
+                query if offsets is None else offsets.contiguous(),
+                scores,
+                weights,
+                lse,
+                blend,
+                k,
+                keys.stride(0),
+                values.stride(0),
+                LOG2_E,
+                WIDTH=width,
+                VALUE_WIDTH=value_width,
+                METRIC=metric,
+                HAS_OFFSETS=offsets is not None,
+                BLOCK_K=choose_block(k, columns, value_columns),
+                BLOCK_D=columns,
+                BLOCK_V=value_columns,
+            )
     return scores, weights, lse, blend
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softdb.kernels.cuda.gather import choose_block, gather_block, load_vector, store_vector
-from softdb.kernels.cuda.launch import pad_width, with_unit_stride
+from softdb.kernels.cuda.launch import on_device, pad_width, with_unit_stride
 from softdb.kernels.cuda.metric import norm_rows
 
 __all__ = ["read_rows_backward", "sum_by_row"]
@@ -234,33 +234,34 @@ def read_rows_backward(
     keys, values = with_unit_stride(keys), with_unit_stride(values)
     columns, value_columns = pad_width(width), pad_width(value_width)
     gradients = grad_scores, grad_weights, grad_lse, grad_blend
-    _read_backward_kernel[(count,)](
-        query.contiguous(),
-        query if scale is None else scale.contiguous(),
-        keys,
-        values,
-        index.contiguous(),
-        weights.contiguous(),
-        blend.contiguous(),
-        *(query if gradient is None else gradient.contiguous() for gradient in gradients),
-        *results,
-        k,
-        keys.stride(0),
-        values.stride(0),
-        WIDTH=width,
-        VALUE_WIDTH=value_width,
-        METRIC=metric,
-        HAS_SCORES=grad_scores is not None,
-        HAS_WEIGHTS=grad_weights is not None,
-        HAS_LSE=grad_lse is not None,
-        HAS_BLEND=grad_blend is not None,
-        NEEDS_QUERY=needs_query,
-        NEEDS_KEYS=needs_keys,
-        NEEDS_VALUES=needs_values,
-        BLOCK_K=choose_block(k, columns, value_columns),
-        BLOCK_D=columns,
-        BLOCK_V=value_columns,
-    )
+    with on_device(query):
+        _read_backward_kernel[(count,)](
+            query.contiguous(),
+            query if scale is None else scale.contiguous(),
+            keys,
+            values,
+            index.contiguous(),
+            weights.contiguous(),
+            blend.contiguous(),
+            *(query if gradient is None else gradient.contiguous() for gradient in gradients),
+            *results,
+            k,
+            keys.stride(0),
+            values.stride(0),
+            WIDTH=width,
+            VALUE_WIDTH=value_width,
+            METRIC=metric,
+            HAS_SCORES=grad_scores is not None,
+            HAS_WEIGHTS=grad_weights is not None,
+            HAS_LSE=grad_lse is not None,
+            HAS_BLEND=grad_blend is not None,
+            NEEDS_QUERY=needs_query,
+            NEEDS_KEYS=needs_keys,
+            NEEDS_VALUES=needs_values,
+            BLOCK_K=choose_block(k, columns, value_columns),
+            BLOCK_D=columns,
+            BLOCK_V=value_columns,
+        )
     return results
 
 
@@ -334,23 +335,24 @@ def sum_by_row(
     if rows.numel():
         table = with_unit_stride(table)
         columns = pad_width(table.shape[1])
-        _sum_by_row_kernel[(len(rows),)](
-            rows,
-            order,
-            coefficients.contiguous(),
-            vectors.contiguous(),
-            vectors if scale is None else scale.contiguous(),
-            table,
-            out,
-            len(rows),
-            coefficients.shape[1],
-            table.stride(0),
-            WIDTH=table.shape[1],
-            METRIC=metric,
-            BLOCK_E=BLOCK_ENTRIES,
-            BLOCK_D=columns,
-            num_warps=2 if columns <= 128 else 4,
-        )
+        with on_device(vectors):
+            _sum_by_row_kernel[(len(rows),)](
+                rows,
+                order,
+                coefficients.contiguous(),
+                vectors.contiguous(),
+                vectors if scale is None else scale.contiguous(),
+                table,
+                out,
+                len(rows),
+                coefficients.shape[1],
+                table.stride(0),
+                WIDTH=table.shape[1],
+                METRIC=metric,
+                BLOCK_E=BLOCK_ENTRIES,
+                BLOCK_D=columns,
+                num_warps=2 if columns <= 128 else 4,
+            )
     return out
 
 

@@ -25,6 +25,7 @@ from softdb.kernels.cuda.launch import (
     count_blocks,
     count_splits,
     is_interpreted,
+    on_device,
     pad_width,
     with_unit_stride,
 )
@@ -254,9 +255,10 @@ def find_best_rows(
         factors = None if scale is None else scale[part].contiguous()
         arguments = query[part], factors, keys, slots, visible, count
         chosen = None
-        if k < groups:
-            chosen = _rank_groups(*arguments, metric, multiprocessors, precision).topk(k, sorted=False).values
-        best = _rank_rows(*arguments, chosen, metric).topk(min(k, count), dim=-1).values
+        with on_device(query):
+            if k < groups:
+                chosen = _rank_groups(*arguments, metric, multiprocessors, precision).topk(k, sorted=False).values
+            best = _rank_rows(*arguments, chosen, metric).topk(min(k, count), dim=-1).values
         scores[part, : best.shape[1]], found[part, : best.shape[1]] = _recover(best)
     return scores, found
 

@@ -30,6 +30,9 @@ __all__ = ["exact_read", "is_supported", "recover_l2_query"]
 
 TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The kernels number rows in 32 bits, and the rows after the last of a split or tile, too.
+MAX_ROWS = 2**30
+
 
 class _ExactRead(torch.autograd.Function):
     """Exact read in Triton; backward recomputes the scores."""
@@ -144,6 +147,7 @@ def is_supported(query: Tensor, keys: Tensor, values: Tensor, spec: ReadSpec, gr
         and spec.bias is None
         and selection.rule is None
         and selection.excluded is None
+        and selection.size <= MAX_ROWS
         and (selection.mask is None or selection.mask.dim() < 2 or selection.mask.shape[-2] == 1)
         and keys.dtype in TABLE_DTYPES
         and values.dtype in TABLE_DTYPES

@@ -509,6 +509,7 @@ def test_triton_kernels_leave_what_they_do_not_support_to_torch() -> None:
     for other in (
         replace(spec, dtype=torch.float64),
         replace(spec, selection=Selection(9, mask=mask)),
+        replace(spec, selection=Selection(2**30 + 1)),
         replace(spec, selection=Selection(9, excluded=torch.zeros(2, 1, dtype=torch.int64))),
         replace(spec, noise=draw_noise("gumbel", None)),
         replace(spec, bias=ScoreBias(torch.zeros(1, 1, 9))),

@@ -62,10 +62,16 @@ def choose_precision(precision: str) -> str:
     Args:
         precision: "ieee", or "tf32x3": sums of three products of tensor cores, with almost the digits of float32.
     """
+    return "tf32" if _allows_tf32() else precision
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace the newer setting
+def _allows_tf32() -> bool:
+    """Return whether torch may multiply float32 in TF32."""
     settings = torch.backends.cuda.matmul
     # torch refuses to read allow_tf32 once fp32_precision, which torch 2.9 added, was set.
     newer = getattr(settings, "fp32_precision", None)
-    return "tf32" if (settings.allow_tf32 if newer is None else newer == "tf32") else precision
+    return bool(settings.allow_tf32) if newer is None else newer == "tf32"
 
 
 def choose_chunk(precision: str) -> int:

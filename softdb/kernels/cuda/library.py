@@ -84,7 +84,10 @@ def choose_attention(
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Return whether a tensor starts at a multiple of 16 bytes of its storage, as the operators require."""
+    """Return whether a tensor starts at a multiple of 16 bytes of its storage.
+
+    The operators load 16 bytes at once.
+    """
     return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 

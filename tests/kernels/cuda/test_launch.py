@@ -46,6 +46,11 @@ print(choose_precision("tf32x3"))
     assert found.stdout.strip() == precision
 
 
+def test_precision_can_be_chosen_in_compiled_code() -> None:
+    choose = torch.compile(lambda x: (x + 1, launch.choose_precision("ieee")), backend="eager", fullgraph=True)
+    assert choose(torch.ones(1))[1] == launch.choose_precision("ieee")
+
+
 def test_rows_with_adjacent_elements_are_not_copied() -> None:
     table = torch.randn(6, 4)
     assert launch.with_unit_stride(table[::2]) is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from support.triton import DEVICE
+from support.triton_kernels import DEVICE
 
 from softdb.kernels.cuda import gather, gather_backward, topk
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.triton import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
+from support.triton_kernels import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
 from torch import Tensor, nn
 
 from softdb import SoftKVStore

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import reference
-from support.triton import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
+from support.triton_kernels import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F

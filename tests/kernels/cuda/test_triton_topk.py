@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from support.triton import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
+from support.triton_kernels import DEVICE, MAX_SHARED, compile_for_hopper, record_launches
 
 from softdb.filters import Selection
 from softdb.kernels.bias import ScoreBias

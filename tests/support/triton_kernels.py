@@ -7,7 +7,7 @@ CPU tensors: `tests/conftest.py` sets ``TRITON_INTERPRET=1`` before Triton is im
     pytest.importorskip("triton")
 
     from softdb.kernels.cuda import forward
-    from support.triton import DEVICE
+    from support.triton_kernels import DEVICE
 
 Kernels can be compiled for Hopper without a GPU: `record_launches` records what a function would launch, and
 `compile_for_hopper` compiles it.

@@ -292,6 +292,7 @@ def test_a_scale_is_a_temperature_of_the_dot_product(scale: float | None, width:
 @pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:It looks like `register_random`")  # a plugin of hypothesis, which torch imports
 def test_the_samples_of_torch_agree() -> None:
     """Every sample input of torch's own tests of scaled_dot_product_attention that has no dropout."""
     from torch.testing._internal.common_methods_invocations import op_db

@@ -695,6 +695,32 @@ def test_other_optimizers_can_step(kind: str) -> None:
         optimizer.step(closure)
 
 
+def test_a_step_records_the_rows_whose_gradients_its_closure_computes() -> None:
+    problem = Problem.random(rows=200)
+    store = store_of(problem, trainable=True, sparse_grad=True)
+    optimizer = torch.optim.SGD(store.parameters(), lr=0.1)
+    queries = torch.randn(2, 8, dtype=store.keys.dtype)
+    first = store.read(queries[0], "topk", k=3)
+    first.values.sum().backward()
+    read: list[int] = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        found = store.read(queries[1], "topk", k=3)
+        found.values.sum().backward()
+        assert found.ids is not None
+        read.extend(found.ids.tolist())
+        return 0.0
+
+    version, keys = store.rows.version, store.keys.detach().clone()
+    optimizer.step(closure)
+    updated = (store.keys != keys).any(-1).nonzero().flatten().tolist()
+    assert updated == sorted(read)
+    assert first.ids is not None
+    recorded = store.rows.changed_since(version, keys=True).tolist()
+    assert recorded == sorted({*read, *first.ids.tolist()})  # the step may have used either gradient
+
+
 def test_the_answer_may_be_written_to_in_place() -> None:
     problem = Problem.random()
     read = store_of(problem, trainable=True).read(problem.query, "topk", k=3)

@@ -5,19 +5,22 @@ recomputes the scores. Its tiles are smaller than those of the forward pass, sin
 columns of a score in one order for both, so the scores have the same bits.
 
 Each split adds its part of the gradient of the queries to memory of its own; the parts are summed at the end. So no
-program waits for another, and the sums have a fixed order.
+program waits for another, and the sums have a fixed order. Where the parts of many queries would leave most
+multiprocessors without work, a second kernel computes the gradient of the queries: see
+`softdb.kernels.cuda.backward_queries`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from softdb.kernels.cuda.backward_queries import differentiate_queries
 from softdb.kernels.cuda.forward import METRIC_KINDS, is_low, needs_upcast
 from softdb.kernels.cuda.launch import (
     LOG2_E,
@@ -39,7 +42,7 @@ from softdb.kernels.cuda.tiles import (
     square_distances,
 )
 
-__all__ = ["BackwardBlocks", "Gradients", "Needs", "read_backward"]
+__all__ = ["BackwardBlocks", "Gradients", "Needs", "choose_splits", "read_backward"]
 
 # Maximum size of the parts of the gradient of the queries, in float32 elements: 40 MiB.
 MAX_PART_ELEMENTS = 10 * 2**20
@@ -281,6 +284,33 @@ def _differentiate(
             )
 
 
+def choose_splits(
+    needs: Needs, count: int, key_width: int, row_blocks: int, query_blocks: int, groups: int, multiprocessors: int
+) -> tuple[int, bool]:
+    """Choose the number of splits, and whether other programs own the queries.
+
+    They do if the splits whose parts fit in memory use less than half of the multiprocessors and blocks of queries use
+    at least half. Without gradients of keys and values no product is computed twice, so a lack of rows is a reason,
+    too; otherwise only a lack of memory is.
+
+    Args:
+        needs: The gradients to compute.
+        count: Number of queries of all groups.
+        key_width: Width of the keys.
+        row_blocks: Number of blocks of rows of a group.
+        query_blocks: Number of blocks of queries of a group.
+        groups: Number of groups.
+        multiprocessors: Number of multiprocessors of the device.
+    """
+    splits = count_splits(row_blocks, groups, multiprocessors, 1)
+    part = count * key_width if needs.query else count if needs.rate else 0
+    fitting = min(splits, max(1, MAX_PART_ELEMENTS // part)) if part else splits
+    may_own = part > 0 and (fitting < splits or not (needs.keys or needs.values))
+    if may_own and 2 * fitting * groups < multiprocessors <= 2 * query_blocks * groups:
+        return splits, True
+    return fitting, False
+
+
 def read_backward(
     query: Tensor,
     keys: Tensor,
@@ -301,6 +331,7 @@ def read_backward(
     precision: str = "ieee",
     multiprocessors: int = 132,
     splits: int | None = None,
+    owns_queries: bool | None = None,
 ) -> Gradients:
     """Compute the gradients of an exact read.
 
@@ -326,6 +357,8 @@ def read_backward(
         precision: ``input_precision`` of products of float32: see `softdb.kernels.cuda.launch.choose_precision`.
         multiprocessors: Number of multiprocessors of the device.
         splits: Number of splits of the rows; None to choose it.
+        owns_queries: Whether programs that own queries compute their gradients: see
+            `softdb.kernels.cuda.backward_queries`. None to choose it; False if ``splits`` is given.
     """
     count, key_width, value_width = len(query), query.shape[-1], values.shape[-1]
     group_rows, queries = len(keys) // groups, count // groups
@@ -346,66 +379,73 @@ def read_backward(
     key_block, value_block = pad_width(key_width), pad_width(value_width)
     blocks = BackwardBlocks.choose(queries, key_block, value_block, low=low)
     row_blocks = count_blocks(rows, blocks.rows)
-    if splits is None:
-        splits = count_splits(row_blocks, groups, multiprocessors, 1)
-        splits = min(splits, max(1, MAX_PART_ELEMENTS // (count * key_width)))
+    chosen, starved = choose_splits(
+        needs, count, key_width, row_blocks, count_blocks(queries, blocks.queries), groups, multiprocessors
+    )
+    if owns_queries is None:
+        owns_queries = starved and splits is None
+    splits = chosen if splits is None else splits
     split_rows = count_blocks(row_blocks, splits) * blocks.rows
     splits = count_blocks(rows, split_rows)
-    grad_query = query.new_empty(splits, count, key_width, dtype=torch.float32) if needs.query else None
-    grad_rate = maximum.new_empty(splits, count) if needs.rate else None
     # Weights underflow in float16. TF32 has the digits of float16 and the exponents of float32.
     gradient_precision = "tf32" if low else precision
     low_gradients = low and keys.dtype == values.dtype == torch.bfloat16 and not upcast
+    operands = keys, values, mask, center, rate, grad_blend, maximum, total, delta
+    mask_stride = 0 if mask is None or mask.dim() == 1 else mask.stride(0)
+    sizes = queries, rows, group_rows, keys.stride(0), values.stride(0), mask_stride
+    options: dict[str, Any] = {
+        "METRIC": METRIC_KINDS[metric],
+        "HAS_MASK": mask is not None,
+        "KEY_WIDTH": key_width,
+        "VALUE_WIDTH": value_width,
+        "KEY_BLOCK": key_block,
+        "VALUE_BLOCK": value_block,
+        "QUERIES": blocks.queries,
+        "ROWS": blocks.rows,
+        "SPLIT_QUERY": is_low(keys) and not upcast and query.dtype != keys.dtype,
+        "LOW_GRADIENTS": low_gradients,
+        "UPCAST": upcast,
+        "PRECISION": precision,
+        "CHUNK": choose_chunk(precision) if keys.dtype == torch.float32 else 0,
+        "GRADIENT_PRECISION": gradient_precision,
+        "GRADIENT_CHUNK": 0 if low_gradients else choose_chunk(gradient_precision),
+        "HAS_BLEND": grad_blend is not None,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+    scale = LOG2_E / divisor
+    if owns_queries:
+        grad_query, grad_rate = differentiate_queries(
+            query, operands, sizes, scale, needs_query=needs.query, needs_rate=needs.rate, **options
+        )
+        if not (needs.keys or needs.values):
+            return Gradients(grad_query, None, None, grad_rate)
+        needs = needs._replace(query=False, rate=False)
+    query_parts = query.new_empty(splits, count, key_width, dtype=torch.float32) if needs.query else None
+    rate_parts = maximum.new_empty(splits, count) if needs.rate else None
     _differentiate[(splits * groups,)](
         query,
-        keys,
-        values,
-        mask,
-        center,
-        rate,
-        grad_blend,
-        maximum,
-        total,
-        delta,
-        grad_query,
-        grad_rate,
+        *operands,
+        query_parts,
+        rate_parts,
         grad_keys,
         grad_values,
-        queries,
-        rows,
-        group_rows,
-        keys.stride(0),
-        values.stride(0),
-        0 if mask is None or mask.dim() == 1 else mask.stride(0),
+        *sizes,
         splits,
         split_rows,
-        LOG2_E / divisor,
+        scale,
         1 / divisor,
-        METRIC=METRIC_KINDS[metric],
-        HAS_MASK=mask is not None,
-        KEY_WIDTH=key_width,
-        VALUE_WIDTH=value_width,
-        KEY_BLOCK=key_block,
-        VALUE_BLOCK=value_block,
-        QUERIES=blocks.queries,
-        ROWS=blocks.rows,
-        SPLIT_QUERY=is_low(keys) and not upcast and query.dtype != keys.dtype,
-        LOW_GRADIENTS=low_gradients,
-        UPCAST=upcast,
-        PRECISION=precision,
-        CHUNK=choose_chunk(precision) if keys.dtype == torch.float32 else 0,
-        GRADIENT_PRECISION=gradient_precision,
-        GRADIENT_CHUNK=0 if low_gradients else choose_chunk(gradient_precision),
-        HAS_BLEND=grad_blend is not None,
         NEEDS_QUERY=needs.query,
         NEEDS_KEYS=needs.keys,
         NEEDS_VALUES=needs.values,
         NEEDS_RATE=needs.rate,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **options,
     )
-    if grad_query is not None:
-        grad_query = grad_query[0] if splits == 1 else grad_query.sum(0)
-    if grad_rate is not None:
-        grad_rate = grad_rate[0] if splits == 1 else grad_rate.sum(0)
+    if not owns_queries:
+        grad_query, grad_rate = _sum_parts(query_parts), _sum_parts(rate_parts)
     return Gradients(grad_query, grad_keys, grad_values, grad_rate)
+
+
+def _sum_parts(parts: Tensor | None) -> Tensor | None:
+    """Sum the parts of a gradient."""
+    return None if parts is None else parts[0] if len(parts) == 1 else parts.sum(0)

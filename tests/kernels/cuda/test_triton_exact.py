@@ -27,7 +27,7 @@ from softdb.scoring.metrics import compute_center, find_exact_divisor, prepare_q
 
 pytest.importorskip("triton")
 
-from softdb.kernels.cuda import backward, exact, forward, operators
+from softdb.kernels.cuda import backward, backward_queries, exact, forward, operators
 from softdb.kernels.cuda.backward import Needs, read_backward
 from softdb.kernels.cuda.forward import Softmax, read_forward
 
@@ -603,6 +603,10 @@ def test_triton_kernels_compile_for_hopper() -> None:
     with record_launches(backward, "_differentiate") as more:
         needs = Needs(True, True, True, False)
         read_backward(query, keys, keys, "cosine", numbers, numbers, numbers, keys[:16], needs)
-    for compiled in compile_for_hopper([*launches, *more]):
+    with record_launches(backward_queries, "_differentiate_queries") as others:
+        needs = Needs(True, False, False, False)
+        read_backward(query, keys, keys, "cosine", numbers, numbers, numbers, keys[:16], needs, owns_queries=True)
+    assert len(others) == 1
+    for compiled in compile_for_hopper([*launches, *more, *others]):
         assert compiled.shared <= MAX_SHARED
         assert compiled.stack <= 256

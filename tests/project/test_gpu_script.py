@@ -96,7 +96,9 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(gpu: ModuleType, tmp_
 def test_a_kill_of_the_script_ends_the_part_and_keeps_the_results(signals: list[int], tmp_path: Path) -> None:
     trap = "trap '' TERM; " if len(signals) > 1 else ""  # A part that ignores SIGTERM is killed.
     program = f"""
-import importlib.machinery, importlib.util, pathlib, sys
+import importlib.machinery, importlib.util, pathlib, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores,
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and this one shells ignore in the background
 sys.dont_write_bytecode = True
 loader = importlib.machinery.SourceFileLoader("gpu", {str(SCRIPT)!r})
 gpu = sys.modules["gpu"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu", loader))

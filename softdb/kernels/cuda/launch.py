@@ -65,13 +65,16 @@ def choose_precision(precision: str) -> str:
     return "tf32" if _allows_tf32() else precision
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace the newer setting
 def _allows_tf32() -> bool:
     """Return whether torch may multiply float32 in TF32."""
     settings = torch.backends.cuda.matmul
     # torch refuses to read allow_tf32 once fp32_precision, which torch 2.9 added, was set.
     newer = getattr(settings, "fp32_precision", None)
     return bool(settings.allow_tf32) if newer is None else newer == "tf32"
+
+
+# The compiler cannot trace the newer setting. torch.compiler.assume_constant_result would import the compiler.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_chunk(precision: str) -> int:

@@ -233,8 +233,9 @@ def test_never_runs():
 @pytest.mark.slow
 def test_the_plugin_reports_tests_at_once_and_ends_a_process_whose_device_is_broken(tmp_path: Path) -> None:
     (tmp_path / "test_program.py").write_text(PROGRAM, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # else pytest may find that of softdb
     report = tmp_path / "report.jsonl"
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     options = ["-p", "support.device_run", "--device-report", str(report), "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(

@@ -37,8 +37,7 @@ from softdb.kernels.cuda.tiles import (
     find_visible,
     hide,
     load_tile,
-    multiply,
-    multiply_rows,
+    multiply_tiles,
     square_distances,
 )
 
@@ -184,23 +183,24 @@ def _differentiate(
                 )
                 scores = distances * (-scale * speed)[:, None]
             else:
-                if CHUNK:
-                    scores = multiply_rows(
-                        query,
-                        place,
-                        KEY_WIDTH,
-                        valid,
-                        keys,
-                        row_place,
-                        key_stride,
-                        visible,
-                        QUERIES,
-                        ROWS,
-                        KEY_WIDTH,
-                        CHUNK,
-                    )
-                else:
-                    scores = multiply(operand, tl.trans(key), SPLIT_QUERY, PRECISION)
+                scores = multiply_tiles(
+                    query,
+                    place,
+                    KEY_WIDTH,
+                    valid,
+                    operand,
+                    keys,
+                    row_place,
+                    key_stride,
+                    visible,
+                    key,
+                    QUERIES,
+                    ROWS,
+                    KEY_WIDTH,
+                    CHUNK,
+                    SPLIT_QUERY,
+                    PRECISION,
+                )
                 if METRIC == COSINE:
                     scores = scores * inverse[None, :]
                 scores = scores * scale
@@ -217,23 +217,24 @@ def _differentiate(
                         tl.trans(weights.to(upstream.dtype)), upstream, input_precision=GRADIENT_PRECISION
                     )
                 if NEEDS_QUERY or NEEDS_KEYS or NEEDS_RATE:
-                    if GRADIENT_CHUNK:
-                        grad_scores += multiply_rows(
-                            grad_blend,
-                            place,
-                            VALUE_WIDTH,
-                            valid,
-                            values,
-                            row_place,
-                            value_stride,
-                            visible,
-                            QUERIES,
-                            ROWS,
-                            VALUE_WIDTH,
-                            GRADIENT_CHUNK,
-                        )
-                    else:
-                        grad_scores += tl.dot(upstream, tl.trans(value), input_precision=GRADIENT_PRECISION)
+                    grad_scores += multiply_tiles(
+                        grad_blend,
+                        place,
+                        VALUE_WIDTH,
+                        valid,
+                        upstream,
+                        values,
+                        row_place,
+                        value_stride,
+                        visible,
+                        value,
+                        QUERIES,
+                        ROWS,
+                        VALUE_WIDTH,
+                        GRADIENT_CHUNK,
+                        False,
+                        GRADIENT_PRECISION,
+                    )
             grad_scores = grad_scores * weights
             if NEEDS_RATE:
                 rate_part = tl.sum(tl.where(visible[None, :], -grad_scores * distances, 0.0), 1)

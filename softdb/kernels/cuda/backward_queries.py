@@ -26,8 +26,7 @@ from softdb.kernels.cuda.tiles import (
     hide,
     inverse_norm,
     load_tile,
-    multiply,
-    multiply_rows,
+    multiply_tiles,
     square_distances,
 )
 
@@ -83,9 +82,9 @@ def _differentiate_queries(
     key_columns = tl.arange(0, KEY_BLOCK)
     if METRIC == L2:
         speed = tl.load(rate + place, mask=valid, other=0.0)
-    elif CHUNK == 0:
+    else:
         operand = load_tile(query, place, KEY_WIDTH, valid, KEY_WIDTH, KEY_BLOCK, UPCAST)
-    if HAS_BLEND and GRADIENT_CHUNK == 0:
+    if HAS_BLEND:
         upstream = load_tile(grad_blend, place, VALUE_WIDTH, valid, VALUE_WIDTH, VALUE_BLOCK, not LOW_GRADIENTS)
     highest = tl.load(maximum + place, mask=valid, other=0.0)
     sums = tl.load(total + place, mask=valid, other=1.0)
@@ -107,23 +106,24 @@ def _differentiate_queries(
             )
             scores = distances * (-scale * speed)[:, None]
         else:
-            if CHUNK:
-                scores = multiply_rows(
-                    query,
-                    place,
-                    KEY_WIDTH,
-                    valid,
-                    keys,
-                    row_place,
-                    key_stride,
-                    visible,
-                    QUERIES,
-                    ROWS,
-                    KEY_WIDTH,
-                    CHUNK,
-                )
-            else:
-                scores = multiply(operand, tl.trans(key), SPLIT_QUERY, PRECISION)
+            scores = multiply_tiles(
+                query,
+                place,
+                KEY_WIDTH,
+                valid,
+                operand,
+                keys,
+                row_place,
+                key_stride,
+                visible,
+                key,
+                QUERIES,
+                ROWS,
+                KEY_WIDTH,
+                CHUNK,
+                SPLIT_QUERY,
+                PRECISION,
+            )
             if METRIC == COSINE:
                 inverse = inverse_norm(key)
                 scores = scores * inverse[None, :]
@@ -131,24 +131,25 @@ def _differentiate_queries(
         weights = tl.exp2(hide(scores, visible) - highest[:, None]) / sums[:, None]
         grad_scores = tl.zeros((QUERIES, ROWS), tl.float32) - shift[:, None]
         if HAS_BLEND:
-            if GRADIENT_CHUNK:
-                grad_scores += multiply_rows(
-                    grad_blend,
-                    place,
-                    VALUE_WIDTH,
-                    valid,
-                    values,
-                    row_place,
-                    value_stride,
-                    visible,
-                    QUERIES,
-                    ROWS,
-                    VALUE_WIDTH,
-                    GRADIENT_CHUNK,
-                )
-            else:
-                value = load_tile(values, row_place, value_stride, visible, VALUE_WIDTH, VALUE_BLOCK, not LOW_GRADIENTS)
-                grad_scores += tl.dot(upstream, tl.trans(value), input_precision=GRADIENT_PRECISION)
+            value = load_tile(values, row_place, value_stride, visible, VALUE_WIDTH, VALUE_BLOCK, not LOW_GRADIENTS)
+            grad_scores += multiply_tiles(
+                grad_blend,
+                place,
+                VALUE_WIDTH,
+                valid,
+                upstream,
+                values,
+                row_place,
+                value_stride,
+                visible,
+                value,
+                QUERIES,
+                ROWS,
+                VALUE_WIDTH,
+                GRADIENT_CHUNK,
+                False,
+                GRADIENT_PRECISION,
+            )
         grad_scores = grad_scores * weights
         if NEEDS_RATE:
             rate_sum += tl.sum(tl.where(visible[None, :], -grad_scores * distances, 0.0), 1)

@@ -35,7 +35,7 @@ from softdb.kernels.cuda.tiles import (
     inverse_norm,
     load_tile,
     multiply,
-    multiply_rows,
+    multiply_tiles,
     square_distances,
 )
 
@@ -177,23 +177,24 @@ def _read(
             scores = scores * factors
         else:
             key = load_tile(keys, row_place, key_stride, visible, KEY_WIDTH, KEY_BLOCK, UPCAST)
-            if CHUNK:
-                scores = multiply_rows(
-                    query,
-                    place,
-                    KEY_WIDTH,
-                    valid,
-                    keys,
-                    row_place,
-                    key_stride,
-                    visible,
-                    QUERIES,
-                    ROWS,
-                    KEY_WIDTH,
-                    CHUNK,
-                )
-            else:
-                scores = multiply(operand, tl.trans(key), SPLIT_QUERY, PRECISION)
+            scores = multiply_tiles(
+                query,
+                place,
+                KEY_WIDTH,
+                valid,
+                operand,
+                keys,
+                row_place,
+                key_stride,
+                visible,
+                key,
+                QUERIES,
+                ROWS,
+                KEY_WIDTH,
+                CHUNK,
+                SPLIT_QUERY,
+                PRECISION,
+            )
             if METRIC == COSINE:
                 scores = scores * inverse_norm(key)[None, :]
             scores = scores * scale

@@ -18,7 +18,7 @@ __all__ = [
     "inverse_norm",
     "load_tile",
     "multiply",
-    "multiply_rows",
+    "multiply_tiles",
     "square_distances",
 ]
 
@@ -119,6 +119,50 @@ def multiply_rows(  # -> (b, C)
         right_tile = tl.load(right_pointers, mask=right_valid[:, None] & inside, other=0.0).to(tl.float32)
         total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def multiply_tiles(  # -> (b, C)
+    left,
+    left_place,
+    left_stride,
+    left_valid,
+    left_tile,
+    right,
+    right_place,
+    right_stride,
+    right_valid,
+    right_tile,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply rows of two tables, by their tiles or some columns at a time.
+
+    ``CHUNK`` is the number of columns, or 0 for whole tiles; see `softdb.kernels.cuda.launch.choose_chunk`. The
+    compiler leaves out the load of a tile that is not used.
+    """
+    if CHUNK:
+        product = multiply_rows(
+            left,
+            left_place,
+            left_stride,
+            left_valid,
+            right,
+            right_place,
+            right_stride,
+            right_valid,
+            QUERIES,
+            ROWS,
+            WIDTH,
+            CHUNK,
+        )
+    else:
+        product = multiply(left_tile, tl.trans(right_tile), SPLIT, PRECISION)
+    return product
 
 
 @triton.jit
